@@ -1,0 +1,1 @@
+"""What machines a run gets: local Ray, a running Ray cluster, job submission."""

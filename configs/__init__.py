@@ -1,0 +1,1 @@
+"""Configuration files as package data: every YAML here is a complete run."""

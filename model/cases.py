@@ -1,0 +1,91 @@
+"""Cases of the released model's JSONL files: a prompt, its reference pictures and the domain of each.
+
+A line looks like ``{"prompts": "...", "seg_meta": [{"seg_file": ["a.jpg", "b.jpg"]}], "seg_root": "./cases",
+"domain_code": ["Human", "Fantasy Domain"]}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.model.batch import domain_id
+
+_PROMPT_KEYS = ("cap", "prompts", "prompt")
+
+
+@dataclass(frozen=True)
+class GenerationCase:
+    """What to generate: pass it on to ``DomainShuttlePipeline``."""
+
+    prompt: str
+    references: tuple[Path, ...]
+    """Pictures of the subjects."""
+    subjects: tuple[int, ...]
+    """Subject on each picture."""
+    domains: tuple[int, ...]
+    """Domain id wanted for each, -1 for none."""
+
+    @classmethod
+    def from_release(cls, item: Mapping[str, Any], folder: Path) -> GenerationCase:
+        """The case of one line of a JSONL file.
+
+        Beyond the release, ``subjects`` may give the subject on each picture (default: one picture a subject), and
+        pictures without ``domain_code`` get no domain (the release takes "Human").
+
+        Args:
+            item: the parsed line.
+            folder: of the file; relative paths start there, or at the working directory as in the release.
+
+        Raises:
+            ValueError: naming every key that is missing, every unknown domain and every picture that is not there.
+        """
+        problems = []
+        prompt = next((item[key] for key in _PROMPT_KEYS if item.get(key)), "")
+        if not prompt:
+            problems.append(f"no prompt: give one of {', '.join(_PROMPT_KEYS)}")
+        meta = item.get("seg_meta") or {}
+        meta = meta[0] if isinstance(meta, list) else meta
+        names = [str(name) for name in meta.get("seg_file", ())]
+        if not names and item.get("image_path"):
+            names = [item["image_path"]]
+        if item.get("face_path"):
+            names.append(item["face_path"])
+        references = []
+        for name in names:
+            tried = _places(name, item.get("seg_root"), folder)
+            found = next((path for path in tried if path.is_file()), None)
+            if found is None:
+                problems.append(f"no picture {name}: tried {', '.join(map(str, tried))}")
+            else:
+                references.append(found)
+        domains: list[int] = []
+        for domain in item.get("domain_code") or meta.get("domain_code") or [None] * len(names):
+            try:
+                domains.append(domain_id(domain))
+            except ValueError as error:
+                problems.append(str(error))
+        subjects = item.get("subjects") or range(len(names))
+        for key, values in (("domain_code", domains), ("subjects", subjects)):
+            if not problems and len(values) != len(names):
+                problems.append(f"{key} has {len(values)} entries for {len(names)} pictures")
+        if problems:
+            raise ValueError("bad case: " + "; ".join(problems))
+        return cls(prompt, tuple(references), tuple(int(s) for s in subjects), tuple(domains))
+
+
+def _places(name: str, root: str | None, folder: Path) -> list[Path]:
+    """Where a picture may lie; released cases repeat the last folder of ``seg_root`` in the name."""
+    path = Path(name)
+    if path.is_absolute() and root is None:
+        return [path]
+    path = Path(name.lstrip("/"))
+    roots = [Path(root)] if root is not None else [Path()]
+    if not roots[0].is_absolute():
+        roots = [folder / roots[0], roots[0]]
+    places = [
+        start / tail for start in roots for tail in (path, *([Path(*path.parts[1:])] if len(path.parts) > 1 else []))
+    ]
+    return [Path(name), *places] if Path(name).is_absolute() else places

@@ -1,0 +1,182 @@
+"""Domain-MoT: one transformer block for video and reference tokens (paper, section 3.2).
+
+Both kinds of tokens have their own query, key and value projections and their own modulation; the joint attention, its
+output projection and norms, the cross-attention to the text and the feed-forward network are shared. A reference is as
+large as one video frame, so all tokens of a sample form one tensor ``[b, F, s, d]`` of F = f + r frames of s tokens,
+and a modulation is ``[b, F, 1, d]``: the video frames share one row, every reference has its own, with its domain.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from domainshuttle.model.rope import apply_rotary
+from torch import Tensor, nn
+
+ReferenceGate = Literal["own", "video"]
+ReferenceProjections = Literal["own", "shared"]
+
+
+class JointAttnProcessor:
+    """Computes :class:`JointAttention` through diffusers' attention dispatcher."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: JointAttention,
+        hidden_states: Tensor,
+        num_reference_tokens: int,
+        attention_mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        query, key, value = attn.project(hidden_states, num_reference_tokens)
+        # b n (heads d) -> b n heads d
+        query = apply_rotary(attn.norm_q(query).unflatten(2, (attn.heads, -1)), *rotary_emb)
+        key = apply_rotary(attn.norm_k(key).unflatten(2, (attn.heads, -1)), *rotary_emb)
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value.unflatten(2, (attn.heads, -1)),
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
+
+
+class JointAttention(WanAttention):
+    """Wan's self-attention with a second set of query, key and value projections for reference tokens."""
+
+    _default_processor_cls = JointAttnProcessor
+    _available_processors: ClassVar = [JointAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, heads: int, eps: float, reference_projections: ReferenceProjections) -> None:
+        super().__init__(dim=dim, heads=heads, dim_head=dim // heads, eps=eps, processor=JointAttnProcessor())
+        if reference_projections == "own":
+            self.to_q_ref = nn.Linear(dim, dim)
+            self.to_k_ref = nn.Linear(dim, dim)
+            self.to_v_ref = nn.Linear(dim, dim)
+        self.reference_projections = reference_projections
+
+    def project(self, hidden_states: Tensor, num_reference_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [b, n, d] of tokens [b, n, d] whose last ``num_reference_tokens`` are references."""
+        if self.reference_projections == "shared":
+            return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        num_video_tokens = hidden_states.shape[1] - num_reference_tokens
+        video, reference = hidden_states.split([num_video_tokens, num_reference_tokens], 1)
+        return (
+            torch.cat([self.to_q(video), self.to_q_ref(reference)], 1),
+            torch.cat([self.to_k(video), self.to_k_ref(reference)], 1),
+            torch.cat([self.to_v(video), self.to_v_ref(reference)], 1),
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        num_reference_tokens: int,
+        attention_mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Attend over all tokens [b, n, d]; ``attention_mask`` [b, n] is True at the keys that count."""
+        return self.processor(self, hidden_states, num_reference_tokens, attention_mask, rotary_emb)
+
+
+class DomainMoTBlock(nn.Module):
+    """Self-attention, cross-attention to the text and feed-forward, modulated per frame and reference."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        reference_gate: ReferenceGate = "own",
+        reference_projections: ReferenceProjections = "own",
+        domain_adaln: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = JointAttention(dim, num_heads, eps, reference_projections)
+        self.attn2 = WanAttention(
+            dim=dim,
+            heads=num_heads,
+            dim_head=dim // num_heads,
+            eps=eps,
+            cross_attention_dim_head=dim // num_heads,
+            processor=WanAttnProcessor(),
+        )
+        self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        if domain_adaln:
+            self.scale_shift_table_ref = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.reference_gate = reference_gate
+        self.domain_adaln = domain_adaln
+
+    def modulation(self, conditioning: Tensor, num_references: int) -> tuple[Tensor, ...]:
+        """Shift, 1 + scale and gate of the attention, then of the feed-forward: six of [b, F, 1, d], float32.
+
+        Args:
+            conditioning: [b, F, 6, d] time projection, with the domain embeddings added at the references.
+            num_references: r, how many of the F frames are references.
+        """
+        table = self.scale_shift_table.float()  # 1 6 d
+        if self.domain_adaln and num_references:
+            reference = self.scale_shift_table_ref.float()
+            if self.reference_gate == "video":
+                # The released model gates the attention output of reference tokens as the video's.
+                reference = torch.cat([reference[:, :2], table[:, 2:3], reference[:, 3:]], 1)
+            num_frames = conditioning.shape[1] - num_references
+            table = torch.cat([table.expand(num_frames, -1, -1), reference.expand(num_references, -1, -1)])
+        elif self.domain_adaln:
+            # Touch the parameter, so that a batch without references gives it a zero gradient rather than none.
+            table = table + 0.0 * self.scale_shift_table_ref.float()
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (conditioning + table).unsqueeze(2).unbind(3)
+        return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        conditioning: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        num_references: int,
+        keep_references: bool = True,
+    ) -> Tensor:
+        """Transform tokens [b, F, s, d]; the result lacks the references where ``keep_references`` is False.
+
+        The last block needs no reference tokens beyond its attention, since only video tokens are decoded.
+        """
+        num_frames, tokens = hidden_states.shape[1] - num_references, hidden_states.shape[2]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(conditioning, num_references)
+
+        # Joint self-attention. Modulation and residual in float32, as in Wan.
+        normed = torch.addcmul(shift, self.norm1(hidden_states.float()), scale).type_as(hidden_states)
+        attended = self.attn1(normed.flatten(1, 2), num_references * tokens, attention_mask, rotary_emb)
+        attended = attended.unflatten(1, (-1, tokens))
+        if not keep_references:
+            hidden_states, attended, gate, ffn_shift, ffn_scale, ffn_gate = (
+                x[:, :num_frames] for x in (hidden_states, attended, gate, ffn_shift, ffn_scale, ffn_gate)
+            )
+        hidden_states = torch.addcmul(hidden_states.float(), attended.float(), gate).type_as(hidden_states)
+
+        # Cross-attention to the text
+        normed = self.norm2(hidden_states.float()).type_as(hidden_states)
+        attended = self.attn2(normed.flatten(1, 2), encoder_hidden_states)
+        hidden_states = hidden_states + attended.unflatten(1, (-1, tokens))
+
+        # Feed-forward
+        normed = torch.addcmul(ffn_shift, self.norm3(hidden_states.float()), ffn_scale).type_as(hidden_states)
+        update = self.ffn(normed)
+        return torch.addcmul(hidden_states.float(), update.float(), ffn_gate).type_as(hidden_states)

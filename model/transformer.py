@@ -1,0 +1,328 @@
+"""The DomainShuttle network: Wan's video transformer with a reference branch.
+
+Everything that Wan's transformer does not have ends in ``_ref`` or holds ``_ref`` in its name; all other parameters are
+named as in diffusers' ``WanTransformer3DModel``, and with no references the two compute the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
+from diffusers.utils import apply_lora_scale
+from domainshuttle.model.mot import DomainMoTBlock, ReferenceGate, ReferenceProjections
+from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Convolution whose stride is its kernel, computed as one matrix product over patches.
+
+    Same weights as Wan's ``Conv3d``; the product avoids the slow three-dimensional convolutions of cuDNN and oneDNN.
+    """
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[b, c, f, h, w] -> [b, frames, tokens of a frame, dim]."""
+        b, c, f, h, w = latents.shape
+        pt, ph, pw = self.kernel_size
+        patches = latents.view(b, c, f // pt, pt, h // ph, ph, w // pw, pw)
+        # b c f pt h ph w pw -> b f (h w) (c pt ph pw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, f // pt, (h // ph) * (w // pw), c * pt * ph * pw)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class ExactTimesteps(nn.Module):
+    """Sinusoidal embedding of timesteps with angles in float64, as in the original Wan and the released model.
+
+    diffusers computes the angles in float32, which at 1000 t near 1000 moves the embedding by up to 1e-4.
+    """
+
+    def __init__(self, freq_dim: int) -> None:
+        super().__init__()
+        self.half = freq_dim // 2
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """[b] -> [b, freq_dim] float32."""
+        exponents = torch.arange(self.half, device=timestep.device, dtype=torch.float64) / self.half
+        angles = timestep.double()[:, None] * 10000.0**-exponents
+        return torch.cat([angles.cos(), angles.sin()], 1).float()
+
+
+class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    """Subject-driven text-to-video transformer (arXiv 2606.26058, section 3).
+
+    The arguments up to ``eps`` are those of diffusers' ``WanTransformer3DModel``.
+
+    Args:
+        patch_size: latent frames, rows and columns of one token.
+        num_attention_heads: heads of every attention.
+        attention_head_dim: channels of a head; their product is the width of the model.
+        in_channels: latent channels in.
+        out_channels: latent channels out.
+        text_dim: width of the text embedding.
+        freq_dim: width of the sinusoidal timestep embedding.
+        ffn_dim: hidden width of the feed-forward networks.
+        num_layers: number of blocks.
+        cross_attn_norm: whether the cross-attention has an affine norm before it.
+        eps: of all norms.
+        max_references: most reference images that a sample may have.
+        num_domains: number of domain ids.
+        reference_gate: which gate scales the attention output of reference tokens: ``own`` as in the paper (the domain
+            embedding is then added to the gates too), ``video`` as in the released model.
+        reference_projections: ``own`` patch embedding, query, key and value for references, or ``shared`` with the
+            video (ablation).
+        domain_adaln: whether references have their own modulation, domain embedding and FiLM (False: ablation).
+        reference_rope: ``dual``, or ``frames`` to append references as frames of the video (ablation).
+        timestep_angles: precision of the timestep embedding, ``float32`` as in diffusers or ``float64`` as in the
+            original Wan and the released model.
+        text_len: length that prompts are padded to with zeros, for whoever encodes them.
+        boundary: timestep t' at which the high-noise expert hands over to the low-noise one; None with one expert.
+            Like ``text_len`` it travels with the weights, and the network itself does not use it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
+    _no_split_modules: ClassVar = ["DomainMoTBlock"]
+    _keep_in_fp32_modules: ClassVar = [
+        "time_embedder",
+        "scale_shift_table",
+        "scale_shift_table_ref",
+        "norm1",
+        "norm2",
+        "norm3",
+    ]
+    _repeated_blocks: ClassVar = ["DomainMoTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        max_references: int = 5,
+        num_domains: int = 5,
+        reference_gate: ReferenceGate = "own",
+        reference_projections: ReferenceProjections = "own",
+        domain_adaln: bool = True,
+        reference_rope: ReferenceRope = "dual",
+        timestep_angles: Literal["float32", "float64"] = "float32",
+        text_len: int = 512,
+        boundary: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("reference_gate", reference_gate, ("own", "video")),
+            ("reference_projections", reference_projections, ("own", "shared")),
+            ("reference_rope", reference_rope, ("dual", "frames")),
+            ("timestep_angles", timestep_angles, ("float32", "float64")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; use one of {allowed}")
+        dim = num_attention_heads * attention_head_dim
+        self.patch_embedding = PatchEmbedding(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        if reference_projections == "own":
+            self.patch_embedding_ref = PatchEmbedding(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.condition_embedder = WanTimeTextImageEmbedding(
+            dim=dim, time_freq_dim=freq_dim, time_proj_dim=dim * 6, text_embed_dim=text_dim
+        )
+        if timestep_angles == "float64":
+            self.condition_embedder.timesteps_proj = ExactTimesteps(freq_dim)
+        if domain_adaln:
+            self.domain_embedding_ref = nn.Embedding(num_domains, dim)
+            self.film_scale_ref = nn.Linear(dim, dim, bias=False)
+            self.film_shift_ref = nn.Linear(dim, dim, bias=False)
+        self.blocks = nn.ModuleList(
+            DomainMoTBlock(
+                dim,
+                ffn_dim,
+                num_attention_heads,
+                cross_attn_norm,
+                eps,
+                reference_gate,
+                reference_projections,
+                domain_adaln,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+        self.initialise_references()
+
+    @torch.no_grad()
+    def initialise_references(self) -> None:
+        """Start the reference branch as a copy of the video branch, without effect of the domains."""
+        parameters = dict(self.named_parameters())
+        for name, parameter in parameters.items():
+            if name.startswith(("domain_embedding_ref", "film_")):
+                parameter.zero_()
+            elif "_ref" in name:
+                parameter.copy_(parameters[name.replace("_ref", "")])
+
+    def embed_references(self, latents: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [b, r, s, d] of reference latents [b, r, c, h, w] after FiLM, and domain embeddings [b, r, d]."""
+        embed = self.patch_embedding_ref if self.config.reference_projections == "own" else self.patch_embedding
+        tokens = embed(latents.transpose(1, 2))  # references as frames
+        if not self.config.domain_adaln:
+            return tokens, tokens.new_zeros(*domains.shape, tokens.shape[-1])
+        domain = self.domain_embedding_ref(domains.clamp(min=0)) * (domains >= 0)[..., None]
+        gamma, beta = self.film_scale_ref(domain), self.film_shift_ref(domain)
+        return torch.addcmul(beta[:, :, None], tokens, 1 + gamma[:, :, None]), domain
+
+    def condition(self, time: Tensor, domain: Tensor, num_frames: int) -> Tensor:
+        """Conditioning [b, F, 6, d] of the blocks, float32: time projection [b, 6, d] plus domain [b, r, d]."""
+        time, domain = time.float(), domain.float()
+        zero = torch.zeros_like(domain)
+        gate = domain if self.config.reference_gate == "own" else zero
+        domain = torch.stack([domain, domain, gate, domain, domain, gate], 2)  # b r 6 d
+        video = time[:, None].expand(-1, num_frames, -1, -1)
+        return torch.cat([video, time[:, None] + domain], 1)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        reference_latents: Tensor | None = None,
+        reference_subjects: Tensor | None = None,
+        reference_domains: Tensor | None = None,
+        reference_mask: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity e - z_0 of noisy latents.
+
+        Args:
+            hidden_states: [b, c, f, h, w] noisy latents z_t.
+            timestep: [b] float, 1000 t.
+            encoder_hidden_states: [b, l, text_dim] text embedding; the released model attends to its zero padding.
+            reference_latents: [b, r, c, h, w] latents of the reference images; None or r = 0 for none.
+            reference_subjects: [b, r] int64, subject of each image, from 0.
+            reference_domains: [b, r] int64, domain wanted in the video, -1 for none.
+            reference_mask: [b, r] bool, True where an image is real. The others are not attended to. None attends to
+                all, and runs the faster attention kernels.
+            return_dict: whether to return a ``Transformer2DModelOutput`` instead of a tuple.
+            attention_kwargs: ``scale`` of LoRA layers, as in diffusers.
+
+        Returns:
+            [b, out_channels, f, h, w], as ``sample`` or as the only element of a tuple.
+
+        Raises:
+            ValueError: for inputs that do not fit the configuration or each other.
+        """
+        b, _, f, h, w = hidden_states.shape if hidden_states.ndim == 5 else (0,) * 5
+        if reference_latents is None:
+            reference_latents = hidden_states.new_zeros(b, 0, self.config.in_channels, h, w)
+        if reference_subjects is None or reference_domains is None:
+            if reference_latents.shape[1] > 0:
+                raise ValueError("reference_latents need reference_subjects and reference_domains: pass int64 [b, r]")
+            reference_subjects = reference_domains = torch.zeros(b, 0, dtype=torch.long, device=hidden_states.device)
+        self._check(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            reference_latents,
+            reference_subjects,
+            reference_domains,
+            reference_mask,
+        )
+        pt, ph, pw = self.config.patch_size
+        grid = f // pt, h // ph, w // pw
+        num_references = reference_latents.shape[1]
+        dtype = self.patch_embedding.weight.dtype
+
+        images = image_index(reference_subjects, reference_mask)
+        rotary_emb = rotary_embedding(
+            self.config.attention_head_dim, grid, reference_subjects, images, self.config.reference_rope
+        )
+        attention_mask = None
+        if reference_mask is not None:
+            # b r -> b (F s), True at keys that count; video tokens always do
+            mask = torch.cat([reference_mask.new_ones(b, grid[0]), reference_mask], 1)
+            attention_mask = mask[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)
+
+        references, domain = self.embed_references(reference_latents.to(dtype), reference_domains)
+        hidden_states = torch.cat([self.patch_embedding(hidden_states.to(dtype)), references], 1)  # b F s d
+        temb, time, encoder_hidden_states, _ = self.condition_embedder(timestep, encoder_hidden_states.to(dtype))
+        conditioning = self.condition(time.unflatten(1, (6, -1)), domain, grid[0])
+
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        for i, block in enumerate(self.blocks):
+            arguments = (
+                hidden_states,
+                encoder_hidden_states,
+                conditioning,
+                rotary_emb,
+                attention_mask,
+                num_references,
+                i + 1 < len(self.blocks),
+            )
+            hidden_states = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+
+        shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(1)).unsqueeze(2).chunk(2, 1)
+        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states.float()), 1 + scale).type_as(hidden_states)
+        patches = self.proj_out(hidden_states)
+        # b f (h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)
+        patches = patches.view(b, *grid, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        sample = patches.reshape(b, -1, f, h, w)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        references: Tensor,
+        subjects: Tensor,
+        domains: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        """Raise one ValueError that lists everything wrong with the inputs."""
+        config, problems = self.config, []
+        if latents.ndim != 5:
+            raise ValueError(f"hidden_states is {list(latents.shape)}; expected [b, c, frames, height, width]")
+        b, c, f, h, w = latents.shape
+        pt, ph, pw = config.patch_size
+        if c != config.in_channels:
+            problems.append(f"hidden_states has {c} channels, the model {config.in_channels}")
+        if f % pt or h % ph or w % pw:
+            problems.append(f"latent size {f}x{h}x{w} must be a multiple of the patch {pt}x{ph}x{pw}: resize the video")
+        if tuple(timestep.shape) != (b,):
+            problems.append(f"timestep is {list(timestep.shape)}, expected [{b}] (1000 t of each sample)")
+        if text.ndim != 3 or text.shape[0] != b or text.shape[2] != config.text_dim:
+            problems.append(f"encoder_hidden_states is {list(text.shape)}, expected [{b}, length, {config.text_dim}]")
+        r = references.shape[1] if references.ndim == 5 else -1
+        if references.ndim != 5 or tuple(references.shape) != (b, r, c, h, w):
+            problems.append(f"reference_latents is {list(references.shape)}, expected [{b}, r, {c}, {h}, {w}]")
+        if r > config.max_references:
+            problems.append(f"{r} references, the model takes max_references={config.max_references}: drop some")
+        for name, value in (("subjects", subjects), ("domains", domains), ("mask", mask)):
+            if value is not None and tuple(value.shape) != (b, r):
+                problems.append(f"reference_{name} is {list(value.shape)}, expected [{b}, {r}]")
+        # On an accelerator looking at the values would wait for it; there the batch was checked before it was moved.
+        if not problems and r > 0 and domains.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(domains.min()), int(domains.max())
+            if low < -1 or high >= config.num_domains:
+                problems.append(f"reference_domains run {low}..{high}, expected -1 (none)..{config.num_domains - 1}")
+        if problems:
+            raise ValueError("inputs do not fit the model: " + "; ".join(problems))

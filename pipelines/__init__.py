@@ -1,0 +1,1 @@
+"""The data path: corpora, shards, index, pairing, order, loading and encoding."""

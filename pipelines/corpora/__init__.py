@@ -1,0 +1,1 @@
+"""One builder a source dataset; each turns a source into raw shards and an index."""

@@ -1,0 +1,332 @@
+"""Shards: WebDataset tars that appear whole or not at all, and their samples read in place by offset.
+
+A shard is an uncompressed tar of regular files `key.extension`, the members of one sample side by side. The writer
+notes each member's offset, so the index is made without a second read; the reader maps shards into memory and hands out
+views. Tars of others are taken in by `scan_shard`, which trusts nothing: a tar that was cut, which `tarfile`,
+webdataset and Ray Data may read as one with fewer samples, is an error here.
+"""
+
+import hashlib
+import mmap
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, DataError, check_extension, check_key
+
+BLOCK = tarfile.BLOCKSIZE
+MAX_MEMBER_BYTES = 8**11 - 1  # what the plain (ustar) header can hold
+_HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a sample: its extension ('ref0.jpg'), and where its `size` bytes begin in the shard."""
+
+    extension: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One sample of a shard; `checksum` is `sample_checksum` of its members."""
+
+    shard: str
+    key: str
+    members: tuple[Member, ...]
+    checksum: int
+
+
+def sample_checksum(members: Mapping[str, Buffer]) -> int:
+    """An unsigned 64-bit checksum of a sample's members, whatever their order: of extensions, sizes and bytes."""
+    digests = (_member_digest(name, len(data), [data]) for name, data in members.items())
+    return _combine(digests)
+
+
+def _member_digest(extension: str, size: int, pieces: Iterable[Buffer]) -> bytes:
+    digest = hashlib.blake2b(f"{extension}\0{size}\0".encode(), digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def _combine(digests: Iterable[bytes]) -> int:
+    return int.from_bytes(hashlib.blake2b(b"".join(sorted(digests)), digest_size=8).digest(), "little")
+
+
+def check_shard_name(name: str) -> str:
+    """Return `name` if it is a plain `*.tar` file name, else raise DataError (an index must not lead out of its
+    folder)."""
+    if not name.endswith(".tar") or not KEY_PATTERN.fullmatch(name[:-4]):
+        raise DataError(
+            f"shard name {name[:120]!r}: expected letters, digits, _ and - and then '.tar', without a folder"
+        )
+    return name
+
+
+class ShardWriter:
+    """Writes samples into `folder/prefix-000000.tar`, `-000001.tar` ..., each of at most `max_bytes` (or one sample).
+
+    A shard is written under a temporary name, flushed to the disk and renamed; where the `with` block ends by an
+    exception, the unfinished one is removed. The same samples give the same names and bytes. Parallel writers into one
+    folder need a prefix each. `entries` lists the samples of finished shards, in order; `shards` their names.
+    """
+
+    def __init__(self, folder: str | Path, prefix: str, max_bytes: int) -> None:
+        check_shard_name(f"{prefix}-000000.tar")
+        if max_bytes < 1:
+            raise DataError(f"max_bytes = {max_bytes} for shards {prefix!r}: expected a size in bytes, such as {10**9}")
+        self.folder = Path(folder)
+        self.prefix = prefix
+        self.max_bytes = max_bytes
+        self.entries: list[ShardEntry] = []
+        self.shards: list[str] = []
+        self._pending: list[ShardEntry] = []
+        self._keys: set[str] = set()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A prefix has one writer, so what is unfinished under it was left by one that was killed.
+        for leftover in self.folder.glob(f".{self.prefix}-??????.tar.*.partial"):
+            leftover.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._discard()
+
+    def write(self, key: str, members: Mapping[str, Buffer]) -> None:
+        """Append one sample: extension -> bytes, `json` first and the others by name.
+
+        Raises DataError on an unsafe key or extension, a key that was written before, no members, or a member over 8
+        GiB.
+        """
+        check_key(key)
+        if key in self._keys:
+            raise DataError(f"key {key!r} was written before in shards {self.prefix!r}: expected each key once")
+        if not members:
+            raise DataError(f"sample {key!r} has no members: expected at least 'json' and one file")
+        for extension, data in members.items():
+            check_extension(extension)
+            if len(memoryview(data).cast("B")) > MAX_MEMBER_BYTES:
+                raise DataError(f"member {key}.{extension} is larger than {MAX_MEMBER_BYTES} bytes: split the clip")
+        order = sorted(members, key=lambda extension: (extension != "json", extension))
+        size = sum(BLOCK + _padded(len(memoryview(members[extension]).cast("B"))) for extension in order)
+        if self._file is not None and self._file.tell() + size + 2 * BLOCK > self.max_bytes:
+            self._finish()
+        file = self._file if self._file is not None else self._start()
+        placed = []
+        for extension in order:
+            data = memoryview(members[extension]).cast("B")
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.size, header.mtime, header.mode = len(data), 0, 0o644
+            file.write(header.tobuf(tarfile.USTAR_FORMAT))
+            placed.append(Member(extension, file.tell(), len(data)))
+            file.write(data)
+            file.write(bytes(_padded(len(data)) - len(data)))
+        self._keys.add(key)
+        checksum = sample_checksum({name: memoryview(data).cast("B") for name, data in members.items()})
+        self._pending.append(ShardEntry(self._name, key, tuple(placed), checksum))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.shards):06d}.tar"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self._name}.{os.getpid()}.partial"
+
+    def _start(self) -> BinaryIO:
+        self._file = self._temporary.open("wb")
+        return self._file
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._file.write(bytes(2 * BLOCK))
+        self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        final = self.folder / self._name
+        self._temporary.rename(final)
+        sync_folder(self.folder)
+        _open_shards.forget(final)
+        self.shards.append(self._name)
+        self.entries.extend(self._pending)
+        self._pending = []
+
+    def _discard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._temporary.unlink(missing_ok=True)
+        self._pending = []
+
+
+def _padded(size: int) -> int:
+    return size + -size % BLOCK
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardCache:
+    """Shards mapped into memory, the least recently used unmapped beyond `max_open`. Safe to share between threads.
+
+    A view that was handed out keeps its own map alive, so unmapping never pulls data from under a reader.
+    """
+
+    def __init__(self, max_open: int = 128) -> None:
+        self.max_open = max_open
+        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def forget(self, path: Path) -> None:
+        """Drop a shard, because its file was replaced."""
+        with self._lock:
+            self._maps.pop(str(path), None)
+
+    def read(self, folder: str | Path, shard: str, members: Iterable[Member]) -> dict[str, memoryview]:
+        """The members' bytes as views, extension -> view; raises DataError where the shard is missing or too short."""
+        whole = self._map(os.path.join(folder, check_shard_name(shard)))  # noqa: PTH118 - a Path costs more than the read
+        views = {}
+        for member in members:
+            if member.offset < 0 or member.size < 0 or member.offset + member.size > len(whole):
+                raise DataError(
+                    f"{folder}/{shard}: member {member.extension!r} at byte {member.offset} with {member.size} bytes "
+                    f"is not within the file's {len(whole)}: the shard was cut short or replaced; copy it again"
+                )
+            views[member.extension] = whole[member.offset : member.offset + member.size]
+        return views
+
+    def _map(self, path: str) -> memoryview:
+        with self._lock:
+            whole = self._maps.get(path)
+            if whole is not None:
+                self._maps.move_to_end(path)
+                return whole
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123
+                whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError) as error:  # mmap refuses an empty file with ValueError
+            raise DataError(f"shard {path} can't be read ({error}): copy it again or index the folder again") from error
+        with self._lock:
+            self._maps[path] = whole
+            while len(self._maps) > self.max_open:
+                self._maps.popitem(last=False)
+        return whole
+
+
+# One cache a process: tasks that are handed rows by name must not each map the same shards again.
+_open_shards = ShardCache()
+
+
+def read_members(folder: str | Path, shard: str, members: Iterable[Member]) -> dict[str, memoryview]:
+    """The bytes of one sample's members as views of the mapped shard: extension -> read-only memoryview.
+
+    Thread-safe; at most 128 shards stay open. Raises DataError where the shard is missing, misnamed or too short.
+    """
+    return _open_shards.read(folder, shard, members)
+
+
+def scan_shard(path: str | Path) -> Iterator[ShardEntry]:
+    """The samples of an existing tar, with checksums, in order; reads the whole file once.
+
+    Raises DataError, after the samples before the fault, on: a cut tar, a member that is not a regular file, an
+    absolute, `..` or odd name, a key that comes twice, an empty shard. A sample whose members a cut may have split is
+    never given.
+    """
+    path = Path(path)
+    check_shard_name(path.name)
+    seen: set[str] = set()
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = os.fstat(file.fileno()).st_size
+            key = ""
+            members: list[Member] = []
+            digests: list[bytes] = []
+            for header in archive:
+                name, extension = _checked_name(path, header, size)
+                if name != key:
+                    if members:
+                        yield ShardEntry(path.name, key, tuple(members), _combine(digests))
+                    if name in seen:
+                        raise DataError(
+                            f"{path}: key {name!r} comes twice: expected each sample once, its members together"
+                        )
+                    seen.add(name)
+                    key, members, digests = name, [], []
+                if any(extension == member.extension for member in members):
+                    raise DataError(f"{path}: member {header.name!r} comes twice: expected once")
+                members.append(Member(extension, header.offset_data, header.size))
+                digests.append(_member_digest(extension, header.size, _pieces(file, header, path)))
+            _check_end(path, file, archive.offset, size)
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: not a whole tar ({error}): it was cut short or is corrupt; copy it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error})") from error
+    if not members:
+        raise DataError(f"{path}: holds no samples: remove it or copy it again")
+    yield ShardEntry(path.name, key, tuple(members), _combine(digests))
+
+
+def _checked_name(path: Path, header: tarfile.TarInfo, size: int) -> tuple[str, str]:
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise DataError(f"{path}: member {header.name[:120]!r} is not a regular file (tar type {header.type!r})")
+    key, dot, extension = header.name.partition(".")
+    if not dot or not KEY_PATTERN.fullmatch(key):
+        raise DataError(
+            f"{path}: member name {header.name[:120]!r}: expected key.extension without folders, the key of "
+            "letters, digits, _ and -"
+        )
+    check_extension(extension)
+    if header.size < 0 or header.offset_data + header.size > size:
+        raise DataError(
+            f"{path}: member {header.name!r} says {header.size} bytes from {header.offset_data}, the file has {size}: "
+            "it was cut short; copy it again"
+        )
+    return key, extension
+
+
+def _pieces(file: BinaryIO, header: tarfile.TarInfo, path: Path) -> Iterator[bytes]:
+    position, end = header.offset_data, header.offset_data + header.size
+    while position < end:
+        piece = os.pread(file.fileno(), min(_HASH_CHUNK, end - position), position)  # leaves tarfile's position alone
+        if not piece:
+            raise DataError(f"{path}: ends inside member {header.name!r}: it was cut short; copy it again")
+        position += len(piece)
+        yield piece
+
+
+def _check_end(path: Path, file: BinaryIO, offset: int, size: int) -> None:
+    """tarfile takes a cut or broken later header for the end; only two blocks of zeros are one."""
+    if os.pread(file.fileno(), 2 * BLOCK, offset) != bytes(2 * BLOCK):
+        raise DataError(
+            f"{path}: no end of archive at byte {offset} of {size}: it was cut short or a header is corrupt, and "
+            "samples may be missing after this point; copy it again"
+        )

@@ -1,0 +1,388 @@
+"""The ledger: what became of every device-hour of a run, in a file that only grows and outlives every crash.
+
+`ledger.jsonl` lies beside the checkpoints. Each attempt (one start of the worker group) appends a `start` line,
+`progress` lines and, if something is left to write it, an `end` line. A line carries the seconds since the one before
+by what they went to, and is synced to the disk off the caller's thread. One torn by a crash is passed over.
+
+Steps are only productive while they are preserved: when a later attempt, or a rollback, goes on from step 40 of a
+segment that had reached step 57, the seconds of steps 41 to 57 move from productive to lost. Nobody has to say so: the
+summary sees it in the recorded ranges of steps. Time that nobody attributed is `other`; time between the last line of a
+killed attempt and the driver's notice is lost. The parts always add up to what was used. The unit is the device-hour:
+seconds times devices, a device being a GPU or, where there is none, a worker.
+
+`Journal` and `JournalWriter`, the file and the thread beneath it, carry the events of `tracking` as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_Range = tuple[str, int, int, float]  # segment, first and last step, productive hours between them
+
+CATEGORIES = ("productive", "lost", "starting", "waiting", "checkpointing", "other")
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Holds a lock file for the block; yields False when another holder keeps it for more than `wait` seconds."""
+    deadline = time.monotonic() + wait
+    with path.open("a") as file:
+        held = True
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if held := time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                break
+            except OSError:  # a file system without locks: that there is one writer is then the caller's care
+                break
+        yield held
+
+
+class Journal:
+    """Lines of JSON in a file that is only appended to. A line is whole or passed over, whenever its writer died."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def append(self, records: Iterable[Mapping[str, Any]], sync: bool = False) -> None:
+        """Appends at once; `sync` waits until the disk has it. Raises OSError, for a full disk for example."""
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if not data:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+", buffering=0) as file:
+            with contextlib.suppress(OSError):  # released by closing; not every file system has locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a torn line must not swallow this one
+                    data = b"\n" + data
+            while data:
+                data = data[file.write(data) :]
+            if sync:
+                os.fsync(file.fileno())
+
+    def read(self, offset: int = 0, lines: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """The whole records from byte `offset`, of at most `lines` lines, and the offset to go on from."""
+        records: list[dict[str, Any]] = []
+        if not self.path.exists():
+            return records, offset
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while lines is None or lines > 0:
+                line = file.readline()
+                if not line.endswith(b"\n"):  # the end, or a line that is still being written
+                    break
+                offset += len(line)
+                lines = None if lines is None else lines - 1
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        records.append(record)
+        return records, offset
+
+    def bookmark(self) -> dict[str, Any]:
+        """What the journal's reader saved of how far it has got; at first {"offset": 0}."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.path.with_suffix(".read.json").read_text())
+        return {"offset": 0}
+
+    def set_bookmark(self, state: Mapping[str, Any]) -> None:
+        """Saves `state`, which has the `offset` to go on from, in a file beside the journal; never half."""
+        path = self.path.with_suffix(".read.json")
+        path.with_suffix(".tmp").write_text(json.dumps(state))
+        path.with_suffix(".tmp").replace(path)
+
+    def unread(self) -> int:
+        """Bytes behind the bookmark."""
+        return max(0, self.path.stat().st_size - self.bookmark()["offset"]) if self.path.exists() else 0
+
+
+class JournalWriter:
+    """Appends to a journal from a thread of its own, so that a slow or full disk never stops the caller.
+
+    Records that could not be written are tried again each second, with those after them. A record may then be in the
+    file twice, so readers must know records by something in them.
+    """
+
+    def __init__(self, journal: Journal, sync: bool, limit: int = 20_000) -> None:
+        self._journal, self._sync, self._limit = journal, sync, limit
+        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(limit)
+        self._closed = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Queues a record and returns at once. When `limit` wait for a disk that hangs, it is dropped and counted."""
+        try:
+            if self._closed:
+                raise queue.Full
+            self._queue.put_nowait(record)
+        except queue.Full:  # losing a point is better than losing GPU-hours
+            self.dropped += 1
+            if self.dropped == 1:
+                logger.warning("%s is closed or its disk hangs: records are dropped", self._journal.path)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Waits up to `timeout` seconds until all that was put is in the file, and ends the thread; True when it is."""
+        deadline = time.monotonic() + timeout
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            with contextlib.suppress(queue.Full):  # wakes a thread that waits for records
+                self._queue.put_nowait(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        waiting: list[Mapping[str, Any]] = []
+        while waiting or not (self._closed and self._queue.empty()):
+            with contextlib.suppress(queue.Empty):
+                record = self._queue.get(timeout=1.0 if waiting else None)
+                while record is not None:
+                    waiting.append(record)
+                    record = self._queue.get_nowait() if len(waiting) < self._limit else None
+            try:
+                self._journal.append(waiting, self._sync)
+                waiting = []
+            except OSError as error:
+                logger.warning("%s can not be written, %d records wait: %s", self._journal.path, len(waiting), error)
+
+
+@dataclass(frozen=True)
+class LedgerSummary:
+    """Device-hours of all attempts so far. `used` is the sum of the six parts; `budget` is None if there is none."""
+
+    used: float
+    productive: float
+    lost: float
+    starting: float
+    waiting: float
+    checkpointing: float
+    other: float
+    attempts: int
+    budget: float | None = None
+
+    @property
+    def goodput(self) -> float:
+        """Productive time that was preserved / all time; 1 before anything was used."""
+        return self.productive / self.used if self.used > 0 else 1.0
+
+    @property
+    def left(self) -> float | None:
+        """Device-hours left of the budget, negative when overspent."""
+        return None if self.budget is None else self.budget - self.used
+
+    @property
+    def spent(self) -> bool:
+        """Whether there is a budget and it is used up."""
+        return self.left is not None and self.left <= 0
+
+    def metrics(self) -> dict[str, float]:
+        """The values to track, by the names of the metrics."""
+        values = {"gpu_hours/used": self.used, "gpu_hours/productive": self.productive, "gpu_hours/lost": self.lost}
+        return values if self.budget is None else {**values, "gpu_hours/budget": self.budget}
+
+
+class Attempt:
+    """One start of the worker group, as it accounts for itself; made by `Ledger.start`, in one process of the group."""
+
+    def __init__(self, ledger: Ledger, devices: int, segment: str, step: int, began: float | None) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self._clock = ledger.clock
+        self._devices, self._segment, self._step, self._reached = devices, segment, step, step
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._last = self._clock() if began is None else began
+        self._lines, self._ended = 0, False
+        self._seconds["starting"] = max(0.0, self._clock() - self._last)
+        ledger.journal.append([self._line("start")], sync=True)  # at once: an attempt that dies early was one too
+        self._writer = JournalWriter(ledger.journal, sync=True)
+
+    def add(self, category: str, seconds: float) -> None:
+        """Adds seconds of the training thread to a category; what nobody adds becomes `other`. Raises ValueError."""
+        if category not in CATEGORIES:
+            raise ValueError(f"ledger category {category!r}: expected one of {', '.join(CATEGORIES)}")
+        self._seconds[category] += max(0.0, seconds)
+
+    @contextlib.contextmanager
+    def measure(self, category: str) -> Iterator[None]:
+        """Adds the time of the block, also of one that raises, to a category."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self.add(category, self._clock() - began)
+
+    def progress(self, step: int, every: float = 0.0) -> None:
+        """Notes that `step` is done; writes a line when the last one is `every` seconds old.
+
+        Write one (`every` 0) whenever a checkpoint is whole: what a killed attempt had not written counts as lost.
+        """
+        self._reached = step
+        if self._clock() - self._last >= every:
+            self._writer.put(self._line("progress"))
+
+    def enter(self, segment: str, step: int) -> None:
+        """Goes on at `step` of the next segment, or of this one after a rollback, which loses what was beyond it."""
+        self._writer.put(self._line("progress"))
+        self._segment, self._step, self._reached = segment, step, step
+        self._writer.put(self._line("enter"))
+
+    def end(self, reason: str, timeout: float = 5.0) -> bool:
+        """Writes the last line, once, with a reason in a few words; True if it is on the disk in `timeout` seconds."""
+        if not self._ended:
+            self._ended = True
+            self._writer.put({**self._line("end"), "reason": reason})
+        return self._writer.close(timeout)
+
+    def _line(self, kind: str) -> dict[str, Any]:
+        """The line of what happened since the last one; begins the next."""
+        now = self._clock()
+        self._seconds["other"] += max(0.0, now - self._last - sum(self._seconds.values()))
+        line = {
+            "kind": kind,
+            "attempt": self.id,
+            "line": self._lines,
+            "time": now,
+            "devices": self._devices,
+            "segment": self._segment,
+            "steps": [self._step, self._reached],
+            "seconds": {key: round(value, 6) for key, value in self._seconds.items() if value},
+        }
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._last, self._step, self._lines = now, self._reached, self._lines + 1
+        return line
+
+
+class Ledger:
+    """The account of a run in the file `path`, which any number of processes may read and append to."""
+
+    def __init__(self, path: Path | str, clock: Callable[[], float] = time.time) -> None:
+        self.journal, self.clock = Journal(path), clock
+        self._offset, self._attempts = 0, 0
+        self._seen: set[tuple[str, int]] = set()
+        self._open: dict[str, dict[str, Any]] = {}  # the last line of each attempt that has not ended
+        self._hours = dict.fromkeys(CATEGORIES, 0.0)
+        self._ranges: list[_Range] = []
+        self._newest = ""  # the attempt that started last
+        self._entries: list[tuple[str, str, int]] = []  # attempt, segment and step of each start and enter
+        self._begun: dict[str, int] = {}  # how many entries there were when an attempt had started
+
+    def start(self, devices: int, segment: str, step: int, began: float | None = None) -> Attempt:
+        """Begins an attempt on `devices` devices that goes on after `step` of `segment`.
+
+        `began` is when its processes started, in seconds since 1970: the time since then is `starting`. Raises OSError
+        when the ledger can not be written.
+        """
+        return Attempt(self, devices, segment, step, began)
+
+    def end_open(self, reason: str) -> int:
+        """Ends the attempts whose workers died without a last line, now: the time since their last line is lost.
+
+        For the driver, when it notices a failure. Returns how many there were.
+        """
+        self._read()
+        now = self.clock()
+        ends = []
+        for line in self._open.values():
+            lost = max(0.0, now - line["time"])
+            end = {"kind": "end", "line": line["line"] + 1, "time": now, "seconds": {"lost": lost}, "reason": reason}
+            ends.append({**line, **end, "steps": [line["steps"][1]] * 2})
+        self.journal.append(ends, sync=True)
+        return len(ends)
+
+    def summary(self, budget_gpu_hours: float | None = None) -> LedgerSummary:
+        """The account of all whole lines; reads only those that are new since the last call."""
+        self._read()
+        return LedgerSummary(sum(self._hours.values()), **self._hours, attempts=self._attempts, budget=budget_gpu_hours)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The account as one small JSON-ready record, to be kept in a checkpoint."""
+        self._read()
+        steps: dict[str, tuple[int, int, float]] = {}
+        for segment, first, last, hours in self._ranges:
+            low, high, total = steps.get(segment, (first, last, 0.0))
+            steps[segment] = (min(low, first), max(high, last), total + hours)
+        ranges = [[segment, *entry] for segment, entry in steps.items()]
+        return {"kind": "snapshot", "hours": dict(self._hours), "attempts": self._attempts, "ranges": ranges}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> bool:
+        """Begins the ledger with a checkpoint's snapshot if its file is gone or empty (on another disk); True if so."""
+        self._read()
+        if self._offset:
+            return False
+        self.journal.append([snapshot], sync=True)
+        return True
+
+    def _read(self) -> None:
+        lines, self._offset = self.journal.read(self._offset)
+        for line in lines:
+            try:
+                self._fold(line)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                logger.warning("%s: a line that is not the ledger's is passed over", self.journal.path)
+
+    def _fold(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "snapshot":
+            self._attempts += line["attempts"]
+            self._hours = {key: self._hours[key] + line["hours"][key] for key in CATEGORIES}
+            self._ranges += [tuple(entry) for entry in line["ranges"]]
+            return
+        mark = (line["attempt"], line["line"])
+        segment, (first, last) = line["segment"], line["steps"]
+        hours = {key: line["seconds"].get(key, 0.0) * line["devices"] / 3600 for key in CATEGORIES}
+        if mark in self._seen:
+            return
+        self._seen.add(mark)
+        self._attempts += line["line"] == 0
+        self._open[line["attempt"]] = line
+        if line["kind"] == "end":
+            del self._open[line["attempt"]]
+        if line["kind"] == "start":
+            self._newest = line["attempt"]
+        if line["kind"] in ("start", "enter") and line["attempt"] == self._newest:
+            self._ranges = self._preserved(self._ranges, segment, first)
+            self._entries.append((line["attempt"], segment, first))
+            self._begun.setdefault(line["attempt"], len(self._entries))
+        for key, value in hours.items():
+            self._hours[key] += value
+        if hours["productive"]:  # without a step that was finished, it is time of the next one
+            done = [(segment, first, max(last, first + 1), hours["productive"])]
+            for attempt, again, step in self._entries[self._begun.get(line["attempt"], 0) :]:
+                if again == segment and attempt != line["attempt"]:  # a late line: the next attempt is at work already
+                    done = self._preserved(done, segment, step)
+            self._ranges += done
+
+    def _preserved(self, ranges: list[_Range], segment: str, step: int) -> list[_Range]:
+        """The ranges without what is beyond `step` of the segment: done again, it moves from productive to lost."""
+        kept = []
+        for name, first, last, hours in ranges:
+            if name == segment and last > step:
+                lost = hours * (last - max(first, step)) / (last - first)
+                self._hours["productive"] -= lost
+                self._hours["lost"] += lost
+                last, hours = step, hours - lost
+            if last > first:
+                kept.append((name, first, last, hours))
+        return kept

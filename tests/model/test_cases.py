@@ -1,0 +1,64 @@
+"""Cases in the release's format. Run: pytest tests/model/test_cases.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from domainshuttle.model.batch import domain_id
+from domainshuttle.model.cases import GenerationCase
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Human", 0),
+        ("Man", 0),
+        ("Woman", 0),
+        ("object", 1),
+        ("Fantasy Domain", 2),
+        ("Background", 3),
+        ("others", 4),
+        ("other", 4),
+        (3, 3),
+        (None, -1),
+        (-1, -1),
+    ],
+)
+def test_domain_names(name: str | int | None, expected: int) -> None:
+    assert domain_id(name) == expected
+
+
+@pytest.mark.parametrize("name", ["alien", "", 5, -2])
+def test_unknown_domains(name: str | int) -> None:
+    with pytest.raises(ValueError, match=r"unknown domain .*human \(0\)"):
+        domain_id(name)
+
+
+def test_release_line(tmp_path: Path) -> None:
+    (tmp_path / "people").mkdir()
+    for name in ("7.jpg", "13.jpg"):
+        (tmp_path / "people" / name).touch()
+    item = {
+        "domain_code": ["Fantasy Domain", "Human"],
+        "seg_meta": [{"seg_file": ["people/7.jpg", "people/13.jpg"]}],
+        "prompts": "Two friends.",
+        "seg_root": "./people",
+    }
+    case = GenerationCase.from_release(item, tmp_path)
+    assert case.prompt == "Two friends."
+    assert [path.name for path in case.references] == ["7.jpg", "13.jpg"]
+    assert case.subjects == (0, 1)
+    assert case.domains == (2, 0)
+    assert GenerationCase.from_release(item | {"seg_root": "."}, tmp_path) == case
+    plain = GenerationCase.from_release({"prompt": "One.", "image_path": "people/7.jpg", "subjects": [0]}, tmp_path)
+    assert plain.domains == (-1,)
+
+
+def test_every_fault_of_a_line_is_named(tmp_path: Path) -> None:
+    item = {"seg_meta": {"seg_file": ["a.jpg"]}, "domain_code": ["Alien"]}
+    with pytest.raises(ValueError, match=r"no prompt.*no picture a\.jpg: tried .*unknown domain 'Alien'"):
+        GenerationCase.from_release(item, tmp_path)
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(ValueError, match="domain_code has 2 entries for 1 pictures"):
+        GenerationCase.from_release(item | {"prompt": "x", "domain_code": ["Human", "Human"]}, tmp_path)
