@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import __version__ as diffusers_version
+from torch import Tensor, nn
+
 from domainshuttle.model.spec import ModelSpec
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.model.weight_files import WeightReader, write_shards
-from torch import Tensor, nn
 
 Layout = Literal["domainshuttle", "release"]
 """Layouts that can be written: this package's (a diffusers folder) and the released model's."""

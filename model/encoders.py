@@ -61,7 +61,8 @@ class BlockDCTCodec(ModelMixin, ConfigMixin):
         super().__init__()
         for name, frames in (("image", 1), ("clip", TEMPORAL_STRIDE)):
             basis, deviation = self._strongest(frames)
-            scale = deviation**whitening
+            # a clip's block has four times an image's pixels: brought to the same size, since Wan's latents are too
+            scale = deviation**whitening * frames ** ((1 - whitening) / 2)
             # [16, 3 * frames * 64]: analysis divides by the scale, synthesis is the transpose times the scale
             self.register_buffer(f"{name}_analysis", basis / scale[:, None])
             self.register_buffer(f"{name}_synthesis", (basis * scale[:, None]).T.contiguous())
@@ -265,5 +266,7 @@ def _locate(source: str, subfolder: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return str(path / subfolder if (path / subfolder).is_dir() else path), {}
     if path.is_absolute() or source.startswith("."):
-        raise ValueError(f"no encoder at {source}: the folder does not exist; give a folder, a hub id or a built-in name")
+        raise ValueError(
+            f"no encoder at {source}: the folder does not exist; give a folder, a hub id or a built-in name"
+        )
     return source, {"subfolder": subfolder}

@@ -14,13 +14,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
 from domainshuttle.model.encoders import BlockDCTCodec, TextEncoder, VideoEncoder, WanVideoEncoder
 from domainshuttle.model.flow import sample_noise
 from domainshuttle.model.sampling import DenoisingState, References, denoise, letterbox
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from PIL import Image
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 SPATIAL_STRIDE, TEMPORAL_STRIDE = 8, 4
 NEGATIVE_PROMPT = (
@@ -174,6 +175,7 @@ class DomainShuttlePipeline(DiffusionPipeline):
         num_inference_steps: int = 40,
         guidance_scale: float = 5.0,
         guidance_scale_2: float | None = None,
+        reference_guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
@@ -202,6 +204,7 @@ class DomainShuttlePipeline(DiffusionPipeline):
             num_inference_steps: denoising steps.
             guidance_scale: 1 for no guidance; with two experts that of the high-noise one (release: 3).
             guidance_scale_2: of the low-noise expert (release: 4); default the same.
+            reference_guidance_scale: of the guidance by the references, beside that by the text; None for none.
             num_videos_per_prompt: how many to make of each prompt.
             generator: of the noise, one or one for each sample.
             seed: instead of a generator: one for each sample; from a single one, sample i gets ``seed + i``.
@@ -236,10 +239,15 @@ class DomainShuttlePipeline(DiffusionPipeline):
             negatives = [negative_prompt] * b if isinstance(negative_prompt, str) else negative_prompt
             negative_prompt_embeds = self.encode_prompt(negatives)
         if references is not None:
-            nested = [[x] if one and x is not None else x for x in (references, reference_subjects, reference_domains)]
-            if len(nested[0]) != b:
-                raise ValueError(f"references of {len(nested[0])} samples for {b} prompts: pass a list for each prompt")
-            reference_latents = self.encode_references(*nested, height, width)
+            if one:  # a single prompt comes with plain lists
+                references, reference_subjects, reference_domains = (
+                    None if x is None else [x] for x in (references, reference_subjects, reference_domains)
+                )
+            if len(references) != b:
+                raise ValueError(
+                    f"references of {len(references)} samples for {b} prompts: pass a list for each prompt"
+                )
+            reference_latents = self.encode_references(references, reference_subjects, reference_domains, height, width)
         if latents is None:
             frames = (num_frames - 1) // TEMPORAL_STRIDE + 1
             size = frames, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
@@ -282,6 +290,7 @@ class DomainShuttlePipeline(DiffusionPipeline):
                 None if reference_latents is None else reference_latents.to(device).repeat(num_videos_per_prompt),
                 attention_kwargs,
                 on_step,
+                reference_guidance_scale,
             )
         frames = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()

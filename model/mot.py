@@ -15,8 +15,9 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
-from domainshuttle.model.rope import apply_rotary
 from torch import Tensor, nn
+
+from domainshuttle.model.rope import apply_rotary
 
 ReferenceGate = Literal["own", "video"]
 ReferenceProjections = Literal["own", "shared"]
@@ -152,12 +153,22 @@ class DomainMoTBlock(nn.Module):
         rotary_emb: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         num_references: int,
+    ) -> Tensor:
+        """Transform tokens [b, F, s, d] of video frames and then ``num_references`` references."""
+        return self._transform(
+            hidden_states, encoder_hidden_states, conditioning, rotary_emb, attention_mask, num_references
+        )
+
+    def _transform(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        conditioning: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        num_references: int,
         keep_references: bool = True,
     ) -> Tensor:
-        """Transform tokens [b, F, s, d]; the result lacks the references where ``keep_references`` is False.
-
-        The last block needs no reference tokens beyond its attention, since only video tokens are decoded.
-        """
         num_frames, tokens = hidden_states.shape[1] - num_references, hidden_states.shape[2]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(conditioning, num_references)
 
@@ -180,3 +191,24 @@ class DomainMoTBlock(nn.Module):
         normed = torch.addcmul(ffn_shift, self.norm3(hidden_states.float()), ffn_scale).type_as(hidden_states)
         update = self.ffn(normed)
         return torch.addcmul(hidden_states.float(), update.float(), ffn_gate).type_as(hidden_states)
+
+
+class FinalDomainMoTBlock(DomainMoTBlock):
+    """The last block, which drops the references behind its attention, since only video tokens are decoded.
+
+    A class of its own, with a forward of its own, so that compilation caches the two kinds apart.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        conditioning: Tensor,
+        rotary_emb: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        num_references: int,
+    ) -> Tensor:
+        """Transform tokens [b, F, s, d] to those of the video frames alone, [b, f, s, d]."""
+        return self._transform(
+            hidden_states, encoder_hidden_states, conditioning, rotary_emb, attention_mask, num_references, False
+        )

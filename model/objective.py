@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig, interpolate, sample_noise, sample_timesteps, velocity
-from torch import Tensor
 
 CrossPairTarget = Literal["stop_gradient", "snapshot"]
 

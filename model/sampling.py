@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler
-from domainshuttle.model.batch import domain_id
-from domainshuttle.model.flow import sampling_schedule
 from PIL import Image
 from torch import Tensor
+
+from domainshuttle.model.batch import domain_id
+from domainshuttle.model.flow import sampling_schedule
 
 Sampler = Literal["euler", "unipc"]
 TRAIN_TIMESTEPS = 1000
@@ -163,10 +164,12 @@ def denoise(
     references: References | None = None,
     attention_kwargs: Mapping[str, Any] | None = None,
     on_step: Callable[[int, float, DenoisingState], None] | None = None,
+    reference_guidance: float | None = None,
 ) -> Tensor:
     """Latents [b, c, f, h, w] of a batch of samples.
 
     Guidance moves the prediction away from that for the negative text with the same references, as in the release.
+    With ``reference_guidance`` that one is moved in turn away from the prediction without references.
 
     Args:
         expert: gives, for a time t in [0, 1], the network and its guidance scale; at most 1 is no guidance.
@@ -176,13 +179,14 @@ def denoise(
         references: of the samples; None for none.
         attention_kwargs: of the network.
         on_step: called after each step with its number, its 1000 t and the state.
+        reference_guidance: scale of the guidance by the references; None for none. It needs a model trained with
+            dropped references, and a third evaluation a step.
 
     Raises:
         ValueError: for a guidance scale above 1 without negative text.
     """
-    given: dict[str, Any] = {} if references is None else dict(references.inputs())
-    if attention_kwargs is not None:
-        given["attention_kwargs"] = dict(attention_kwargs)
+    options: dict[str, Any] = {} if attention_kwargs is None else {"attention_kwargs": dict(attention_kwargs)}
+    given = options | ({} if references is None else dict(references.inputs()))
     for i, timestep in enumerate(set_schedule(scheduler, steps, state.latents.device)):
         network, guidance = expert(timestep / TRAIN_TIMESTEPS)
         times = torch.full((state.latents.shape[0],), timestep, dtype=torch.float32, device=state.latents.device)
@@ -192,6 +196,9 @@ def denoise(
                 raise ValueError(f"guidance scale {guidance} needs negative_prompt_embeds: pass them, or a scale of 1")
             base = network(state.latents, times, state.negative_prompt_embeds, **given, return_dict=False)[0].float()
             velocity = base + guidance * (velocity - base)
+            if reference_guidance is not None and references is not None:
+                bare = network(state.latents, times, state.negative_prompt_embeds, **options, return_dict=False)[0]
+                velocity = velocity + (reference_guidance - 1) * (base - bare.float())
         state.latents = scheduler.step(velocity, scheduler.timesteps[i], state.latents, return_dict=False)[0]
         if on_step is not None:
             on_step(i, timestep, state)

@@ -122,6 +122,167 @@ class ModelSpec:
             chosen |= matches
         return sum(math.prod(shapes[name]) for name in chosen)
 
+    def step_flops(
+        self,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        references: int = 0,
+        paired_references: int | None = None,
+        text_tokens: int | None = None,
+        trained: Iterable[str] = ("*",),
+        recompute: bool = False,
+    ) -> StepFlops:
+        """FLOPs of one training step of one expert: matrix products, two for each multiplication and addition.
+
+        A frozen weight costs no weight gradient, and what lies before the first trained weight no gradient at all.
+
+        Args:
+            latent_size: latent frames, height and width.
+            batch: samples.
+            references: images a sample.
+            paired_references: images of the second set, when the cross-pair loss runs its frozen forward.
+            text_tokens: length of the text; default ``text_len``.
+            trained: patterns of the trained parameters' names.
+            recompute: whether blocks are run again in the backward pass (gradient checkpointing).
+        """
+        patterns = tuple(trained)
+        self.parameters(patterns)  # raises for a pattern without matches
+        sizes = latent_size, batch, text_tokens if text_tokens is not None else self.text_len
+        tally = _trace(self, *sizes, references, patterns)
+        frozen = 0 if paired_references is None else _trace(self, *sizes, paired_references, ()).forward
+        return StepFlops(tally.forward, tally.backward, frozen, tally.blocks_forward if recompute else 0)
+
+    def activation_bytes(
+        self,
+        latent_size: tuple[int, int, int],
+        *,
+        batch: int = 1,
+        references: int = 0,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        recompute: bool = True,
+    ) -> int:
+        """Memory of what the blocks keep for the backward pass, without compilation and with everything trained.
+
+        With ``recompute`` that is the input of every block, and all of the one block that is being run again.
+        """
+        tokens = batch * (self.tokens(latent_size) + references * self.reference_tokens(latent_size))
+        per_width, per_hidden = _KEPT_BYTES[dtype]
+        block = tokens * (per_width * self.dim + per_hidden * self.ffn_dim)
+        if not recompute:
+            return self.num_layers * block
+        return block + self.num_layers * tokens * self.dim * {"bfloat16": 2, "float32": 4}[dtype]
+
+
+_KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
+"""Bytes that one block keeps for a token, for each of its width and of its hidden width: counted on the network."""
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of the parts of a training step."""
+
+    forward: int
+    backward: int
+    frozen_forward: int
+    """The cross-pair loss's forward without gradients."""
+    recompute: int
+
+    @property
+    def model(self) -> int:
+        """What the mathematics needs: the base of the model FLOPs utilisation (MFU)."""
+        return self.forward + self.backward + self.frozen_forward
+
+    @property
+    def hardware(self) -> int:
+        """What is computed, recomputation included."""
+        return self.model + self.recompute
+
+
+class _Tally:
+    """Counts FLOPs along the network, and follows which tensors need a gradient."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], patterns: tuple[str, ...]) -> None:
+        self.forward = self.backward = self.blocks_forward = 0
+        self._shapes = shapes
+        self._trained = {name for name in shapes if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+    def trains(self, *names: str) -> bool:
+        return any(name in self._trained for name in names)
+
+    def linear(self, name: str, rows: int, needs: bool) -> bool:
+        """``rows`` vectors through the layer ``name``; returns whether the result needs a gradient."""
+        weight = f"{name}.weight"
+        flops = 2 * rows * math.prod(self._shapes[weight])
+        self.forward += flops
+        self.backward += flops * (needs + self.trains(weight))
+        return needs or self.trains(weight, f"{name}.bias")
+
+    def attention(self, queries: int, keys: int, width: int, needs: tuple[bool, bool, bool]) -> bool:
+        """Attention of all heads; ``needs`` of query, key and value."""
+        q, k, v = needs
+        flops = 2 * queries * keys * width
+        self.forward += 2 * flops
+        self.backward += flops * (q + k) + flops * ((q or k) + v)
+        return q or k or v
+
+
+def _trace(
+    spec: ModelSpec,
+    latent_size: tuple[int, int, int],
+    batch: int,
+    text_tokens: int,
+    references: int,
+    patterns: tuple[str, ...],
+) -> _Tally:
+    """Follow a forward of the network, as ``transformer`` and ``mot`` compute it."""
+    tally = _Tally(spec.parameter_shapes(), patterns)
+    own = "_ref" if spec.reference_projections == "own" else ""
+    video = batch * spec.tokens(latent_size)
+    reference = batch * references * spec.reference_tokens(latent_size)
+    text = batch * text_tokens
+
+    domain = False
+    x = tally.linear(f"patch_embedding{own}", reference, False)
+    if spec.domain_adaln:
+        domain = tally.trains("domain_embedding_ref.weight")
+        for name in ("film_scale_ref", "film_shift_ref"):
+            x = tally.linear(name, batch * references, domain) or x
+    x = tally.linear("patch_embedding", video, False) or x
+    time = tally.linear("condition_embedder.time_embedder.linear_1", batch, False)
+    time = tally.linear("condition_embedder.time_embedder.linear_2", batch, time)
+    modulation = tally.linear("condition_embedder.time_proj", batch, time) or domain
+    context = tally.linear("condition_embedder.text_embedder.linear_1", text, False)
+    context = tally.linear("condition_embedder.text_embedder.linear_2", text, context)
+
+    before = tally.forward
+    for i in range(spec.num_layers):
+        block = f"blocks.{i}"
+        modulated = modulation or tally.trains(f"{block}.scale_shift_table", f"{block}.scale_shift_table_ref")
+        x = x or modulated
+        needs = []
+        for projection in "qkv":
+            name = f"{block}.attn1.to_{projection}"
+            out = tally.linear(name, video, x)
+            out = tally.linear(f"{name}{own}", reference, x) or out
+            needs.append(out or tally.trains(f"{block}.attn1.norm_{projection}.weight"))
+        tokens = spec.tokens(latent_size) + references * spec.reference_tokens(latent_size)
+        # every sample attends within itself
+        out = tally.attention(batch * tokens, tokens, spec.dim, (needs[0], needs[1], needs[2]))
+        x = tally.linear(f"{block}.attn1.to_out.0", video + reference, out) or x
+        kept = video + (reference if i + 1 < spec.num_layers else 0)
+        x = x or tally.trains(f"{block}.norm2.weight", f"{block}.norm2.bias")
+        q = tally.linear(f"{block}.attn2.to_q", kept, x) or tally.trains(f"{block}.attn2.norm_q.weight")
+        k = tally.linear(f"{block}.attn2.to_k", text, context) or tally.trains(f"{block}.attn2.norm_k.weight")
+        v = tally.linear(f"{block}.attn2.to_v", text, context)
+        out = tally.attention(kept, text_tokens, spec.dim, (q, k, v))
+        x = tally.linear(f"{block}.attn2.to_out.0", kept, out) or x
+        out = tally.linear(f"{block}.ffn.net.0.proj", kept, x)
+        x = tally.linear(f"{block}.ffn.net.2", kept, out) or x
+    tally.blocks_forward = tally.forward - before
+    tally.linear("proj_out", video, x or time or tally.trains("scale_shift_table"))
+    return tally
+
 
 PRESETS: dict[str, ModelSpec] = {
     "wan2.1-t2v-1.3b": ModelSpec(num_layers=30, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960),

@@ -1,7 +1,7 @@
 """The DomainShuttle network: Wan's video transformer with a reference branch.
 
-Everything that Wan's transformer does not have ends in ``_ref`` or holds ``_ref`` in its name; all other parameters are
-named as in diffusers' ``WanTransformer3DModel``, and with no references the two compute the same.
+What Wan's transformer does not have holds ``_ref`` in its name; all other parameters are named as in diffusers'
+``WanTransformer3DModel``, and with no references the two compute the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from diffusers.utils import apply_lora_scale
-from domainshuttle.model.mot import DomainMoTBlock, ReferenceGate, ReferenceProjections
-from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, ReferenceGate, ReferenceProjections
+from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -92,7 +93,7 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
-    _no_split_modules: ClassVar = ["DomainMoTBlock"]
+    _no_split_modules: ClassVar = ["DomainMoTBlock", "FinalDomainMoTBlock"]
     _keep_in_fp32_modules: ClassVar = [
         "time_embedder",
         "scale_shift_table",
@@ -101,7 +102,7 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
         "norm2",
         "norm3",
     ]
-    _repeated_blocks: ClassVar = ["DomainMoTBlock"]
+    _repeated_blocks: ClassVar = ["DomainMoTBlock", "FinalDomainMoTBlock"]
 
     @register_to_config
     def __init__(
@@ -150,7 +151,7 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
             self.film_scale_ref = nn.Linear(dim, dim, bias=False)
             self.film_shift_ref = nn.Linear(dim, dim, bias=False)
         self.blocks = nn.ModuleList(
-            DomainMoTBlock(
+            (DomainMoTBlock if i + 1 < num_layers else FinalDomainMoTBlock)(
                 dim,
                 ffn_dim,
                 num_attention_heads,
@@ -160,7 +161,7 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
                 reference_projections,
                 domain_adaln,
             )
-            for _ in range(num_layers)
+            for i in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
@@ -267,7 +268,7 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
         conditioning = self.condition(time.unflatten(1, (6, -1)), domain, grid[0])
 
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             arguments = (
                 hidden_states,
                 encoder_hidden_states,
@@ -275,7 +276,6 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
                 rotary_emb,
                 attention_mask,
                 num_references,
-                i + 1 < len(self.blocks),
             )
             hidden_states = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
 

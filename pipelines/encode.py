@@ -5,11 +5,10 @@ reads those samples from their shards itself, and writes the encoded shard itsel
 store. Samples that can't be decoded or fitted go to the quarantine table with their reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,47 +40,49 @@ class EncoderSources:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What an actor has to know."""
+class EncodingJob:
+    """One corpus to encode: from its raw index into a folder."""
 
     corpus: str
     raw_index: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A job with its parts, as the actors need it."""
+
+    job: EncodingJob
     parts: Parts
-    sources: EncoderSources
-    identity: dict[str, Any]
-    samples_per_part: int
-    shard_bytes: int
+    metadata: IndexMetadata
 
 
 class _EncodingActor:
-    """Holds the encoders; each call encodes the parts named in its batch."""
+    """Holds the encoders; each call encodes the part of the job that its row names."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, works: list[_Work], sources: EncoderSources, samples_per_part: int, shard_bytes: int) -> None:
         torch.set_num_threads(1)
-        self.work = work
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.video, self.text = load_encoders(work.sources, self.device)
-        self.index = Index.load(work.raw_index, verify=False)
+        self.works, self.samples_per_part, self.shard_bytes = works, samples_per_part, shard_bytes
+        self.video, self.text = load_encoders(sources, "cuda" if torch.cuda.is_available() else "cpu")
+        self.indexes = [Index.load(work.job.raw_index, verify=False) for work in works]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = [self.encode_part(int(part)) for part in batch["part"]]
-        return {"samples": np.array([c[0] for c in counts]), "bad": np.array([c[1] for c in counts])}
+        counts = [self.encode_part(int(job), int(part)) for job, part in zip(batch["job"], batch["part"], strict=True)]
+        return {"done": np.array([sum(count) for count in counts])}
 
-    def encode_part(self, part: int) -> tuple[int, int]:
-        work = self.work
-        start = part * work.samples_per_part
-        numbers = range(start, min(start + work.samples_per_part, len(self.index)))
+    def encode_part(self, number: int, part: int) -> tuple[int, int]:
+        work, index = self.works[number], self.indexes[number]
+        start = part * self.samples_per_part
+        rows = index.rows(range(start, min(start + self.samples_per_part, len(index))))
         infos, bad = {}, []
-        with ShardWriter(work.parts.folder, work.parts.prefix(part), work.shard_bytes) as writer:
-            for row, sample in encode_rows(self.index.rows(list(numbers)), self.video, self.text):
+        with ShardWriter(work.parts.folder, work.parts.prefix(part), self.shard_bytes) as writer:
+            for row, sample in encode_rows(rows, self.video, self.text):
                 if isinstance(sample, DataError):
                     bad.append(BadSample(row.source, row.shard, row.key, str(sample)))
                     continue
                 writer.write(sample.key, sample.members())
                 infos[sample.key] = sample.info, row.bucket
-        rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
-        metadata = IndexMetadata(corpus=work.corpus, stage="encoded", encoders=work.identity)
-        return work.parts.finish(part, rows, bad, metadata)
+        return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
 
 
 def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEncoder, TextEncoder]:
@@ -123,12 +124,15 @@ def _encode_batch(
     encoded = iter(video.encode(torch.cat(flat))[:, :, 0]) if flat else iter(())
     texts = text.encode([sample.info.caption for _, sample in good])
     for (row, sample), target_latents, pictures, words in zip(good, latents, references, texts, strict=True):
-        yield row, EncodedSample(
-            key=sample.key,
-            info=sample.info,
-            target=_bits(target_latents),
-            references=[_bits(next(encoded)) for _ in pictures],
-            text=_bits(words),
+        yield (
+            row,
+            EncodedSample(
+                key=sample.key,
+                info=sample.info,
+                target=_bits(target_latents),
+                references=[_bits(next(encoded)) for _ in pictures],
+                text=_bits(words),
+            ),
         )
 
 
@@ -156,44 +160,44 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return bits
 
 
-def encode_corpus(
-    corpus: str,
-    raw_index: Path,
-    folder: Path,
+def encode(
+    jobs: Sequence[EncodingJob],
     sources: EncoderSources,
     progress: Progress,
     actors: int = 2,
     gpus_per_actor: float = 0.0,
     samples_per_part: int = 64,
     shard_bytes: int = 1 << 30,
-) -> tuple[IndexMetadata, int]:
-    """Encodes what is missing of a corpus on the Ray cluster that is connected, and makes the encoded index.
+) -> list[tuple[IndexMetadata, int]]:
+    """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
 
-    Returns the index's metadata and the number of samples in quarantine. Raises DataError when too many are bad.
+    Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError when too many
+    are bad.
     """
-    raw = Index.load(raw_index)
     video, text = load_encoders(sources)
     identity = {"video": video.identity, "text": text.identity, "transform": TRANSFORM}
-    parts = Parts(folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
-    parts.begin()
-    save_file({"text": text.encode([""])[0].to(torch.bfloat16).contiguous()}, folder / EMPTY_CAPTION_NAME)
-    missing = parts.missing()
+    works, missing, total, left = [], [], 0, 0
+    for number, job in enumerate(jobs):
+        raw = Index.load(job.raw_index)
+        parts = Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
+        parts.begin()
+        save_file({"text": text.encode([""])[0].to(torch.bfloat16).contiguous()}, job.folder / EMPTY_CAPTION_NAME)
+        works.append(_Work(job, parts, IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity)))
+        missing += [{"job": number, "part": part} for part in parts.missing()]
+        total += len(raw)
+        left += sum(min(samples_per_part, len(raw) - part * samples_per_part) for part in parts.missing())
     if missing:
-        work = _Work(corpus, raw_index, parts, sources, identity, samples_per_part, shard_bytes)
-        table = pa.table({"part": pa.array(missing, pa.int64())})
-        done = len(raw) - len(missing) * samples_per_part
+        done = total - left
         # one block a part, so that any actor can take the next one
-        encoded = ray.data.from_arrow([table.slice(row, 1) for row in range(len(missing))]).map_batches(
+        encoded = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing]).map_batches(
             _EncodingActor,
-            fn_constructor_args=(work,),
+            fn_constructor_args=(works, sources, samples_per_part, shard_bytes),
             batch_size=1,
-            concurrency=min(actors, len(missing)),
-            num_cpus=1 if not gpus_per_actor else None,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
+            num_cpus=None if gpus_per_actor else 1,
             num_gpus=gpus_per_actor or None,
         )
         for result in encoded.iter_batches(batch_size=1, batch_format="numpy"):
-            done += int(result["samples"].sum() + result["bad"].sum())
-            progress(max(0, min(done, len(raw))), len(raw))
-    return parts.merge(IndexMetadata(corpus=corpus, stage="encoded", encoders=identity))
-
-
+            done += int(result["done"].sum())
+            progress(done, total)
+    return [work.parts.merge(work.metadata) for work in works]

@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.index_filter import RowFilter
 from domainshuttle.pipelines.sample import DOMAINS, DataError, SampleInfo, sample_id
 from domainshuttle.pipelines.shards import Member, ShardEntry, sync_folder
 from domainshuttle.pipelines.table_digest import combined_digest, table_digest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"domainshuttle.index"
@@ -256,11 +257,13 @@ class Index:
                     "index the shards again"
                 )
             table = file.read(columns=list(columns or SCHEMA.names)).replace_schema_metadata(None)
-        except (OSError, pa.ArrowException, ValidationError) as error:
+            table = table.unify_dictionaries().combine_chunks()
+            if verify and columns is None and table_digest(_blocks(table), metadata.identity()) != metadata.digest:
+                raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
+        except DataError:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors
             raise DataError(f"index {path} can't be read ({error}); index the shards again") from error
-        table = table.unify_dictionaries().combine_chunks()
-        if verify and columns is None and table_digest(_blocks(table), metadata.identity()) != metadata.digest:
-            raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
         return cls(_with_place(table, metadata.corpus, str(path.parent)), (metadata,), metadata.digest)
 
     @classmethod

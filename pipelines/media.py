@@ -10,10 +10,11 @@ from fractions import Fraction
 import av
 import numpy as np
 import simplejpeg
-from domainshuttle.pipelines.buckets import Bucket, contain_geometry, cover_geometry
-from domainshuttle.pipelines.sample import DataError
 from numpy.typing import NDArray
 from PIL import Image
+
+from domainshuttle.pipelines.buckets import Bucket, contain_geometry, cover_geometry
+from domainshuttle.pipelines.sample import DataError
 
 Pixels = NDArray[np.uint8]
 
@@ -23,7 +24,9 @@ MAX_PIXELS = 64_000_000
 
 def encode_jpeg(picture: Pixels, quality: int = 92) -> bytes:
     """[h,w,3] uint8 to JPEG bytes, chroma not subsampled."""
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=quality, colorspace="RGB", colorsubsampling="444")
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(picture), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
 
 
 def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
@@ -67,9 +70,7 @@ def decode_image(data: bytes | memoryview, name: str = "image") -> Pixels:
         raise DataError(f"{name}: not a readable JPEG, PNG or WebP picture ({error})") from error
 
 
-def decode_video(
-    data: bytes | memoryview, frames: int, fps: float | None = None, name: str = "video"
-) -> Pixels:
+def decode_video(data: bytes | memoryview, frames: int, fps: float | None = None, name: str = "video") -> Pixels:
     """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: the clip's own rate).
 
     A frame at time k / fps is the last one shown at that time. Raises DataError when the clip can't be decoded or

@@ -28,6 +28,7 @@ from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.index import Index
 from domainshuttle.pipelines.permutation import ROUNDS, mixed, permuted
@@ -75,8 +76,8 @@ class StepPlan:
     """The plan of an index. `plan[s]` is the batch of step s >= 0, for any s; the plan has no end.
 
     `mixture` gives each source of the index its share of the samples (any positive scale; 0 leaves a source out); None
-    means by their counts. Raises DataError on an empty index, a source that is unknown or has no weight, or a bad
-    weight.
+    or an empty one means by their counts. Raises DataError on an empty index, a source that is unknown or has no
+    weight, or a bad weight.
     """
 
     def __init__(self, index: Index, mixture: Mapping[str, float] | None, seed: int, global_batch: int) -> None:
@@ -259,7 +260,7 @@ class StepPlan:
 
 def _checked_mixture(mixture: Mapping[str, float] | None, sizes: Mapping[str, int]) -> dict[str, float]:
     """The mixture as shares that sum to 1."""
-    weights = dict(mixture) if mixture is not None else {source: float(size) for source, size in sizes.items()}
+    weights = dict(mixture) if mixture else {source: float(size) for source, size in sizes.items()}
     unknown, without = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
     if unknown:
         raise DataError(

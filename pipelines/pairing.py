@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from domainshuttle.pipelines.sample import DataError
 
 # Streams of random numbers of one sample and epoch, apart so that one more draw here does not shift the others.

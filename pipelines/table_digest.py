@@ -37,6 +37,9 @@ def combined_digest(*parts: str | bytes) -> str:
 
 
 def _hash_values(digest: Any, values: pa.Array) -> None:
+    # Null values are hashed as such, and then as nothing: what their places hold is the writer's chance.
+    valid = pc.is_valid(values).to_numpy(zero_copy_only=False).tobytes() if values.null_count else b"all"
+    digest.update(valid)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_map(values.type):
@@ -46,14 +49,17 @@ def _hash_values(digest: Any, values: pa.Array) -> None:
         for child in values.flatten():
             _hash_values(digest, child)
     elif pa.types.is_list(values.type):
-        digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
+        digest.update(_numbers(pc.list_value_length(values), np.int64))
         _hash_values(digest, values.flatten())
     elif pa.types.is_string(values.type):
-        values = values.cast(pa.large_string())
-        digest.update(pc.binary_length(values).to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+        values = pc.fill_null(values, "").cast(pa.large_string())
+        digest.update(_numbers(pc.binary_length(values), np.int64))
         offsets = np.frombuffer(values.buffers()[1] or b"", np.int64)[values.offset : values.offset + len(values) + 1]
         if len(values):
             digest.update(memoryview(values.buffers()[2] or b"")[offsets[0] : offsets[-1]])
     else:
-        digest.update(pc.is_valid(values).to_numpy(zero_copy_only=False).tobytes())
-        digest.update(pc.fill_null(values, 0).to_numpy(zero_copy_only=False).tobytes())
+        digest.update(_numbers(values, values.type.to_pandas_dtype()))
+
+
+def _numbers(values: pa.Array, dtype: Any) -> bytes:
+    return pc.fill_null(values, 0).to_numpy(zero_copy_only=False).astype(dtype, copy=False).tobytes()

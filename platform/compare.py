@@ -1,7 +1,7 @@
 """`domainshuttle compare`: the runs of one or more experiments side by side, as a table, a picture and a page.
 
 The table is a tree, a schedule with its segments below it, and shows of the configuration only the keys in which the
-schedules differ. The picture shows losses against steps and against GPU-hours. All of it is read through `tracking`.
+schedules differ. The picture shows losses against steps and against GPU-hours. All of it is read through `records`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.platform import tracking
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from domainshuttle.platform.records import RunRecord, read_history, read_runs
 
 LOSSES = ("loss", "loss/flow", "loss/cross_pair")
 _HOURS = "gpu_hours/used"
@@ -33,7 +34,7 @@ _STATUS_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "kill
 class Row:
     """A run in the table: `depth` 0 is a schedule, 1 one of its segments; texts by column and by configuration key."""
 
-    run: tracking.RunRecord
+    run: RunRecord
     label: str
     depth: int
     values: dict[str, str]
@@ -46,7 +47,7 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     `runs` chooses schedules by their name or the beginning of their id; without it all are shown. Raises
     ConnectionError when the server does not answer, LookupError for an experiment or a run that is not there.
     """
-    records = tracking.read_runs(uri, experiments)
+    records = read_runs(uri, experiments)
     ids = {record.id for record in records}
     parents = [record for record in records if record.parent not in ids]
     for wanted in runs:
@@ -55,12 +56,12 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
             raise LookupError(f"no run {wanted!r} in {', '.join(experiments)}; there are: {names}")
     if runs:
         parents = [record for record in parents if any(_is(record, wanted) for wanted in runs)]
-    names = [(record.experiment, record.name) for record in parents]
+    titles = [(record.experiment, record.name) for record in parents]
     configs = [configuration(record) for record in parents]
     keys = differing(configs)
     rows: list[Row] = []
     for parent, config in zip(parents, configs, strict=True):
-        unique = names.count((parent.experiment, parent.name)) == 1
+        unique = titles.count((parent.experiment, parent.name)) == 1
         label = parent.name if unique else f"{parent.name} ({parent.id[:6]})"
         if len(experiments) > 1:
             label = f"{parent.experiment}: {label}"
@@ -79,11 +80,11 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     return rows
 
 
-def _is(record: tracking.RunRecord, wanted: str) -> bool:
+def _is(record: RunRecord, wanted: str) -> bool:
     return wanted == record.name or record.id.startswith(wanted)
 
 
-def configuration(record: tracking.RunRecord) -> dict[str, str]:
+def configuration(record: RunRecord) -> dict[str, str]:
     """The params of a run; of those that were changed on a resume the newest values."""
     changed = {key.removeprefix("changed."): value for key, value in record.tags.items() if key.startswith("changed.")}
     return {**record.params, **changed}
@@ -95,14 +96,14 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({config.get(key) for config in configs}) > 1]
 
 
-def _steps(record: tracking.RunRecord) -> int | None:
+def _steps(record: RunRecord) -> int | None:
     """The last step that anything was logged at; system metrics count samples, not steps."""
     return max((step for key, step in record.steps.items() if not key.startswith("system/")), default=None)
 
 
-def _values(uri: str, record: tracking.RunRecord, steps: int | None, hours: float) -> dict[str, str]:
+def _values(uri: str, record: RunRecord, steps: int | None, hours: float) -> dict[str, str]:
     metrics = record.metrics
-    losses = tracking.read_history(uri, record.id, "loss") if "loss" in metrics else []
+    losses = read_history(uri, record.id, "loss") if "loss" in metrics else []
     finite = [value for _, value in losses if math.isfinite(value)]
     return {
         "status": record.status.lower(),
@@ -182,8 +183,8 @@ class Piece:
     schedule: str
     segment: str
     first_step: int
-    steps: Sequence[float]
-    hours: Sequence[float]
+    steps: Any  # numpy arrays
+    hours: Any
     values: Sequence[float]
 
 
@@ -195,11 +196,12 @@ def pieces(uri: str, rows: Sequence[Row], loss: str) -> list[Piece]:
     for row in rows:
         if row.depth == 0:
             schedule, offset = row.label, 0
-        points = [point for point in tracking.read_history(uri, row.run.id, loss) if math.isfinite(point[1])]
+        points = [point for point in read_history(uri, row.run.id, loss) if math.isfinite(point[1])]
         if points:
             steps = numpy.array([step for step, _ in points])
-            used = tracking.read_history(uri, row.run.id, _HOURS) or [(0, math.nan)]
-            hours = numpy.interp(steps, *zip(*used, strict=True), left=math.nan, right=math.nan)
+            used = read_history(uri, row.run.id, _HOURS) or [(0, math.nan)]
+            known, at = [step for step, _ in used], [hour for _, hour in used]
+            hours = numpy.interp(steps, known, at, left=math.nan, right=math.nan)
             found.append(Piece(schedule, row.label, offset, steps + offset, hours, [value for _, value in points]))
         offset += _steps(row.run) or 0
     return found

@@ -34,7 +34,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which transformer: the base to start from, or the size of a new one."""
 
-    base: str | None = Field(None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release")
+    base: str | None = Field(
+        None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release"
+    )
     size: dict[str, Any] = Field(
         default_factory=dict, description="arguments of DomainShuttleTransformer3DModel when there is no base"
     )
@@ -43,7 +45,9 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":
         if (self.base is None) == (not self.size):
-            raise ValueError("give either `base` (weights to start from) or `size` (a new model), not both and not neither")
+            raise ValueError(
+                "give either `base` (weights to start from) or `size` (a new model), not both and not neither"
+            )
         return self
 
 
@@ -127,7 +131,9 @@ class ClusterSection(Section):
     cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
     gpus_per_worker: int = Field(0, ge=0, le=1)
     max_failures: int = Field(3, ge=0, description="restarts of the worker group before the run is given up")
-    dashboard_port: int | None = Field(None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard")
+    dashboard_port: int | None = Field(
+        None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
+    )
 
 
 class EngineSection(Section):
@@ -276,7 +282,9 @@ def _read(source: str) -> tuple[str, str]:
     names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     if path.stem in names and path.suffix in ("", ".yaml") and str(path.parent) in (".", "configs"):
         return (shipped / f"{path.stem}.yaml").read_text(), f"{path.stem}.yaml (shipped)"
-    raise ConfigError(f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(names)}")
+    raise ConfigError(
+        f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(names)}"
+    )
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -238,7 +238,9 @@ def _finish_export(folder: Path, names: dict[str, str], size: int, module: nn.Mo
     count = len(set(names.values()))
     stem = "diffusion_pytorch_model"
     final = {
-        f"part-{n:05d}.safetensors": f"{stem}-{n:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
+        f"part-{n:05d}.safetensors": f"{stem}-{n:05d}-of-{count:05d}.safetensors"
+        if count > 1
+        else f"{stem}.safetensors"
         for n in range(1, count + 1)
     }
     for old, new in final.items():

@@ -18,70 +18,56 @@ This is the only module that imports mlflow, and it does so when something is fi
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import logging
 import os
-import re
-import socket
-import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
-from domainshuttle.platform.ledger import Journal, JournalWriter, locked
+from domainshuttle.platform.spool import (
+    PARAM_CHARS,
+    TAG_CHARS,
+    BackgroundLog,
+    Journal,
+    absolute_uri,
+    artifact_event,
+    bounded,
+    locked,
+    mask_secrets,
+    metrics_event,
+    new_event,
+    one_line,
+    reachable,
+    status_event,
+    texts_event,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 
-_SCHEDULE, _SEGMENT, _PARENT = "domainshuttle.schedule", "domainshuttle.segment", "mlflow.parentRunId"
-_BATCH_METRICS, _BATCH_TEXTS, _PARAM_CHARS, _TAG_CHARS = 1000, 100, 6000, 8000  # MLflow's limits
+_SCHEDULE, _SEGMENT, PARENT_TAG = "domainshuttle.schedule", "domainshuttle.segment", "mlflow.parentRunId"
+_BATCH_METRICS, _BATCH_TEXTS = 1000, 100  # MLflow's limits
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # trying again is the sender's business
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
-_SECRET = re.compile(r"(?i)(^|[._-])(password|passwd|secret|token|api_?key|credentials?)$")
 
 
-def mask_secrets(text: str) -> str:
-    """`text` with `***` for the user and password of every URL in it."""
-    return re.sub(r"(\w://)[^/\s'\"]+@", r"\1***@", text)
-
-
-def absolute_uri(uri: str) -> str:
-    """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is."""
-    path = uri.removeprefix("sqlite:///")
-    return uri if path in ("", uri) else f"sqlite:///{Path(path).expanduser().resolve()}"
-
-
-def reachable(uri: str, timeout: float = 2.0) -> bool:
-    """Whether a server answers, in about 2 x `timeout` seconds; True for what is not a plain HTTP server."""
-    address = urlsplit(uri)
-    host, tls = address.hostname, address.scheme == "https"
-    if address.scheme not in ("http", "https") or not host:
-        return True
-    if address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
-        return True  # a connection of our own says nothing about a server behind a proxy
-    try:
-        with socket.create_connection((host, address.port or (443 if tls else 80)), timeout) as connection:
-            if tls:  # only the client knows the certificates
-                return True
-            path = address.path.rstrip("/") + "/health"
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-            return connection.recv(1) != b""
-    except OSError:
-        return False
-
-
-def _client(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
     """A client that gives up soon: left alone it tries a refused port for four minutes (RELIABILITY.md, fact 6)."""
-    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    for name, value in {**limits, "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}.items():
+    for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
@@ -127,12 +113,14 @@ class _Sender:
         self._failing = False
         folder.mkdir(parents=True, exist_ok=True)
 
-    @functools.cached_property
+    @cached_property
     def client(self) -> MlflowClient:
-        return _client(self.ids.tracking_uri)
+        return connect(self.ids.tracking_uri)
 
     def drain(self, deadline: float = float("inf"), wait: float = 0.0) -> bool:
         """Sends until nothing is left (True), the server fails, another sends for `wait` seconds or time is over."""
+        if self._run_id and not self.journal.unread():
+            return True
         with locked(self.folder / f"{self.stem}.lock", wait) as held:
             try:
                 if held and not reachable(self.ids.tracking_uri):
@@ -148,7 +136,7 @@ class _Sender:
             except Exception as error:  # whatever a store raises, training goes on and the events stay on disk
                 self._run_id = None  # it may have been deleted: look for it again
                 if not self._failing:
-                    logger.warning("tracking: %s; events wait in %s", _line(error), self.folder)
+                    logger.warning("tracking: %s; events wait in %s", one_line(error), self.folder)
                 self._failing = True
         return False
 
@@ -179,7 +167,7 @@ class _Sender:
                 logger.warning("tracking: the experiment %r had been deleted and is restored", name)
         run = self.ids.parent = self._open_run(experiment_id, self.ids.parent, self.ids.name, {_SEGMENT: ""})
         if segment is not None:
-            tags = {_SEGMENT: segment, _PARENT: run}
+            tags = {_SEGMENT: segment, PARENT_TAG: run}
             run = self._open_run(experiment_id, self.ids.segments.get(segment), segment, tags)
             self.ids.segments[segment] = run
         return run
@@ -194,8 +182,8 @@ class _Sender:
             run = self.client.create_run(experiment_id, tags=tags, run_name=name)
             if known:
                 logger.warning("tracking: the run %s is gone, %s continues it", known, run.info.run_id)
-        elif run.data.tags.get(_PARENT) != tags.get(_PARENT):  # the parent was the one deleted
-            self.client.set_tag(run.info.run_id, _PARENT, tags[_PARENT])
+        elif run.data.tags.get(PARENT_TAG) != tags.get(PARENT_TAG):  # the parent was the one deleted
+            self.client.set_tag(run.info.run_id, PARENT_TAG, tags[PARENT_TAG])
         return run.info.run_id
 
     def _active(self, run_id: str) -> Any:
@@ -212,38 +200,32 @@ class _Sender:
 
     def _send(self, run_id: str, events: Sequence[Mapping[str, Any]], last_step: dict[str, int]) -> None:
         """Sends events in their order; `last_step`, the highest step sent of each metric, grows with them."""
-        from mlflow.entities import Metric
-
-        batch: list[Metric] = []
+        batch: list[Any] = []
         for event in [*events, None]:
-            if event is not None and event["kind"] == "metrics":
-                for key, value in event["values"].items():
-                    step = last_step.get(key, -1) + 1 if event["step"] is None else event["step"]
-                    if step > last_step.get(key, -1):
-                        last_step[key] = step
-                        batch.append(Metric(key, value, event["time"], step))
+            if event is not None and event.get("kind") == "metrics":
+                self._attempt(run_id, partial(_add_points, batch, event, last_step))
                 continue
             for first in range(0, len(batch), _BATCH_METRICS):
                 part = batch[first : first + _BATCH_METRICS]
-                if not self._attempt(run_id, self.client.log_batch, run_id, part):
-                    for metric in part:  # one bad point must not take the others with it
-                        self._attempt(run_id, self.client.log_batch, run_id, [metric])
-            batch = []
+                if not self._attempt(run_id, partial(self.client.log_batch, run_id, part)):
+                    for point in part:  # one bad point must not take the others with it
+                        self._attempt(run_id, partial(self.client.log_batch, run_id, [point]))
+            batch.clear()
             if event is not None:
-                self._attempt(run_id, self._apply, run_id, event, last_step)
+                self._attempt(run_id, partial(self._apply, run_id, event, last_step))
 
-    def _attempt(self, run_id: str, call: Callable[..., None], *arguments: Any) -> bool:
-        """Calls. What the server will never take is passed over with a warning (False), other errors are raised."""
+    def _attempt(self, run_id: str, call: Callable[[], Any]) -> bool:
+        """Calls. What is damaged, or never accepted, is passed over with a warning (False); other errors are raised."""
         from mlflow.exceptions import MlflowException
 
         try:
-            call(*arguments)
+            call()
             return True
-        except (MlflowException, FileNotFoundError) as error:
-            refused = isinstance(error, FileNotFoundError) or error.error_code in _REFUSALS
-            if not refused or self._active(run_id) is None:
+        except (MlflowException, FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            temporary = isinstance(error, MlflowException) and error.error_code not in _REFUSALS
+            if temporary or self._active(run_id) is None:
                 raise
-            logger.warning("tracking: refused and passed over: %s", _line(error))
+            logger.warning("tracking: refused and passed over: %s", one_line(error))
             return False
 
     def _apply(self, run_id: str, event: Mapping[str, Any], last_step: Mapping[str, int]) -> None:
@@ -294,31 +276,15 @@ class _Sender:
             self.client.log_batch(run_id, tags=items[first : first + _BATCH_TEXTS])
 
 
-def _line(error: Exception) -> str:
-    return mask_secrets(str(error) or type(error).__name__).splitlines()[0][:300]
+def _add_points(batch: list[Any], event: Mapping[str, Any], last_step: dict[str, int]) -> None:
+    """Adds the points of an event that are beyond what was sent of their metric."""
+    from mlflow.entities import Metric
 
-
-def _event(kind: str, **values: Any) -> dict[str, Any]:
-    return {"kind": kind, "time": time.time_ns() // 1_000_000, **values}
-
-
-def _texts(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """Params or tags as MLflow accepts them, without secrets."""
-    texts = {_name(key): "***" if _SECRET.search(key) else mask_secrets(str(value)) for key, value in values.items()}
-    return _event(kind, values={k: v if len(v) <= limit else v[: limit - 3] + "..." for k, v in texts.items()})
-
-
-def _name(key: str) -> str:
-    return re.sub(r"[^\w\-./ :]", "_", key)[:250]
-
-
-def _artifact(path: Path | str, to: str | None) -> dict[str, Any]:
-    return _event("artifact", path=str(Path(path).resolve()), to=to)
-
-
-def _status(status: str, error: BaseException | str = "", parent: bool = False) -> dict[str, Any]:
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-    return _event("status", status=status, error=mask_secrets(text)[:_TAG_CHARS], parent=parent)
+    for key, value in event["values"].items():
+        step = last_step.get(key, -1) + 1 if event["step"] is None else event["step"]
+        if step > last_step.get(key, -1):
+            batch.append(Metric(key, float(value), int(event["time"]), int(step)))
+            last_step[key] = step
 
 
 class Tracker:
@@ -329,39 +295,44 @@ class Tracker:
 
     def __init__(self, ids: RunIds, spool: Path | str, timeout: float = 30.0) -> None:
         self.ids, self.folder, self.timeout = ids, Path(spool), timeout
-        self._sender = functools.cache(lambda segment: _Sender(ids, self.folder, segment))
+        self._sender = cache(lambda segment: _Sender(ids, self.folder, segment))
 
     def _put(self, segment: str | None, *events: Mapping[str, Any]) -> bool:
         sender = self._sender(segment)
         sender.journal.append(events)
-        return _bounded(lambda: sender.drain(wait=self.timeout), self.timeout)
+        return bounded(lambda: sender.drain(wait=self.timeout), self.timeout)
 
     def open_segment(
         self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
     ) -> bool:
         """Creates or resumes the run of a segment: of a stage, or of one expert's stage."""
-        texts = _texts("params", params or {}, _PARAM_CHARS), _texts("tags", tags or {}, _TAG_CHARS)
-        return self._put(name, _status("RUNNING", parent=True), *texts)
+        texts = texts_event("params", params or {}, PARAM_CHARS), texts_event("tags", tags or {}, TAG_CHARS)
+        return self._put(name, status_event("RUNNING", parent=True), *texts)
 
     def tag(self, tags: Mapping[str, Any], segment: str | None = None) -> bool:
         """Sets tags of the schedule's or a segment's run."""
-        return self._put(segment, _texts("tags", tags, _TAG_CHARS))
+        return self._put(segment, texts_event("tags", tags, TAG_CHARS))
 
     def artifact(self, path: Path | str, artifact_path: str | None = None, segment: str | None = None) -> bool:
         """Uploads a file or folder, which has to stay where it is until it was sent."""
-        return self._put(segment, _artifact(path, artifact_path))
+        return self._put(segment, artifact_event(path, artifact_path))
 
     def log_dataset(self, name: str, digest: str, path: str, rows: int, segment: str | None = None) -> bool:
         """Records a dataset of `rows` samples as an input; MLflow keeps 36 characters of its index's digest."""
-        return self._put(segment, _event("input", name=name, digest=digest[:36], path=mask_secrets(path), rows=rows))
+        return self._put(segment, new_event("input", name=name, digest=digest[:36], path=mask_secrets(path), rows=rows))
+
+    def log(self, metrics: Mapping[str, float], step: int = 0, segment: str | None = None) -> bool:
+        """Logs what the driver measures, such as an evaluation."""
+        return self._put(segment, metrics_event(step, metrics))
 
     def fail(self, error: BaseException | str, segment: str | None = None) -> bool:
         """Marks the schedule's run, and the segment's, as FAILED with the error as the tag `error`."""
-        return self._put(segment, _status("FAILED", error, parent=True))
+        return self._put(segment, status_event("FAILED", error, parent=True))
 
     def finish(self, status: str = "FINISHED", segment: str | None = None) -> bool:
-        """Ends the schedule's or a segment's run, as FINISHED or KILLED."""
-        return self._put(segment, _status(status))
+        """Ends the schedule's or a segment's run, as FINISHED or KILLED; with the schedule's all segments are sent."""
+        sent = self._put(segment, status_event(status))
+        return sent if segment else flush_spool(self.ids, self.folder, self.timeout) == 0
 
 
 def open_schedule(
@@ -382,16 +353,15 @@ def open_schedule(
     """
     uri = absolute_uri(uri)
     tracker = Tracker(RunIds.from_dict(ids.to_dict(), uri) if ids else RunIds(uri, experiment, name), spool, timeout)
-    texts = _texts("params", params, _PARAM_CHARS), _texts("tags", tags, _TAG_CHARS)
-    tracker._put(None, _status("RUNNING"), *texts, *(_artifact(path, None) for path in artifacts))
+    texts = texts_event("params", params, PARAM_CHARS), texts_event("tags", tags, TAG_CHARS)
+    tracker._put(None, status_event("RUNNING"), *texts, *(artifact_event(path, None) for path in artifacts))
+    # what earlier attempts left is sent beside the training
+    bounded(lambda: flush_spool(tracker.ids, spool, timeout=3600) == 0, timeout=0)
     return tracker
 
 
-class MetricLogger:
-    """The worker's side, on one rank: logs to a segment's run without ever delaying the caller.
-
-    One thread writes events to the spool, another sends them and samples the system.
-    """
+class MetricLogger(BackgroundLog):
+    """The worker's side, on one rank: logs to a segment's run without ever delaying the caller."""
 
     def __init__(
         self,
@@ -407,90 +377,7 @@ class MetricLogger:
         Both intervals are in seconds. Raises OSError when `spool` can not be made.
         """
         self._sender = _Sender(ids, Path(spool), segment)
-        self._writer = JournalWriter(self._sender.journal, sync=False)
-        self._send_every, self._system_every = send_every, system_every
-        self._closing, self._deadline = threading.Event(), float("inf")
-        self._writer.put(_status("RUNNING", parent=True))
-        if start_step is not None:
-            self._writer.put(_event("resume", step=start_step))
-        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs numbers at a step of the segment, in some microseconds (but a GPU's tensor would make it wait).
-
-        Raises TypeError or ValueError for what is not a number.
-        """
-        self._writer.put(_event("metrics", step=int(step), values={_name(k): float(v) for k, v in metrics.items()}))
-
-    def tag(self, tags: Mapping[str, Any]) -> None:
-        """Sets tags of the segment's run."""
-        self._writer.put(_texts("tags", tags, _TAG_CHARS))
-
-    def artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
-        """Uploads a file or folder, which has to stay where it is until it was sent."""
-        self._writer.put(_artifact(path, artifact_path))
-
-    def fail(self, error: BaseException | str, timeout: float = 10.0) -> bool:
-        """Marks the segment's and the schedule's run as FAILED, with the error as a tag, and closes."""
-        self._writer.put(_status("FAILED", error, parent=True))
-        return self.close(timeout)
-
-    def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> bool:
-        """Ends the segment's run, as FINISHED or KILLED, and closes."""
-        self._writer.put(_status(status))
-        return self.close(timeout)
-
-    def close(self, timeout: float = 10.0) -> bool:
-        """Puts everything on the disk and sends for at most `timeout` seconds; True when the server has it all."""
-        self._deadline = time.monotonic() + timeout
-        written = self._writer.close(timeout)
-        self._closing.set()
-        self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        return written and self._sender.journal.unread() == 0
-
-    def _deliver(self) -> None:
-        now, pause = time.monotonic(), self._send_every
-        send, sample = now + pause, now + (self._system_every or float("inf"))
-        while not self._closing.wait(max(0.0, min(send, sample) - time.monotonic())):
-            if time.monotonic() >= sample:
-                sample += self._system_every or 0
-                self._writer.put(_event("metrics", step=None, values=_system_metrics()))
-            if time.monotonic() >= send:
-                pause = self._send_every if self._sender.drain() else min(30.0, 2 * pause + 0.5)
-                send = time.monotonic() + pause
-        while not self._sender.drain(self._deadline) and time.monotonic() + 1 < self._deadline:
-            time.sleep(0.5)
-
-
-def _system_metrics() -> dict[str, float]:
-    """Load of this process, this machine and its GPUs, by the names under which MLflow shows system metrics."""
-    import psutil
-
-    values = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
-        "system/process_memory_gigabytes": psutil.Process().memory_info().rss / 2**30,
-    }
-    with contextlib.suppress(Exception):  # no NVML, no GPU, or one that does not tell
-        import pynvml
-
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            values[f"system/gpu_{index}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            values[f"system/gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
-    return values
-
-
-def _bounded(call: Callable[[], Any], timeout: float) -> bool:
-    """Whether `call` returned True within `timeout` seconds; if not, it goes on in the background."""
-    result: list[Any] = []
-    thread = threading.Thread(target=lambda: result.append(call()), name="tracking", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(result and result[0])
+        super().__init__(self._sender.journal, self._sender.drain, start_step, send_every, system_every)
 
 
 def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:
@@ -499,72 +386,5 @@ def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:
     segments = [None if stem == "schedule" else unquote(stem.removeprefix("segment-")) for stem in stems]
     senders = [_Sender(ids, Path(spool), segment) for segment in segments]
     deadline = time.monotonic() + timeout
-    _bounded(lambda: [sender.drain(deadline, wait=deadline - time.monotonic()) for sender in senders], timeout)
+    bounded(lambda: [sender.drain(deadline, wait=deadline - time.monotonic()) for sender in senders], timeout)
     return sum(sender.journal.unread() for sender in senders)
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run as the server has it: times in seconds since 1970, the last value and the last step of each metric."""
-
-    id: str
-    parent: str | None
-    experiment: str
-    name: str
-    status: str
-    start: float
-    end: float | None
-    params: dict[str, str]
-    tags: dict[str, str]
-    metrics: dict[str, float]
-    steps: dict[str, int]
-
-
-def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
-    """All runs of the experiments, oldest first, without deleted ones.
-
-    Raises ConnectionError when the server does not answer, and LookupError for an experiment it does not have.
-    """
-    uri = absolute_uri(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise LookupError(f"there is no store {uri}; train first, or set tracking.uri")
-    if not reachable(uri):
-        raise ConnectionError(f"the tracking server {mask_secrets(uri)} does not answer: start it or set tracking.uri")
-    client = _client(uri)
-    known = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
-    for name in experiments:
-        if name not in known.values():
-            there = ", ".join(sorted(known.values()))
-            raise LookupError(f"no experiment {name!r} in {mask_secrets(uri)}; it has: {there}")
-    chosen = [key for key, name in known.items() if name in experiments]
-    records: list[RunRecord] = []
-    token = None
-    while token or not records:
-        page = client.search_runs(chosen, order_by=["attributes.start_time ASC"], page_token=token)
-        for run in page:
-            info, data = run.info, run.data
-            records.append(
-                RunRecord(
-                    id=info.run_id,
-                    parent=data.tags.get(_PARENT),
-                    experiment=known[info.experiment_id],
-                    name=info.run_name,
-                    status=info.status,
-                    start=info.start_time / 1000,
-                    end=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
-                    params=data.params,
-                    tags=data.tags,
-                    metrics=data.metrics,
-                    steps={metric.key: metric.step for metric in data._metric_objs},
-                )
-            )
-        token = page.token
-        if not token:
-            break
-    return records
-
-
-def read_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """The (step, value) points of a metric, by step."""
-    points = _client(absolute_uri(uri)).get_metric_history(run_id, key)
-    return sorted((point.step, point.value) for point in points)

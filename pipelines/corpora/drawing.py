@@ -6,6 +6,7 @@ its colours, as an object, as a fantasy creature, or as the pattern of a backgro
 colours, so that only the references can tell them.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -16,25 +17,22 @@ SUPERSAMPLING = 3
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (214, 36, 36),
-    "orange": (240, 132, 16),
-    "yellow": (242, 212, 30),
-    "lime": (142, 204, 34),
-    "green": (22, 132, 56),
-    "teal": (16, 168, 160),
-    "sky": (64, 164, 244),
-    "blue": (36, 56, 204),
-    "violet": (126, 44, 190),
-    "magenta": (232, 52, 168),
-    "brown": (128, 74, 34),
+    "orange": (244, 136, 12),
+    "yellow": (240, 216, 24),
+    "green": (28, 148, 52),
+    "teal": (16, 178, 168),
+    "sky": (72, 164, 244),
+    "blue": (36, 52, 204),
+    "violet": (132, 48, 196),
+    "magenta": (236, 56, 168),
 }
 FORMS = ("ball", "box", "kite", "star", "heart", "gem", "drop", "gear")
-MARKINGS = ("belt", "stripes", "dots", "half")
+MARKINGS = ("belt", "stripes", "half")
 SCENES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "meadow": ((226, 236, 224), (196, 212, 192)),
     "beach": ((224, 234, 242), (234, 226, 204)),
     "street": ((222, 224, 228), (176, 178, 184)),
     "room": ((238, 230, 222), (206, 196, 186)),
-    "night": ((92, 96, 112), (66, 68, 80)),
 }
 SKIN = ((244, 214, 190), (214, 172, 138), (160, 118, 90))
 
@@ -74,16 +72,26 @@ class Pose:
 def identities(count: int, seed: int) -> list[Identity]:
     """`count` identities, all different, in an order that depends on the seed only.
 
-    Natives are interleaved (object, human, object, human, object, background ...) so that any contiguous range
-    of them has every domain.
+    Colour pairs come in rounds, each pair (of either order) once a round: any 36 identities in a row differ in their
+    pair of colours. Natives are interleaved, so that any few in a row have every domain.
     """
-    colours = list(PALETTE)
-    every = [(f, c, m, k) for f in FORMS for c in colours for m in MARKINGS for k in colours if k != c]
-    if count > len(every):
-        raise ValueError(f"identities={count}: at most {len(every)} different ones can be drawn; ask for fewer")
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(every))[:count]
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    pairs = list(itertools.combinations(PALETTE, 2))
+    looks = [(form, marking, turned) for form in FORMS for marking in MARKINGS for turned in (False, True)]
+    if count > len(pairs) * len(looks):
+        raise ValueError(f"identities={count}: at most {len(pairs) * len(looks)} different ones can be drawn")
+    pair_order = rng.permutation(len(pairs))
+    look_orders = [rng.permutation(len(looks)) for _ in pairs]
     natives = ("object", "human", "object", "human", "object", "human", "object", "background")
-    return [Identity(n, natives[n % 8], *every[i], skin=n % len(SKIN)) for n, i in enumerate(order)]
+    found = []
+    for number in range(count):
+        round_, place = divmod(number, len(pairs))
+        pair = int(pair_order[place])
+        form, marking, turned = looks[int(look_orders[pair][round_])]
+        colour, marking_colour = pairs[pair][::-1] if turned else pairs[pair]
+        native = natives[(number + round_) % len(natives)]
+        found.append(Identity(number, native, form, colour, marking, marking_colour, skin=number % len(SKIN)))
+    return found
 
 
 def _outline(form: str, steps: int = 96) -> np.ndarray:
@@ -138,8 +146,7 @@ def _marking_polygons(marking: str) -> list[np.ndarray]:
         return [bar(y, y + 0.32) for y in (-0.95, -0.32, 0.31, 0.94)]
     if marking == "half":
         return [bar(0.0, 1.6)]
-    disc = _outline("ball", 24) * 0.3
-    return [disc + offset for offset in ((-0.45, -0.4), (0.45, -0.4), (0.0, 0.08), (-0.45, 0.55), (0.45, 0.55))]
+    raise ValueError(f"unknown marking {marking!r}; expected one of {MARKINGS}")
 
 
 def _paint(layer: Image.Image, outline: np.ndarray, who: Identity, pose: Pose, side: int) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
 from domainshuttle.pipelines.corpora.drawing import SCENES, Identity, Pose, draw_scene, identities
 from domainshuttle.pipelines.media import Pixels, encode_jpeg, encode_mp4
 from domainshuttle.pipelines.sample import DOMAINS, RawSample, Reference, SampleInfo, Subject
-from pydantic import BaseModel, ConfigDict, Field
 
 MOTIONS: dict[str, tuple[float, float, float]] = {
     # whole displacement over a clip in picture sides, and turn in radians
@@ -87,9 +88,7 @@ class SpritesBuilder:
             for turn in range(config.references_per_subject):
                 origin, picture = self._reference(one, domains[index], turn, rng)
                 name = f"ref{len(references)}.jpg"
-                references.append(
-                    Reference(file=name, subject=index, origin=origin, size=(config.side, config.side))
-                )
+                references.append(Reference(file=name, subject=index, origin=origin, size=(config.side, config.side)))
                 files[name] = encode_jpeg(picture)
         info = SampleInfo(
             caption=caption(cast, domains, scene, motion if config.kind == "video" else None),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 
 TINY = {

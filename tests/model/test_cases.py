@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from domainshuttle.model.batch import domain_id
 from domainshuttle.model.cases import GenerationCase
 

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from domainshuttle.model.convert import (
     convert_checkpoint,
     expert_folders,
@@ -20,8 +23,6 @@ from domainshuttle.model.convert import (
     to_release,
 )
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 RELEASE_CONFIG = {

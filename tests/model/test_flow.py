@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from domainshuttle.model.flow import (
     FlowConfig,
     interpolate,
@@ -15,8 +18,6 @@ from domainshuttle.model.flow import (
     unshift,
     velocity,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 IDS = torch.randint(-(2**62), 2**62, (40_000,), generator=torch.Generator().manual_seed(0))
 

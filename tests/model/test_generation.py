@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from PIL import Image
+
 from domainshuttle.model.convert import from_wan
 from domainshuttle.model.encoders import BlockDCTCodec, byte_umt5
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import DenoisingState, References, denoise, letterbox, make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from PIL import Image
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig, sample_noise, sample_timesteps
 from domainshuttle.model.objective import LossOutput, training_loss
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from torch import Tensor
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 FLOW = FlowConfig(shift=5.0)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from domainshuttle.model.rope import axis_dims
-from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from torch import Tensor
 from torch.nn import functional as F
+
+from domainshuttle.model.rope import axis_dims
+from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from domainshuttle.model.rope import apply_rotary, axis_dims, image_index, rotary_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from domainshuttle.model.rope import apply_rotary, axis_dims, image_index, rotary_embedding
 
 
 def embedding(grid: tuple[int, int, int], subjects: list[int], head_dim: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

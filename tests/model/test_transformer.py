@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from torch import Tensor
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 

@@ -1,6 +1,9 @@
 """Buckets and their geometry. Run: pytest tests/pipelines/test_buckets.py"""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from domainshuttle.pipelines.buckets import (
     Bucket,
     choose_bucket,
@@ -10,8 +13,6 @@ from domainshuttle.pipelines.buckets import (
     standard_buckets,
 )
 from domainshuttle.pipelines.sample import DataError
-from hypothesis import given
-from hypothesis import strategies as st
 
 SIDES = st.integers(1, 5000)
 
@@ -50,6 +51,7 @@ def test_a_class_costs_nearly_the_same_in_every_shape(resolution: str) -> None:
     ("clip", "expected"),
     [
         ((100, 1080, 1920), "81x720x1280"),  # the largest class that needs no enlarging
+        ((100, 1080, 1872), "81x720x1280"),  # also where a smaller class would crop a little less
         ((100, 600, 1000), "81x480x832"),
         ((100, 1920, 1080), "81x1280x720"),
         ((80, 1080, 1920), "49x720x1280"),  # the longest that it fills
@@ -64,6 +66,10 @@ def test_choice(clip: tuple[int, int, int], expected: str) -> None:
     buckets = standard_buckets("480p", [1, 49, 81]) + standard_buckets("720p", [1, 49, 81])
     assert str(choose_bucket(*clip, buckets)) == expected
     assert str(choose_bucket(*clip, reversed(buckets))) == expected
+
+
+def test_a_larger_bucket_that_would_crop_much_is_not_chosen() -> None:
+    assert choose_bucket(1, 1400, 1400, [Bucket(1, 720, 1280), Bucket(1, 624, 624)]) == Bucket(1, 624, 624)
 
 
 def test_no_bucket_is_an_error_that_says_why() -> None:

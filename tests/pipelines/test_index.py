@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from domainshuttle.pipelines import index as index_module
 from domainshuttle.pipelines.index import SCHEMA, Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.sample import ORIGINS, DataError, Reference, SampleInfo, Subject, sample_id
 from domainshuttle.pipelines.shards import Member, ShardEntry, ShardWriter, read_members, sample_checksum
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 RAW = IndexMetadata(corpus="sprites", stage="raw")
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -114,10 +115,11 @@ def test_the_digest_is_of_the_content_only(tmp_path: Path, monkeypatch: pytest.M
     ]
     for change in (
         {"shard": "z-0.tar"}, {"key": "z"}, {"sample_id": 1}, {"members": (Member("json", 1, 5),)}, {"frames": 9},
-        {"fps": None}, {"bucket": "1x64x64"}, {"domains": (4,)}, {"scores": {"aesthetic": 9.0}}, {"checksum": 77},
+        {"fps": None}, {"fps": 0.0}, {"bucket": "1x64x64"}, {"domains": (4,)}, {"scores": {"aesthetic": 9.0}},
+        {"checksum": 77},
     ):  # fmt: skip
         others.append(write_index(tmp_path / "d.parquet", [replace(made[0], **change), *made[1:]], RAW).digest)
-    assert len({digest, *others}) == 14
+    assert len({digest, *others}) == 15
     # blocks are an implementation's matter only as long as all are cut alike
     monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", 4)
     blocked = write_index(tmp_path / "e.parquet", made, RAW).digest

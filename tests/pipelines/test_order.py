@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from domainshuttle.pipelines.index import Index, IndexMetadata
 from domainshuttle.pipelines.order import PlannedBatch, StepPlan
 from domainshuttle.pipelines.permutation import ROUNDS, permuted
 from domainshuttle.pipelines.sample import DataError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BUCKETS = ["1x64x64", "5x64x64", "5x64x96", "81x480x832"]
 Counts = dict[tuple[str, str], int]
@@ -121,6 +122,10 @@ MIXTURES: dict[str, tuple[Counts, dict[str, float] | None]] = {
     "own buckets": (
         {("uno", BUCKETS[0]): 50, ("uno", BUCKETS[1]): 20, ("musar", BUCKETS[2]): 40, ("musar", BUCKETS[3]): 9},
         {"uno": 0.3, "musar": 0.7},
+    ),
+    "many own buckets": (
+        {("abc"[n % 3], f"{1 + 4 * n}x64x64"): 3 + (9 * (n % 3) + 4 * (n // 3) ** 2) % 11 for n in range(21)},
+        {"a": 3, "b": 2, "c": 1},
     ),
     "one rare": ({("uno", BUCKETS[0]): 500, ("musar", BUCKETS[1]): 20, ("echo", BUCKETS[2]): 1}, None),
     "skewed": ({(s, b): 7 + 5 * i * j for i, s in enumerate("abcde") for j, b in enumerate(BUCKETS)},
@@ -307,7 +312,11 @@ def test_a_changed_order_is_refused_on_resume_by_name(changes: dict[str, object]
 def test_plans_of_equal_state_are_equal() -> None:
     """Scaled weights, counts given as weights, and numpy numbers make no other plan."""
     index = make_index(COUNTED)
-    for mixtures in (({"uno": 1, "musar": 3}, {"uno": 0.25, "musar": 0.75}), (None, {"uno": 40.0, "musar": 28})):
+    for mixtures in (
+        (None, {}),
+        ({"uno": 1, "musar": 3}, {"uno": 0.25, "musar": 0.75}),
+        (None, {"uno": 40.0, "musar": 28}),
+    ):
         plans = [StepPlan(index, mixture, 1, 8) for mixture in mixtures]
         assert plans[0].state() == plans[1].state() and plans[0].digest == plans[1].digest
         assert all(same(plans[0][step], plans[1][step]) for step in (*range(20), 10**9))

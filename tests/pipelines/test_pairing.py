@@ -3,10 +3,11 @@
 from collections import Counter
 
 import pytest
-from domainshuttle.pipelines.pairing import Pairing, augmented_view, choose_references
-from domainshuttle.pipelines.sample import ORIGINS, DataError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from domainshuttle.pipelines.pairing import Pairing, augmented_view, choose_references
+from domainshuttle.pipelines.sample import ORIGINS, DataError
 
 PICTURES = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(ORIGINS)), min_size=0, max_size=14)
 SEEDS = st.integers(0, 2**63)

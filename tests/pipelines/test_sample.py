@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from domainshuttle.pipelines.sample import (
     DataError,
     EncodedSample,
@@ -21,8 +24,6 @@ from domainshuttle.pipelines.sample import (
     tensor_views,
     to_bfloat16_bits,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def make_info(**changes: object) -> SampleInfo:

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.shards import (
     Member,
@@ -21,8 +24,6 @@ from domainshuttle.pipelines.shards import (
     sample_checksum,
     scan_shard,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 Samples = dict[str, dict[str, bytes]]
 

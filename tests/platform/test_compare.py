@@ -10,10 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from domainshuttle.platform import compare
-from domainshuttle.platform.tracking import MetricLogger, open_schedule
 from PIL import Image
 from rich.console import Console
+
+from domainshuttle.platform import compare
+from domainshuttle.platform.tracking import MetricLogger, open_schedule
 
 
 def train(uri: str, experiment: str, name: str, folder: Path, cross_pair: bool, lr: float, scale: float) -> None:
@@ -22,7 +23,7 @@ def train(uri: str, experiment: str, name: str, folder: Path, cross_pair: bool, 
     tracker = open_schedule(uri, experiment, name, params, {}, folder)
     hours = 0.0
     for segment, steps in (("stage1", 40), ("stage2", 60)):
-        logger = MetricLogger(tracker.ids, segment, folder, system_every=0.01)
+        logger = MetricLogger(tracker.ids, segment, folder, system_every=0.05)
         for step in range(1, steps + 1):
             hours += 0.01 * scale
             loss = scale * math.exp(-step / 30)

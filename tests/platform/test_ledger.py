@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from domainshuttle.platform.ledger import CATEGORIES, Journal, JournalWriter, Ledger, LedgerSummary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from domainshuttle.platform.ledger import CATEGORIES, Ledger, LedgerSummary
+from domainshuttle.platform.spool import Journal, JournalWriter
 
 
 class Clock:
@@ -99,7 +101,7 @@ def test_a_rollback_inside_an_attempt_loses_what_was_beyond(ledger: Ledger, cloc
     for step in range(1, 31):
         with attempt.measure("productive"):
             clock.now += 10
-        attempt.progress(step, every=100)  # so that some of it is not written yet
+        attempt.progress(step, every=70)  # so that the last of it is not written yet
     attempt.enter("stage1", 20)
     with attempt.measure("productive"):
         clock.now += 100
@@ -220,6 +222,15 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path: Path, clock: Cloc
     (tmp_path / "kept.jsonl").rename(path)  # there is room again
     attempt.end("stopped")
     assert Ledger(path, clock).summary().used == pytest.approx(3.0)
+
+
+def test_a_line_that_was_written_twice_counts_once(ledger: Ledger, clock: Clock) -> None:
+    attempt = ledger.start(1, "stage1", 0)
+    clock.now += 3600
+    attempt.end("stopped")
+    ledger.journal.append(ledger.journal.read()[0])  # as after a disk was full in the middle of a write
+    assert (ledger.summary().used, ledger.summary().attempts) == (pytest.approx(1.0), 1)
+    assert ledger.end_open("") == 0
 
 
 def test_a_checkpoint_brings_the_account_to_a_new_disk(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from domainshuttle.platform import tracking
+
+from domainshuttle.platform import records, spool, tracking
 from domainshuttle.platform.tracking import MetricLogger, RunIds, Tracker, flush_spool, open_schedule
 
 
@@ -36,8 +37,9 @@ def refused() -> str:
 
 
 @pytest.fixture
-def black_hole() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
+def black_hole(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that accepts connections and never answers, for which the sender waits 0.5 s here."""
+    monkeypatch.setattr(spool.reachable, "__defaults__", (0.5,))
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(50)
@@ -54,7 +56,7 @@ def log_steps(logger: MetricLogger, steps: range, offset: float = 0.0) -> None:
 
 
 def steps_of(store: str, run_id: str, key: str = "loss") -> list[int]:
-    return [step for step, _ in tracking.read_history(store, run_id, key)]
+    return [step for step, _ in records.read_history(store, run_id, key)]
 
 
 def move(ids: RunIds, uri: str) -> RunIds:
@@ -75,7 +77,7 @@ def test_a_schedule_is_a_parent_with_a_child_a_segment(store: str, tmp_path: Pat
     assert logger.finish()
     assert tracker.finish()
 
-    parent, child = tracking.read_runs(store, ["structure"])
+    parent, child = records.read_runs(store, ["structure"])
     assert (parent.id, child.id) == (tracker.ids.parent, tracker.ids.segments["stage2/high"])
     assert (parent.name, child.name, child.parent) == ("a run", "stage2/high", parent.id)
     assert (parent.status, child.status) == ("FINISHED", "FINISHED")
@@ -83,7 +85,7 @@ def test_a_schedule_is_a_parent_with_a_child_a_segment(store: str, tmp_path: Pat
     assert parent.tags["cluster"] == "desk" and child.tags["note"] == "first"
     assert child.metrics == {"loss": 1 / 30, "loss/flow": 2 / 30} and child.steps == {"loss": 30, "loss/flow": 30}
     assert steps_of(store, child.id) == list(range(1, 31))
-    client = tracking._client(store)
+    client = tracking.connect(store)
     assert [file.path for file in client.list_artifacts(parent.id)] == ["config.yaml"]
     assert [file.path for file in client.list_artifacts(child.id, "files")] == ["files/config.yaml"]
     (entry,) = client.get_run(child.id).inputs.dataset_inputs
@@ -98,7 +100,7 @@ def test_a_restart_goes_on_in_the_same_runs_without_doubled_points(store: str, t
     log_steps(logger, range(1, 58))
     time.sleep(0.2)
     assert logger.fail(RuntimeError("a worker died"))
-    failed_parent, failed_child = tracking.read_runs(store, ["restart"])
+    failed_parent, failed_child = records.read_runs(store, ["restart"])
     assert (failed_parent.status, failed_child.status) == ("FAILED", "FAILED")
     assert failed_child.tags["error"] == failed_parent.tags["error"] == "RuntimeError: a worker died"
     assert not any(tag.startswith("resumed.") for tag in failed_child.tags)
@@ -109,19 +111,19 @@ def test_a_restart_goes_on_in_the_same_runs_without_doubled_points(store: str, t
     log_steps(logger, range(41, 81), offset=5)
     time.sleep(0.2)
     assert logger.close()
-    parent, child = tracking.read_runs(store, ["restart"])
+    parent, child = records.read_runs(store, ["restart"])
     assert (parent.id, child.id) == (failed_parent.id, failed_child.id)
     assert (parent.status, child.status) == ("RUNNING", "RUNNING")
     assert parent.params["steps"] == "100" and parent.tags["changed.steps"] == "200" and "changed.lr" not in parent.tags
     assert "41 to 57" in child.tags["resumed.40"]
-    points = tracking.read_history(store, child.id, "loss")
+    points = records.read_history(store, child.id, "loss")
     assert [step for step, _ in points] == list(range(1, 81))
     assert dict(points)[57] == 1 / 57 and dict(points)[58] == 5 + 1 / 58  # the first points stay, new ones follow
     system = steps_of(store, child.id, "system/process_memory_gigabytes")
     assert system == list(range(len(system))) and len(system) > 10  # numbered on across the restart
 
     schedule(store, "restart", tmp_path, again.ids, steps=100, lr=0.1)
-    assert tracking.read_runs(store, ["restart"])[0].tags["changed.steps"] == "100"
+    assert records.read_runs(store, ["restart"])[0].tags["changed.steps"] == "100"
 
 
 @pytest.mark.parametrize("server", ["refused", "black_hole"])
@@ -144,7 +146,7 @@ def test_a_dead_server_never_delays_and_gets_everything_later(
 
     ids = move(tracker.ids, store)
     assert flush_spool(ids, tmp_path / "spool") == 0
-    parent, child = tracking.read_runs(store, [f"dead-{server}"])
+    parent, child = records.read_runs(store, [f"dead-{server}"])
     assert (parent.id, child.id) == (ids.parent, ids.segments["stage1"])
     assert (parent.params, parent.status, child.tags["error"]) == ({"seed": "1"}, "FAILED", "disk full")
     assert steps_of(store, child.id) == list(range(1, 201))
@@ -176,8 +178,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_an_answer_that_is_lost_doubles_nothing(store: str, tmp_path: Path) -> None:
-    tracker = schedule(store, "answers", tmp_path)
-    tracker.open_segment("stage1")
+    tracker = Tracker(RunIds(store, "answers", "a run"), tmp_path / "spool")
+    assert tracker.open_segment("stage1")
     logger = MetricLogger(tracker.ids, "stage1", tmp_path / "spool", send_every=0.05)
     send = logger._sender.client.log_batch
     lost = []
@@ -216,14 +218,14 @@ def test_a_deleted_run_is_continued_by_a_new_one_with_the_whole_history(
     while "stage1" not in tracker.ids.segments and time.monotonic() < deadline:
         time.sleep(0.05)
     old_parent, old_child = tracker.ids.parent, tracker.ids.segments["stage1"]
-    client = tracking._client(store)
+    client = tracking.connect(store)
     client.delete_run(old_child)  # while the worker logs
     client.delete_run(old_parent)
     log_steps(logger, range(11, 21))
     assert logger.finish()
 
     again = schedule(store, "deleted", tmp_path, RunIds.from_dict(tracker.ids.to_dict()), seed=1)
-    parent, child = tracking.read_runs(store, ["deleted"])
+    parent, child = records.read_runs(store, ["deleted"])
     assert {parent.id, child.id}.isdisjoint({old_parent, old_child})
     assert (parent.tags["continues"], child.tags["continues"]) == (old_parent, old_child)
     assert child.parent == parent.id == again.ids.parent
@@ -234,29 +236,32 @@ def test_a_deleted_run_is_continued_by_a_new_one_with_the_whole_history(
     # ids of a checkpoint older than the deletion lead to the new runs, not to third ones
     stale = RunIds.from_dict({**again.ids.to_dict(), "parent": old_parent, "segments": {"stage1": old_child}})
     assert schedule(store, "deleted", tmp_path, stale, seed=1).ids.parent == parent.id
-    assert len(tracking.read_runs(store, ["deleted"])) == 2
+    assert len(records.read_runs(store, ["deleted"])) == 2
 
 
 def test_a_deleted_experiment_is_restored(store: str, tmp_path: Path) -> None:
     first = schedule(store, "gone", tmp_path)
-    client = tracking._client(store)
+    client = tracking.connect(store)
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
     assert schedule(store, "gone", tmp_path, first.ids).ids.parent == first.ids.parent
-    assert [run.id for run in tracking.read_runs(store, ["gone"])] == [first.ids.parent]
+    assert [run.id for run in records.read_runs(store, ["gone"])] == [first.ids.parent]
 
 
 def test_driver_and_worker_never_create_a_run_twice(store: str, tmp_path: Path) -> None:
     ids = RunIds(store, "race", "a run")
-    copies = [move(ids, store) for _ in range(4)]
+    names = ["stage1", "stage2"] * 3
     threads = [
-        threading.Thread(target=Tracker(copy, tmp_path / "spool").open_segment, args=("stage1",)) for copy in copies
+        threading.Thread(target=Tracker(move(ids, store), tmp_path / "spool").open_segment, args=(name,))
+        for name in names
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert flush_spool(ids, tmp_path / "spool") == 0
-    assert [run.name for run in tracking.read_runs(store, ["race"])] == ["a run", "stage1"]
+    runs = records.read_runs(store, ["race"])
+    assert sorted(run.name for run in runs) == ["a run", "stage1", "stage2"]
+    assert {run.parent for run in runs if run.parent} == {run.id for run in runs if run.name == "a run"}
 
 
 def test_gpus_are_among_the_system_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +274,10 @@ def test_gpus_are_among_the_system_metrics(monkeypatch: pytest.MonkeyPatch) -> N
         nvmlDeviceGetMemoryInfo = staticmethod(lambda gpu: SimpleNamespace(used=20 * gpu, total=80))
         nvmlDeviceGetUtilizationRates = staticmethod(lambda gpu: SimpleNamespace(gpu=97 + gpu))
 
-    without = tracking._system_metrics()
+    without = spool.system_metrics()
     assert without["system/process_memory_gigabytes"] > 0.01
     monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
-    gpus = {key: value for key, value in tracking._system_metrics().items() if key not in without}
+    gpus = {key: value for key, value in spool.system_metrics().items() if key not in without}
     assert gpus == {
         "system/gpu_0_utilization_percentage": 97,
         "system/gpu_0_memory_usage_percentage": 0,
@@ -288,11 +293,14 @@ def test_odd_values_do_not_block_what_follows(store: str, tmp_path: Path, caplog
     logger.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "loss/by source: α, β!": 1.0})
     logger._writer.put({"kind": "metrics", "time": 1, "step": 2, "values": {"bad\nname": 1.0, "loss": 2.0}})
     logger.log(3, {"loss": 3.0})
+    for damaged in ({}, {"kind": "tags"}, {"kind": "metrics", "time": 1, "step": "x", "values": {"loss": 1}}):
+        logger._writer.put(damaged)
+    logger.log(4, {"loss": 4.0})
     with pytest.raises(TypeError):
         logger.log(4, {"loss": None})  # type: ignore[dict-item]
     assert logger.close()
     run = tracker.ids.segments["stage1"]
-    assert steps_of(store, run) == [1, 2, 3]
+    assert steps_of(store, run) == [1, 2, 3, 4]
     assert steps_of(store, run, "grad_norm") == [1]
     assert "never written.png" in caplog.text and "passed over" in caplog.text
 
@@ -307,7 +315,7 @@ def test_secrets_reach_neither_files_nor_logs(
     logger = MetricLogger(tracker.ids, "stage1", tmp_path / "spool", send_every=0.01)
     logger.fail(ValueError(f"no connection to {uri}/api"), timeout=1)
     with pytest.raises(ConnectionError) as raised:
-        tracking.read_runs(uri, ["secret"])
+        records.read_runs(uri, ["secret"])
     (tmp_path / "ids.json").write_text(json.dumps(tracker.ids.to_dict()))
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "no connection to http://***@" in written and '"tokens": "512"' in written
@@ -317,17 +325,17 @@ def test_secrets_reach_neither_files_nor_logs(
 
 def test_sqlite_paths_do_not_move_with_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tracking.absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking.absolute_uri("http://host:5000") == "http://host:5000"
+    assert spool.absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert spool.absolute_uri("http://host:5000") == "http://host:5000"
     with pytest.raises(LookupError, match="there is no store"):
-        tracking.read_runs("sqlite:///absent.db", ["x"])
+        records.read_runs("sqlite:///absent.db", ["x"])
     assert not (tmp_path / "absent.db").exists()
 
 
 def test_an_unknown_experiment_names_those_there_are(store: str, tmp_path: Path) -> None:
     schedule(store, "known", tmp_path)
     with pytest.raises(LookupError, match=r"no experiment 'knwon'.*known"):
-        tracking.read_runs(store, ["knwon"])
+        records.read_runs(store, ["knwon"])
 
 
 def test_mlflow_is_imported_only_when_it_is_needed() -> None:
@@ -341,16 +349,16 @@ class Server:
     `mlflow server` runs the same application behind uvicorn, but takes up to 20 s to start on two busy cores.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.folder, self.store, self.uri = folder, store, f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         settings = {
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{self.folder}/server.db",
+            "_MLFLOW_SERVER_FILE_STORE": self.store,
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": f"{self.folder}/artifacts",
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
@@ -361,7 +369,7 @@ class Server:
                 command, stdout=log, stderr=log, env={**os.environ, **settings}, start_new_session=True
             )
         deadline = time.monotonic() + 60
-        while not tracking.reachable(self.uri) and time.monotonic() < deadline:
+        while not spool.reachable(self.uri) and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def kill(self) -> None:
@@ -372,8 +380,8 @@ class Server:
 
 
 @pytest.mark.slow
-def test_a_real_server_killed_in_the_middle_has_everything_in_the_end(tmp_path: Path) -> None:
-    server = Server(tmp_path)
+def test_a_real_server_killed_in_the_middle_has_everything_in_the_end(store: str, tmp_path: Path) -> None:
+    server = Server(tmp_path, store)
     try:
         server.start()
         picture = tmp_path / "grid.png"
@@ -393,7 +401,7 @@ def test_a_real_server_killed_in_the_middle_has_everything_in_the_end(tmp_path: 
         server.start()
         assert logger.finish(timeout=40)
         assert tracker.finish()
-        parent, child = tracking.read_runs(server.uri, ["served"])
+        parent, child = records.read_runs(server.uri, ["served"])
         assert (parent.status, child.status, child.parent) == ("FINISHED", "FINISHED", parent.id)
         assert steps_of(server.uri, child.id) == list(range(1, 301))
         assert (tmp_path / "spool" / "segment-stage1.jsonl").exists()

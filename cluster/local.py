@@ -1,0 +1,120 @@
+"""A Ray cluster to run on: the one of the job or address that is given, or one started on this machine."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+
+class ClusterError(RuntimeError):
+    """A cluster that can't be used, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a command needs at once."""
+
+    cpus: float
+    gpus: float = 0.0
+    remedy: str = ""
+    """What the user may set to need less."""
+
+
+class Connection:
+    """A connection to Ray, as a context manager. Raises ClusterError with one clear line when it can't be had.
+
+    Inside a Ray job, and with an address, that cluster is used; otherwise one is started here and ended at exit.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        needs: Resources | None = None,
+        dashboard_port: int | None = None,
+    ) -> None:
+        self.address = os.environ.get("RAY_ADDRESS") or address
+        self.needs, self.dashboard_port = needs, dashboard_port
+        self.dashboard_url: str | None = None
+
+    def __enter__(self) -> Self:
+        quiet_ray()
+        import ray
+
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            if self.address:
+                context = ray.init(address=self.address, **options)
+            else:
+                if self.dashboard_port is not None:
+                    check_port(self.dashboard_port)
+                context = ray.init(
+                    address="local",
+                    include_dashboard=self.dashboard_port is not None,
+                    dashboard_port=self.dashboard_port,
+                    **options,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
+        self.dashboard_url = context.dashboard_url or None
+        if self.needs:
+            try:
+                check_resources(ray.cluster_resources(), self.needs)
+            except ClusterError:
+                ray.shutdown()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def check_resources(available: dict[str, float], needs: Resources) -> None:
+    """Raises ClusterError when a cluster as a whole is too small."""
+    for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus)):
+        there = available.get(name, 0.0)
+        if there < wanted:
+            raise ClusterError(
+                f"too few {name}s: this needs {wanted:g}, the Ray cluster has {there:g}. {needs.remedy}".rstrip()
+            )
+
+
+def check_port(port: int) -> None:
+    """Raises ClusterError when another program listens on a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} is busy: another program listens on it. Choose another with "
+                f"--set cluster.dashboard_port={port + 1}, or none with --set cluster.dashboard_port=null"
+            ) from error
+
+
+def quiet_ray() -> None:
+    """Leaves of Ray's own messages only warnings: a short run would print hundreds of lines."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _unreachable(address: str | None) -> str:
+    if not address:
+        return "Ray could not be started on this machine"
+    return (
+        f"no Ray cluster answers at {address}: start one (ray start --head), or unset RAY_ADDRESS and cluster.address to "
+        "run on this machine alone; where the cluster uses tokens, set RAY_AUTH_MODE=token and have its token in "
+        "~/.ray/auth_token"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

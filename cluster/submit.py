@@ -1,0 +1,69 @@
+"""Submission: a training run as a Ray job, with the package in its environment."""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.cluster.local import ClusterError, quiet_ray
+
+
+@dataclass
+class Job:
+    """A submitted job."""
+
+    id: str
+    client: Any
+
+    def follow(self) -> Iterator[str]:
+        """The job's log as it is written, until the job ends."""
+        tail = self.client.tail_job_logs(self.id)
+        loop = asyncio.new_event_loop()
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(tail))
+                except StopAsyncIteration:
+                    return
+        finally:
+            loop.close()
+
+    def succeeded(self) -> bool:
+        """Whether the job has ended well."""
+        return str(self.client.get_job_status(self.id)) == "SUCCEEDED"
+
+
+def submit_training(config_yaml: str, name: str, address: str) -> Job:
+    """Submits `domainshuttle train` of a resolved configuration. The cluster's image has the package installed.
+
+    Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
+    """
+    quiet_ray()
+    from ray.job_submission import JobSubmissionClient
+
+    token = Path("~/.ray/auth_token").expanduser()
+    if token.exists():
+        # without the mode a client that has the token still sends none
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "run.yaml").write_text(config_yaml)
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(
+                entrypoint="domainshuttle train run.yaml",
+                runtime_env={"working_dir": folder},
+                metadata={"run": name},
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise ClusterError(f"the job was not taken by {address}: {_remedy(str(error))}") from error
+    return Job(job, client)
+
+
+def _remedy(error: str) -> str:
+    line = error.strip().splitlines()[0][:200]
+    if "authentication" in error.lower() or "token" in error.lower():
+        return f"{line}. Put the cluster's token into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
+    return f"{line}. Is the address the dashboard's (http://HOST:8265), and is the cluster up?"

@@ -1,0 +1,131 @@
+"""The data verbs: what a configuration says of its corpora, carried out with progress and an end line."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.corpora.builder import build_corpus
+from domainshuttle.pipelines.index import Index
+from domainshuttle.pipelines.media import Pixels, decode_image, decode_video, fit_reference
+from domainshuttle.pipelines.pairing import choose_references
+from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME
+from domainshuttle.pipelines.sample import DataError, RawSample
+from domainshuttle.pipelines.shards import read_members
+from domainshuttle.platform.config import ConfigError, RunConfig
+from domainshuttle.platform.console import console, progress
+
+
+def build_corpora(config: RunConfig, only: list[str] | None = None) -> None:
+    """Builds the raw corpora on the connected Ray cluster."""
+    for name in _chosen(config, only):
+        section, folder = config.corpora[name], config.corpus_folder(name, "raw")
+        began = time.monotonic()
+        with progress(f"Building {name}", "samples") as show:
+            metadata, bad = build_corpus(name, section.build, section.parsed_buckets, folder, show)
+        _report("Built", name, folder, metadata.digest, bad, began)
+    console.print("Next: domainshuttle data encode (the same configuration)")
+
+
+def encode_corpora(config: RunConfig, only: list[str] | None = None) -> None:
+    """Encodes the raw corpora on the connected Ray cluster."""
+    from domainshuttle.pipelines.encode import EncoderSources, EncodingJob, encode
+
+    names = _chosen(config, only)
+    for name in names:
+        raw = config.corpus_folder(name, "raw") / INDEX_NAME
+        if not raw.exists():
+            raise DataError(f"corpus {name!r} is not built: {raw} is missing. Run: domainshuttle data build CONFIG")
+    jobs = [
+        EncodingJob(name, config.corpus_folder(name, "raw") / INDEX_NAME, config.corpus_folder(name, "encoded"))
+        for name in names
+    ]
+    began = time.monotonic()
+    with progress("Encoding", "samples") as show:
+        results = encode(
+            jobs,
+            EncoderSources(**config.encoders.model_dump()),
+            show,
+            gpus_per_actor=1.0 if config.cluster.gpus_per_worker else 0.0,
+        )
+    for job, (metadata, bad) in zip(jobs, results, strict=True):
+        _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
+    console.print("Next: domainshuttle train (the same configuration)")
+
+
+def require_encoded(config: RunConfig) -> None:
+    """Raises DataError that names every corpus that the stages need and that is not there, with the commands."""
+    needed = sorted({corpus for stage in config.stages for corpus in stage.mixture})
+    missing = [name for name in needed if not (config.corpus_folder(name, "encoded") / INDEX_NAME).exists()]
+    if missing:
+        raise DataError(
+            f"corpora {missing} are not encoded in {config.data}. Run: domainshuttle data build CONFIG, then "
+            "domainshuttle data encode CONFIG (or point `data` at a folder that has them)"
+        )
+
+
+def inspect_corpus(path: Path, sheet: Path | None, samples: int, where: str | None) -> None:
+    """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets."""
+    index = Index.load(path / INDEX_NAME if path.is_dir() else path)
+    if where:
+        index = index.filter(where)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for key, value in index.summary().items():
+        text = ", ".join(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items()) if isinstance(
+            value, dict
+        ) else str(value)  # fmt: skip
+        table.add_row(f"[bold]{key}[/]", text)
+    console.print(table)
+    quarantine = Path(index.row(0).folder) / QUARANTINE_NAME if len(index) else None
+    if quarantine and quarantine.exists() and quarantine.stat().st_size:
+        lines = quarantine.read_text().splitlines()
+        console.print(f"{len(lines)} samples in quarantine ({quarantine}), such as: {json.loads(lines[0])['reason']}")
+    if sheet:
+        draw_sheet(index, samples).save(sheet)
+        console.print(f"Contact sheet: {sheet}")
+
+
+def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
+    """One row a sample: target (first, middle and last frame), then reference sets A and B."""
+    if index.parts[0].stage != "raw":
+        raise DataError("a contact sheet needs pictures: give the index of a raw corpus")
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(samples, len(index))).astype(int))
+    rows: list[list[Pixels]] = []
+    for row in index.rows(chosen):
+        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        if row.kind == "video":
+            clip = decode_video(sample.target, parse_bucket(row.bucket).frames)
+            frames = [clip[0], clip[len(clip) // 2], clip[-1]]
+        else:
+            frames = [decode_image(sample.target)]
+        pairing = choose_references(row.reference_subjects, row.reference_origins, 0, 0, row.sample_id)
+        files = [reference.file for reference in sample.info.references]
+        blank = np.full((side, side, 3), 235, np.uint8)
+        pictures: list[Pixels] = [*frames, *[blank] * (3 - len(frames))]
+        for chosen_set in (pairing.set_a, pairing.set_b):
+            shown = [decode_image(sample.files[files[number]]) for number in chosen_set]
+            pictures += [*shown, *[blank] * (5 - len(shown))]
+        bucket = parse_bucket(f"1x{side}x{side}")
+        rows.append([fit_reference(picture, bucket) for picture in pictures])
+    return Image.fromarray(np.concatenate([np.concatenate(pictures, 1) for pictures in rows]))
+
+
+def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
+    unknown = [name for name in only or [] if name not in config.corpora]
+    if unknown:
+        raise ConfigError(f"no corpus {unknown}; the configuration has {list(config.corpora)}")
+    return list(only or config.corpora)
+
+
+def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:
+    count = len(Index.load(folder / INDEX_NAME, verify=False))
+    size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 2**20
+    quarantined = f", {bad} in quarantine" if bad else ""
+    console.print(
+        f"{done} [bold]{name}[/]: {count} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
+        f"{time.monotonic() - began:.0f} s, in {folder}"
+    )

@@ -1,0 +1,125 @@
+"""The driver of a training run: opens run and tracking, follows the workers, and turns signals into a clean stop."""
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from domainshuttle.platform.config import RunConfig
+from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.corpora import require_encoded
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.tracking import RunIds, open_schedule
+from domainshuttle.platform.train import train
+
+STOPPED = 3
+"""Exit code of a run that was stopped and can be resumed."""
+
+
+def run_training(config: RunConfig, fresh: bool = False) -> int:
+    """Trains or resumes a run on the connected cluster; returns the exit code."""
+    require_encoded(config)
+    run = Run.open(config, fresh)
+    ids = run.read_ids()
+    tracker = open_schedule(
+        config.tracking_uri,
+        config.tracking.experiment,
+        config.name,
+        params=config.flattened(),
+        tags=describe_origin(config),
+        spool=run.spool,
+        artifacts=[run.config_path],
+        ids=RunIds.from_dict(ids, config.tracking_uri) if ids else None,
+    )
+    run.write_ids(tracker.ids.to_dict())
+    began = time.monotonic()
+    with _StopOnSignal(run), progress("Training", "steps") as show:
+        try:
+            outcome = train(run, tracker, lambda: _show_progress(run, show), console.print)
+        except BaseException as error:
+            Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
+            tracker.fail(error)
+            raise
+    tracker.finish("FINISHED" if outcome == "finished" else "KILLED")
+    summary = Ledger(run.ledger_path).summary()
+    console.print(
+        f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of these "
+        f"productive {summary.goodput:.0%}. Run folder: {run.folder}"
+    )
+    if outcome == "stopped":
+        console.print("A checkpoint is written. The same command goes on with it.")
+        return STOPPED
+    console.print(
+        f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment}"
+    )
+    return 0
+
+
+def describe_origin(config: RunConfig) -> dict[str, str]:
+    """Tags that say what made a run: code, configuration, job, machines, base."""
+    return {
+        "domainshuttle.version": importlib.metadata.version("domainshuttle"),
+        "mlflow.source.git.commit": _git_commit(),
+        "config.digest": config.digest(),
+        "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
+        "cluster.workers": str(config.cluster.workers),
+        "base": config.model.base or "new",
+    }
+
+
+def _git_commit() -> str:
+    """The commit of the code, where it runs from a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _show_progress(run: Run, show: object) -> None:
+    """Moves the bar to where rank 0 says the segment is."""
+    try:
+        state = json.loads(run.progress_path.read_text())
+    except (OSError, ValueError):
+        return
+    metrics = state["metrics"]
+    note = f"{state['segment']}"
+    if "loss" in metrics:
+        note += f" loss {metrics['loss']:.3f}, {metrics['samples/s']:.0f} samples/s"
+    show(state["step"], state["steps"], note)  # type: ignore[operator]
+
+
+class _StopOnSignal:
+    """While active, the first SIGINT or SIGTERM asks the workers for a checkpoint; a second one ends the driver."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.run.stop_path.exists():
+            raise KeyboardInterrupt
+        self.run.stop_path.touch()
+        console.print("Stopping: the workers write a checkpoint after this step. Again to stop at once.")

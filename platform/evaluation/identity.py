@@ -1,0 +1,240 @@
+"""Does a generated clip show its own subject? A retrieval test on identities that training never saw.
+
+Each held-out sample is generated from its caption and one reference picture. The clip is then compared with the
+reference pictures of all samples of its group: it hits when its own is the closest. The same noise and captions with the
+references of another subject of the group are the control, and chance is one in the group's size.
+
+The descriptor is simple on purpose: a histogram of hue, weighted by chroma, so that white, grey and skin hardly count;
+clips and pictures are compared by the Bhattacharyya coefficient of their histograms.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.table import Table
+
+from domainshuttle.model.generation import DomainShuttlePipeline
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.index import Index
+from domainshuttle.pipelines.media import Pixels
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.sample import DOMAINS, DataError, RawSample
+from domainshuttle.pipelines.shards import read_members
+from domainshuttle.platform.config import ConfigError
+from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.evaluation.grid import GridRow, write_grid
+from domainshuttle.platform.generate import load_pipeline
+from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.tracking import RunIds, Tracker
+
+HUES = 24
+LEAST_CHROMA = 0.06
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out sample: what is generated and what it is compared with."""
+
+    key: str
+    caption: str
+    domain: int
+    word: str
+    reference: Pixels
+    target: Pixels
+
+
+@dataclass(frozen=True)
+class IdentityResult:
+    """How often a clip was closest to its own subject's reference, among `candidates`, over `clips` clips."""
+
+    clips: int
+    candidates: int
+    own: float
+    other: float
+    target: float
+    """The real clips, by the same measure: what the descriptor can reach."""
+    chance: float
+    by_domain: dict[str, float]
+
+    @property
+    def learned(self) -> bool:
+        """Whether `own` lies above chance and above `other` by more than three standard errors of each."""
+        margins = [
+            self.own - base > 3 * np.sqrt((base * (1 - base) + self.own * (1 - self.own)) / self.clips)
+            for base in (self.chance, self.other)
+        ]
+        return all(margins)
+
+
+def describe(frames: Pixels) -> np.ndarray:
+    """The descriptor of [F,h,w,3] uint8: square roots of a hue histogram [24] that sums to 1 (zeros without colour)."""
+    red, green, blue = np.moveaxis(frames.astype(np.float64) / 255, -1, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    cb, cr = 0.564 * (blue - luma), 0.713 * (red - luma)
+    weight = np.clip(np.hypot(cb, cr) - LEAST_CHROMA, 0, None).ravel()
+    place = (np.arctan2(cr, cb).ravel() + np.pi) / (2 * np.pi) * HUES
+    low = np.floor(place).astype(int)
+    share = place - low
+    # each pixel is shared between the two nearest hues, so that a small shift changes little
+    histogram = np.bincount(low % HUES, weight * (1 - share), HUES) + np.bincount(
+        (low + 1) % HUES, weight * share, HUES
+    )
+    total = histogram.sum()
+    return np.sqrt(histogram / total) if total > 0 else histogram
+
+
+def hit_rate(clips: list[Pixels], references: list[Pixels], group: int) -> list[bool]:
+    """For each clip, whether its own reference (the same place) is the closest of its group of `group`."""
+    found, wanted = [describe(clip) for clip in clips], [describe(picture[None]) for picture in references]
+    hits = []
+    for number, clip in enumerate(found):
+        start = number // group * group
+        similarity = [float(clip @ candidate) for candidate in wanted[start : start + group]]
+        hits.append(int(np.argmax(similarity)) == number - start)
+    return hits
+
+
+def load_cases(index: Index, count: int) -> list[Case]:
+    """The first `count` single-subject samples of a raw corpus, with one cut-out reference each; raises DataError."""
+    from domainshuttle.pipelines.encode import decode_sample
+
+    cases = []
+    for number in range(len(index)):
+        row = index.row(number)
+        if len(row.subjects) != 1:
+            continue
+        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        target, references = decode_sample(sample, parse_bucket(row.bucket))
+        chosen = next((n for n, origin in enumerate(row.reference_origins) if origin == "other_clip"), 0)
+        cases.append(Case(row.key, sample.info.caption, row.domains[0], row.subjects[0], references[chosen], target))
+        if len(cases) == count:
+            return cases
+    raise DataError(f"the held-out corpus has {len(cases)} samples with one subject; the evaluation needs {count}")
+
+
+def evaluate_identity(
+    pipeline: DomainShuttlePipeline, cases: list[Case], candidates: int, steps: int, guidance: float, seed: int
+) -> tuple[IdentityResult, list[Pixels], list[Pixels]]:
+    """Generates all cases with their own and with another subject's reference; returns the result and both clips."""
+    group_start = [number // candidates * candidates for number in range(len(cases))]
+    # half a group further on: another subject of the same group
+    other = [s + (n - s + candidates // 2) % candidates for n, s in enumerate(group_start)]
+    references = [case.reference for case in cases]
+    with progress("Generating", "steps") as show:
+        clips = []
+        for turn, chosen in enumerate((references, [references[n] for n in other])):
+            clips.append(_generate(pipeline, cases, chosen, steps, guidance, seed, turn * steps, 2 * steps, show))
+    own, control = clips
+    hits = hit_rate(own, references, candidates)
+    by_domain = {
+        name: float(np.mean([hit for hit, case in zip(hits, cases, strict=True) if case.domain == number]))
+        for number, name in enumerate(DOMAINS)
+        if any(case.domain == number for case in cases)
+    }
+    result = IdentityResult(
+        clips=len(cases),
+        candidates=candidates,
+        own=float(np.mean(hits)),
+        other=float(np.mean(hit_rate(control, references, candidates))),
+        target=float(np.mean(hit_rate([case.target for case in cases], references, candidates))),
+        chance=1 / candidates,
+        by_domain=by_domain,
+    )
+    return result, own, control
+
+
+def _generate(
+    pipeline: DomainShuttlePipeline, cases: list[Case], references: list[Pixels], steps: int, guidance: float,
+    seed: int, before: int, total: int, show: object,
+) -> list[Pixels]:  # fmt: skip
+    frames, height, width, _ = cases[0].target.shape
+
+    def on_step(_: object, step: int, __: float, tensors: dict[str, object]) -> dict[str, object]:
+        show(before + step + 1, total)  # type: ignore[operator]
+        return tensors
+
+    result = pipeline(
+        prompt=[case.caption for case in cases],
+        negative_prompt="",
+        references=[[Image.fromarray(picture)] for picture in references],
+        reference_subjects=[[0]] * len(cases),
+        reference_domains=[[case.domain] for case in cases],
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        reference_guidance_scale=guidance,
+        seed=[seed + number for number in range(len(cases))],
+        output_type="np",
+        callback_on_step_end=on_step,
+    )
+    return [(np.clip(clip, 0, 1) * 255).round().astype(np.uint8) for clip in result.frames]
+
+
+def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
+    """Evaluates an exported model on the run's held-out corpus; writes table, grid and clips, and logs them to MLflow."""
+    config = run.config
+    section = config.evaluation
+    if section is None:
+        raise ConfigError(f"run {config.name!r} has no `evaluation` section: name its held-out corpus there")
+    folder = config.corpus_folder(section.corpus, "raw")
+    cases = load_cases(Index.load(folder / INDEX_NAME), section.candidates * section.groups)
+    sampling = config.generation
+    result, own, control = evaluate_identity(
+        load_pipeline(model), cases, section.candidates, sampling.steps, sampling.guidance, config.seed
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "identity.json").write_text(json.dumps({**asdict(result), "learned": result.learned}, indent=2))
+    rows = [
+        GridRow(case.caption, DOMAINS[case.domain], case.reference, clip, case.target, other)
+        for case, clip, other in zip(cases, own, control, strict=True)
+    ]
+    picture, clip = write_grid(_varied(rows, 8), out, sampling.fps)
+    print_result(result)
+    _track(run, result, [out / "identity.json", picture, clip])
+    console.print(f"Grid: {picture}; clips: {clip}; table: {out / 'identity.json'}")
+    return result
+
+
+def print_result(result: IdentityResult) -> None:
+    """Prints the table of the result."""
+    table = Table(title=f"Own subject closest among {result.candidates}, {result.clips} clips of held-out identities")
+    table.add_column("clips from")
+    table.add_column("hits", justify="right")
+    for name, value in (
+        ("their own reference", result.own),
+        ("another subject's reference", result.other),
+        ("chance", result.chance),
+        ("the real clips (what the descriptor can reach)", result.target),
+    ):
+        table.add_row(name, f"{value:.1%}")
+    console.print(table)
+    console.print("By domain: " + ", ".join(f"{name} {value:.0%}" for name, value in result.by_domain.items()))
+
+
+def _varied(rows: list[GridRow], count: int) -> list[GridRow]:
+    """Rows in turn from each domain, so that the grid shows all of them."""
+    queues = {name: [row for row in rows if row.domain == name] for name in DOMAINS}
+    chosen: list[GridRow] = []
+    while len(chosen) < min(count, len(rows)):
+        for queue in queues.values():
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return chosen
+
+
+def _track(run: Run, result: IdentityResult, files: list[Path]) -> None:
+    """Logs the result to the run of the last stage."""
+    saved = run.read_ids()
+    if saved is None:
+        return
+    last = run.segments()[-1]
+    tracker = Tracker(RunIds.from_dict(saved, run.config.tracking_uri), run.spool)
+    values = {"own": result.own, "other": result.other, "chance": result.chance, "target": result.target}
+    tracker.log({f"evaluation/identity_{name}": value for name, value in values.items()}, last.stage.steps, last.name)
+    for path in files:
+        tracker.artifact(path.absolute(), "evaluation", last.name)

@@ -1,0 +1,325 @@
+"""The spool under tracking and the ledger: files of JSON lines that survive a crash, and threads that keep disk
+and server away from the training. What is written here knows nothing of MLflow or of GPU-hours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+PARAM_CHARS, TAG_CHARS = 6000, 8000  # MLflow's limits
+_SECRET = re.compile(r"(?i)(^|[._-])(password|passwd|secret|token|api_?key|credentials?)$")
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Holds a lock file for the block; yields False when another holder keeps it for more than `wait` seconds."""
+    deadline = time.monotonic() + wait
+    with path.open("a") as file:
+        held = True
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if held := time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                break
+            except OSError:  # a file system without locks: that there is one writer is then the caller's care
+                break
+        yield held
+
+
+class Journal:
+    """Lines of JSON in a file that is only appended to. A line is whole or passed over, whenever its writer died."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def append(self, records: Iterable[Mapping[str, Any]], sync: bool = False) -> None:
+        """Appends at once; `sync` waits until the disk has it. Raises OSError, for a full disk for example."""
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if not data:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+", buffering=0) as file:
+            with contextlib.suppress(OSError):  # released by closing; not every file system has locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a torn line must not swallow this one
+                    data = b"\n" + data
+            while data:
+                data = data[file.write(data) :]
+            if sync:
+                os.fsync(file.fileno())
+
+    def read(self, offset: int = 0, lines: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """The whole records from byte `offset`, of at most `lines` lines, and the offset to go on from."""
+        records: list[dict[str, Any]] = []
+        if not self.path.exists():
+            return records, offset
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while lines is None or lines > 0:
+                line = file.readline()
+                if not line.endswith(b"\n"):  # the end, or a line that is still being written
+                    break
+                offset += len(line)
+                lines = None if lines is None else lines - 1
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        records.append(record)
+        return records, offset
+
+    def bookmark(self) -> dict[str, Any]:
+        """What the journal's reader saved of how far it has got; at first {"offset": 0}."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.path.with_suffix(".read.json").read_text())
+        return {"offset": 0}
+
+    def set_bookmark(self, state: Mapping[str, Any]) -> None:
+        """Saves `state`, which has the `offset` to go on from, in a file beside the journal; never half."""
+        path = self.path.with_suffix(".read.json")
+        path.with_suffix(".tmp").write_text(json.dumps(state))
+        path.with_suffix(".tmp").replace(path)
+
+    def unread(self) -> int:
+        """Bytes behind the bookmark."""
+        return max(0, self.path.stat().st_size - self.bookmark()["offset"]) if self.path.exists() else 0
+
+
+class JournalWriter:
+    """Appends to a journal from a thread of its own, so that a slow or full disk never stops the caller.
+
+    Records that could not be written are tried again each second, with those after them. A record may then be in the
+    file twice, so readers must know records by something in them.
+    """
+
+    def __init__(self, journal: Journal, sync: bool, limit: int = 20_000) -> None:
+        self._journal, self._sync, self._limit = journal, sync, limit
+        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(limit)
+        self._closed = False
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def put(self, record: Mapping[str, Any]) -> None:
+        """Queues a record and returns at once. When `limit` wait for a disk that hangs, it is dropped and counted."""
+        try:
+            if self._closed:
+                raise queue.Full
+            self._queue.put_nowait(record)
+        except queue.Full:  # losing a point is better than losing GPU-hours
+            self.dropped += 1
+            if self.dropped == 1:
+                logger.warning("%s is closed or its disk hangs: records are dropped", self._journal.path)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Waits up to `timeout` seconds until all that was put is in the file, and ends the thread; True when it is."""
+        deadline = time.monotonic() + timeout
+        if not self._closed:
+            self._closed = True
+            atexit.unregister(self.close)
+            with contextlib.suppress(queue.Full):  # wakes a thread that waits for records
+                self._queue.put_nowait(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        waiting: list[Mapping[str, Any]] = []
+        while waiting or not (self._closed and self._queue.empty()):
+            with contextlib.suppress(queue.Empty):
+                record = self._queue.get(timeout=1.0 if waiting else None)
+                while record is not None:
+                    waiting.append(record)
+                    record = self._queue.get_nowait() if len(waiting) < self._limit else None
+            try:
+                self._journal.append(waiting, self._sync)
+                waiting = []
+            except OSError as error:
+                logger.warning("%s can not be written, %d records wait: %s", self._journal.path, len(waiting), error)
+
+
+def mask_secrets(text: str) -> str:
+    """`text` with `***` for the user and password of every URL in it."""
+    return re.sub(r"(\w://)[^/\s'\"]+@", r"\1***@", text)
+
+
+def absolute_uri(uri: str) -> str:
+    """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path in ("", uri) else f"sqlite:///{Path(path).expanduser().resolve()}"
+
+
+def reachable(uri: str, timeout: float = 2.0) -> bool:
+    """Whether a server answers, in about 2 x `timeout` seconds; True for what is not a plain HTTP server."""
+    address = urlsplit(uri)
+    host, tls = address.hostname, address.scheme == "https"
+    if address.scheme not in ("http", "https") or not host:
+        return True
+    if address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return True  # a connection of our own says nothing about a server behind a proxy
+    try:
+        with socket.create_connection((host, address.port or (443 if tls else 80)), timeout) as connection:
+            if tls:  # only the client knows the certificates
+                return True
+            path = address.path.rstrip("/") + "/health"
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            return connection.recv(1) != b""
+    except OSError:
+        return False
+
+
+def one_line(error: Exception) -> str:
+    return mask_secrets(str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def new_event(kind: str, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "time": time.time_ns() // 1_000_000, **values}
+
+
+def texts_event(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """Params or tags as MLflow accepts them, without secrets."""
+    texts = {clean(key): "***" if _SECRET.search(key) else mask_secrets(str(value)) for key, value in values.items()}
+    return new_event(kind, values={k: v if len(v) <= limit else v[: limit - 3] + "..." for k, v in texts.items()})
+
+
+def clean(key: str) -> str:
+    return re.sub(r"[^\w\-./ :]", "_", key)[:250]
+
+
+def metrics_event(step: int | None, values: Mapping[str, float]) -> dict[str, Any]:
+    """`step` None stands for the one after the last of each metric."""
+    step = None if step is None else int(step)
+    return new_event("metrics", step=step, values={clean(key): float(value) for key, value in values.items()})
+
+
+def artifact_event(path: Path | str, to: str | None) -> dict[str, Any]:
+    return new_event("artifact", path=str(Path(path).resolve()), to=to)
+
+
+def status_event(status: str, error: BaseException | str = "", parent: bool = False) -> dict[str, Any]:
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+    return new_event("status", status=status, error=mask_secrets(text)[:TAG_CHARS], parent=parent)
+
+
+class BackgroundLog:
+    """Logs to one run without ever delaying the caller.
+
+    One thread writes events to the spool, another sends them and samples the system.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        drain: Callable[[float], bool],
+        start_step: int | None,
+        send_every: float,
+        system_every: float | None,
+    ) -> None:
+        """`drain` sends what is in the journal until the given time.monotonic(), True when all is sent."""
+        self._journal, self._drain = journal, drain
+        self._writer = JournalWriter(journal, sync=False)
+        self._send_every, self._system_every = send_every, system_every
+        self._closing, self._deadline = threading.Event(), float("inf")
+        self._writer.put(status_event("RUNNING", parent=True))
+        if start_step is not None:
+            self._writer.put(new_event("resume", step=start_step))
+        self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs numbers at a step of the segment, in some microseconds (but a GPU's tensor would make it wait).
+
+        Raises TypeError or ValueError for what is not a number.
+        """
+        self._writer.put(metrics_event(step, metrics))
+
+    def tag(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags of the segment's run."""
+        self._writer.put(texts_event("tags", tags, TAG_CHARS))
+
+    def artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
+        """Uploads a file or folder, which has to stay where it is until it was sent."""
+        self._writer.put(artifact_event(path, artifact_path))
+
+    def fail(self, error: BaseException | str, timeout: float = 10.0) -> bool:
+        """Marks the segment's and the schedule's run as FAILED, with the error as a tag, and closes."""
+        self._writer.put(status_event("FAILED", error, parent=True))
+        return self.close(timeout)
+
+    def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> bool:
+        """Ends the segment's run, as FINISHED or KILLED, and closes."""
+        self._writer.put(status_event(status))
+        return self.close(timeout)
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Puts everything on the disk and sends for at most `timeout` seconds; True when the server has it all."""
+        self._deadline = time.monotonic() + timeout
+        written = self._writer.close(timeout)
+        self._closing.set()
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        return written and self._journal.unread() == 0
+
+    def _deliver(self) -> None:
+        now, pause = time.monotonic(), self._send_every
+        send, sample = now + pause, now + (self._system_every or float("inf"))
+        while not self._closing.wait(max(0.0, min(send, sample) - time.monotonic())):
+            if time.monotonic() >= sample:
+                sample += self._system_every or 0
+                self._writer.put(metrics_event(None, system_metrics()))
+            if time.monotonic() >= send:
+                pause = self._send_every if self._drain(float("inf")) else min(30.0, 2 * pause + 0.5)
+                send = time.monotonic() + pause
+        while not self._drain(self._deadline) and time.monotonic() + 1 < self._deadline:
+            time.sleep(0.5)
+
+
+def system_metrics() -> dict[str, float]:
+    """Load of this process, this machine and its GPUs, by the names under which MLflow shows system metrics."""
+    import psutil
+
+    values = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
+        "system/process_memory_gigabytes": psutil.Process().memory_info().rss / 2**30,
+    }
+    with contextlib.suppress(Exception):  # no NVML, no GPU, or one that does not tell
+        import pynvml
+
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            values[f"system/gpu_{index}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            values[f"system/gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
+    return values
+
+
+def bounded(call: Callable[[], Any], timeout: float) -> bool:
+    """Whether `call` returned True within `timeout` seconds; if not, it goes on in the background."""
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(call()), name="tracking", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(result and result[0])

@@ -1,0 +1,56 @@
+"""Where a run is, from its folder alone."""
+
+import json
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
+from domainshuttle.platform.console import console
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.schedule import find_run
+
+
+def print_status(folder: Path) -> None:
+    """Prints stages, progress, last losses, checkpoints, device-hours and quarantine of a run."""
+    run = find_run(folder)
+    state = json.loads(run.progress_path.read_text()) if run.progress_path.exists() else None
+    table = Table(title=f"Run {run.config.name} ({run.folder})")
+    for column in ("stage", "state", "steps", "loss", "last checkpoint", "size"):
+        table.add_column(column)
+    store = CheckpointStore(run.checkpoints)
+    kept = [found for _, found in store.list() if isinstance(found, Checkpoint)]
+    for segment in run.segments():
+        mine = [checkpoint for checkpoint in kept if checkpoint.state.segment == segment.name]
+        last = max(mine, key=lambda checkpoint: checkpoint.state.step, default=None)
+        here = state if state and state["segment"] == segment.name else None
+        reached = segment.stage.steps if segment.finished else here["step"] if here else last.state.step if last else 0
+        loss = here["metrics"].get("loss") if here else None
+        table.add_row(
+            segment.name,
+            "finished" if segment.finished else here["state"] if here else "stopped" if last else "not begun",
+            f"{reached} of {segment.stage.steps}",
+            f"{loss:.4f}" if loss is not None else "",
+            f"step {last.state.step}" if last else "none",
+            f"{last.size / 2**20:.1f} MiB" if last else "",
+        )
+    console.print(table)
+    if state and not run.segment(state["segment"]).finished:
+        age = time.time() - state["time"]
+        rate = state["metrics"].get("step_seconds")
+        left = (state["steps"] - state["step"]) * rate if rate else None
+        eta = f", about {left / 60:.0f} min of this stage left" if left else ""
+        console.print(f"Last heard of {age:.0f} s ago{eta}.")
+    hours = Ledger(run.ledger_path).summary()
+    console.print(
+        f"Device-hours: used {hours.used:.3f}, productive {hours.productive:.3f}, lost {hours.lost:.3f}, starting "
+        f"{hours.starting:.3f}, waiting for data {hours.waiting:.3f}, checkpointing {hours.checkpointing:.3f}; "
+        f"{hours.attempts} attempts, goodput {hours.goodput:.0%}."
+    )
+    for path, found in store.list():
+        if not isinstance(found, Checkpoint):
+            console.print(f"Not a checkpoint: {path.name}: {found}")
+    bad = sum(path.read_text().count("\n") for path in (run.folder / "quarantine").glob("*.jsonl"))
+    if bad:
+        console.print(f"{bad} samples in quarantine: see {run.folder / 'quarantine'}")
