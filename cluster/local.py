@@ -45,6 +45,7 @@ class Connection:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if self.address:
+                check_reachable(self.address)
                 context = ray.init(address=self.address, **options)
             else:
                 if self.dashboard_port is not None:
@@ -55,7 +56,7 @@ class Connection:
                     dashboard_port=self.dashboard_port,
                     **options,
                 )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
         self.dashboard_url = context.dashboard_url or None
         if self.needs:
@@ -84,6 +85,14 @@ def check_resources(available: dict[str, float], needs: Resources) -> None:
             )
 
 
+def check_reachable(address: str, timeout: float = 3.0) -> None:
+    """Raises ConnectionError when nobody listens at `host:port` (or `ray://host:port`); Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), timeout):
+            pass
+
+
 def check_port(port: int) -> None:
     """Raises ClusterError when another program listens on a port of this machine."""
     with socket.socket() as probe:
@@ -110,8 +119,8 @@ def _unreachable(address: str | None) -> str:
     if not address:
         return "Ray could not be started on this machine"
     return (
-        f"no Ray cluster answers at {address}: start one (ray start --head), or unset RAY_ADDRESS and cluster.address to "
-        "run on this machine alone; where the cluster uses tokens, set RAY_AUTH_MODE=token and have its token in "
+        f"no Ray cluster answers at {address}: start one (ray start --head), or unset RAY_ADDRESS and cluster.address "
+        "to run on this machine alone; where the cluster uses tokens, set RAY_AUTH_MODE=token and have its token in "
         "~/.ray/auth_token"
     )
 

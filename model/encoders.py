@@ -28,7 +28,7 @@ class VideoEncoder(Protocol):
     """Pixels to normalised latents and back."""
 
     identity: str
-    """What made the latents: a name and a digest of configuration and weights. Two caches may be mixed only if equal."""
+    """What made the latents: a name, and a digest of configuration and weights. Caches may be mixed only if equal."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[b,3,F,H,W] in -1..1, F = 4 (f-1) + 1, to latents [b,16,f,H/8,W/8] of about unit variance."""
@@ -84,11 +84,13 @@ class BlockDCTCodec(ModelMixin, ConfigMixin):
 
     @property
     def identity(self) -> str:
-        return f"{BLOCK_DCT}:{_digest(json.dumps(dict(self.config), sort_keys=True, default=str).encode())}"
+        # what diffusers adds, such as where it was loaded from, begins with an underscore
+        options = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return f"{BLOCK_DCT}:{_digest(json.dumps(options, sort_keys=True).encode())}"
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[b,3,F,H,W] in -1..1 to latents [b,16,f,H/8,W/8]; raises ValueError for sizes that do not divide."""
-        b, c, frames, height, width = pixels.shape
+        _, c, frames, height, width = pixels.shape
         if c != 3 or (frames - 1) % TEMPORAL_STRIDE or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
             raise ValueError(
                 f"pixels have shape {tuple(pixels.shape)}; expected [b, 3, 4 k + 1, 8 m, 8 n]: "
@@ -150,7 +152,7 @@ def _markov_variances(basis: Tensor, correlation: float) -> Tensor:
 
 
 class WanVideoEncoder:
-    """diffusers' `AutoencoderKLWan` as a `VideoEncoder`: the posterior's mode, normalised by the VAE's own statistics."""
+    """diffusers' `AutoencoderKLWan` as a `VideoEncoder`: the posterior's mode, normalised by the VAE's statistics."""
 
     def __init__(self, vae: AutoencoderKLWan, identity: str) -> None:
         self.vae = vae.eval().requires_grad_(False)

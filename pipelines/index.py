@@ -1,9 +1,8 @@
 """The index: one Parquet file a corpus, beside its shards, with one row a sample.
 
-Training, planning, filtering and inspection read the index and never the shards. A loaded index is an Arrow table: 10
-million rows are columns, and Python objects are made only for the rows that are asked for. The file's metadata say
-which corpus it is, in which stage ('raw' or 'encoded'), by which encoders, and the digest of its content, which is the
-same for the same rows however the file was written.
+Training, planning, filtering and inspection read the index and never the shards. Loaded, it is an Arrow table: 10
+million rows are columns, and Python objects are made only for rows that are asked for. The file's metadata say which
+corpus it is, its stage ('raw' or 'encoded'), the encoders, and a digest of the content however it was written.
 """
 
 import os

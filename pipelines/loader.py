@@ -2,8 +2,8 @@
 
 Ray Data carries the plan, not the samples. A row is one micro-batch: its step, the rank that trains on it, and the
 samples by their rows in the index. A block holds some steps of one rank, and the blocks come in the order rank 0, 1,
-..., so `streaming_split` with the order preserved hands every rank exactly its own. The rank then reads its samples from
-the shards by offset, with a small pool of threads that runs ahead by a bounded number of bytes.
+..., so `streaming_split` with the order preserved hands every rank exactly its own. The rank then reads its samples
+from the shards by offset, with a small pool of threads that runs ahead by a bounded number of bytes.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """The command line. Each verb imports what it needs when it runs, so that `--help` answers at once."""
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Train DomainShuttle, a subject-driven text-to-video model, on Ray and DeepSpeed ZeRO-3.\n\n"
-        "A run is one YAML file. The usual way: **data build** and **data encode** make the corpora, **train** runs the "
-        "schedule (again after any stop: it goes on where it was), **compare** shows runs side by side, **export** and "
-        "**generate** use the result. **demo** does all of it at desk size."
+        "A run is one YAML file. The usual way: **data build** and **data encode** make the corpora, **train** runs "
+        "the schedule (again after any stop: it goes on where it was), **compare** shows runs side by side, **export** "
+        "and **generate** use the result. **demo** does all of it at desk size."
     ),
 )
 data = typer.Typer(no_args_is_help=True, help="Build, encode and inspect corpora.")
@@ -178,7 +179,9 @@ def generate(
     frames: int = 81,
     steps: int = 40,
     guidance: float = 5.0,
-    reference_guidance: Annotated[float | None, typer.Option(help="Also move away from the clip without references.")] = None,
+    reference_guidance: Annotated[
+        float | None, typer.Option(help="Also move away from the clip without references.")
+    ] = None,
     fps: float = 16.0,
     seed: int = 0,
 ) -> None:  # fmt: skip
@@ -242,6 +245,8 @@ def _nearest_store() -> str:
 def main() -> Any:
     """The entry point: known mistakes end with one message, Ctrl-C with exit code 130."""
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # imported by a library of a library, it warns on every start that it found no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

@@ -124,7 +124,7 @@ class StageSection(Section):
 
 
 class ClusterSection(Section):
-    """Which machines. Without `address`, a Ray cluster of this machine is started for the run; inside a Ray job, the job's."""
+    """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
 
     address: str | None = Field(None, description="a running Ray cluster; none: start one here")
     workers: int = Field(2, gt=0)
@@ -211,7 +211,8 @@ class RunConfig(Section):
                 )
         if self.evaluation and self.evaluation.corpus not in self.corpora:
             faults.append(
-                f"evaluation.corpus={self.evaluation.corpus!r} is no corpus{_nearest(self.evaluation.corpus, self.corpora)}"
+                f"evaluation.corpus={self.evaluation.corpus!r} is no corpus"
+                f"{_nearest(self.evaluation.corpus, self.corpora)}"
             )
         if faults:
             raise ValueError("; ".join(faults))
@@ -235,7 +236,7 @@ class RunConfig(Section):
         raise ConfigError(f"no stage {name!r}{_nearest(name, [s.name for s in self.stages])}")
 
     def digest(self) -> str:
-        """Of everything that decides what is learned: machines, paths, checkpoints and tracking may change on resume."""
+        """Of all that decides what is learned: machines, paths, checkpoints and tracking may change on resume."""
         content = self.model_dump(mode="json", exclude=set(_RESUMABLE_CHANGES))
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 

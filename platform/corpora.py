@@ -75,9 +75,7 @@ def inspect_corpus(path: Path, sheet: Path | None, samples: int, where: str | No
         index = index.filter(where)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for key, value in index.summary().items():
-        text = ", ".join(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items()) if isinstance(
-            value, dict
-        ) else str(value)  # fmt: skip
+        text = _counts(value) if isinstance(value, dict) else str(value)
         table.add_row(f"[bold]{key}[/]", text)
     console.print(table)
     quarantine = Path(index.row(0).folder) / QUARANTINE_NAME if len(index) else None
@@ -87,6 +85,10 @@ def inspect_corpus(path: Path, sheet: Path | None, samples: int, where: str | No
     if sheet:
         draw_sheet(index, samples).save(sheet)
         console.print(f"Contact sheet: {sheet}")
+
+
+def _counts(values: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {value:g}" for name, value in values.items())
 
 
 def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:

@@ -1,7 +1,7 @@
 """The demo: the whole job at desk size, by the same commands that a user would type.
 
-Corpora are built and encoded, the schedule is trained, stage 2 is stopped half way by Ctrl-C and started again, the model
-is exported, clips are generated and judged. The books are then checked: every planned sample trained on once.
+Corpora are built and encoded, the schedule is trained, stage 2 is stopped half way by Ctrl-C and started again, the
+model is exported, clips are generated and judged. The books are then checked: every planned sample trained on once.
 """
 
 import json

@@ -49,8 +49,8 @@ def run_training(config: RunConfig, fresh: bool = False) -> int:
     tracker.finish("FINISHED" if outcome == "finished" else "KILLED")
     summary = Ledger(run.ledger_path).summary()
     console.print(
-        f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of these "
-        f"productive {summary.goodput:.0%}. Run folder: {run.folder}"
+        f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
+        f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
     )
     if outcome == "stopped":
         console.print("A checkpoint is written. The same command goes on with it.")

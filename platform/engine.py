@@ -135,6 +135,9 @@ class Engine:
         deepspeed = _deepspeed()
         if section.activation_checkpointing:
             model.enable_gradient_checkpointing()
+        if not torch.cuda.is_available():
+            # over the short sequences of a desk, the CPU's flash kernel takes longer than the plain products
+            _set_attention_backend(model, "_native_math")
         _gather_whole_blocks(model)
         self.config = deepspeed_config(stage, section, accumulation)
         self.stage = stage
@@ -271,6 +274,14 @@ def _gather_whole_blocks(model: nn.Module) -> None:
 
     with _quiet():
         set_z3_leaf_modules(model, [DomainMoTBlock])
+
+
+def _set_attention_backend(model: nn.Module, name: str) -> None:
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that backends are experimental
+    model.set_attention_backend(name)
+    logger.setLevel(level)
 
 
 def _deepspeed() -> Any:

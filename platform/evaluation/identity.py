@@ -1,8 +1,8 @@
 """Does a generated clip show its own subject? A retrieval test on identities that training never saw.
 
 Each held-out sample is generated from its caption and one reference picture. The clip is then compared with the
-reference pictures of all samples of its group: it hits when its own is the closest. The same noise and captions with the
-references of another subject of the group are the control, and chance is one in the group's size.
+reference pictures of all samples of its group: it hits when its own is the closest. The same noise and captions with
+the references of another subject of the group are the control, and chance is one in the group's size.
 
 The descriptor is simple on purpose: a histogram of hue, weighted by chroma, so that white, grey and skin hardly count;
 clips and pictures are compared by the Bhattacharyya coefficient of their histograms.
@@ -176,7 +176,7 @@ def _generate(
 
 
 def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
-    """Evaluates an exported model on the run's held-out corpus; writes table, grid and clips, and logs them to MLflow."""
+    """Evaluates an exported model on the run's held-out corpus; writes table, grid and clips, also to MLflow."""
     config = run.config
     section = config.evaluation
     if section is None:

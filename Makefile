@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Both make the virtual environment they need, and are quick when it exists.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check clean
+
+# torch alone and first: beside other packages pip may take another build of it
+$(VENV)/installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name it: make PYTHON=... $(MAKECMDGOALS)"; exit 1; }
+	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: install one (Debian: apt-get install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -c 'from domainshuttle.platform.engine import build_cpu_operator; build_cpu_operator()' >/dev/null
+	@touch $@
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/domainshuttle demo
+
+test: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/types && ln -sfn ../.. build/types/domainshuttle
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p domainshuttle
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis domainshuttle.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""Connections: what can go wrong ends with one message that says what to do.
+
+Run: python -m pytest tests/cluster
+"""
+
+import socket
+
+import pytest
+
+from domainshuttle.cluster.local import ClusterError, Connection, Resources, check_port, check_resources
+from domainshuttle.cluster.submit import submit_training
+
+
+def test_a_busy_port_is_named_with_another_one() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ClusterError, match=rf"port {port} is busy.*dashboard_port={port + 1}"):
+            check_port(port)
+    check_port(port)
+
+
+def test_a_busy_dashboard_port_stops_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with pytest.raises(ClusterError, match="busy"), Connection(dashboard_port=listener.getsockname()[1]):
+            pass
+
+
+@pytest.mark.parametrize(("there", "word"), [({"CPU": 1.0}, "CPU"), ({"CPU": 8.0}, "GPU"), ({}, "CPU")])
+def test_too_few_resources_say_how_many_and_the_remedy(there: dict[str, float], word: str) -> None:
+    with pytest.raises(ClusterError, match=rf"too few {word}s.*add nodes"):
+        check_resources(there, Resources(2, 1, "add nodes"))
+
+
+def test_enough_resources_pass() -> None:
+    check_resources({"CPU": 2.0, "GPU": 1.0}, Resources(2, 1))
+
+
+def test_no_cluster_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127.0.0.1:1\b"), Connection("127.0.0.1:1"):
+        pass
+
+
+def test_submission_to_nobody_names_the_address() -> None:
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:1"):
+        submit_training("name: x", "x", "http://127.0.0.1:1")

@@ -1,0 +1,64 @@
+"""Fixtures that several folders of tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of this machine, without dashboard, for the session."""
+    from domainshuttle.cluster.local import Connection
+
+    with Connection():
+        yield
+
+
+TINY = """
+name: tiny
+seed: 3
+data: {folder}/data
+output: {folder}/runs
+model:
+  size: {{num_attention_heads: 2, attention_head_dim: 12, num_layers: 2, ffn_dim: 48, text_dim: 64, freq_dim: 32,
+         text_len: 48}}
+encoders: {{video: block-dct, text: byte-umt5, text_len: 48}}
+corpora:
+  pictures:
+    build: {{builder: sprites, kind: image, samples: 40, identities: 72, seed: 5, side: 48}}
+    buckets: [1x32x32]
+  clips:
+    build: {{builder: sprites, kind: video, samples: 24, identities: 72, seed: 5, side: 48, frames: 5}}
+    buckets: [5x32x32]
+  held-out:
+    build: {{builder: sprites, kind: video, samples: 8, identities: 72, seed: 5, side: 48, frames: 5,
+            split: held_out, two_subjects: 0}}
+    buckets: [5x32x32]
+stages:
+  - {{name: stage1, mixture: {{pictures: 1}}, steps: 4, global_batch: 8, micro_batch: 4, learning_rate: 1.0e-3,
+     trained: ["*"], references: 2, reference_dropout: 0.1}}
+  - {{name: stage2, mixture: {{clips: 1}}, steps: 12, global_batch: 8, micro_batch: 2, learning_rate: 1.0e-3,
+     trained: ["blocks.*.attn1.*", "*_ref*"], references: 2, loss: {{cross_pair_weight: 0.1}}}}
+cluster: {{workers: 2, cpus_per_worker: 0.5}}
+engine: {{persistent_parameters: 0}}
+checkpoint: {{every: 3, keep: 2}}
+tracking: {{experiment: tiny, every: 1}}
+generation: {{steps: 2, guidance: 2.0, shift: 3.0, fps: 8}}
+evaluation: {{corpus: held-out, candidates: 4, groups: 2}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run of seconds, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY.format(folder=folder))
+    return path

@@ -1,0 +1,256 @@
+"""Encoding and loading: raw samples to latents to the batches that the plan says.
+
+Run: python -m pytest tests/pipelines/test_encode_and_load.py
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from domainshuttle.model.encoders import load_text_encoder, load_video_encoder, pad_text
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
+from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.encode import EncoderSources, EncodingJob, decode_sample, encode, encode_rows, to_pixels
+from domainshuttle.pipelines.index import Index, IndexMetadata
+from domainshuttle.pipelines.loader import Feed, Loader, MicroBatch, plan_dataset, planned_rows
+from domainshuttle.pipelines.pairing import choose_references
+from domainshuttle.pipelines.parts import INDEX_NAME, BadSample, Parts
+from domainshuttle.pipelines.sample import DataError, RawSample, from_bfloat16_bits
+from domainshuttle.pipelines.shards import read_members
+
+SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
+CONFIG = SpritesConfig(kind="image", samples=48, identities=72, side=48, seed=4)
+BUCKETS = [parse_bucket("1x32x32")]
+
+
+def silent(*_: Any) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    build_corpus("pictures", CONFIG, BUCKETS, folder / "raw", silent, samples_per_part=16)
+    encode(
+        [EncodingJob("pictures", folder / "raw" / INDEX_NAME, folder / "encoded")], SOURCES, silent, samples_per_part=16
+    )
+    return folder
+
+
+def feed(corpus: Path, **changes: Any) -> Feed:
+    base = Feed(
+        indexes=(str(corpus / "encoded" / INDEX_NAME),),
+        mixture=(("pictures", 1.0),),
+        seed=9,
+        global_batch=8,
+        micro_batch=2,
+        text_len=48,
+        references=3,
+        paired=True,
+    )
+    return replace(base, **changes)
+
+
+class Rows:
+    """Stands where Ray's iterator stands: hands out tables."""
+
+    def __init__(self, *tables: pa.Table) -> None:
+        self.tables = tables
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        yield from self.tables
+
+
+def load(corpus: Path, one: Feed, steps: int, tmp_path: Path, rank: int = 0, world: int = 1) -> list[MicroBatch]:
+    rows = Rows(planned_rows(one, 0, steps, rank, world))
+    return list(Loader(rows, one, rank, world, tmp_path / f"q{rank}.jsonl"))  # type: ignore[arg-type]
+
+
+def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
+    raw, encoded = Index.load(corpus / "raw" / INDEX_NAME), Index.load(corpus / "encoded" / INDEX_NAME)
+    assert encoded.column("key").tolist() == raw.column("key").tolist()
+    assert encoded.column("sample_id").tolist() == raw.column("sample_id").tolist()
+    video, text = load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48)
+    row = raw.row(7)
+    sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+    target, references = decode_sample(sample, BUCKETS[0])
+    ((_, found),) = encode_rows([row], video, text)
+    assert not isinstance(found, DataError)
+    latents = video.encode(to_pixels(target))[0]
+    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(found.target)), latents.bfloat16().float())
+    reference = video.encode(to_pixels(references[1][None]))[0, :, 0]
+    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(found.references[1])), reference.bfloat16().float())
+    assert found.text.shape[0] == len(sample.info.caption.encode()) + 1
+
+
+def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: Path) -> None:
+    shard = next((corpus / "encoded").glob("*.tar"))
+    before = shard.stat().st_mtime_ns
+    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, corpus / "encoded")
+    ((metadata, bad),) = encode([job], SOURCES, silent, samples_per_part=16)
+    assert shard.stat().st_mtime_ns == before
+    assert bad == 0
+    assert metadata.encoders["video"].startswith("block-dct:")
+
+
+def test_parts_of_another_recipe_are_cleared(tmp_path: Path) -> None:
+    first = Parts(tmp_path, 2, "one")
+    first.begin()
+    build_part(first, 0, "pictures", CONFIG, BUCKETS, 4, 1 << 20)
+    assert first.missing() == [1]
+    with pytest.raises(DataError, match="1 of 2 parts"):
+        first.merge(IndexMetadata(corpus="pictures", stage="raw"))
+    again = Parts(tmp_path, 2, "one")
+    again.begin()
+    assert again.missing() == [1]
+    other = Parts(tmp_path, 2, "two")
+    other.begin()
+    assert other.missing() == [0, 1]
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_too_many_bad_samples_end_the_work(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, 1, "x")
+    parts.begin()
+    parts.finish(0, [], [BadSample("s", "a.tar", "k", "corrupt")], IndexMetadata(corpus="c", stage="raw"))
+    with pytest.raises(DataError, match="1 of 1 samples are bad"):
+        parts.merge(IndexMetadata(corpus="c", stage="raw"))
+    assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "corrupt"
+
+
+def test_damaged_raw_samples_go_to_quarantine(corpus: Path) -> None:
+    video, text = load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48)
+    index = Index.load(corpus / "raw" / INDEX_NAME)
+    good, bad = index.row(0), index.row(1)
+    # the picture's bytes are said to be elsewhere in the shard
+    shifted = tuple(m if m.extension == "json" else replace(m, offset=m.offset + 700) for m in bad.members)
+    results = list(encode_rows([good, replace(bad, members=shifted)], video, text))
+    reasons = {row.key: one for row, one in results if isinstance(one, DataError)}
+    assert list(reasons) == [bad.key]
+    assert bad.key in str(reasons[bad.key])
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 2), (4, 2), (8, 1)])
+def test_every_world_trains_the_planned_batch(corpus: Path, world: int, micro: int) -> None:
+    one = feed(corpus, micro_batch=micro)
+    plan = one.plan()
+    tables = [planned_rows(one, 3, 6, rank, world).to_pylist() for rank in range(world)]
+    for step in (3, 4, 5):
+        rows = Counter(row for table in tables for entry in table if entry["step"] == step for row in entry["rows"])
+        assert rows == Counter(plan[step].rows.tolist())
+    assert all(len(table) == 3 * one.accumulation(world) for table in tables)
+
+
+def test_ray_hands_every_rank_its_own_rows_in_order(corpus: Path, ray_cluster: None) -> None:
+    one = feed(corpus)
+    shards = plan_dataset(one, 2, 75, world_size=2)
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def consume(shard: Any) -> list[dict[str, Any]]:
+        tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")
+        return [row for table in tables for row in table.to_pylist()]
+
+    got = ray.get([consume.remote(shard) for shard in shards])
+    for rank, rows in enumerate(got):
+        assert rows == planned_rows(one, 2, 75, rank, 2).to_pylist()
+
+
+def test_a_batch_has_the_tensors_of_its_samples(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus, global_batch=4, micro_batch=4)
+    (micro,) = load(corpus, one, 1, tmp_path)
+    batch, index = micro.batch, one.index()
+    planned = one.plan()[0]
+    rows = index.rows(planned.rows)
+    assert micro.keys == [f"pictures/{row.key}" for row in rows]
+    assert batch.sample_ids.tolist() == [row.sample_id for row in rows]
+    raw = {row.key: row for row in Index.load(corpus / "raw" / INDEX_NAME).rows(range(48))}
+    video, text = load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48)
+    for number, (row, epoch) in enumerate(zip(rows, planned.epochs, strict=True)):
+        source = raw[row.key]
+        sample = RawSample.from_members(row.key, read_members(source.folder, source.shard, source.members))
+        target, pictures = decode_sample(sample, BUCKETS[0])
+        torch.testing.assert_close(batch.latents[number], video.encode(to_pixels(target))[0].bfloat16())
+        words = pad_text(text.encode([sample.info.caption]), 48)[0].bfloat16()
+        torch.testing.assert_close(batch.text[number], words, atol=0.02, rtol=0.02)
+        pairing = choose_references(row.reference_subjects, row.reference_origins, 9, int(epoch), row.sample_id, 3)
+        for prefix, chosen in (("", pairing.set_a), ("paired_", pairing.set_b)):
+            mask = getattr(batch, f"{prefix}reference_mask")[number]
+            assert int(mask.sum()) == len(chosen)
+            for slot, picture in enumerate(chosen):
+                expected = video.encode(to_pixels(pictures[picture][None]))[0, :, 0].bfloat16()
+                torch.testing.assert_close(getattr(batch, f"{prefix}references")[number, slot], expected)
+                subject = sample.info.references[picture].subject
+                assert getattr(batch, f"{prefix}reference_subjects")[number, slot] == subject
+                wanted = sample.info.subjects[subject].domain
+                assert getattr(batch, f"{prefix}reference_domains")[number, slot] == wanted
+
+
+def test_dropout_leaves_out_references_and_captions(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus, reference_dropout=0.5, text_dropout=0.5, global_batch=48, micro_batch=48, paired=False)
+    (micro,) = load(corpus, one, 1, tmp_path)
+    assert micro.batch.reference_mask is not None
+    dropped = (~micro.batch.reference_mask.any(1)).float().mean()
+    empty = load_text_encoder("byte-umt5", 48).encode([""])[0].bfloat16()
+    no_text = torch.tensor([bool((text[len(empty) :] == 0).all()) for text in micro.batch.text]).float()
+    assert 0.25 < float(dropped) < 0.75
+    assert 0.25 < float(no_text.mean()) < 0.75
+    assert not micro.batch.has_pairs
+
+
+def test_reading_ahead_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus, micro_batch=8)
+    rows = planned_rows(one, 0, 5, 0, 1)
+    loaders = [
+        Loader(Rows(rows), one, 0, 1, tmp_path / "q", read_ahead=size, threads=threads)  # type: ignore[arg-type]
+        for size, threads in ((0, 1), (1 << 30, 3))
+    ]
+    for first, second in zip(*loaders, strict=True):
+        assert first.keys == second.keys
+        assert first.batch.latents.equal(second.batch.latents)
+        assert first.batch.references.equal(second.batch.references)
+
+
+def test_rows_of_another_rank_or_out_of_order_are_refused(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus)
+    wrong = Rows(planned_rows(one, 0, 2, 1, 2))
+    with pytest.raises(DataError, match="rank 0 was handed step 0, part 0 of rank 1"):
+        list(Loader(wrong, one, 0, 2, tmp_path / "q"))  # type: ignore[arg-type]
+    gap = Rows(planned_rows(one, 0, 1, 0, 1), planned_rows(one, 2, 3, 0, 1))
+    with pytest.raises(DataError, match="the plan's order was lost"):
+        list(Loader(gap, one, 0, 1, tmp_path / "q"))  # type: ignore[arg-type]
+
+
+def test_a_bad_sample_is_quarantined_and_substituted(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus, global_batch=48, micro_batch=48)
+    broken = one.plan()[0].rows[5]
+    index = one.index()
+    victim = index.row(int(broken))
+    loader = Loader(Rows(planned_rows(one, 0, 1, 0, 1)), one, 0, 1, tmp_path / "q.jsonl")  # type: ignore[arg-type]
+    genuine = loader._sample
+
+    def damaged(row: Any, epoch: int) -> Any:
+        if row.key == victim.key:
+            members = tuple(replace(m, size=m.size // 2) for m in row.members)
+            row = replace(row, members=members)
+        return genuine(row, epoch)
+
+    loader._sample = damaged  # type: ignore[method-assign]
+    (micro,) = list(loader)
+    assert micro.batch.batch_size == 48
+    assert f"pictures/{victim.key}" not in micro.keys
+    (line,) = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == victim.key
+
+
+def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
+    with pytest.raises(DataError, match="choose a multiple of 6"):
+        feed(corpus).accumulation(3)

@@ -1,0 +1,106 @@
+"""Configuration: every mistake is answered with the key, the value and the remedy, without torch or Ray.
+
+Run: python -m pytest tests/platform/test_config.py
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from domainshuttle.platform.config import ConfigError, RunConfig, load_config
+
+
+def test_the_shipped_demo_loads_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    by_path = load_config(str(root / "configs" / "demo.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").digest() == by_path.digest()
+    assert load_config("configs/demo.yaml").digest() == by_path.digest()
+    assert Path(load_config("demo").output) == tmp_path / "demo" / "runs"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.stage1.stps=3", "stages.1.stps: unknown key; did you mean 'steps'"),
+        ("clster.workers=3", "clster: unknown key; did you mean 'cluster'"),
+        ("stages.stage1.loss.cross_pair_wieght=1", "did you mean 'cross_pair_weight'"),
+        ("cluster.workers=0", r"cluster.workers: .*greater than 0.*given: 0"),
+        (
+            "cluster.workers=3",
+            "global_batch=64 can't be shared by cluster.workers=3 x micro_batch=32: use a multiple of 96",
+        ),
+        ("stages.stage1.mixture={sprite-images: 1}", "did you mean 'sprites-images'"),
+        ("corpora.sprites-images.buckets=[1x64x60]", "multiples of 16"),
+        ("corpora.sprites-images.build.builder=uno", "builder"),
+        ("stages.nine.steps=3", "'stages.nine' is no entry; known: base, stage1, stage2"),
+        ("seed", "expected key.key=value"),
+        ("model.base=wan", "not both and not neither"),
+        ("stages.base.loss.cross_pair_weight=0.1", "needs references"),
+        ("stages.1.name=base", "same name twice"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("demo", [override])
+
+
+def test_all_faults_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", ["cluster.workers=-1", "checkpoint.evry=5", "seed=x"])
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_overrides_reach_lists_by_name_and_values_are_yaml() -> None:
+    config = load_config("demo", ["stages.stage2.steps=7", "stages.0.betas=[0.8, 0.9]", "cluster.address=null"])
+    assert config.stage("stage2").steps == 7
+    assert config.stages[0].betas == (0.8, 0.9)
+    assert config.cluster.address is None
+
+
+def test_the_resolved_file_is_the_same_run() -> None:
+    config = load_config("demo", ["seed=11"])
+    again = RunConfig.model_validate(yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert again.digest() == config.digest()
+
+
+def test_the_digest_follows_what_is_learned_and_nothing_else() -> None:
+    digest = load_config("demo").digest()
+    for same in ("cluster.max_failures=9", "tracking.every=3", "checkpoint.keep=5", "output=elsewhere"):
+        assert load_config("demo", [same]).digest() == digest
+    for other in ("seed=8", "stages.stage1.steps=9", "stages.stage2.learning_rate=0.5", "encoders.text_len=32"):
+        assert load_config("demo", [other]).digest() != digest
+
+
+def test_flattened_has_dotted_keys() -> None:
+    flat = load_config("demo").flattened()
+    assert flat["stages.stage1.global_batch"] == 64
+    assert flat["corpora.sprites-images.build.kind"] == "image"
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "a: [", "name: x"])
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(str(path))
+
+
+def test_a_missing_file_names_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match=r"demo"):
+        load_config("nowhere.yaml")
+
+
+def test_a_mistake_is_answered_before_torch_is_imported() -> None:
+    code = (
+        "import sys\nfrom domainshuttle.platform.config import load_config, ConfigError\n"
+        "try: load_config('demo', ['sed=1'])\nexcept ConfigError as e: print(e)\n"
+        "print('torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "did you mean 'seed'" in run.stdout
+    assert run.stdout.strip().endswith("False False")

@@ -1,0 +1,119 @@
+"""The rules of the rooms: what may import what, who alone may import a library, how large a file may be.
+
+Run: python -m pytest tests/test_architecture.py
+"""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("model", "pipelines", "cluster", "platform", "configs")
+
+MAY_IMPORT = {
+    "model": ("model",),
+    "pipelines": ("pipelines", "model.batch", "model.encoders"),
+    "cluster": ("cluster",),
+    "platform": ("platform", "model", "pipelines", "cluster", "configs"),
+    "configs": (),
+}
+ONLY_IMPORTER = {
+    "deepspeed": {"platform/engine.py"},
+    "mlflow": {"platform/tracking.py"},
+    "ray.train": {"platform/train.py"},
+    "ray.data": {"pipelines/loader.py", "pipelines/encode.py", "platform/train.py"},
+}
+MOST_LINES = 400
+
+
+def sources() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        if name.startswith("domainshuttle."):
+            inner = name.removeprefix("domainshuttle.")
+            allowed = any(inner == one or inner.startswith(one + ".") for one in MAY_IMPORT[room])
+            assert allowed or inner in ROOMS, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTER)
+def test_a_library_has_one_importer(library: str) -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(name == library or name.startswith(library + ".") for name in imports(path))
+    }
+    assert found <= ONLY_IMPORTER[library], f"{library} is imported by {found - ONLY_IMPORTER[library]}"
+
+
+def test_model_knows_no_ray_and_spec_no_torch() -> None:
+    for path in (ROOT / "model").rglob("*.py"):
+        assert not any(name.split(".")[0] == "ray" for name in imports(path)), path
+    assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "model" / "spec.py")}
+
+
+def test_no_file_is_too_long_and_none_is_called_utils() -> None:
+    for path in sources():
+        lines = len(path.read_text().splitlines())
+        assert lines <= MOST_LINES, f"{path.relative_to(ROOT)} has {lines} lines"
+        assert path.stem != "utils"
+
+
+def test_the_standard_library_keeps_its_platform_module() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not (ROOT / "__init__.py").exists()
+    for folder in (ROOT, ROOT / "tests"):
+        code = "import platform, domainshuttle.platform.config; print(platform.python_version())"
+        run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+        assert run.stdout.startswith("3.")
+
+
+def test_every_package_is_listed() -> None:
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in sources()} | {Path("configs")}
+    assert listed == {"domainshuttle", *("domainshuttle." + ".".join(folder.parts) for folder in folders)}
+
+
+@pytest.mark.slow
+def test_the_wheel_works_where_the_sources_are_not(tmp_path: Path) -> None:
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, *build], check=True, timeout=200)
+    wheel = next(tmp_path.glob("domainshuttle-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert "domainshuttle/configs/demo.yaml" in names
+    assert "domainshuttle/platform/train.py" in names
+    assert not any(name.startswith("domainshuttle/tests") for name in names)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.meta_path = [f for f in sys.meta_path if 'editable' not in "
+        "str(getattr(f, '__module__', f)).lower()]; import platform; platform.system(); "
+        "import domainshuttle.platform.config as c; print(c.__file__); print(c.load_config('demo').name)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "site") in run.stdout
+    assert run.stdout.strip().endswith("demo")
