@@ -86,7 +86,7 @@ class JointAttention(WanAttention):
         attention_mask: Tensor | None,
         rotary_emb: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Attend over all tokens [b, n, d]; ``attention_mask`` [b, n] is True at the keys that count."""
+        """Attend over all tokens [b, n, d]; ``attention_mask`` [b, 1, 1, n] is True at the keys that count."""
         return self.processor(self, hidden_states, num_reference_tokens, attention_mask, rotary_emb)
 
 

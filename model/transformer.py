@@ -258,9 +258,9 @@ class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin,
         )
         attention_mask = None
         if reference_mask is not None:
-            # b r -> b (F s), True at keys that count; video tokens always do
+            # b r -> b 1 1 (F s), True at keys that count; video tokens always do
             mask = torch.cat([reference_mask.new_ones(b, grid[0]), reference_mask], 1)
-            attention_mask = mask[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)
+            attention_mask = mask[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)[:, None, None]
 
         references, domain = self.embed_references(reference_latents.to(dtype), reference_domains)
         hidden_states = torch.cat([self.patch_embedding(hidden_states.to(dtype)), references], 1)  # b F s d

@@ -52,7 +52,7 @@ def test_codec_is_a_projection() -> None:
 
 
 def test_codec_keeps_exactly_the_strongest_coefficients() -> None:
-    """Against a brute-force cosine transform of one block: a constant block is its mean, in one coefficient a colour."""
+    """A constant block is its mean: one coefficient, since R = G = B has no chroma."""
     codec = BlockDCTCodec()
     pixels = torch.full((1, 3, 1, 8, 8), 0.25)
     latents = codec.encode(pixels)[0, :, 0, 0, 0]

@@ -1,6 +1,6 @@
 """The engine's pure parts: which parameters train, the learning rate, DeepSpeed's derived configuration.
 
-What it does under ZeRO-3 is tested by tests/platform/test_training.py. Run: python -m pytest tests/platform/test_engine.py
+What it does under ZeRO-3 is tested by test_training.py. Run: python -m pytest tests/platform/test_engine.py
 """
 
 import math

@@ -1,0 +1,40 @@
+"""The command line answers quickly because it imports little.
+
+Run: python -m pytest tests/platform/test_cli.py
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "ray", "mlflow", "diffusers", "transformers", "numpy", "pyarrow")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import sys; import domainshuttle.platform.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [["--help"], ["data", "build", "--help"], ["train", "--help"], ["compare", "--help"], ["generate", "--help"]],
+)
+def test_every_verb_explains_itself(verb: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "domainshuttle.platform.cli", *verb], capture_output=True, text=True, check=True
+    )
+    assert "Usage" in run.stdout
+
+
+def test_a_mistake_ends_with_one_message_and_code_2() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "domainshuttle.platform.cli", "train", "demo", "--set", "clster.workers=3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "did you mean 'cluster'" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,316 @@
+"""The whole job, by the commands of a user: two Ray Train workers, ZeRO-3, MLflow, stops, kills, export, clips.
+
+Run: python -m pytest tests/platform/test_training.py
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from domainshuttle.pipelines.media import decode_video
+from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
+from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.demo import check_books
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.records import read_history, read_runs
+from domainshuttle.platform.schedule import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return clean | {"OMP_NUM_THREADS": "1", "PATH": path, "COLUMNS": "160"} | more
+
+
+def cli(*arguments: object, expect: int = 0) -> str:
+    run = subprocess.run(
+        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment(), check=False
+    )
+    assert run.returncode == expect, f"{arguments}: {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_yaml: Path) -> Path:
+    """The tiny configuration with its corpora built and encoded."""
+    cli("data", "build", tiny_yaml)
+    cli("data", "encode", tiny_yaml)
+    return tiny_yaml
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: Path) -> tuple[RunConfig, str]:
+    """A run from beginning to end, and what it printed."""
+    printed = cli("train", tiny)
+    return load_config(str(tiny)), printed
+
+
+def weights(config: RunConfig, stage: str) -> dict[str, np.ndarray]:
+    return load_file(Run(config).segment(stage).weights / "diffusion_pytorch_model.safetensors")
+
+
+def losses(config: RunConfig, stage: str) -> list[tuple[int, float]]:
+    records = {record.name: record for record in read_runs(config.tracking_uri, [config.tracking.experiment])}
+    return read_history(config.tracking_uri, records[stage].id, "loss")
+
+
+def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tuple[RunConfig, str]) -> None:
+    config, printed = unbroken
+    assert "Finished after" in printed
+    assert "Next: domainshuttle export" in printed
+    books = check_books(config)
+    assert books.planned == books.trained == (4 + 12) * 8
+    assert (books.lost, books.repeated, books.recomputed) == (0, 0, 0)
+    records = read_runs(config.tracking_uri, [config.tracking.experiment])
+    parents = [record for record in records if record.parent is None]
+    assert [record.name for record in parents] == ["tiny"]
+    assert sorted(record.name for record in records if record.parent == parents[0].id) == ["stage1", "stage2"]
+    assert {record.status for record in records} == {"FINISHED"}
+    assert [step for step, _ in losses(config, "stage2")] == list(range(1, 13))
+    assert parents[0].params["stages.stage2.steps"] == "12"
+    stage2 = next(record for record in records if record.name == "stage2")
+    for metric in (
+        "loss/flow",
+        "loss/cross_pair",
+        "grad_norm",
+        "samples/s",
+        "loss/flow/source/clips",
+        "gpu_hours/used",
+    ):
+        assert metric in stage2.metrics, f"{metric} is not among {sorted(stage2.metrics)}"
+
+
+def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig, str]) -> None:
+    config, _ = unbroken
+    before, after = weights(config, "stage1"), weights(config, "stage2")
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    trained = {name for name in before if ".attn1." in name or "_ref" in name}
+    # frozen parameters went through bf16, which the first stage's masters did not
+    for name in set(before) - trained:
+        np.testing.assert_allclose(after[name], before[name], rtol=2**-8, atol=1e-6)
+    assert {name for name in moved if ".attn1.to_q.weight" in name}
+    assert len(moved & trained) > 0.8 * len(trained)
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            state = json.loads(run.progress_path.read_text())
+            if state["segment"] == stage and state["step"] >= step and state["state"] == "training":
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"stage {stage} did not reach step {step}")
+
+
+def start(config: Path, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*CLI, "train", str(config), *arguments], start_new_session=True, env=environment(**env))
+
+
+def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    whole, _ = unbroken
+    other = ["--set", f"output={tiny.parent}/broken", "--set", "cluster.max_failures=2"]
+    config = load_config(str(tiny), [f"output={tiny.parent}/broken"])
+    run = Run(config)
+    # Ctrl-C in stage 2
+    process = start(tiny, *other)
+    wait_for_step(process, run, "stage2", 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 3
+    stopped = CheckpointStore(run.checkpoints).newest("stage2")
+    assert stopped is not None
+    assert 2 < stopped.state.step < 12
+    runs_before = {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])}
+    # on again; a worker dies without a word
+    process = start(tiny, *other)
+    wait_for_step(process, run, "stage2", stopped.state.step + 1)
+    worker = next(
+        child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()
+        or "RayTrainWorker" in " ".join(child.cmdline())
+    )  # fmt: skip
+    worker.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=240) == 0
+    ours, theirs = weights(config, "stage2"), weights(whole, "stage2")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert losses(config, "stage2") == losses(whole, "stage2")
+    assert {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])} == runs_before
+    books = check_books(config)
+    assert (books.lost, books.repeated) == (0, 0)
+    assert Ledger(run.ledger_path).summary().attempts >= 4
+    whole_ones = [found for _, found in CheckpointStore(run.checkpoints).list() if isinstance(found, Checkpoint)]
+    assert {found.state.step for found in whole_ones if found.state.segment == "stage2"} == {9, 12}
+
+
+def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    printed = cli("train", tiny)
+    assert "Stage stage2 is finished" in printed
+
+
+def test_a_name_of_another_run_is_refused(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    printed = cli("train", tiny, "--set", "seed=4", expect=2)
+    assert "seed was 3, now 4" in printed
+    assert "--fresh" in printed
+
+
+def test_missing_corpora_are_named_with_the_commands(tiny: Path, tmp_path: Path) -> None:
+    printed = cli("train", tiny, "--set", f"data={tmp_path}", expect=2)
+    assert "['clips', 'pictures'] are not encoded" in printed
+    assert "domainshuttle data build" in printed
+    assert "Traceback" not in printed
+
+
+def test_too_few_cpus_are_answered_at_once(tiny: Path) -> None:
+    printed = cli("train", tiny, "--set", "cluster.cpus_per_worker=64", expect=2)
+    assert "too few CPUs: this needs 129" in printed
+    assert "Traceback" not in printed
+
+
+def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, str], tmp_path: Path) -> None:
+    config, _ = unbroken
+    run = Run(config)
+    exported = tmp_path / "exported"
+    assert "Exported stage2" in cli("export", run.folder, exported)
+    assert (exported / "model_index.json").exists()
+    picture = tmp_path / "reference.jpg"
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(picture)
+    clips = tmp_path / "clips"
+    size = ("--height", "32", "--width", "32", "--frames", "5", "--steps", "2", "--guidance", "2")
+    printed = cli(
+        "generate", exported, "--prompt", "a star", "--reference", f"{picture}:0:object", "--out", clips, *size
+    )
+    assert "Wrote 1 clips" in printed
+    assert decode_video((clips / "clip.mp4").read_bytes(), 5).shape == (5, 32, 32, 3)
+    cases = tmp_path / "cases.jsonl"
+    case = {"prompts": "a gear", "seg_meta": [{"seg_file": ["reference.jpg"]}], "domain_code": ["Fantasy Domain"]}
+    cases.write_text(json.dumps(case) + "\n" + json.dumps({**case, "prompts": "a box"}) + "\n")
+    assert "Wrote 2 clips" in cli("generate", exported, "--cases", cases, "--out", clips, *size)
+    first, second = ((clips / f"cases-000{n}.mp4").read_bytes() for n in (1, 2))
+    assert first != second
+    cases.write_text(json.dumps({**case, "domain_code": ["Fantsy"]}))
+    assert "line 1" in cli("generate", exported, "--cases", cases, expect=2)
+
+    out = tmp_path / "evaluation"
+    cli("evaluate", run.folder, exported, "--out", out)
+    result = json.loads((out / "identity.json").read_text())
+    assert result["clips"] == 8
+    assert result["chance"] == 0.25
+    assert 0 <= result["own"] <= 1
+    assert Image.open(out / "grid.png").width > 500
+    assert (out / "grid.mp4").stat().st_size > 1000
+    records = {record.name: record for record in read_runs(config.tracking_uri, ["tiny"])}
+    assert records["stage2"].metrics["evaluation/identity_own"] == result["own"]
+
+    page = tmp_path / "compare.html"
+    table = cli("compare", "tiny", "--uri", config.tracking_uri, "--page", page)
+    assert "stage1" in table
+    assert "stage2" in table
+    assert page.read_text().count("<tr") >= 4
+    status = cli("status", run.folder)
+    assert "12 of 12" in status
+    assert "goodput" in status
+
+
+def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
+    printed = cli("plan", tiny)
+    assert "stage2" in printed
+    assert "0.1 cross-pair" in printed
+    folder = load_config(str(tiny)).corpus_folder("clips", "raw")
+    sheet = tmp_path / "sheet.png"
+    printed = cli("data", "inspect", folder, "--sheet", sheet, "--where", "frames > 1")
+    assert "5x32x32: 24" in printed
+    from PIL import Image
+
+    assert Image.open(sheet).size == (13 * 128, 8 * 128)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray cluster as a user would start it: `ray start --head`, with a dashboard and a token."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+    port, dashboard = free_port(), free_port()
+    ray = Path(sys.executable).parent / "ray"
+    log = (tmp_path / "ray.log").open("w")
+    command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--temp-dir={tmp_path / 'r'}", "--disable-usage-stats"]
+    if len(str(tmp_path)) > 60:  # a socket's path has a limit of 107 characters
+        command.remove(f"--temp-dir={tmp_path / 'r'}")
+    head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            assert head.poll() is None, (tmp_path / "ray.log").read_text()
+            time.sleep(0.5)
+        yield address, env
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            head.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+def test_ray_job_submit_runs_the_same_training(
+    tiny: Path, unbroken: tuple[RunConfig, str], users_cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, env = users_cluster
+    working = tmp_path / "job"
+    working.mkdir()
+    (working / "tiny.yaml").write_text(tiny.read_text())
+    ray = Path(sys.executable).parent / "ray"
+    output = tiny.parent / "job"
+    job = subprocess.run(
+        [ray, "job", "submit", "--address", address, "--working-dir", working, "--", "domainshuttle", "train",
+         "tiny.yaml", "--set", f"output={output}", "--set", "name=job"],
+        capture_output=True, text=True, timeout=300, env=env, check=False,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
+    assert "succeeded" in job.stdout
+    config = load_config(str(tiny), [f"output={output}", "name=job"])
+    ours, theirs = weights(config, "stage2"), weights(unbroken[0], "stage2")
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    # with no token the cluster refuses, and our own verb says what to do
+    refused = subprocess.run(
+        [*CLI, "submit", str(tiny), "--address", address],
+        capture_output=True, text=True, timeout=60, env=environment(HOME=str(tmp_path)), check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "RAY_AUTH_MODE=token" in refused.stderr
+    assert "Traceback" not in refused.stderr
