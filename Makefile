@@ -25,7 +25,9 @@ test: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/types && ln -sfn ../.. build/types/domainshuttle
+	@# the root is the package, which mypy finds only under its name
+	@mkdir -p build/types/domainshuttle
+	@for room in model pipelines cluster platform configs; do ln -sfn ../../../$$room build/types/domainshuttle/$$room; done
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p domainshuttle
 
 clean:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from domainshuttle.pipelines.buckets import parse_bucket
@@ -113,7 +113,18 @@ def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
             pictures += [*shown, *[blank] * (5 - len(shown))]
         bucket = parse_bucket(f"1x{side}x{side}")
         rows.append([fit_reference(picture, bucket) for picture in pictures])
-    return Image.fromarray(np.concatenate([np.concatenate(pictures, 1) for pictures in rows]))
+    cells = Image.fromarray(np.concatenate([np.concatenate(pictures, 1) for pictures in rows]))
+    sheet = Image.new("RGB", (cells.width, cells.height + _SHEET_HEAD), (250, 250, 250))
+    sheet.paste(cells, (0, _SHEET_HEAD))
+    pen = ImageDraw.Draw(sheet)
+    for column, head in ((0, "target"), (3, "references, set A"), (8, "references, set B (cross-pair loss)")):
+        pen.text((column * side + 6, 6), head, fill=(40, 40, 48), font=ImageFont.load_default(16))
+        if column:
+            pen.line((column * side, 0, column * side, sheet.height), fill=(120, 120, 130), width=2)
+    return sheet
+
+
+_SHEET_HEAD = 32
 
 
 def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:

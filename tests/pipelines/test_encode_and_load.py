@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
-from domainshuttle.model.encoders import load_text_encoder, load_video_encoder, pad_text
+from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
@@ -23,7 +24,7 @@ from domainshuttle.pipelines.index import Index, IndexMetadata
 from domainshuttle.pipelines.loader import Feed, Loader, MicroBatch, plan_dataset, planned_rows
 from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import INDEX_NAME, BadSample, Parts
-from domainshuttle.pipelines.sample import DataError, RawSample, from_bfloat16_bits
+from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample, from_bfloat16_bits
 from domainshuttle.pipelines.shards import read_members
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
@@ -254,3 +255,26 @@ def test_a_bad_sample_is_quarantined_and_substituted(corpus: Path, tmp_path: Pat
 def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
     with pytest.raises(DataError, match="choose a multiple of 6"):
         feed(corpus).accumulation(3)
+
+
+def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_path: Path) -> None:
+    """The real classes, tiny, saved on disk as a diffusers folder has them, through the same function."""
+    torch.manual_seed(0)
+    AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "vae")
+    model, tokenizer = byte_umt5(seed=2)
+    model.save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    sources = EncoderSources(str(tmp_path), str(tmp_path), 32)
+    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
+    ((metadata, bad),) = encode([job], sources, silent, actors=1, samples_per_part=48)
+    assert bad == 0
+    assert str(tmp_path) in metadata.encoders["video"]
+    with pytest.raises(DataError, match="encoders"):
+        Index.concat([Index.load(tmp_path / "encoded" / INDEX_NAME), Index.load(corpus / "encoded" / INDEX_NAME)])
+    row = Index.load(tmp_path / "encoded" / INDEX_NAME).row(11)
+    sample = EncodedSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+    raw = Index.load(corpus / "raw" / INDEX_NAME).row(11)
+    original = RawSample.from_members(raw.key, read_members(raw.folder, raw.shard, raw.members))
+    target, _ = decode_sample(original, BUCKETS[0])
+    expected = load_video_encoder(str(tmp_path)).encode(to_pixels(target))[0]
+    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(sample.target)), expected, atol=0.02, rtol=0.02)

@@ -241,7 +241,7 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     assert "5x32x32: 24" in printed
     from PIL import Image
 
-    assert Image.open(sheet).size == (13 * 128, 8 * 128)
+    assert Image.open(sheet).size == (13 * 128, 8 * 128 + 32)
 
 
 def free_port() -> int:
