@@ -141,6 +141,7 @@ class Engine:
         _gather_whole_blocks(model)
         self.config = deepspeed_config(stage, section, accumulation)
         self.stage = stage
+        self._accumulation, self._pending = accumulation, 0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=trained, config=self.config
@@ -159,10 +160,17 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch (its share of the step's mean)."""
+        if self._pending:
+            # the one before was not the step's last: DeepSpeed counts micro-batches by calls of its `step`
+            self._engine.step()
         self._engine.backward(loss)
+        self._pending += 1
 
     def step(self, step: int) -> StepResult:
         """Clips and applies the gradients at the rate of `step`, or, when they are not finite, drops them."""
+        if self._pending != self._accumulation:
+            raise RuntimeError(f"step {step} after {self._pending} micro-batches; expected {self._accumulation}")
+        self._pending = 0
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.stage, step)
         skipped = self._engine.skipped_steps
