@@ -8,6 +8,8 @@ from the shards by offset, with a small pool of threads that runs ahead by a bou
 
 import itertools
 import json
+import queue
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -188,6 +190,9 @@ class Loader:
         self.quarantine, self.read_ahead, self.most_bad = quarantine, read_ahead, most_bad
         self.read = self.bad = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        # Ray Data takes seconds to start: it does so while the caller builds the model
+        self._tables: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=2)
+        threading.Thread(target=self._fetch_tables, name="loader-plan", daemon=True).start()
         folder = Path(self.index.row(0).folder)
         with (folder / EMPTY_CAPTION_NAME).open("rb") as file:
             self._empty_caption = _tensors(file.read(), EMPTY_CAPTION_NAME)["text"].clone()
@@ -218,9 +223,19 @@ class Loader:
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _fetch_tables(self) -> None:
+        try:
+            for table in self.iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                self._tables.put(table)
+            self._tables.put(None)
+        except BaseException as error:
+            self._tables.put(error)
+
     def _rows(self) -> Iterator[dict[str, Any]]:
         expected: tuple[int, int] | None = None
-        for table in self.iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        while (table := self._tables.get()) is not None:
+            if isinstance(table, BaseException):
+                raise table
             for row in table.to_pylist():
                 place = row["step"], row["part"]
                 if row["rank"] != self.rank or (expected is not None and place != expected):

@@ -91,12 +91,13 @@ def train(
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
-    from domainshuttle.platform.driver import run_training
+    from domainshuttle.platform.driver import prepare_run, run_training
 
     settings = _load(config, set_)
+    run = prepare_run(settings, fresh)
     needs = settings.cluster.workers * settings.cluster.cpus_per_worker + 1
     with _connected(settings, cpus=needs, gpus=settings.cluster.workers * settings.cluster.gpus_per_worker):
-        raise SystemExit(run_training(settings, fresh))
+        raise SystemExit(run_training(run))
 
 
 @app.command()

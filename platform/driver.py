@@ -22,10 +22,18 @@ STOPPED = 3
 """Exit code of a run that was stopped and can be resumed."""
 
 
-def run_training(config: RunConfig, fresh: bool = False) -> int:
-    """Trains or resumes a run on the connected cluster; returns the exit code."""
+def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
+    """The run on disk, made or resumed; what can't be trained is refused here, before a cluster is asked for anything.
+
+    Raises DataError for corpora that are not encoded, ConfigError for another run of this name.
+    """
     require_encoded(config)
-    run = Run.open(config, fresh)
+    return Run.open(config, fresh)
+
+
+def run_training(run: Run) -> int:
+    """Trains what is left of a run on the connected cluster; returns the exit code."""
+    config = run.config
     ids = run.read_ids()
     tracker = open_schedule(
         config.tracking_uri,

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from domainshuttle.pipelines.media import decode_video
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.corpora import build_corpora, encode_corpora
 from domainshuttle.platform.demo import check_books
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.records import read_history, read_runs
@@ -46,10 +47,11 @@ def cli(*arguments: object, expect: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_yaml: Path) -> Path:
+def tiny(tiny_yaml: Path, ray_cluster: None) -> Path:
     """The tiny configuration with its corpora built and encoded."""
-    cli("data", "build", tiny_yaml)
-    cli("data", "encode", tiny_yaml)
+    config = load_config(str(tiny_yaml))
+    build_corpora(config)
+    encode_corpora(config)
     return tiny_yaml
 
 
