@@ -120,17 +120,17 @@ def _encode_batch(
     if not good:
         return
     latents = video.encode(torch.cat(targets))
-    flat = [picture for pictures in references for picture in pictures]
+    flat = [picture for own in references for picture in own]
     encoded = iter(video.encode(torch.cat(flat))[:, :, 0]) if flat else iter(())
     texts = text.encode([sample.info.caption for _, sample in good])
-    for (row, sample), target_latents, pictures, words in zip(good, latents, references, texts, strict=True):
+    for (row, sample), target_latents, own, words in zip(good, latents, references, texts, strict=True):
         yield (
             row,
             EncodedSample(
                 key=sample.key,
                 info=sample.info,
                 target=_bits(target_latents),
-                references=[_bits(next(encoded)) for _ in pictures],
+                references=[_bits(next(encoded)) for _ in own],
                 text=_bits(words),
             ),
         )

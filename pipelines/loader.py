@@ -225,7 +225,7 @@ class Loader:
 
     def _fetch_tables(self) -> None:
         try:
-            for table in self.iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for table in self.iterator.iter_batches(**_WHOLE_BLOCKS):
                 self._tables.put(table)
             self._tables.put(None)
         except BaseException as error:
@@ -318,6 +318,9 @@ class Loader:
         return _Ready(row, tensors, text, pairing)
 
 
+# typed loosely, since Ray's annotations lack the None that its documentation names
+_WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 1}
+
 _MOST_WAITING = 16
 """Micro-batches read ahead at most, however small they are."""
 
@@ -372,8 +375,8 @@ def _stack(samples: list[_Ready], feed: Feed) -> TrainingBatch:
         text=text,
         sample_ids=torch.tensor([one.row.sample_id for one in samples], dtype=torch.int64),
         sources=tuple(one.row.source for one in samples),
-        **references,  # type: ignore[arg-type]
-        **paired,  # type: ignore[arg-type]
+        **references,
+        **paired,
     )
 
 

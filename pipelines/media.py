@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from domainshuttle.pipelines.buckets import Bucket, contain_geometry, cover_geometry
-from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.sample import Buffer, DataError
 
 Pixels = NDArray[np.uint8]
 
@@ -43,7 +43,7 @@ def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(data: bytes | memoryview, name: str = "image") -> Pixels:
+def decode_image(data: Buffer, name: str = "image") -> Pixels:
     """JPEG, PNG or WebP bytes to [h,w,3] uint8. Transparent pictures are laid on white.
 
     Raises DataError when the bytes are no picture, are cut short or declare more than 64 million pixels.
@@ -70,7 +70,7 @@ def decode_image(data: bytes | memoryview, name: str = "image") -> Pixels:
         raise DataError(f"{name}: not a readable JPEG, PNG or WebP picture ({error})") from error
 
 
-def decode_video(data: bytes | memoryview, frames: int, fps: float | None = None, name: str = "video") -> Pixels:
+def decode_video(data: Buffer, frames: int, fps: float | None = None, name: str = "video") -> Pixels:
     """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: the clip's own rate).
 
     A frame at time k / fps is the last one shown at that time. Raises DataError when the clip can't be decoded or
@@ -79,7 +79,7 @@ def decode_video(data: bytes | memoryview, frames: int, fps: float | None = None
     chosen: list[Pixels] = []
     try:
         # some stock footage has tags that are not UTF-8: they must not stop the decoding
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             rate = float(stream.average_rate or 0) or 24.0
@@ -89,7 +89,7 @@ def decode_video(data: bytes | memoryview, frames: int, fps: float | None = None
                 while len(chosen) < frames and round(len(chosen) * step) == number:
                     if frame.width * frame.height > MAX_PIXELS:
                         raise DataError(f"{name}: frames of {frame.width}x{frame.height} pixels are refused")
-                    chosen.append(frame.to_ndarray(format="rgb24"))
+                    chosen.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
                 if len(chosen) == frames:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:

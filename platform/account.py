@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,7 +38,7 @@ class Account:
         self._flag = torch.zeros(1)
         self._due = config.tracking.every
         self._since = time.perf_counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._steps = 0
         self.last: dict[str, float] = {}
         self.ledger = Ledger(run.ledger_path)

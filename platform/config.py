@@ -298,7 +298,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         target = _step_into(target, key, ".".join(parents[: depth + 1]), override)
     if isinstance(target, list):
         _step_into(target, last, path, override)
-        target[_position(target, last)] = yaml.safe_load(value)
+        target[_position(target, last) or 0] = yaml.safe_load(value)
     else:
         target[last] = yaml.safe_load(value)
 

@@ -61,7 +61,8 @@ class TrainedParameters:
 
 def select_trained(model: nn.Module, patterns: list[str]) -> TrainedParameters:
     """Freezes what no pattern names. Raises ConfigError for a pattern that names nothing."""
-    trained, frozen = {}, {}
+    trained: dict[str, int] = {}
+    frozen: dict[str, int] = {}
     used: set[str] = set()
     for name, parameter in model.named_parameters():
         hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
@@ -132,7 +133,7 @@ class Engine:
     takes it over and partitions it.
     """
 
-    def __init__(self, model: nn.Module, stage: StageSection, section: EngineSection, accumulation: int) -> None:
+    def __init__(self, model: Any, stage: StageSection, section: EngineSection, accumulation: int) -> None:
         deepspeed = _deepspeed()
         if section.activation_checkpointing:
             model.enable_gradient_checkpointing()
@@ -245,7 +246,7 @@ class Engine:
 _EXPORT_SHARD_BYTES = 5 << 30
 
 
-def _finish_export(folder: Path, names: dict[str, str], size: int, module: nn.Module) -> None:
+def _finish_export(folder: Path, names: dict[str, str], size: int, module: Any) -> None:
     """Gives the shards their diffusers names and writes index and configuration."""
     count = len(set(names.values()))
     stem = "diffusion_pytorch_model"
@@ -285,7 +286,7 @@ def _gather_whole_blocks(model: nn.Module) -> None:
         set_z3_leaf_modules(model, [DomainMoTBlock])
 
 
-def _set_attention_backend(model: nn.Module, name: str) -> None:
+def _set_attention_backend(model: Any, name: str) -> None:
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that backends are experimental

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
@@ -33,7 +34,7 @@ def export_run(run: Run, folder: Path, stage: str | None = None) -> str:
     encoders = run.config.encoders
     video = load_video_encoder(encoders.video)
     text = load_text_encoder(encoders.text, encoders.text_len)
-    pipeline = DomainShuttlePipeline(
+    pipeline: Any = DomainShuttlePipeline(
         transformer=DomainShuttleTransformer3DModel.from_pretrained(finished[-1].weights),
         scheduler=make_scheduler("euler", run.config.generation.shift),
         vae=video.vae if isinstance(video, WanVideoEncoder) else video,  # type: ignore[arg-type]

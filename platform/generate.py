@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -61,7 +62,7 @@ def generate_clips(
     written = []
     with progress("Generating", "clips") as show:
         for number, (name, case) in enumerate(todo):
-            result = pipeline(
+            result: Any = pipeline(
                 prompt=case.prompt,
                 negative_prompt="",
                 references=[Image.open(path) for path in case.references] or None,

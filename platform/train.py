@@ -56,7 +56,7 @@ def train_segment(job: dict[str, Any]) -> None:
     run = Run(config)
     segment = run.segment(job["segment"])
     stage = segment.stage
-    shard: Shard = ray.train.get_dataset_shard("plan")  # type: ignore[assignment]
+    shard: Shard = ray.train.get_dataset_shard("plan")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)

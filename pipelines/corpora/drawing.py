@@ -114,9 +114,8 @@ def _outline(form: str, steps: int = 96) -> np.ndarray:
     elif form == "gem":
         points = np.array([[-0.55, -0.85], [0.55, -0.85], [1, -0.2], [0, 1], [-1, -0.2]])
     elif form == "drop":
-        r = 0.78
         a = np.linspace(-0.25 * math.pi, 1.25 * math.pi, steps)
-        points = np.concatenate([np.stack([r * np.cos(a), 0.2 + r * np.sin(a)], -1), [[0.0, -1.1]]])
+        points = np.concatenate([np.stack([0.78 * np.cos(a), 0.2 + 0.78 * np.sin(a)], -1), [[0.0, -1.1]]])
     elif form == "gear":
         r = 0.9 + 0.14 * np.sign(np.sin(8 * t))
         points = np.stack([r * np.cos(t), r * np.sin(t)], -1)

@@ -11,6 +11,7 @@ clips and pictures are compared by the Bhattacharyya coefficient of their histog
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -156,7 +157,7 @@ def _generate(
         show(before + step + 1, total)  # type: ignore[operator]
         return tensors
 
-    result = pipeline(
+    result: Any = pipeline(
         prompt=[case.caption for case in cases],
         negative_prompt="",
         references=[[Image.fromarray(picture)] for picture in references],
