@@ -18,22 +18,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
-from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.collate import ReadSample, collate, read_tensors
 from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME
 from domainshuttle.pipelines.index import Index, IndexRow
 from domainshuttle.pipelines.order import StepPlan
-from domainshuttle.pipelines.pairing import Pairing, choose_references
+from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import BadSample
-from domainshuttle.pipelines.sample import DataError, tensor_views
+from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.shards import read_members
 
 
@@ -195,7 +194,7 @@ class Loader:
         threading.Thread(target=self._fetch_tables, name="loader-plan", daemon=True).start()
         folder = Path(self.index.row(0).folder)
         with (folder / EMPTY_CAPTION_NAME).open("rb") as file:
-            self._empty_caption = _tensors(file.read(), EMPTY_CAPTION_NAME)["text"].clone()
+            self._empty_caption = read_tensors(file.read(), EMPTY_CAPTION_NAME)["text"].clone()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Micro-batches in the plan's order. Raises DataError when the rows are not this rank's, in order."""
@@ -258,12 +257,12 @@ class Loader:
         return MicroBatch(
             step=row["step"],
             part=row["part"],
-            batch=_stack(ready, self.feed),
+            batch=collate(ready, self.feed.text_len, self.feed.paired),
             keys=[f"{one.row.source}/{one.row.key}" for one in ready],
             pair_kinds=kinds,
         )
 
-    def _sample_or_substitute(self, row: IndexRow, step: int, epoch: int, slot: int) -> "_Ready":
+    def _sample_or_substitute(self, row: IndexRow, step: int, epoch: int, slot: int) -> ReadSample:
         for attempt in itertools.count():
             self.read += 1
             try:
@@ -284,13 +283,13 @@ class Loader:
                 f"{self.quarantine}, then repair the corpus or encode it again"
             )
 
-    def _sample(self, row: IndexRow, epoch: int) -> "_Ready":
+    def _sample(self, row: IndexRow, epoch: int) -> ReadSample:
         feed = self.feed
         members = [member for member in row.members if member.extension == "safetensors"]
         where = f"{row.source}/{row.key}"
         if not members:
             raise DataError(f"{where}: no safetensors member; encode the corpus again")
-        tensors = _tensors(read_members(row.folder, row.shard, members)["safetensors"], where)
+        tensors = read_tensors(read_members(row.folder, row.shard, members)["safetensors"], where)
         pairing = choose_references(
             row.reference_subjects if feed.references else (),
             row.reference_origins if feed.references else (),
@@ -315,7 +314,7 @@ class Loader:
             if not bool(torch.isfinite(tensors[name].float().sum())):
                 raise DataError(f"{where}: the latents of {name} are not finite; encode the corpus again")
         text = self._empty_caption if pairing.text_dropped else tensors["text"]
-        return _Ready(row, tensors, text, pairing)
+        return ReadSample(row, tensors, text, pairing)
 
 
 # typed loosely, since Ray's annotations lack the None that its documentation names
@@ -323,79 +322,3 @@ _WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", 
 
 _MOST_WAITING = 16
 """Micro-batches read ahead at most, however small they are."""
-
-
-@dataclass
-class _Ready:
-    """One sample, read: its tensors are views of the shard."""
-
-    row: IndexRow
-    tensors: dict[str, Tensor]
-    text: Tensor
-    pairing: Pairing
-
-
-def _tensors(data: Any, where: str) -> dict[str, Tensor]:
-    """The bf16 tensors of safetensors bytes, as views."""
-    tensors = {}
-    for name, view in tensor_views(data, where).items():
-        if view.dtype != "BF16":
-            raise DataError(f"{where}: tensor {name} is {view.dtype}, expected BF16; encode the corpus again")
-        # numpy first: torch.frombuffer warns about read-only memory, and a shard's map is read-only by intent
-        bits = torch.from_numpy(_writable(np.frombuffer(view.buffer, np.uint16)))
-        tensors[name] = bits.view(torch.bfloat16).reshape(view.shape)
-    return tensors
-
-
-def _writable(array: np.ndarray) -> np.ndarray:
-    """The same memory under numpy's writable flag, so that torch takes it without a copy; nobody writes to it."""
-    interface = dict(array.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    holder = type("_Memory", (), {"__array_interface__": interface, "owner": array})()
-    return np.asarray(holder)
-
-
-def _stack(samples: list[_Ready], feed: Feed) -> TrainingBatch:
-    """Samples of one bucket as a batch; reference slots are as many as the fullest sample has."""
-    first = samples[0].tensors["target"]
-    channels, _, height, width = first.shape
-    latents = torch.stack([one.tensors["target"] for one in samples])
-    text = latents.new_zeros(len(samples), feed.text_len, samples[0].text.shape[-1])
-    for row, one in zip(text, samples, strict=True):
-        length = min(len(one.text), feed.text_len)
-        row[:length] = one.text[:length]
-    picture = torch.Size((channels, height, width))
-    references = _reference_set(samples, [one.pairing.set_a for one in samples], picture)
-    paired: dict[str, Tensor] = {}
-    if feed.paired:
-        second = _reference_set(samples, [one.pairing.set_b for one in samples], picture)
-        paired = {f"paired_{name}": value for name, value in second.items()}
-    return TrainingBatch(
-        latents=latents,
-        text=text,
-        sample_ids=torch.tensor([one.row.sample_id for one in samples], dtype=torch.int64),
-        sources=tuple(one.row.source for one in samples),
-        **references,
-        **paired,
-    )
-
-
-def _reference_set(samples: list[_Ready], chosen: list[list[int]], shape: torch.Size) -> dict[str, Tensor]:
-    slots = max((len(pictures) for pictures in chosen), default=0)
-    count = len(samples)
-    references = torch.zeros(count, slots, *shape, dtype=torch.bfloat16)
-    subjects = torch.zeros(count, slots, dtype=torch.int64)
-    domains = torch.full((count, slots), -1, dtype=torch.int64)
-    mask = torch.zeros(count, slots, dtype=torch.bool)
-    for number, (one, pictures) in enumerate(zip(samples, chosen, strict=True)):
-        for slot, picture in enumerate(pictures):
-            references[number, slot] = one.tensors[f"reference.{picture}"]
-            subjects[number, slot] = one.row.reference_subjects[picture]
-            domains[number, slot] = one.row.domains[one.row.reference_subjects[picture]]
-            mask[number, slot] = True
-    return {
-        "references": references,
-        "reference_subjects": subjects,
-        "reference_domains": domains,
-        "reference_mask": mask,
-    }

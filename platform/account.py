@@ -30,16 +30,15 @@ class Account:
         self.run, self.segment, self.first_step = run, segment, first_step
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.main = self.rank == 0
-        self.losses = LossMetrics(
-            sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, torch.device("cpu")
-        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
         self.pair_kinds: Counter[str] = Counter()
         self._consumed = run.consumed_path(segment.name, self.rank).open("a")
         self._flag = torch.zeros(1)
         self._due = config.tracking.every
         self._since = time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._steps = 0
+        self._steps = self._skipped = 0
         self.last: dict[str, float] = {}
         self.ledger = Ledger(run.ledger_path)
         self.attempt: Attempt | None = None
@@ -54,6 +53,11 @@ class Account:
                 system_every=15.0,
             )
             self._write_progress(first_step, "training")
+
+    def begin(self) -> None:
+        """Notes that the model is built and restored: the time until here was starting."""
+        self._add("starting", time.perf_counter() - self._since)
+        self._restart_interval()
 
     @contextlib.contextmanager
     def measure(self, category: str) -> Iterator[None]:
@@ -88,6 +92,7 @@ class Account:
     def step(self, step: int, result: StepResult) -> None:
         """Notes that optimiser step `step` is done; logs when it is due."""
         self._steps += 1
+        self._skipped += result.skipped
         self._consumed.flush()
         if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
             return
@@ -103,6 +108,7 @@ class Account:
         self.last = {
             **metrics,
             "grad_norm": result.grad_norm,
+            "skipped_steps": float(self._skipped),
             "learning_rate": learning_rate(self.segment.stage, step),
             "samples/s": samples / elapsed,
             "tokens/s/device": tokens / elapsed,

@@ -1,10 +1,13 @@
 """The model of a segment: new, from a base, or from the segment before."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
+from domainshuttle.model.convert import load_transformer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from domainshuttle.platform.config import ModelSection
+from domainshuttle.platform.config import ConfigError, ModelSection
 
 
 def build_model(section: ModelSection, origin: str | None, seed: int) -> DomainShuttleTransformer3DModel:
@@ -15,7 +18,25 @@ def build_model(section: ModelSection, origin: str | None, seed: int) -> DomainS
             model = DomainShuttleTransformer3DModel(**section.size, reference_gate=section.reference_gate)
             initialise(model)
         return model
-    return DomainShuttleTransformer3DModel.from_pretrained(origin, dtype=torch.float32)
+    if not Path(origin).is_dir():
+        return DomainShuttleTransformer3DModel.from_pretrained(origin, dtype=torch.float32)
+    # of a Wan the gate is ours to choose; a model that was trained with references knows its own
+    overrides = {"reference_gate": section.reference_gate} if origin == section.base else {}
+    return load_transformer(origin, **overrides).float()
+
+
+def outline_model(section: ModelSection) -> DomainShuttleTransformer3DModel | None:
+    """A new model's parameters without their memory, to check a configuration by; None for one with a base.
+
+    Raises ConfigError for a size that no model can have.
+    """
+    if section.base is not None:
+        return None
+    try:
+        with torch.device("meta"):
+            return DomainShuttleTransformer3DModel(**section.size, reference_gate=section.reference_gate)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"model.size can't be built: {error}") from error
 
 
 @torch.no_grad()

@@ -209,6 +209,11 @@ class RunConfig(Section):
                     f"cluster.workers={self.cluster.workers} x micro_batch={stage.micro_batch}: "
                     f"use a multiple of {per_pass}"
                 )
+        if self.model.size and self.model.size.get("text_len") != self.encoders.text_len:
+            faults.append(
+                f"model.size.text_len={self.model.size.get('text_len')} must equal encoders.text_len="
+                f"{self.encoders.text_len}: set both to the tokens of a caption"
+            )
         if self.evaluation and self.evaluation.corpus not in self.corpora:
             faults.append(
                 f"evaluation.corpus={self.evaluation.corpus!r} is no corpus"

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from domainshuttle.platform.build import outline_model
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.corpora import require_encoded
+from domainshuttle.platform.engine import select_trained
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.schedule import Run
 from domainshuttle.platform.tracking import RunIds, open_schedule
@@ -25,9 +27,13 @@ STOPPED = 3
 def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     """The run on disk, made or resumed; what can't be trained is refused here, before a cluster is asked for anything.
 
-    Raises DataError for corpora that are not encoded, ConfigError for another run of this name.
+    Raises DataError for corpora that are not encoded, ConfigError for a size or pattern that does not fit the model
+    and for another run of this name.
     """
     require_encoded(config)
+    outline = outline_model(config.model)
+    for stage in config.stages if outline else ():
+        select_trained(outline, stage.trained)
     return Run.open(config, fresh)
 
 

@@ -99,6 +99,7 @@ def train_segment(job: dict[str, Any]) -> None:
             account.checkpointed(step)
 
         # Train
+        account.begin()
         micro_batches = account.waited(iter(loader))
         for step, parts in groupby(micro_batches, key=lambda micro: micro.step):
             for micro in parts:

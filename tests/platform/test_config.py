@@ -39,6 +39,7 @@ def test_the_shipped_demo_loads_by_name_and_by_path(tmp_path: Path, monkeypatch:
         ("stages.nine.steps=3", "'stages.nine' is no entry; known: base, stage1, stage2"),
         ("seed", "expected key.key=value"),
         ("model.base=wan", "not both and not neither"),
+        ("encoders.text_len=32", "model.size.text_len=48 must equal encoders.text_len=32"),
         ("stages.base.loss.cross_pair_weight=0.1", "needs references"),
         ("stages.1.name=base", "same name twice"),
     ],
@@ -72,7 +73,7 @@ def test_the_digest_follows_what_is_learned_and_nothing_else() -> None:
     digest = load_config("demo").digest()
     for same in ("cluster.max_failures=9", "tracking.every=3", "checkpoint.keep=5", "output=elsewhere"):
         assert load_config("demo", [same]).digest() == digest
-    for other in ("seed=8", "stages.stage1.steps=9", "stages.stage2.learning_rate=0.5", "encoders.text_len=32"):
+    for other in ("seed=8", "stages.stage1.steps=9", "stages.stage2.learning_rate=0.5", "encoders.video=wan"):
         assert load_config("demo", [other]).digest() != digest
 
 

@@ -4,12 +4,15 @@ What it does under ZeRO-3 is tested by test_training.py. Run: python -m pytest t
 """
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from domainshuttle.platform.build import build_model
-from domainshuttle.platform.config import ConfigError, EngineSection, StageSection, load_config
+from domainshuttle.platform.build import build_model, outline_model
+from domainshuttle.platform.config import ConfigError, EngineSection, ModelSection, StageSection, load_config
 from domainshuttle.platform.engine import deepspeed_config, learning_rate, select_trained
 
 SIZE = {
@@ -77,6 +80,36 @@ def test_deepspeed_is_told_what_the_stage_says() -> None:
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     assert config["bf16"] == {"enabled": True}
+
+
+def test_a_size_that_no_model_has_is_refused_before_a_cluster_is_asked() -> None:
+    section = load_config("demo").model
+    outline = outline_model(section)
+    assert outline is not None
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert {n: p.shape for n, p in outline.named_parameters()} == {
+        n: p.shape for n, p in build_model(section, None, 1).named_parameters()
+    }
+    for size in ({**section.size, "num_leyers": 3}, {**section.size, "reference_rope": "spiral"}):
+        with pytest.raises(ConfigError, match=r"model.size can't be built.*(num_leyers|reference_rope)"):
+            outline_model(section.model_copy(update={"size": size}))
+
+
+def test_a_base_is_loaded_in_every_layout(tmp_path: Path) -> None:
+    """A Wan in diffusers' layout becomes our model with its weights, and the reference branch copies them."""
+    torch.manual_seed(1)
+    wan = WanTransformer3DModel(**SIZE)
+    wan.save_pretrained(tmp_path / "wan")
+    section = ModelSection(base=str(tmp_path / "wan"), reference_gate="video")
+    loaded = build_model(section, section.base, seed=0)
+    parameters = dict(loaded.named_parameters())
+    for name, parameter in wan.named_parameters():
+        assert parameters[name].equal(parameter), name
+    assert parameters["blocks.1.attn1.to_k_ref.weight"].equal(parameters["blocks.1.attn1.to_k.weight"])
+    assert loaded.config.reference_gate == "video"
+    loaded.save_pretrained(tmp_path / "next")
+    again = build_model(section, str(tmp_path / "next"), seed=0)
+    assert all(parameter.equal(parameters[name]) for name, parameter in again.named_parameters())
 
 
 def test_a_new_model_depends_on_the_seed_and_starts_at_zero_output() -> None:
