@@ -174,7 +174,7 @@ class Loader:
 
     def __init__(
         self,
-        iterator: ray.data.DataIterator,
+        iterator: ray.data.DataIterator | None,
         feed: Feed,
         rank: int,
         world_size: int,
@@ -224,7 +224,7 @@ class Loader:
 
     def _fetch_tables(self) -> None:
         try:
-            for table in self.iterator.iter_batches(**_WHOLE_BLOCKS):
+            for table in self.iterator.iter_batches(**_WHOLE_BLOCKS) if self.iterator is not None else ():
                 self._tables.put(table)
             self._tables.put(None)
         except BaseException as error:

@@ -31,9 +31,9 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     and for another run of this name.
     """
     require_encoded(config)
-    outline = outline_model(config.model)
-    for stage in config.stages if outline else ():
-        select_trained(outline, stage.trained)
+    if (outline := outline_model(config.model)) is not None:
+        for stage in config.stages:
+            select_trained(outline, stage.trained)
     return Run.open(config, fresh)
 
 

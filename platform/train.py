@@ -44,7 +44,8 @@ Outcome = Literal["finished", "stopped"]
 class Shard:
     """What a rank is given at a start of the worker group: its micro-batches, and where they begin."""
 
-    iterator: ray.data.DataIterator
+    iterator: ray.data.DataIterator | None
+    """None when all steps are done and only the weights are missing."""
     first_step: int
     checkpoint: str | None
 
@@ -187,7 +188,8 @@ class PlannedData(DataConfig):
         """One decision for data and weights alike, made here and carried to every rank."""
         newest = CheckpointStore(self.run.checkpoints).newest(self.segment.name)
         first = newest.state.step if newest else 0
-        iterators = plan_dataset(self.feed, first, self.segment.stage.steps, world_size)
+        last = self.segment.stage.steps
+        iterators = plan_dataset(self.feed, first, last, world_size) if first < last else [None] * world_size
         folder = str(newest.folder) if newest else None
         return [{"plan": Shard(iterator, first, folder)} for iterator in iterators]
 
@@ -211,8 +213,7 @@ def train(run: Run, tracker: Tracker, watch: Callable[[], None], say: Callable[[
             folder = str(run.config.corpus_folder(corpus, "encoded"))
             tracker.log_dataset(corpus, digest, folder, samples, segment.name)
         run.write_ids(tracker.ids.to_dict())
-        if newest is None or newest.state.step < segment.stage.steps:
-            _fit(run, segment, feed, tracker.ids, watch)
+        _fit(run, segment, feed, tracker.ids, watch)
         ledger.end_open("the workers ended without a last line")
         if not segment.finished:
             return "stopped"

@@ -163,8 +163,19 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
 
 
 def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, _ = unbroken
+    before = weights(config, "stage2")
     printed = cli("train", tiny)
     assert "Stage stage2 is finished" in printed
+    # a run that died between its last checkpoint and its weights has only these to write
+    segment = Run(config).segment("stage2")
+    (segment.weights / "digest.txt").unlink()
+    printed = cli("train", tiny)
+    assert "Stage stage2: goes on after step 12" in printed
+    assert segment.finished
+    after = weights(config, "stage2")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert check_books(config).recomputed == 0
 
 
 def test_a_name_of_another_run_is_refused(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
