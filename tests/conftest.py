@@ -44,7 +44,7 @@ corpora:
 stages:
   - {{name: stage1, mixture: {{pictures: 1}}, steps: 4, global_batch: 8, micro_batch: 4, learning_rate: 1.0e-3,
      trained: ["*"], references: 2, reference_dropout: 0.1}}
-  - {{name: stage2, mixture: {{clips: 1}}, steps: 12, global_batch: 8, micro_batch: 2, learning_rate: 1.0e-3,
+  - {{name: stage2, mixture: {{clips: 1}}, steps: 24, global_batch: 8, micro_batch: 2, learning_rate: 1.0e-3,
      trained: ["blocks.*.attn1.*", "*_ref*"], references: 2, loss: {{cross_pair_weight: 0.1}}}}
 cluster: {{workers: 2, cpus_per_worker: 0.5}}
 engine: {{persistent_parameters: 0}}

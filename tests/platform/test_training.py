@@ -76,15 +76,15 @@ def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tupl
     assert "Finished after" in printed
     assert "Next: domainshuttle export" in printed
     books = check_books(config)
-    assert books.planned == books.trained == (4 + 12) * 8
+    assert books.planned == books.trained == (4 + 24) * 8
     assert (books.lost, books.repeated, books.recomputed) == (0, 0, 0)
     records = read_runs(config.tracking_uri, [config.tracking.experiment])
     parents = [record for record in records if record.parent is None]
     assert [record.name for record in parents] == ["tiny"]
     assert sorted(record.name for record in records if record.parent == parents[0].id) == ["stage1", "stage2"]
     assert {record.status for record in records} == {"FINISHED"}
-    assert [step for step, _ in losses(config, "stage2")] == list(range(1, 13))
-    assert parents[0].params["stages.stage2.steps"] == "12"
+    assert [step for step, _ in losses(config, "stage2")] == list(range(1, 25))
+    assert parents[0].params["stages.stage2.steps"] == "24"
     stage2 = next(record for record in records if record.name == "stage2")
     for metric in (
         "loss/flow",
@@ -138,7 +138,7 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
     assert process.wait(timeout=120) == 3
     stopped = CheckpointStore(run.checkpoints).newest("stage2")
     assert stopped is not None
-    assert 2 < stopped.state.step < 12
+    assert 2 < stopped.state.step < 24
     runs_before = {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])}
     # on again; a worker dies without a word
     process = start(tiny, *other)
@@ -159,7 +159,7 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
     assert (books.lost, books.repeated) == (0, 0)
     assert Ledger(run.ledger_path).summary().attempts >= 4
     whole_ones = [found for _, found in CheckpointStore(run.checkpoints).list() if isinstance(found, Checkpoint)]
-    assert {found.state.step for found in whole_ones if found.state.segment == "stage2"} == {9, 12}
+    assert {found.state.step for found in whole_ones if found.state.segment == "stage2"} == {21, 24}
 
 
 def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
@@ -171,7 +171,7 @@ def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConf
     segment = Run(config).segment("stage2")
     (segment.weights / "digest.txt").unlink()
     printed = cli("train", tiny)
-    assert "Stage stage2: goes on after step 12" in printed
+    assert "Stage stage2: goes on after step 24" in printed
     assert segment.finished
     after = weights(config, "stage2")
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -240,7 +240,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     assert "stage2" in table
     assert page.read_text().count("<tr") >= 4
     status = cli("status", run.folder)
-    assert "12 of 12" in status
+    assert "24 of 24" in status
     assert "goodput" in status
 
 
