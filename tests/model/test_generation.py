@@ -196,6 +196,27 @@ def test_euler_takes_the_written_out_steps(make_model: MakeModel) -> None:
         denoise(lambda t: (model, 2.0), make_scheduler("euler", 5.0), 1, DenoisingState(noise, text))
 
 
+def test_reference_guidance_moves_away_from_no_references(make_model: MakeModel) -> None:
+    model = make_model()
+    noise, text, negative = torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    references = References.stack([torch.randn(1, 16, 4, 6), torch.randn(1, 16, 4, 6)])
+
+    def run(scale: float | None) -> torch.Tensor:
+        state = DenoisingState(noise, text, negative)
+        scheduler = make_scheduler("euler", 5.0)
+        return denoise(lambda t: (model, 2.0), scheduler, 1, state, references, reference_guidance=scale)
+
+    at = torch.full((2,), 1000.0)
+    with torch.no_grad():
+        full, base = (model(noise, at, e, **references.inputs()).sample for e in (text, negative))
+        bare = model(noise, at, negative).sample
+    # one step from t = 1 to 0; with equal scales it is plain guidance away from neither text nor references
+    torch.testing.assert_close(run(2.0), noise - (bare + 2.0 * (full - bare)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run(1.0), run(None), atol=1e-5, rtol=1e-5)
+    expected = noise - (bare + 3.0 * (base - bare) + 2.0 * (full - base))
+    torch.testing.assert_close(run(3.0), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_callback_replaces_tensors_and_interrupts(make_pipe: MakePipe) -> None:
     pipe, seen = make_pipe(), []
 
