@@ -158,7 +158,8 @@ def _print_summary(
             f"[bold]Compare[/]  mlflow ui --backend-store-uri {config.tracking_uri} --port 5000\n"
             f"[bold]Again[/]    domainshuttle generate {evaluation.parent / 'exported'} --help",
             title="The demo is done",
-        )
+        ),
+        soft_wrap=False,
     )
     if books.lost or books.repeated:
         raise ConfigError(f"the books do not balance: {books}")
