@@ -1,6 +1,7 @@
 """Submission: a training run as a Ray job, with the package in its environment."""
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -42,13 +43,10 @@ def submit_training(config_yaml: str, name: str, address: str) -> Job:
     Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
     """
     quiet_ray()
-    from ray.job_submission import JobSubmissionClient
+    with tempfile.TemporaryDirectory() as folder, _token_mode():
+        # imported here, since Ray takes its mode when it is imported
+        from ray.job_submission import JobSubmissionClient
 
-    token = Path("~/.ray/auth_token").expanduser()
-    if token.exists():
-        # without the mode a client that has the token still sends none
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "run.yaml").write_text(config_yaml)
         try:
             client = JobSubmissionClient(address)
@@ -60,6 +58,22 @@ def submit_training(config_yaml: str, name: str, address: str) -> Job:
         except (ConnectionError, RuntimeError) as error:
             raise ClusterError(f"the job was not taken by {address}: {_remedy(str(error))}") from error
     return Job(job, client)
+
+
+@contextlib.contextmanager
+def _token_mode() -> Iterator[None]:
+    """Sends the token that there is: without the mode a client that has one still sends none.
+
+    The mode is taken back, since a Ray cluster that is started with it, by a process that began without, refuses it.
+    """
+    wanted = "RAY_AUTH_MODE" not in os.environ and Path("~/.ray/auth_token").expanduser().exists()
+    if wanted:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        yield
+    finally:
+        if wanted:
+            del os.environ["RAY_AUTH_MODE"]
 
 
 def _remedy(error: str) -> str:
