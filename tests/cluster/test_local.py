@@ -4,11 +4,12 @@ Run: python -m pytest tests/cluster
 """
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from domainshuttle.cluster.local import ClusterError, Connection, Resources, check_port, check_resources
-from domainshuttle.cluster.submit import submit_training
 
 
 def test_a_busy_port_is_named_with_another_one() -> None:
@@ -47,5 +48,12 @@ def test_no_cluster_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_submission_to_nobody_names_the_address() -> None:
-    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:1"):
-        submit_training("name: x", "x", "http://127.0.0.1:1")
+    """In a process of its own, since Ray takes its authentication mode once."""
+    code = (
+        "from domainshuttle.cluster.submit import submit_training\n"
+        "from domainshuttle.cluster.local import ClusterError\n"
+        "try: submit_training('name: x', 'x', 'http://127.0.0.1:1')\n"
+        "except ClusterError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "not taken by http://127.0.0.1:1" in run.stdout
