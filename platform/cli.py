@@ -245,7 +245,9 @@ def _nearest_store() -> str:
 
 def main() -> Any:
     """The entry point: known mistakes end with one message, Ctrl-C with exit code 130."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # a shell may start us with SIGINT ignored; Ctrl-C from another program and SIGTERM must stop us all the same
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # imported by a library of a library, it warns on every start that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
