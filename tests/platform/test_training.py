@@ -308,11 +308,16 @@ def test_ray_job_submit_runs_the_same_training(
     (working / "tiny.yaml").write_text(tiny.read_text())
     ray = Path(sys.executable).parent / "ray"
     output = tiny.parent / "job"
-    job = subprocess.run(
-        [ray, "job", "submit", "--address", address, "--working-dir", working, "--", "domainshuttle", "train",
-         "tiny.yaml", "--set", f"output={output}", "--set", "name=job"],
-        capture_output=True, text=True, timeout=300, env=env, check=False,
-    )  # fmt: skip
+    command = [ray, "job", "submit", "--address", address, "--working-dir", working, "--", "domainshuttle", "train"]
+    command += ["tiny.yaml", "--set", f"output={output}", "--set", "name=job"]
+    deadline = time.monotonic() + 120
+    while True:
+        job = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+        # the dashboard answers before its agent is up
+        starting = "No available agent" in job.stdout + job.stderr and time.monotonic() < deadline
+        if not starting:
+            break
+        time.sleep(3)
     assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
     assert "succeeded" in job.stdout
     config = load_config(str(tiny), [f"output={output}", "name=job"])
