@@ -45,6 +45,7 @@ def submit_training(config_yaml: str, name: str, address: str) -> Job:
     quiet_ray()
     with tempfile.TemporaryDirectory() as folder, _token_mode():
         # imported here, since Ray takes its mode when it is imported
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         Path(folder, "run.yaml").write_text(config_yaml)
@@ -55,7 +56,7 @@ def submit_training(config_yaml: str, name: str, address: str) -> Job:
                 runtime_env={"working_dir": folder},
                 metadata={"run": name},
             )
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, RayError) as error:
             raise ClusterError(f"the job was not taken by {address}: {_remedy(str(error))}") from error
     return Job(job, client)
 
