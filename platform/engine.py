@@ -279,7 +279,7 @@ def frozen_copy(model: nn.Module, section: EngineSection) -> nn.Module:
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:
-    """Makes a block the unit that is gathered: a third less time a step than by layers (docs/performance)."""
+    """Makes a block the unit that is gathered: a third less time a step than by layers (benchmarks/README.md)."""
     from deepspeed.utils import set_z3_leaf_modules
 
     with _quiet():
