@@ -269,10 +269,12 @@ def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    port, dashboard = free_port(), free_port()
+    # the agent's port too: beside another cluster on this machine the agent would find its usual one taken
+    port, dashboard, agent = free_port(), free_port(), free_port()
     ray = Path(sys.executable).parent / "ray"
     log = (tmp_path / "ray.log").open("w")
     command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command.append(f"--dashboard-agent-listen-port={agent}")
     command += [f"--temp-dir={tmp_path / 'r'}", "--disable-usage-stats"]
     if len(str(tmp_path)) > 60:  # a socket's path has a limit of 107 characters
         command.remove(f"--temp-dir={tmp_path / 'r'}")
