@@ -312,7 +312,14 @@ def test_ray_job_submit_runs_the_same_training(
     output = tiny.parent / "job"
     command = [ray, "job", "submit", "--address", address, "--working-dir", working, "--", "domainshuttle", "train"]
     command += ["tiny.yaml", "--set", f"output={output}", "--set", "name=job"]
-    deadline = time.monotonic() + 120
+    refused = subprocess.run(
+        [*CLI, "submit", tiny, "--address", address],
+        capture_output=True, text=True, timeout=120, env=environment(HOME=str(tmp_path)), check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "RAY_AUTH_MODE=token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    deadline = time.monotonic() + 60
     while True:
         job = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
         # the dashboard answers before its agent is up
