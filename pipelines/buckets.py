@@ -8,9 +8,11 @@ The geometry is stated here and carried out by `media`: a target is scaled until
 cropped; a reference is scaled until it is contained in the bucket's frame and padded with white.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from domainshuttle.pipelines.sample import LATENT_CHANNELS, DataError
 
@@ -91,6 +93,24 @@ def standard_buckets(resolution: str, frames: Iterable[int]) -> list[Bucket]:
     if resolution not in RESOLUTIONS:
         raise DataError(f"resolution {resolution!r}: expected one of {sorted(RESOLUTIONS)}, or list the buckets")
     return sorted(Bucket(count, height, width) for count in set(frames) for height, width in RESOLUTIONS[resolution])
+
+
+def frames_at(frames: int, fps: float | None, target_fps: float | None) -> int:
+    """How many frames of a target of `frames` at `fps` can be sampled at `target_fps` (None: at its own rate).
+
+    They are those at times 0, 1 / target_fps, ... that `decode_video(..., fps=target_fps)` gives. One that falls into
+    the last eighth of the last frame is not counted: rounded timestamps may put it after the end. An image (one frame)
+    stays one. Raises DataError for a clip that does not say its rate, and for one of which only a still would be left.
+    """
+    if frames == 1 or target_fps is None:
+        return frames
+    if fps is None:
+        raise DataError(f"a clip of {frames} frames without fps can't be sampled at {target_fps:g} fps: add its fps")
+    target, own = (Fraction(rate).limit_denominator(1001) for rate in (target_fps, fps))
+    count = math.ceil((frames - Fraction(1, 8)) * target / own)
+    if count == 1:
+        raise DataError(f"a clip of {frames} frames at {fps:g} fps has one frame at {target_fps:g} fps: too short")
+    return count
 
 
 def choose_bucket(frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket:

@@ -20,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.index_filter import RowFilter
+from domainshuttle.pipelines.index_summary import summarise
 from domainshuttle.pipelines.sample import DOMAINS, DataError, SampleInfo, sample_id
 from domainshuttle.pipelines.shards import Member, ShardEntry, sync_folder
+from domainshuttle.pipelines.storage import StorageError, absolute, open_parquet, parent, shown
 from domainshuttle.pipelines.table_digest import combined_digest, table_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = b"domainshuttle.index"
 ROWS_PER_BLOCK = 65536
 
@@ -47,6 +49,7 @@ SCHEMA = pa.schema(
         ("reference_subjects", pa.list_(pa.int8())),
         ("reference_origins", pa.list_(pa.string())),
         ("caption_length", pa.int32()),
+        ("text_tokens", pa.int32()),
         ("scores", pa.map_(pa.string(), pa.float64())),
         ("checksum", pa.uint64()),
     ]
@@ -57,7 +60,8 @@ _PLACES = ("corpus", "folder")
 
 @dataclass(frozen=True, slots=True)
 class IndexRow:
-    """One sample. Sizes in pixels, `fps` None for images, `caption_length` in characters, `domains` one a subject,
+    """One sample. Sizes in pixels, `frames` and `fps` (None for images) those of the file, `caption_length` in
+    characters, `text_tokens` the rows of an encoded sample's `text` (0 for raw), `domains` one a subject,
     `reference_subjects` and `reference_origins` one a reference. `corpus` and `folder` are set on loading."""
 
     source: str
@@ -78,11 +82,12 @@ class IndexRow:
     caption_length: int
     scores: dict[str, float]
     checksum: int
+    text_tokens: int = 0
     corpus: str = ""
     folder: str = ""
 
     @classmethod
-    def of(cls, entry: ShardEntry, info: SampleInfo, bucket: Bucket | str) -> "IndexRow":
+    def of(cls, entry: ShardEntry, info: SampleInfo, bucket: Bucket | str, text_tokens: int = 0) -> "IndexRow":
         """The row of a sample that was written or scanned as `entry`, described by `info`, and trained in `bucket`."""
         return cls(
             source=info.source,
@@ -103,12 +108,14 @@ class IndexRow:
             caption_length=len(info.caption),
             scores=dict(info.scores),
             checksum=entry.checksum,
+            text_tokens=text_tokens,
         )
 
 
 class IndexMetadata(BaseModel):
     """What an index file says of itself. `encoders` identifies what made an encoded corpus (names, hashes of weights,
-    transform), so that a cache is never mixed with another's; `digest` is set by `write_index`."""
+    transform), so that a cache is never mixed with another's; `fps` is the rate at which clips are sampled (None: each
+    at its own), by which their buckets were chosen; `digest` is set by `write_index`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -116,11 +123,28 @@ class IndexMetadata(BaseModel):
     corpus: str = Field(min_length=1)
     stage: Literal["raw", "encoded"]
     encoders: dict[str, Any] = Field(default_factory=dict)
+    fps: float | None = Field(None, gt=0)
     digest: str = ""
 
     def identity(self) -> list[Any]:
         """What the digest covers beside the rows."""
-        return [self.corpus, self.stage, self.encoders]
+        return [self.corpus, self.stage, self.encoders, self.fps]
+
+
+def read_metadata(path: str | Path) -> IndexMetadata:
+    """What an index file says of itself, of any format version; raises DataError where it is no index."""
+    try:
+        return _described(pq.read_metadata(path), path)
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"index {path} can't be read ({error}); index the shards again") from error
+
+
+def _described(metadata: pq.FileMetaData, path: str | Path) -> IndexMetadata:
+    if (described := (metadata.metadata or {}).get(METADATA_KEY)) is None:
+        raise DataError(f"index {path}: a Parquet file, but no index; make one with `domainshuttle data index`")
+    return IndexMetadata.model_validate_json(described)
 
 
 def write_index(path: str | Path, rows: Iterable[IndexRow] | pa.Table, metadata: IndexMetadata) -> IndexMetadata:
@@ -170,18 +194,23 @@ def _blocks(rows: Iterable[IndexRow] | pa.Table) -> Iterator[pa.Table]:
         return
     iterator = iter(rows)
     while batch := list(islice(iterator, ROWS_PER_BLOCK)):
-        columns = []
-        for column in SCHEMA:
-            values: list[Any] = [getattr(row, column.name) for row in batch]
-            if column.name == "members":
-                values = [[{"name": m.extension, "offset": m.offset, "size": m.size} for m in row] for row in values]
-            elif column.name == "scores":
-                values = [sorted(scores.items()) for scores in values]
-            if pa.types.is_dictionary(column.type):
-                columns.append(pa.array(values, pa.string()).dictionary_encode())
-            else:
-                columns.append(pa.array(values, column.type))
-        yield pa.Table.from_arrays(columns, schema=SCHEMA)
+        yield rows_table(batch)
+
+
+def rows_table(rows: Sequence[IndexRow]) -> pa.Table:
+    """A table of SCHEMA with these rows, unchecked."""
+    columns = []
+    for column in SCHEMA:
+        values: list[Any] = [getattr(row, column.name) for row in rows]
+        if column.name == "members":
+            values = [[{"name": m.extension, "offset": m.offset, "size": m.size} for m in row] for row in values]
+        elif column.name == "scores":
+            values = [sorted(scores.items()) for scores in values]
+        if pa.types.is_dictionary(column.type):
+            columns.append(pa.array(values, pa.string()).dictionary_encode())
+        else:
+            columns.append(pa.array(values, column.type))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _check_block(block: pa.Table, path: Path) -> None:
@@ -241,15 +270,14 @@ class Index:
 
         Raises DataError where the file is missing, corrupt, no index, of another format version, or where its rows are
         not those that were written. For that last check all columns are hashed (a second a million rows), so it is left
-        out where only some are loaded, and with `verify=False` by those who load what their driver verified.
+        out where only some are loaded, and with `verify=False` by those who load what their driver verified. Raises
+        StorageError where a store fails.
         """
-        path = Path(path).absolute()
+        place = absolute(path)
+        path = shown(place)
         try:
-            file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-            described = (file.metadata.metadata or {}).get(METADATA_KEY)
-            if described is None:
-                raise DataError(f"index {path}: a Parquet file, but no index; make one with `domainshuttle data index`")
-            metadata = IndexMetadata.model_validate_json(described)
+            file = open_parquet(place)
+            metadata = _described(file.metadata, path)
             if metadata.format_version != FORMAT_VERSION:
                 raise DataError(
                     f"index {path}: format version {metadata.format_version}, this code reads {FORMAT_VERSION}; "
@@ -259,11 +287,11 @@ class Index:
             table = table.unify_dictionaries().combine_chunks()
             if verify and columns is None and table_digest(_blocks(table), metadata.identity()) != metadata.digest:
                 raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
-        except DataError:
+        except (DataError, StorageError):
             raise
         except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors
             raise DataError(f"index {path} can't be read ({error}); index the shards again") from error
-        return cls(_with_place(table, metadata.corpus, str(path.parent)), (metadata,), metadata.digest)
+        return cls(_with_place(table, metadata.corpus, str(parent(place))), (metadata,), metadata.digest)
 
     @classmethod
     def concat(cls, indexes: Sequence["Index"]) -> "Index":
@@ -346,26 +374,11 @@ class Index:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Counts and quantiles for people and trackers, ready for JSON."""
-        table = pa.table({name: self._column(name) for name in SCHEMA.names})
-        references = pc.list_value_length(table.column("reference_subjects"))
-        seconds = pc.drop_null(pc.divide(pc.cast(table.column("frames"), pa.float64()), table.column("fps")))
-        domains = pc.value_counts(pc.list_flatten(table.column("domains"))).to_pylist()
-        return {
-            "samples": len(table),
-            "corpora": [part.corpus for part in self.parts],
-            "stage": self.parts[0].stage,
-            "digest": self.digest,
-            "bytes": sum(
-                pc.sum(pc.struct_field(chunk.flatten(), "size")).as_py() or 0 for chunk in table["members"].chunks
-            ),
-            **{name: _counts(table.column(name)) for name in ("source", "kind", "bucket")},
-            "references": {str(count): number for count, number in sorted(_counts(references).items())},
-            "domains": {DOMAINS[c["values"]] if c["values"] >= 0 else "none": c["counts"] for c in domains},
-            "origins": _counts(pc.list_flatten(table.column("reference_origins"))),
-            "seconds": _quantiles(seconds),
-            "caption_length": _quantiles(table.column("caption_length")),
-        }
+        """Counts and quantiles for people and trackers, ready for JSON; see `summarise`."""
+        first = self.parts[0]
+        of = {"corpora": [part.corpus for part in self.parts], "stage": first.stage, "fps": first.fps}
+        held = pa.table({name: self._column(name) for name in SCHEMA.names})
+        return {**of, "digest": self.digest, **summarise(held)}
 
 
 def _single(column: pa.ChunkedArray) -> pa.Array:
@@ -385,16 +398,3 @@ def _python_value(name: str, value: Any) -> Any:
     if name == "scores":
         return dict(value)
     return tuple(value) if isinstance(value, list) else value
-
-
-def _counts(values: pa.ChunkedArray | pa.Array) -> dict[Any, int]:
-    counted = pc.value_counts(values)
-    return {c["values"]: c["counts"] for c in sorted(counted.to_pylist(), key=lambda c: (-c["counts"], c["values"]))}
-
-
-def _quantiles(values: pa.ChunkedArray | pa.Array) -> dict[str, float]:
-    if not len(values):
-        return {}
-    points = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-    found = pc.quantile(values, list(points.values())).to_pylist()
-    return dict(zip(points, found, strict=True))

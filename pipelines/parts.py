@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from domainshuttle.pipelines.index import SCHEMA, Index, IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.index import FORMAT_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.sample import DataError
 
 INDEX_NAME = "index.parquet"
 QUARANTINE_NAME = "quarantine.jsonl"
+EMPTY_CAPTION_NAME = "empty_caption.safetensors"
+"""The text encoder's states of an empty caption, beside an encoded corpus's index."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Parts:
         """Makes the folder, and clears it of parts that another recipe made."""
         self._work.mkdir(parents=True, exist_ok=True)
         recipe = self._work / "recipe.json"
-        content = json.dumps({"recipe": self.recipe, "parts": self.count})
+        content = json.dumps(self._made_by)
         if recipe.exists() and recipe.read_text() == content:
             return
         recipe.unlink(missing_ok=True)
@@ -67,8 +69,7 @@ class Parts:
     def complete(self) -> bool:
         """Whether the corpus is whole and was made by this recipe."""
         recipe = self._work / "recipe.json"
-        wanted = {"recipe": self.recipe, "parts": self.count}
-        return self.index_path.exists() and recipe.exists() and json.loads(recipe.read_text()) == wanted
+        return self.index_path.exists() and recipe.exists() and json.loads(recipe.read_text()) == self._made_by
 
     def missing(self) -> list[int]:
         """The parts that are not finished."""
@@ -107,6 +108,10 @@ class Parts:
         for part in range(self.count):
             if self._rows(part).exists():
                 yield Index.load(self._rows(part), verify=False).table.select(SCHEMA.names)
+
+    @property
+    def _made_by(self) -> dict[str, str | int]:
+        return {"recipe": self.recipe, "parts": self.count, "format": FORMAT_VERSION}
 
     @property
     def _work(self) -> Path:

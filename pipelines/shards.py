@@ -2,8 +2,7 @@
 
 A shard is an uncompressed tar of regular files `key.extension`, the members of one sample side by side. The writer
 notes each member's offset, so the index is made without a second read; the reader maps shards into memory and hands out
-views. Tars of others are taken in by `scan_shard`, which trusts nothing: a tar that was cut, which `tarfile`,
-webdataset and Ray Data may read as one with fewer samples, is an error here.
+views. Tars of others are taken in by `scan`.
 """
 
 import hashlib
@@ -12,17 +11,17 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, DataError, check_extension, check_key
+from domainshuttle.pipelines.storage import is_remote, join, read_ranges, sync_folder
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_BYTES = 8**11 - 1  # what the plain (ustar) header can hold
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +45,20 @@ class ShardEntry:
 
 def sample_checksum(members: Mapping[str, Buffer]) -> int:
     """An unsigned 64-bit checksum of a sample's members, whatever their order: of extensions, sizes and bytes."""
-    digests = (_member_digest(name, len(data), [data]) for name, data in members.items())
-    return _combine(digests)
+    digests = (member_digest(name, len(data), [data]) for name, data in members.items())
+    return combined_checksum(digests)
 
 
-def _member_digest(extension: str, size: int, pieces: Iterable[Buffer]) -> bytes:
+def member_digest(extension: str, size: int, pieces: Iterable[Buffer]) -> bytes:
+    """A hash of one member, whose bytes may come in pieces."""
     digest = hashlib.blake2b(f"{extension}\0{size}\0".encode(), digest_size=16)
     for piece in pieces:
         digest.update(piece)
     return digest.digest()
 
 
-def _combine(digests: Iterable[bytes]) -> int:
+def combined_checksum(digests: Iterable[bytes]) -> int:
+    """The sample's checksum of its members' digests."""
     return int.from_bytes(hashlib.blake2b(b"".join(sorted(digests)), digest_size=8).digest(), "little")
 
 
@@ -181,15 +182,6 @@ def _padded(size: int) -> int:
     return size + -size % BLOCK
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ShardCache:
     """Shards mapped into memory, the least recently used unmapped beyond `max_open`. Safe to share between threads.
 
@@ -245,88 +237,15 @@ _open_shards = ShardCache()
 
 
 def read_members(folder: str | Path, shard: str, members: Iterable[Member]) -> dict[str, memoryview]:
-    """The bytes of one sample's members as views of the mapped shard: extension -> read-only memoryview.
+    """The bytes of one sample's members: extension -> read-only memoryview, of the mapped shard or, where the folder is
+    a URI, of what was read from the store.
 
-    Thread-safe; at most 128 shards stay open. Raises DataError where the shard is missing, misnamed or too short.
+    Thread-safe; at most 128 shards stay open. Raises DataError where the shard is missing, misnamed or too short, and
+    StorageError where a store fails.
     """
+    if is_remote(folder):
+        wanted = list(members)
+        ranges = [(member.offset, member.size) for member in wanted]
+        found = read_ranges(join(folder, check_shard_name(shard)), ranges)
+        return {member.extension: data for member, data in zip(wanted, found, strict=True)}
     return _open_shards.read(folder, shard, members)
-
-
-def scan_shard(path: str | Path) -> Iterator[ShardEntry]:
-    """The samples of an existing tar, with checksums, in order; reads the whole file once.
-
-    Raises DataError, after the samples before the fault, on: a cut tar, a member that is not a regular file, an
-    absolute, `..` or odd name, a key that comes twice, an empty shard. A sample whose members a cut may have split is
-    never given.
-    """
-    path = Path(path)
-    check_shard_name(path.name)
-    seen: set[str] = set()
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            size = os.fstat(file.fileno()).st_size
-            key = ""
-            members: list[Member] = []
-            digests: list[bytes] = []
-            for header in archive:
-                name, extension = _checked_name(path, header, size)
-                if name != key:
-                    if members:
-                        yield ShardEntry(path.name, key, tuple(members), _combine(digests))
-                    if name in seen:
-                        raise DataError(
-                            f"{path}: key {name!r} comes twice: expected each sample once, its members together"
-                        )
-                    seen.add(name)
-                    key, members, digests = name, [], []
-                if any(extension == member.extension for member in members):
-                    raise DataError(f"{path}: member {header.name!r} comes twice: expected once")
-                members.append(Member(extension, header.offset_data, header.size))
-                digests.append(_member_digest(extension, header.size, _pieces(file, header, path)))
-            _check_end(path, file, archive.offset, size)
-    except DataError:
-        raise
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a whole tar ({error}): it was cut short or is corrupt; copy it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error})") from error
-    if not members:
-        raise DataError(f"{path}: holds no samples: remove it or copy it again")
-    yield ShardEntry(path.name, key, tuple(members), _combine(digests))
-
-
-def _checked_name(path: Path, header: tarfile.TarInfo, size: int) -> tuple[str, str]:
-    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise DataError(f"{path}: member {header.name[:120]!r} is not a regular file (tar type {header.type!r})")
-    key, dot, extension = header.name.partition(".")
-    if not dot or not KEY_PATTERN.fullmatch(key):
-        raise DataError(
-            f"{path}: member name {header.name[:120]!r}: expected key.extension without folders, the key of "
-            "letters, digits, _ and -"
-        )
-    check_extension(extension)
-    if header.size < 0 or header.offset_data + header.size > size:
-        raise DataError(
-            f"{path}: member {header.name!r} says {header.size} bytes from {header.offset_data}, the file has {size}: "
-            "it was cut short; copy it again"
-        )
-    return key, extension
-
-
-def _pieces(file: BinaryIO, header: tarfile.TarInfo, path: Path) -> Iterator[bytes]:
-    position, end = header.offset_data, header.offset_data + header.size
-    while position < end:
-        piece = os.pread(file.fileno(), min(_HASH_CHUNK, end - position), position)  # leaves tarfile's position alone
-        if not piece:
-            raise DataError(f"{path}: ends inside member {header.name!r}: it was cut short; copy it again")
-        position += len(piece)
-        yield piece
-
-
-def _check_end(path: Path, file: BinaryIO, offset: int, size: int) -> None:
-    """tarfile takes a cut or broken later header for the end; only two blocks of zeros are one."""
-    if os.pread(file.fileno(), 2 * BLOCK, offset) != bytes(2 * BLOCK):
-        raise DataError(
-            f"{path}: no end of archive at byte {offset} of {size}: it was cut short or a header is corrupt, and "
-            "samples may be missing after this point; copy it again"
-        )

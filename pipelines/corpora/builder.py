@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from domainshuttle.pipelines.buckets import Bucket, choose_bucket
+from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.index import IndexMetadata, IndexRow
 from domainshuttle.pipelines.parts import BadSample, Parts
@@ -32,7 +32,7 @@ def make_builder(config: SpritesConfig, source: str) -> CorpusBuilder:
 
 def build_part(
     parts: Parts, part: int, corpus: str, config: SpritesConfig, buckets: list[Bucket], samples_per_part: int,
-    shard_bytes: int,
+    shard_bytes: int, fps: float | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Makes one part of a raw corpus; returns how many samples it has and how many went to quarantine."""
     builder = make_builder(config, corpus)
@@ -42,14 +42,15 @@ def build_part(
     with ShardWriter(parts.folder, parts.prefix(part), shard_bytes) as writer:
         for sample in builder.build(start, min(start + samples_per_part, len(builder))):
             try:
-                bucket = choose_bucket(sample.info.frames, *sample.info.size, buckets)
+                frames = frames_at(sample.info.frames, sample.info.fps, fps)
+                bucket = choose_bucket(frames, *sample.info.size, buckets)
             except DataError as error:
                 bad.append(BadSample(sample.info.source, "", sample.key, str(error)))
                 continue
             writer.write(sample.key, sample.members())
             infos[sample.key] = sample.info, bucket
     rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
-    return parts.finish(part, rows, bad, IndexMetadata(corpus=corpus, stage="raw"))
+    return parts.finish(part, rows, bad, IndexMetadata(corpus=corpus, stage="raw", fps=fps))
 
 
 def build_corpus(
@@ -60,24 +61,27 @@ def build_corpus(
     progress: Progress,
     samples_per_part: int = 128,
     shard_bytes: int = 256 << 20,
+    fps: float | None = None,
 ) -> tuple[IndexMetadata, int]:
     """Builds what is missing of a raw corpus on the Ray cluster that is connected, and its index.
 
+    `fps` is the rate at which clips will be sampled, by which buckets are chosen (None: each clip's own).
     Returns the index's metadata and the number of samples in quarantine. Raises DataError when too many are bad.
     """
     import ray
 
     total = len(make_builder(config, corpus))
-    recipe = f"{config.model_dump_json()} {[str(bucket) for bucket in buckets]}"
+    recipe = f"{config.model_dump_json()} {[str(bucket) for bucket in buckets]} {fps}"
     parts = Parts(folder, -(-total // samples_per_part), recipe)
     parts.begin()
-    make = ray.remote(max_retries=3)(build_part)
+    make: Any = ray.remote(max_retries=3)(build_part)  # Ray's annotations end at seven arguments
     pending = [
-        make.remote(parts, part, corpus, config, buckets, samples_per_part, shard_bytes) for part in parts.missing()
+        make.remote(parts, part, corpus, config, buckets, samples_per_part, shard_bytes, fps)
+        for part in parts.missing()
     ]
     done = total - min(total, len(pending) * samples_per_part)
     while pending:
         finished, pending = ray.wait(pending)
         done = min(total, done + sum(sum(result) for result in ray.get(finished)))
         progress(done, total)
-    return parts.merge(IndexMetadata(corpus=corpus, stage="raw"))
+    return parts.merge(IndexMetadata(corpus=corpus, stage="raw", fps=fps))

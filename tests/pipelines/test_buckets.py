@@ -1,5 +1,6 @@
 """Buckets and their geometry. Run: pytest tests/pipelines/test_buckets.py"""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,9 +10,11 @@ from domainshuttle.pipelines.buckets import (
     choose_bucket,
     contain_geometry,
     cover_geometry,
+    frames_at,
     parse_bucket,
     standard_buckets,
 )
+from domainshuttle.pipelines.media import decode_video, encode_mp4
 from domainshuttle.pipelines.sample import DataError
 
 SIDES = st.integers(1, 5000)
@@ -77,6 +80,31 @@ def test_no_bucket_is_an_error_that_says_why() -> None:
         choose_bucket(40, 480, 832, standard_buckets("480p", [1, 49]))
     with pytest.raises(DataError, match="an image"):
         choose_bucket(1, 480, 832, standard_buckets("480p", [49]))
+
+
+@pytest.mark.parametrize("own", [8, 16, 24, 25, 29.97, 30000 / 1001, 30, 60])
+@pytest.mark.parametrize("frames", [2, 9, 30])
+def test_as_many_frames_can_be_decoded_as_are_counted(own: float, frames: int) -> None:
+    clip = encode_mp4(np.random.default_rng(0).integers(0, 255, (frames, 32, 32, 3)).astype(np.uint8), own)
+    for target in (5, 8, 12, 16, 23.976, 24, own):
+        try:
+            count = frames_at(frames, own, target)
+        except DataError:
+            assert frames * target / own < 1.5
+            continue
+        assert len(decode_video(clip, count, fps=target)) == count
+        with pytest.raises(DataError, match="could be read"):  # one more only in the last eighth of the last frame
+            decode_video(clip, count + 1 + (count < (frames * target / own)), fps=target)
+
+
+def test_frames_at_a_rate() -> None:
+    assert frames_at(121, 24, 16) == 81 == frames_at(81, 24, None)
+    assert frames_at(1, None, 16) == 1
+    assert frames_at(10, 8, 16) == 20
+    with pytest.raises(DataError, match="without fps"):
+        frames_at(9, None, 16)
+    with pytest.raises(DataError, match="has one frame at 5 fps: too short"):
+        frames_at(5, 30, 5)  # a clip is never trained on as a still
 
 
 @given(SIDES, SIDES, st.sampled_from([*standard_buckets("480p", [5]), Bucket(5, 64, 64)]))

@@ -49,6 +49,7 @@ def rows(draw: st.DrawFn) -> list[IndexRow]:
                 caption_length=draw(st.integers(0, 5000)),
                 scores=draw(st.dictionaries(st.sampled_from(["aesthetic", "motion"]), FINITE)),
                 checksum=draw(st.integers(0, 2**64 - 1)),
+                text_tokens=draw(st.integers(0, 512)),
             )
         )
     return made
@@ -70,7 +71,7 @@ def make_row(number: int, **changes: object) -> IndexRow:
         scores={"aesthetic": number / 2} if number != 3 else {},
     )
     entry = ShardEntry("part-000000.tar", f"k{number}", (Member("json", 512 * number, 5),), number)
-    return replace(IndexRow.of(entry, info, "5x64x64"), **changes)
+    return replace(IndexRow.of(entry, info, "5x64x64", number % 4), **changes)
 
 
 def make_index(folder: Path, count: int = 10, metadata: IndexMetadata = RAW, **changes: object) -> Index:
@@ -116,10 +117,11 @@ def test_the_digest_is_of_the_content_only(tmp_path: Path, monkeypatch: pytest.M
     for change in (
         {"shard": "z-0.tar"}, {"key": "z"}, {"sample_id": 1}, {"members": (Member("json", 1, 5),)}, {"frames": 9},
         {"fps": None}, {"fps": 0.0}, {"bucket": "1x64x64"}, {"domains": (4,)}, {"scores": {"aesthetic": 9.0}},
-        {"checksum": 77},
+        {"checksum": 77}, {"text_tokens": 99},
     ):  # fmt: skip
         others.append(write_index(tmp_path / "d.parquet", [replace(made[0], **change), *made[1:]], RAW).digest)
-    assert len({digest, *others}) == 15
+    others.append(write_index(tmp_path / "d.parquet", made, RAW.model_copy(update={"fps": 16.0})).digest)
+    assert len({digest, *others}) == 17
     # blocks are an implementation's matter only as long as all are cut alike
     monkeypatch.setattr(index_module, "ROWS_PER_BLOCK", 4)
     blocked = write_index(tmp_path / "e.parquet", made, RAW).digest
@@ -263,6 +265,9 @@ def test_several_corpora_in_one_index_keep_their_folders(tmp_path: Path) -> None
         ("'man' in subjects and subject_count == 2", lambda r: "man" in r.subjects),
         ("'photo' in reference_origins", lambda r: len(r.reference_origins) > 0),
         ("height * width > -1", lambda r: True),
+        ("height >= 64 and width < 100 and caption_length >= 4", lambda r: r.caption_length >= 4),
+        ("text_tokens > 1 and text_tokens <= 512", lambda r: r.text_tokens > 1),
+        ("references == 3 and 1.3 < seconds <= 3", lambda r: len(r.reference_subjects) == 3 and 13 < r.frames <= 30),
     ],
 )
 def test_filters(tmp_path: Path, text: str, kept: object) -> None:
@@ -318,3 +323,8 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert summary["origins"] == {"photo": 13}
     assert summary["seconds"]["max"] == pytest.approx(3.7)
     assert summary["caption_length"]["median"] == 4.5
+    assert summary["text_tokens"] == {"min": 0, "p05": 0, "median": 1, "p95": 3, "max": 3}
+    assert summary["subjects"] == {"1": 5, "2": 5}
+    # rows 1 and 9 have one picture of one of two subjects, 5 too; 3 and 7 have two of one and one of the other
+    assert summary["single_picture_subjects"] == 5
+    assert "text_tokens" not in make_index(tmp_path, text_tokens=0).summary()

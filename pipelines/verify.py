@@ -1,0 +1,213 @@
+"""Verifying: whether a corpus's shards are what its index says, on Ray tasks, a task a shard.
+
+Every sample: its shard is there, its members lie within it, their bytes have the index's checksum, its description is
+the row's, its files or tensors are complete and its bucket fits. Some or all samples are also decoded, as training
+would. Every fault is a row of `verify.jsonl` beside the index, its reason 'kind: detail'.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from domainshuttle.pipelines.buckets import frames_at, parse_bucket
+from domainshuttle.pipelines.corpora.builder import Progress
+from domainshuttle.pipelines.index import SCHEMA, Index, IndexMetadata, IndexRow
+from domainshuttle.pipelines.indexing import beside
+from domainshuttle.pipelines.media import decode_image, decode_video
+from domainshuttle.pipelines.parts import BadSample
+from domainshuttle.pipelines.sample import Buffer, DataError, RawSample, SampleInfo
+from domainshuttle.pipelines.sample_checks import check_files, check_finite, check_tensors, read_description
+from domainshuttle.pipelines.scan import SampleFault, fault_kind
+from domainshuttle.pipelines.shards import ShardCache, ShardEntry, sample_checksum
+from domainshuttle.pipelines.tasks import each_result
+
+VERIFY_NAME = "verify.jsonl"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verifying found: faults by kind, in how many samples and shards; `unindexed` names shards of the folder that
+    the index does not have."""
+
+    samples: int
+    decoded: int
+    shards: int
+    read_bytes: int
+    path: Path
+    faults: Counter[str] = field(default_factory=Counter)
+    bad_samples: int = 0
+    bad_shards: int = 0
+    unindexed: tuple[str, ...] = ()
+
+
+def verify_index(
+    path: Path,
+    progress: Progress,
+    checksums: bool = True,
+    decode: int | None = 0,
+    where: str | None = None,
+) -> Verified:
+    """Checks the samples of an index, or those of them for which the filter `where` holds, on the cluster that is
+    connected.
+
+    `checksums`: read and compare every byte; without, only descriptions and headers are read. `decode`: how many
+    samples to decode, evenly spread (None: all). `progress` counts samples. Raises DataError where the index itself is
+    not whole.
+    """
+    whole = Index.load(path)
+    index = whole.filter(where) if where else whole
+    if not len(index):
+        raise DataError(f"{path}: no sample for which {where!r} holds")
+    count = len(index) if decode is None else min(decode, len(index))
+    decoded = np.zeros(len(index), bool)
+    if count:
+        decoded[np.linspace(0, len(index) - 1, count).astype(np.int64)] = True
+    folder = path.absolute().parent
+    report = beside(path, VERIFY_NAME)
+    temporary = report.with_name(f".{report.name}.{os.getpid()}.partial")
+    faults: Counter[str] = Counter()
+    done = read = bad_samples = 0
+    bad_shards: set[str] = set()
+    work = _by_shard(index, decoded)
+    with temporary.open("w") as lines:
+        for (table, *_), result in each_result(
+            _verify_shard, ((table, index.parts[0], folder, chosen, checksums) for table, chosen in work)
+        ):
+            shard = table.column("shard")[0].as_py()
+            if isinstance(result, Exception):
+                died = f"unreadable shard: the task that read it died ({type(result).__name__})"
+                result = [BadSample(index.parts[0].corpus, shard, "", died)], 0
+            bad, size = result
+            lines.writelines(json.dumps(asdict(row)) + "\n" for row in bad)
+            faults.update(fault_kind(row.reason) for row in bad)
+            bad_samples += len(table) if any(not row.key for row in bad) else len({row.key for row in bad})
+            bad_shards.update(row.shard for row in bad)
+            read += size
+            done += len(table)
+            progress(done, len(index))
+    temporary.rename(report)
+    known = set(whole.codes("shard")[1])
+    unindexed = sorted(p.name for p in folder.glob("*.tar") if p.name not in known and not p.name.startswith("."))
+    shards = len(set(index.codes("shard")[1]))
+    return Verified(
+        len(index), int(decoded.sum()), shards, read, report, faults, bad_samples, len(bad_shards), tuple(unindexed)
+    )
+
+
+def _by_shard(index: Index, decoded: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The rows of each shard, and which of them are to be decoded."""
+    codes, _ = index.codes("shard")
+    order = np.argsort(codes, kind="stable")
+    table = index.table.select(SCHEMA.names)
+    for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+        yield table.take(pa.array(rows)), decoded[rows]
+
+
+def _verify_shard(
+    table: pa.Table, metadata: IndexMetadata, folder: Path, decoded: np.ndarray, checksums: bool
+) -> tuple[list[BadSample], int]:
+    """The faults of one shard's samples, and the bytes that were read."""
+    rows = Index(table, (metadata,), "").rows(range(len(table)))
+    shard = rows[0].shard
+    if not (folder / shard).is_file():
+        reason = f"missing shard: {folder / shard} is gone, with {len(rows)} samples"
+        return [BadSample(metadata.corpus, shard, "", reason)], 0
+    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
+    bad: list[BadSample] = []
+    read = 0
+    for row, whole in zip(rows, decoded.tolist(), strict=True):
+        try:
+            members = _members(row, folder, cache)
+            read += sum(map(len, members.values())) if checksums or whole else len(members.get("json", b""))
+            if checksums and sample_checksum(members) != row.checksum:
+                raise SampleFault("checksum differs", f"{row.key}: its bytes are not those that were indexed")
+            if metadata.stage == "raw":
+                _verify_raw(row, members, metadata.fps, whole)
+            else:
+                _verify_encoded(row, members, whole)
+        except SampleFault as fault:
+            bad.append(BadSample(row.source, shard, row.key, str(fault)))
+        except DataError as error:
+            bad.append(BadSample(row.source, shard, row.key, f"unreadable sample: {error}"))
+    return bad, read
+
+
+def _members(row: IndexRow, folder: Path, cache: ShardCache) -> dict[str, memoryview]:
+    try:
+        return cache.read(folder, row.shard, row.members)
+    except DataError as error:
+        raise SampleFault("outside shard", str(error)) from error
+
+
+def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None, decode: bool) -> None:
+    info = read_description(row.key, members, members.get("json", b""))
+    check_files(row.key, info, members)
+    _compare(row, info, 0)
+    bucket = parse_bucket(row.bucket)
+    try:
+        frames = frames_at(info.frames, info.fps, fps)
+    except DataError as error:
+        raise SampleFault("wrong bucket", f"{row.key}: {error}") from error
+    if bucket.frames > frames or (bucket.frames == 1) != (frames == 1):
+        raise SampleFault("wrong bucket", f"{row.key}: {frames} frames do not fill its bucket {bucket}")
+    if decode:
+        _decode(RawSample.from_members(row.key, members), bucket.frames, fps)
+
+
+def _decode(sample: RawSample, frames: int, fps: float | None) -> None:
+    info, target = sample.info, f"{sample.key}.{sample.target_extension}"
+    try:
+        if info.kind == "video":
+            size = decode_video(sample.target, frames, fps, target).shape[1:3]
+        else:
+            size = decode_image(sample.target, target).shape[:2]
+    except DataError as error:
+        raise SampleFault("undecodable target", str(error)) from error
+    _compare_size(target, size, info.size)
+    for reference in info.references:
+        name = f"{sample.key}.{reference.file}"
+        try:
+            size = decode_image(sample.files[reference.file], name).shape[:2]
+        except DataError as error:
+            raise SampleFault("undecodable reference", str(error)) from error
+        _compare_size(name, size, reference.size)
+
+
+def _compare_size(name: str, found: Sequence[int], said: Sequence[int]) -> None:
+    if tuple(found) != tuple(said):
+        raise SampleFault("wrong size", f"{name}: {found[0]}x{found[1]} pixels, key.json says {said[0]}x{said[1]}")
+
+
+def _verify_encoded(row: IndexRow, members: dict[str, memoryview], decode: bool) -> None:
+    info = read_description(row.key, members, members.get("json", b""))
+    data: Buffer = members.get("safetensors", b"")
+    sample, bucket = check_tensors(row.key, info, members, data)
+    _compare(row, info, sample.text.shape[0])
+    if str(bucket) != row.bucket:
+        raise SampleFault("wrong bucket", f"{row.key}: its latents are of {bucket}, the index says {row.bucket}")
+    if decode:
+        check_finite(sample)
+
+
+def _compare(row: IndexRow, info: SampleInfo, text_tokens: int) -> None:
+    """Whether a row says what its sample's description says."""
+    entry = ShardEntry(row.shard, row.key, row.members, row.checksum)
+    there = _comparable(IndexRow.of(entry, info, row.bucket, text_tokens))
+    held = _comparable(row)
+    if wrong := sorted(name for name in there if there[name] != held[name]):
+        name = wrong[0]
+        raise SampleFault(
+            "index differs", f"{row.key}: {name} is {held[name]!r} in the index and {there[name]!r} in the shard"
+        )
+
+
+def _comparable(row: IndexRow) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in SCHEMA.names if name not in ("members", "checksum")}
+    return {**values, "fps": None if row.fps is None else float(np.float32(row.fps))}
