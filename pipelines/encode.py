@@ -7,7 +7,7 @@ store. Samples that can't be decoded or fitted go to the quarantine table with t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +20,15 @@ from torch import Tensor
 from domainshuttle.model.encoders import TextEncoder, VideoEncoder, load_text_encoder, load_video_encoder
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.builder import Progress
+from domainshuttle.pipelines.feed import EncoderSources
 from domainshuttle.pipelines.index import Index, IndexMetadata, IndexRow
-from domainshuttle.pipelines.media import Pixels, decode_image, decode_video, fit_reference, fit_target
-from domainshuttle.pipelines.parts import BadSample, Parts
+from domainshuttle.pipelines.media import Pixels, apply_view, decode_image, decode_video, fit_reference, fit_target
+from domainshuttle.pipelines.pairing import AugmentedView, augmented_view, single_pictures
+from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, BadSample, Parts
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample
 from domainshuttle.pipelines.shards import ShardWriter, read_members
 
-EMPTY_CAPTION_NAME = "empty_caption.safetensors"
-TRANSFORM = "target: cover and centre crop; references: contain on white; LANCZOS; v1"
-
-
-@dataclass(frozen=True)
-class EncoderSources:
-    """Where the encoders come from: names of the built-in ones, folders or hub ids."""
-
-    video: str
-    text: str
-    text_len: int
+TRANSFORM = "target: cover and centre crop, sampled by time; references, single ones with a view: contain on white; v2"
 
 
 @dataclass(frozen=True)
@@ -60,10 +52,12 @@ class _Work:
 class _EncodingActor:
     """Holds the encoders; each call encodes the part of the job that its row names."""
 
-    def __init__(self, works: list[_Work], sources: EncoderSources, samples_per_part: int, shard_bytes: int) -> None:
+    def __init__(
+        self, works: list[_Work], sources: EncoderSources, device: str, samples_per_part: int, shard_bytes: int
+    ) -> None:
         torch.set_num_threads(1)
         self.works, self.samples_per_part, self.shard_bytes = works, samples_per_part, shard_bytes
-        self.video, self.text = load_encoders(sources, "cuda" if torch.cuda.is_available() else "cpu")
+        self.video, self.text = load_encoders(sources, device)
         self.indexes = [Index.load(work.job.raw_index, verify=False) for work in works]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -76,12 +70,12 @@ class _EncodingActor:
         rows = index.rows(range(start, min(start + self.samples_per_part, len(index))))
         infos, bad = {}, []
         with ShardWriter(work.parts.folder, work.parts.prefix(part), self.shard_bytes) as writer:
-            for row, sample in encode_rows(rows, self.video, self.text):
+            for row, sample in encode_rows(rows, self.video, self.text, work.metadata.fps):
                 if isinstance(sample, DataError):
                     bad.append(BadSample(row.source, row.shard, row.key, str(sample)))
                     continue
                 writer.write(sample.key, sample.members())
-                infos[sample.key] = sample.info, row.bucket
+                infos[sample.key] = sample.info, row.bucket, len(sample.text)
         return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
 
 
@@ -90,63 +84,86 @@ def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEn
     return load_video_encoder(sources.video, device), load_text_encoder(sources.text, sources.text_len, device)
 
 
+class SampleEncoder:
+    """Both encoders, for one clip, picture or caption at a time.
+
+    So what comes out depends on nothing that is encoded beside it: a corpus encoded beforehand and one encoded while it
+    is trained on give the same bits, and one clip at a time is what a GPU's memory holds at full size anyway.
+    """
+
+    def __init__(self, video: VideoEncoder, text: TextEncoder) -> None:
+        self._video, self._text = video, text
+        self.caption = lru_cache(_CAPTIONS_KEPT)(self._caption)
+
+    @torch.no_grad()
+    def target(self, frames: Pixels) -> Tensor:
+        """[F,H,W,3] uint8 to bf16 latents [16,f,h,w] on the CPU."""
+        return self._video.encode(to_pixels(frames))[0].to("cpu", torch.bfloat16).contiguous()
+
+    def picture(self, picture: Pixels) -> Tensor:
+        """[H,W,3] uint8 to bf16 latents [16,h,w] on the CPU."""
+        return self.target(picture[None])[:, 0]
+
+    def _caption(self, caption: str) -> Tensor:
+        """bf16 states [l,d] on the CPU; the last captions' are kept, as they come again in each epoch."""
+        return self._text.encode([caption])[0].to("cpu", torch.bfloat16).contiguous()
+
+
+_CAPTIONS_KEPT = 256
+
+
 def encode_rows(
-    rows: list[IndexRow], video: VideoEncoder, text: TextEncoder, batch: int = 16
+    rows: list[IndexRow], video: VideoEncoder, text: TextEncoder, fps: float | None = None
 ) -> Iterator[tuple[IndexRow, EncodedSample | DataError]]:
-    """Encodes raw samples: each row comes back with its encoded sample, or with the reason why there is none."""
-    for bucket_name, group in groupby(rows, key=lambda row: row.bucket):
-        bucket = parse_bucket(bucket_name)
-        waiting = list(group)
-        for start in range(0, len(waiting), batch):
-            yield from _encode_batch(waiting[start : start + batch], bucket, video, text)
-
-
-def _encode_batch(
-    rows: list[IndexRow], bucket: Bucket, video: VideoEncoder, text: TextEncoder
-) -> Iterator[tuple[IndexRow, EncodedSample | DataError]]:
-    good: list[tuple[IndexRow, RawSample]] = []
-    targets: list[Tensor] = []
-    references: list[list[Tensor]] = []
+    """Encodes raw samples, clips sampled at `fps`: each row comes back with its encoded sample, or with the reason why
+    there is none."""
+    encoder = SampleEncoder(video, text)
     for row in rows:
+        bucket = parse_bucket(row.bucket)
         try:
             sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
-            target, pictures = decode_sample(sample, bucket)
+            target, pictures = decode_sample(sample, bucket, fps)
+            # one view for the whole corpus: the pixels are gone when it is trained on
+            views = {
+                number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
+                for number in single_pictures([reference.subject for reference in sample.info.references])
+            }
         except DataError as error:
             yield row, error
             continue
-        good.append((row, sample))
-        targets.append(to_pixels(target))
-        references.append([to_pixels(picture[None]) for picture in pictures])
-    if not good:
-        return
-    latents = video.encode(torch.cat(targets))
-    flat = [picture for own in references for picture in own]
-    encoded = iter(video.encode(torch.cat(flat))[:, :, 0]) if flat else iter(())
-    texts = text.encode([sample.info.caption for _, sample in good])
-    for (row, sample), target_latents, own, words in zip(good, latents, references, texts, strict=True):
         yield (
             row,
             EncodedSample(
                 key=sample.key,
                 info=sample.info,
-                target=_bits(target_latents),
-                references=[_bits(next(encoded)) for _ in own],
-                text=_bits(words),
+                target=_bits(encoder.target(target)),
+                references=[_bits(encoder.picture(picture)) for picture in pictures],
+                text=_bits(encoder.caption(sample.info.caption)),
+                views={number: _bits(encoder.picture(picture)) for number, picture in views.items()},
             ),
         )
 
 
-def decode_sample(sample: RawSample, bucket: Bucket) -> tuple[Pixels, list[Pixels]]:
-    """Target [F,H,W,3] and references [H,W,3], decoded and fitted to the bucket; raises DataError."""
+def decode_sample(sample: RawSample, bucket: Bucket, fps: float | None = None) -> tuple[Pixels, list[Pixels]]:
+    """Target [F,H,W,3], a clip sampled at `fps`, and references [H,W,3], decoded and fitted to the bucket; raises
+    DataError."""
+    pictures = [decode_reference(sample, number, bucket) for number in range(len(sample.info.references))]
+    return decode_target(sample, bucket, fps), pictures
+
+
+def decode_target(sample: RawSample, bucket: Bucket, fps: float | None = None) -> Pixels:
+    """The target [F,H,W,3], a clip sampled at `fps`, decoded and fitted to the bucket; raises DataError."""
+    name = f"{sample.key}.{sample.target_extension}"
     if sample.info.kind == "video":
-        target = decode_video(sample.target, bucket.frames, name=f"{sample.key}.{sample.target_extension}")
-    else:
-        target = decode_image(sample.target, f"{sample.key}.{sample.target_extension}")[None]
-    pictures = [
-        fit_reference(decode_image(sample.files[one.file], f"{sample.key}.{one.file}"), bucket)
-        for one in sample.info.references
-    ]
-    return fit_target(target, bucket), pictures
+        return fit_target(decode_video(sample.target, bucket.frames, fps, name), bucket)
+    return fit_target(decode_image(sample.target, name)[None], bucket)
+
+
+def decode_reference(sample: RawSample, number: int, bucket: Bucket, view: AugmentedView | None = None) -> Pixels:
+    """Reference `number` [H,W,3], altered where a view is given, decoded and fitted to the bucket; raises DataError."""
+    file = sample.info.references[number].file
+    picture = decode_image(sample.files[file], f"{sample.key}.{file}")
+    return fit_reference(picture if view is None else apply_view(picture, view), bucket)
 
 
 def to_pixels(frames: Pixels) -> Tensor:
@@ -155,8 +172,8 @@ def to_pixels(frames: Pixels) -> Tensor:
 
 
 def _bits(tensor: Tensor) -> np.ndarray:
-    """A tensor as bf16 bit patterns."""
-    bits: np.ndarray = tensor.to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+    """A bf16 tensor as its bit patterns."""
+    bits: np.ndarray = tensor.contiguous().view(torch.uint16).numpy()
     return bits
 
 
@@ -182,7 +199,8 @@ def encode(
         parts = Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
         parts.begin()
         save_file({"text": text.encode([""])[0].to(torch.bfloat16).contiguous()}, job.folder / EMPTY_CAPTION_NAME)
-        works.append(_Work(job, parts, IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity)))
+        metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
+        works.append(_Work(job, parts, metadata))
         missing += [{"job": number, "part": part} for part in parts.missing()]
         total += len(raw)
         left += sum(min(samples_per_part, len(raw) - part * samples_per_part) for part in parts.missing())
@@ -191,7 +209,7 @@ def encode(
         # one block a part, so that any actor can take the next one
         encoded = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing]).map_batches(
             _EncodingActor,
-            fn_constructor_args=(works, sources, samples_per_part, shard_bytes),
+            fn_constructor_args=(works, sources, "cuda" if gpus_per_actor else "cpu", samples_per_part, shard_bytes),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
             num_cpus=None if gpus_per_actor else 1,

@@ -5,15 +5,17 @@ be decoded raises `DataError` with the reason, so that a bad sample becomes a ro
 """
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from domainshuttle.pipelines.buckets import Bucket, contain_geometry, cover_geometry
+from domainshuttle.pipelines.pairing import AugmentedView
 from domainshuttle.pipelines.sample import Buffer, DataError
 
 Pixels = NDArray[np.uint8]
@@ -71,10 +73,10 @@ def decode_image(data: Buffer, name: str = "image") -> Pixels:
 
 
 def decode_video(data: Buffer, frames: int, fps: float | None = None, name: str = "video") -> Pixels:
-    """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: the clip's own rate).
+    """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: every frame, in order).
 
-    A frame at time k / fps is the last one shown at that time. Raises DataError when the clip can't be decoded or
-    is too short.
+    Frame k is the last one shown at time k / fps after the first, by the clip's timestamps, so a variable rate is
+    sampled rightly. Raises DataError when the clip can't be decoded or is too short.
     """
     chosen: list[Pixels] = []
     try:
@@ -82,14 +84,10 @@ def decode_video(data: Buffer, frames: int, fps: float | None = None, name: str 
         with av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
-            rate = float(stream.average_rate or 0) or 24.0
-            step = rate / fps if fps else 1.0
-            for number, frame in enumerate(container.decode(stream)):
-                # the k-th wanted frame is source frame round(k * step)
-                while len(chosen) < frames and round(len(chosen) * step) == number:
-                    if frame.width * frame.height > MAX_PIXELS:
-                        raise DataError(f"{name}: frames of {frame.width}x{frame.height} pixels are refused")
-                    chosen.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
+            for frame in _sampled(container.decode(stream), stream, fps):
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise DataError(f"{name}: frames of {frame.width}x{frame.height} pixels are refused")
+                chosen.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
                 if len(chosen) == frames:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:
@@ -97,8 +95,44 @@ def decode_video(data: Buffer, frames: int, fps: float | None = None, name: str 
             raise
         raise DataError(f"{name}: not a readable clip ({error})") from error
     if len(chosen) < frames:
-        raise DataError(f"{name}: {len(chosen)} frames at {fps or rate:g} fps could be read; the bucket needs {frames}")
+        rate = f"{fps:g} fps" if fps else "its own rate"
+        raise DataError(f"{name}: {len(chosen)} frames at {rate} could be read; the bucket needs {frames}")
     return np.stack(chosen)
+
+
+def _sampled(decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: float | None) -> Iterator[av.VideoFrame]:
+    """The frames shown at times 0, 1 / fps, 2 / fps ... after the first, until the last one's end."""
+    if fps is None:
+        yield from decoded
+        return
+    period = 1 / (stream.average_rate or stream.guessed_rate or _USUAL_RATE)
+    wanted = 1 / Fraction(fps).limit_denominator(1001)
+    # Timestamps are whole ticks: where a frame does not last a whole number of them, they are rounded, and a frame
+    # that begins up to a tick after the wanted time may be the one that belongs to it.
+    tick = stream.time_base
+    slack = Fraction(0) if not tick or (period / tick).denominator == 1 else min(tick, period / 8)
+    shown: av.VideoFrame | None = None
+    begins, first, count = Fraction(0), None, 0
+    for frame in decoded:
+        stamp = None if frame.pts is None or not frame.time_base else frame.pts * frame.time_base
+        if shown is None:
+            first = stamp
+        else:
+            after = begins + period
+            if stamp is not None and first is not None and stamp - first > begins:
+                after = stamp - first
+            while count * wanted + slack < after:
+                yield shown
+                count += 1
+            begins = after
+        shown = frame
+    while shown is not None and count * wanted + slack < begins + period:
+        yield shown
+        count += 1
+
+
+_USUAL_RATE = Fraction(24)
+"""Frames a second of a clip whose container says nothing of its rate."""
 
 
 def fit_target(frames: Pixels, bucket: Bucket) -> Pixels:
@@ -114,6 +148,22 @@ def fit_reference(picture: Pixels, bucket: Bucket) -> Pixels:
     canvas = Image.new("RGB", (bucket.width, bucket.height), (255, 255, 255))
     canvas.paste(_resize(picture, size), (left, top))
     return np.asarray(canvas)
+
+
+def apply_view(picture: Pixels, view: AugmentedView) -> Pixels:
+    """[h,w,3] cut, mirrored and recoloured as `view` says: [h',w',3].
+
+    Brightness multiplies; contrast scales the distance from the mean grey, saturation that from each pixel's own grey.
+    """
+    height, width, _ = picture.shape
+    top, left = round(view.crop[0] * height), round(view.crop[1] * width)
+    bottom, right = top + max(1, round(view.crop[2] * height)), left + max(1, round(view.crop[3] * width))
+    image = Image.fromarray(picture[top:bottom, left:right])
+    if view.flip:
+        image = ImageOps.mirror(image)
+    image = ImageEnhance.Brightness(image).enhance(view.brightness)
+    image = ImageEnhance.Contrast(image).enhance(view.contrast)
+    return np.asarray(ImageEnhance.Color(image).enhance(view.saturation))
 
 
 def _resize(picture: Pixels, size: tuple[int, int]) -> Image.Image:

@@ -25,7 +25,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -76,11 +76,19 @@ class StepPlan:
     """The plan of an index. `plan[s]` is the batch of step s >= 0, for any s; the plan has no end.
 
     `mixture` gives each source of the index its share of the samples (any positive scale; 0 leaves a source out); None
-    or an empty one means by their counts. Raises DataError on an empty index, a source that is unknown or has no
-    weight, or a bad weight.
+    or an empty one means by their counts. `by` says which column names a sample's source: a run weighs its corpora,
+    each of which may be made of several sources. Raises DataError on an empty index, a source that is unknown or has
+    no weight, or a bad weight.
     """
 
-    def __init__(self, index: Index, mixture: Mapping[str, float] | None, seed: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        index: Index,
+        mixture: Mapping[str, float] | None,
+        seed: int,
+        global_batch: int,
+        by: Literal["source", "corpus"] = "source",
+    ) -> None:
         if not len(index):
             raise DataError("the index has no rows: nothing to plan; check the filter")
         if not 1 <= global_batch <= 1 << 17:
@@ -88,7 +96,7 @@ class StepPlan:
         self.seed = int(seed)
         self.global_batch = global_batch
         self.index_digest = index.digest
-        source_codes, sources = index.codes("source")
+        source_codes, sources = index.codes(by)
         bucket_codes, bucket_names = index.codes("bucket")
         present = np.bincount(source_codes, minlength=len(sources))
         sizes = {source: int(size) for source, size in zip(sources, present, strict=True) if size}

@@ -139,6 +139,12 @@ class AugmentedView:
     saturation: float
 
 
+def single_pictures(reference_subjects: Sequence[int]) -> list[int]:
+    """The pictures that are the only ones of their subjects: those that set B can show as augmented views alone."""
+    counts = Counter(reference_subjects)
+    return [picture for picture, subject in enumerate(reference_subjects) if counts[subject] == 1]
+
+
 def augmented_view(seed: int, epoch: int, sample_id: int, picture: int) -> AugmentedView:
     """The view for a picture of B that A shows too: 0.75 to 0.95 of each side kept, mirrored in half of the cases,
     colours within a fifth. `picture` is its position in the sample's list of references."""

@@ -4,7 +4,7 @@ Both forms are members of a WebDataset shard: files that share a key and differ 
 
 * Raw: `key.json` (`SampleInfo`), `key.jpg|png|webp|mp4` (the target), `key.ref0.jpg` ... (the reference pictures).
 * Encoded: `key.json` and `key.safetensors` with `target` [16, f, h, w], `reference.0` [16, h, w] ... and `text` [l, d]
-  in bf16.
+  in bf16, and a `view.i` [16, h, w], an altered view of reference i, where it is the only picture of its subject.
 
 numpy has no bf16, so an array of bf16 values is held as its bit patterns in `uint16`. A loader makes torch tensors of
 them without a copy: `torch.from_numpy(bits).view(torch.bfloat16)`. Nothing here reads or writes a pickle.
@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -221,7 +221,8 @@ class EncodedSample:
     """An encoded sample; all arrays are bf16 bit patterns in uint16.
 
     `target` [16, f, h, w] latents, `references` a list of [16, h, w] latents in the order of `info.references`, `text`
-    [l, d] the text encoder's states without padding. Raises DataError on another dtype, rank or count.
+    [l, d] the text encoder's states without padding, `views` [16, h, w] latents of altered references by their number.
+    Raises DataError on another dtype, rank or count.
     """
 
     key: str
@@ -229,6 +230,7 @@ class EncodedSample:
     target: np.ndarray
     references: list[np.ndarray]
     text: np.ndarray
+    views: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -245,11 +247,16 @@ class EncodedSample:
                 f"sample {self.key!r}: {len(self.references)} reference latents, but key.json names "
                 f"{len(self.info.references)} references"
             )
+        if strangers := sorted(set(self.views) - set(range(len(self.references)))):
+            raise DataError(
+                f"sample {self.key!r}: views of references {strangers}, but it has {len(self.references)} references"
+            )
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The arrays under their names in `key.safetensors`."""
         references = {f"reference.{number}": latents for number, latents in enumerate(self.references)}
-        return {"target": self.target, **references, "text": self.text}
+        views = {f"view.{number}": latents for number, latents in sorted(self.views.items())}
+        return {"target": self.target, **references, **views, "text": self.text}
 
     def to_bytes(self) -> bytes:
         """The bytes of `key.safetensors`: the same for equal contents, data aligned to 64 bytes."""
@@ -263,16 +270,22 @@ class EncodedSample:
     def from_bytes(cls, key: str, info: SampleInfo, data: Buffer) -> "EncodedSample":
         """The sample of `key.safetensors`; its arrays are views of `data`, not copies."""
         views = tensor_views(data, f"{key}.safetensors")
-        expected = ["target", *(f"reference.{number}" for number in range(len(info.references))), "text"]
-        if sorted(views) != sorted(expected):
-            raise DataError(f"sample {key!r}: tensors {sorted(views)}: expected {sorted(expected)}")
+        count = len(info.references)
+        expected = ["target", *(f"reference.{number}" for number in range(count)), "text"]
+        altered = [number for number in range(count) if f"view.{number}" in views]
+        if sorted(views) != sorted([*expected, *(f"view.{number}" for number in altered)]):
+            raise DataError(
+                f"sample {key!r}: tensors {sorted(views)}: expected {sorted(expected)}, and view.i of references"
+            )
         wrong = sorted(name for name, view in views.items() if view.dtype != "BF16")
         if wrong:
             raise DataError(
                 f"sample {key!r}: tensor {wrong[0]!r} is {views[wrong[0]].dtype}: expected BF16; encode it again"
             )
-        arrays = [np.frombuffer(views[n].buffer, np.uint16).reshape(views[n].shape) for n in expected]
-        return cls(key, info, arrays[0], arrays[1:-1], arrays[-1])
+        arrays = {n: np.frombuffer(view.buffer, np.uint16).reshape(view.shape) for n, view in views.items()}
+        references = [arrays[f"reference.{number}"] for number in range(count)]
+        own_views = {number: arrays[f"view.{number}"] for number in altered}
+        return cls(key, info, arrays["target"], references, arrays["text"], own_views)
 
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, Buffer]) -> "EncodedSample":

@@ -17,15 +17,20 @@ from diffusers import AutoencoderKLWan
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.collate import ReadSample
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
-from domainshuttle.pipelines.encode import EncoderSources, EncodingJob, decode_sample, encode, encode_rows, to_pixels
+from domainshuttle.pipelines.encode import EncodingJob, decode_sample, encode, encode_rows, to_pixels
+from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.index import Index, IndexMetadata
-from domainshuttle.pipelines.loader import Feed, Loader, MicroBatch, plan_dataset, planned_rows
+from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import INDEX_NAME, BadSample, Parts
+from domainshuttle.pipelines.plan_source import plan_dataset
+from domainshuttle.pipelines.reading import Drawn, EncodedReader, MicroBatch
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample, from_bfloat16_bits
 from domainshuttle.pipelines.shards import read_members
+from domainshuttle.pipelines.staging import Staging
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
 CONFIG = SpritesConfig(kind="image", samples=48, identities=72, side=48, seed=4)
@@ -235,17 +240,17 @@ def test_a_bad_sample_is_quarantined_and_substituted(corpus: Path, tmp_path: Pat
     broken = one.plan()[0].rows[5]
     index = one.index()
     victim = index.row(int(broken))
-    loader = Loader(Rows(planned_rows(one, 0, 1, 0, 1)), one, 0, 1, tmp_path / "q.jsonl")  # type: ignore[arg-type]
-    genuine = loader._sample
+    source = EncodedReader(one, Staging())
 
-    def damaged(row: Any, epoch: int) -> Any:
-        if row.key == victim.key:
-            members = tuple(replace(m, size=m.size // 2) for m in row.members)
-            row = replace(row, members=members)
-        return genuine(row, epoch)
+    def damaged(drawn: Drawn) -> ReadSample:
+        if drawn.row.key == victim.key:
+            members = tuple(replace(m, size=m.size // 2) for m in drawn.row.members)
+            drawn = replace(drawn, row=replace(drawn.row, members=members))
+        return source.read_sample(drawn)
 
-    loader._sample = damaged  # type: ignore[method-assign]
-    (micro,) = list(loader)
+    source.read = damaged
+    rows = Rows(planned_rows(one, 0, 1, 0, 1))
+    (micro,) = list(Loader(rows, one, 0, 1, tmp_path / "q.jsonl", source=source))  # type: ignore[arg-type]
     assert micro.batch.batch_size == 48
     assert f"pictures/{victim.key}" not in micro.keys
     (line,) = (tmp_path / "q.jsonl").read_text().splitlines()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domainshuttle.pipelines.pairing import Pairing, augmented_view, choose_references
+from domainshuttle.pipelines.pairing import Pairing, augmented_view, choose_references, single_pictures
 from domainshuttle.pipelines.sample import ORIGINS, DataError
 
 PICTURES = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(ORIGINS)), min_size=0, max_size=14)
@@ -33,6 +33,21 @@ def test_the_contract(pictures: list[tuple[int, str]], seed: int, epoch: int, sa
     assert pairing.augment_b == [subjects[picture] in singles for picture in pairing.set_b]
     assert sum(pairing.kinds.values()) == len(shown)
     assert pairing.kinds.get("augmented", 0) == len(singles)
+
+
+@given(PICTURES, SEEDS, IDS)
+def test_views_are_wanted_of_single_pictures_and_of_no_others(
+    pictures: list[tuple[int, str]], seed: int, sample: int
+) -> None:
+    """An encoded corpus holds views of these alone, so no pairing may ask for another."""
+    subjects, origins = [p[0] for p in pictures], [p[1] for p in pictures]
+    singles = single_pictures(subjects)
+    assert singles == [picture for picture in range(len(subjects)) if subjects.count(subjects[picture]) == 1]
+    pairing = choose_references(subjects, origins, seed, 0, sample)
+    altered = [picture for picture, flag in zip(pairing.set_b, pairing.augment_b, strict=True) if flag]
+    assert altered == [picture for picture in pairing.set_b if picture in singles]
+    # shown unaltered in A, so that the two differ
+    assert set(altered) <= set(pairing.set_a)
 
 
 def test_the_order_is_frozen() -> None:

@@ -146,6 +146,25 @@ def test_an_encoded_sample_round_trips_bit_for_bit_without_a_copy() -> None:
     assert EncodedSample.from_members("k0", sample.members()).info == sample.info
 
 
+def test_views_of_references_are_kept_under_their_numbers() -> None:
+    plain = make_encoded()
+    views = {1: plain.references[0] + np.uint16(1)}
+    sample = EncodedSample(plain.key, plain.info, plain.target, plain.references, plain.text, views)
+    loaded = safetensors.torch.load(sample.to_bytes())
+    assert set(loaded) == {*safetensors.torch.load(plain.to_bytes()), "view.1"}
+    np.testing.assert_array_equal(loaded["view.1"].view(torch.uint16).numpy(), views[1])
+    again = EncodedSample.from_members("k0", sample.members())
+    assert list(again.views) == [1]
+    np.testing.assert_array_equal(again.views[1], views[1])
+    with pytest.raises(DataError, match=r"views of references \[2\], but it has 2 references"):
+        EncodedSample(plain.key, plain.info, plain.target, plain.references, plain.text, {2: views[1]})
+    with pytest.raises(DataError, match="rank 3"):
+        EncodedSample(plain.key, plain.info, plain.target, plain.references, plain.text, {0: plain.target})
+    stranger = safetensors.torch.save({**loaded, "view.2": loaded["view.1"].clone()})
+    with pytest.raises(DataError, match=r"tensors .*view\.2.*expected"):
+        EncodedSample.from_bytes("k0", plain.info, stranger)
+
+
 def test_the_safetensors_library_reads_what_we_write_and_we_read_what_it_writes() -> None:
     sample = make_encoded()
     tensors = safetensors.torch.load(sample.to_bytes())

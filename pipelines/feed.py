@@ -1,0 +1,131 @@
+"""The feed: what decides the batches of a stage, and the plan's micro-batches as rows of a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from domainshuttle.pipelines.index import Index, IndexRow
+from domainshuttle.pipelines.order import StepPlan
+from domainshuttle.pipelines.pairing import Pairing, choose_references
+from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.storage import shown
+
+PLAN_COLUMNS = ("bucket",)
+"""What a plan needs of the index, beside which corpus a row is of."""
+
+
+@dataclass(frozen=True)
+class EncoderSources:
+    """Where the encoders come from: names of the built-in ones, folders or hub ids."""
+
+    video: str
+    text: str
+    text_len: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Everything that decides the batches of a stage. Two feeds that are equal give the same batches."""
+
+    indexes: tuple[str, ...]
+    """Paths of the corpora's index files: encoded corpora, or raw ones where `encoders` are given."""
+    mixture: tuple[tuple[str, float], ...]
+    seed: int
+    global_batch: int
+    micro_batch: int
+    text_len: int
+    references: int
+    reference_dropout: float = 0.0
+    text_dropout: float = 0.0
+    paired: bool = False
+    encoders: EncoderSources | None = None
+    """What encodes raw corpora while they are trained on."""
+
+    def index(self) -> Index:
+        """The joint index; one copy a process."""
+        return _index(self.indexes)
+
+    def plan(self) -> StepPlan:
+        """The step plan; one copy a process."""
+        return _plan(self)
+
+    def corpora(self) -> Iterator[tuple[str, str, str, int]]:
+        """Name, place, index digest and number of samples of each corpus."""
+        index = self.index()
+        numbers, names = index.codes("corpus")
+        folders, places = index.codes("folder")
+        for part in index.parts:
+            mine = numbers == names.index(part.corpus)
+            yield part.corpus, shown(places[int(folders[mine.argmax()])]), part.digest, int(mine.sum())
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one step; raises DataError where the global batch does not divide."""
+        count, rest = divmod(self.global_batch, world_size * self.micro_batch)
+        if rest or not count:
+            raise DataError(
+                f"global_batch={self.global_batch} can't be shared by {world_size} workers x micro_batch="
+                f"{self.micro_batch}: choose a multiple of {world_size * self.micro_batch}"
+            )
+        return count
+
+    def pair(self, row: IndexRow, epoch: int) -> Pairing:
+        """The reference sets of a sample in an epoch; empty where the stage shows no references."""
+        return choose_references(
+            row.reference_subjects if self.references else (),
+            row.reference_origins if self.references else (),
+            self.seed,
+            epoch,
+            row.sample_id,
+            max(self.references, 1),
+            self.reference_dropout,
+            self.text_dropout,
+        )
+
+
+@lru_cache(maxsize=4)
+def _index(paths: tuple[str, ...], columns: tuple[str, ...] | None = None) -> Index:
+    return Index.concat([Index.load(path, columns, verify=False) for path in paths])
+
+
+@lru_cache(maxsize=4)
+def _plan(feed: Feed) -> StepPlan:
+    # all columns of ten million rows would be gigabytes in each of Ray Data's processes
+    return StepPlan(_index(feed.indexes, PLAN_COLUMNS), dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
+
+
+def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:
+    """The micro-batches of a rank (None: of all, in turn) in steps start..stop-1: step, rank, part, and the samples'
+    rows in the index, epochs and slots."""
+    plan, accumulation = feed.plan(), feed.accumulation(world_size)
+    rows: list[dict[str, Any]] = []
+    for step in range(start, stop):
+        parts = plan[step].micro_batches(world_size, accumulation)
+        for number in range(accumulation):
+            for own in range(world_size) if rank is None else (rank,):
+                part = parts[number * world_size + own]
+                rows.append(
+                    {
+                        "step": step,
+                        "rank": own,
+                        "part": number,
+                        "rows": part.rows.tolist(),
+                        "epochs": part.epochs.tolist(),
+                        "slots": part.slots.tolist(),
+                    }
+                )
+    return pa.Table.from_pylist(rows, schema=_ROWS)
+
+
+_ROWS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("rank", pa.int32()),
+        ("part", pa.int32()),
+        ("rows", pa.list_(pa.int64())),
+        ("epochs", pa.list_(pa.int32())),
+        ("slots", pa.list_(pa.int32())),
+    ]
+)
