@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -270,6 +270,30 @@ def load_transformer(folder: Path | str, **overrides: Any) -> DomainShuttleTrans
     with WeightReader(Path(folder)) as reader:
         source, config = _open(Path(folder), reader, overrides)
         return _build(source, config)
+
+
+def stream_transformer(
+    folder: Path | str, **overrides: Any
+) -> tuple[DomainShuttleTransformer3DModel, Callable[[], Iterator[tuple[str, Tensor]]]]:
+    """Our model without memory, and a function that reads its weights, one tensor at a time and in its order.
+
+    Arguments and errors are those of :func:`load_transformer`.
+    """
+    with WeightReader(Path(folder)) as reader:
+        source, config = _open(Path(folder), reader, overrides)
+    with torch.device("meta"):
+        model = DomainShuttleTransformer3DModel(**config)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    source.check(expected)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        with WeightReader(Path(folder)) as reader:
+            source, _ = _open(Path(folder), reader, overrides)
+            dtype = reader.infos[source.rename("patch_embedding.weight")].dtype
+            for name, shape in expected.items():
+                yield name, source.tensor(name, shape, dtype)
+
+    return model.eval(), weights
 
 
 def convert_checkpoint(

@@ -7,30 +7,28 @@ bf16 with float32 masters in the optimiser.
 
 import contextlib
 import fnmatch
-import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from domainshuttle.model.convert import MAX_SHARD_BYTES
 from domainshuttle.model.mot import DomainMoTBlock
-from domainshuttle.platform.config import ConfigError, EngineSection, StageSection
-
-TAG = "zero"
-"""The folder of the ZeRO shards in a checkpoint."""
-
-# What DeepSpeed's own optimiser shards hold beside tensors; a shard that names any other class is refused.
-_KNOWN_GLOBALS = ("deepspeed.", "torch.", "collections.OrderedDict", "numpy.", "argparse.Namespace", "builtins.")
+from domainshuttle.model.weight_files import write_shards
+from domainshuttle.platform.activations import checkpoint_blocks
+from domainshuttle.platform.build import Blueprint
+from domainshuttle.platform.config import ConfigError
+from domainshuttle.platform.partition import AVERAGE, MASTER, Partition, even_share
+from domainshuttle.platform.sections import EngineSection, StageSection
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def _anonymous(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours: there is no second file to keep in step."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch,
@@ -95,24 +93,24 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
                 "betas": list(stage.betas),
                 "weight_decay": stage.weight_decay,
                 # torch's own: without it DeepSpeed compiles a fused kernel on the spot
-                "torch_adam": not torch.cuda.is_available(),
+                "torch_adam": not on_gpu,
             },
         },
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": engine.persistent_parameters,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": on_gpu,
             "contiguous_gradients": True,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if not torch.cuda.is_available():
+    if not on_gpu:
         # the defaults zero gigabyte buffers that a small model never fills
         config["zero_optimization"] |= {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
     if engine.offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config
 
 
@@ -129,25 +127,37 @@ def learning_rate(stage: StageSection, step: int) -> float:
 class Engine:
     """A model under ZeRO-3. Call it like the model; then `backward`, and after the last micro-batch `step`.
 
-    All ranks must make the same calls. `model` is a whole model on the CPU, its trained parameters selected; the engine
-    takes it over and partitions it.
+    All ranks must make the same calls. The blueprint's outline, its trained parameters selected, becomes the model:
+    rank 0 reads its weights, and each rank receives its part of one tensor after the other, so that none ever holds
+    the whole. Masters have the weights of the source in float32.
     """
 
-    def __init__(self, model: Any, stage: StageSection, section: EngineSection, accumulation: int) -> None:
+    def __init__(self, blueprint: Blueprint, stage: StageSection, section: EngineSection, accumulation: int) -> None:
         deepspeed = _deepspeed()
-        if section.activation_checkpointing:
-            model.enable_gradient_checkpointing()
-        if not torch.cuda.is_available():
-            # over the short sequences of a desk, the CPU's flash kernel takes longer than the plain products
-            _set_attention_backend(model, "_native_math")
-        _gather_whole_blocks(model)
-        self.config = deepspeed_config(stage, section, accumulation)
-        self.stage = stage
+        self.config = deepspeed_config(stage, section, accumulation, torch.cuda.is_available())
+        self.stage, self._decay = stage, section.ema
         self._accumulation, self._pending = accumulation, 0
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model = blueprint.outline
+        masters = _materialise(blueprint, self.config)
+        checkpoint_blocks(model, section.activations)
+        _choose_attention(model, section)
+        if section.compile is not None:
+            for block in model.blocks:
+                # the forward alone: ZeRO-3's hooks, which gather the weights around it, stay outside
+                block.forward = torch.compile(block.forward, backend=section.compile)
+        _gather_whole_blocks(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        trained = [parameter for parameter in names if parameter.requires_grad]
+        if not any(names[parameter].startswith("patch_embedding.") for parameter in trained):
+            # ZeRO-3 finds its way back through the first block by the gradient of what went in
+            model.patch_embedding.register_forward_hook(_require_gradient)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=trained, config=self.config
         )
+        self._partition = Partition(self._optimizer, names)
+        self._partition.set_masters(masters)
+        if self._decay is not None:
+            self._partition.start_average()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -175,107 +185,153 @@ class Engine:
         self._pending = 0
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.stage, step)
-        skipped = self._engine.skipped_steps
+        before = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepResult(float(norm if norm is not None else 0.0), self._engine.skipped_steps > skipped)
+        skipped = self._engine.skipped_steps > before
+        if self._decay is not None and not skipped:
+            self._partition.update_average(self._decay)
+        return StepResult(float(norm if norm is not None else 0.0), skipped)
+
+    def drop(self, step: int) -> StepResult:
+        """Throws the gradients of a step away, as if they had overflowed: nothing is changed."""
+        # DeepSpeed discards a step by its gradients' norm, after which all its buffers are as after a step
+        self._optimizer._get_norm_groups = lambda: [torch.tensor(float("inf"))]
+        try:
+            return self.step(step)
+        finally:
+            del self._optimizer._get_norm_groups
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self._decay is not None
+
+    def checkpoint_bytes(self, trained: int) -> int:
+        """About how many bytes all ranks write of so many trained parameters: master and two moments, and average."""
+        return trained * 4 * (4 if self.averages else 3)
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's shards (trained parameters and optimiser states) into folder/zero."""
-        with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True, save_latest=False)
+        """Writes this rank's shard (trained parameters, optimiser states and average) into folder/zero.
+
+        Raises OSError when it can't be written.
+        """
+        self._partition.save(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies what `save` would write; the function returned writes it later, from any thread, to a folder."""
+        return self._partition.snapshot()
 
     def load(self, folder: Path) -> None:
-        """Loads this rank's shards. Frozen parameters stay as the model was built with.
+        """Loads this rank's part from the shards of any number of ranks. Frozen parameters stay as they were built.
 
-        Raises RuntimeError for shards that hold anything but tensors and DeepSpeed's own classes.
+        Raises RuntimeError for shards that are missing, damaged, or of other parameters.
         """
-        for shard in sorted((folder / TAG).glob("*.pt")):
-            unknown = [
-                name
-                for name in torch.serialization.get_unsafe_globals_in_checkpoint(shard)
-                if not name.startswith(_KNOWN_GLOBALS)
-            ]
-            if unknown:
-                raise RuntimeError(f"{shard} names {unknown}: not a shard that this platform wrote; it is not loaded")
-        with _quiet():
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-        if loaded is None:
-            raise RuntimeError(f"{folder / TAG}: DeepSpeed found no shards for this rank")
+        self._partition.load(folder)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one after the other, in float32 on the CPU: the masters of those that are trained.
 
-        All ranks must run through it to the end; what is yielded is valid until the next.
+        With `ema`, their moving averages. All ranks must run through it to the end; what is yielded is valid until the
+        next. Raises RuntimeError when no average is kept.
         """
+        if ema and self._decay is None:
+            raise RuntimeError("no moving average is kept: set engine.ema, such as 0.9999")
         deepspeed = _deepspeed()
-        from deepspeed.utils import safe_get_full_fp32_param
-
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter).detach().cpu()
+                yield name, self._partition.gather(name, AVERAGE if ema else MASTER).cpu()
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     whole = parameter.detach().float().cpu()
                 yield name, whole
 
-    def export(self, folder: Path) -> None:
-        """Writes the whole model as a diffusers folder, float32; rank 0 writes, all ranks must call."""
-        main = dist.get_rank() == 0
-        folder.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, Tensor]] = [{}]
-        sizes: list[int] = [0]
-        names: dict[str, str] = {}
-        for name, tensor in self.full_parameters():
-            if not main:
-                continue
-            if sizes[-1] + tensor.nbytes > _EXPORT_SHARD_BYTES and shards[-1]:
-                save_file(shards[-1], folder / f"part-{len(shards):05d}.safetensors", {"format": "pt"})
-                shards[-1].clear()
-                shards.append({})
-                sizes.append(0)
-            shards[-1][name] = tensor.contiguous().clone()
-            sizes[-1] += tensor.nbytes
-            names[name] = f"part-{len(shards):05d}.safetensors"
-        if main:
-            save_file(shards[-1], folder / f"part-{len(shards):05d}.safetensors", {"format": "pt"})
-            _finish_export(folder, names, sum(sizes), self._engine.module)
-        dist.barrier()
+    def export(self, folder: Path, ema: bool = False) -> None:
+        """Writes the whole model as a diffusers folder, float32; rank 0 writes, all ranks must call.
+
+        Raises OSError, on every rank, when it can't be written.
+        """
+        parameters = self.full_parameters(ema)
+        faults: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            module = self._engine.module
+            order = [(name, tuple(p.ds_shape), torch.float32) for name, p in module.named_parameters()]
+            try:
+                write_shards(folder, order, lambda _: next(parameters)[1], MAX_SHARD_BYTES)
+                module.save_config(folder)
+            except OSError as error:
+                faults = [str(error)]
+        for _ in parameters:  # on rank 0 what a fault left: the others wait for it in every gathering
+            pass
+        dist.broadcast_object_list(faults)
+        if faults[0] is not None:
+            raise OSError(f"the weights could not be written to {folder}: {faults[0]}")
 
 
-_EXPORT_SHARD_BYTES = 5 << 30
+def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
-def _finish_export(folder: Path, names: dict[str, str], size: int, module: Any) -> None:
-    """Gives the shards their diffusers names and writes index and configuration."""
-    count = len(set(names.values()))
-    stem = "diffusion_pytorch_model"
-    final = {
-        f"part-{n:05d}.safetensors": f"{stem}-{n:05d}-of-{count:05d}.safetensors"
-        if count > 1
-        else f"{stem}.safetensors"
-        for n in range(1, count + 1)
-    }
-    for old, new in final.items():
-        (folder / old).rename(folder / new)
-    if count > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": {name: final[part] for name, part in names.items()}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    module.save_config(folder)
-
-
-def frozen_copy(model: nn.Module, section: EngineSection) -> nn.Module:
-    """A model without training under ZeRO-3, for the `snapshot` target of the cross-pair loss."""
+def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
+    """A model without training under ZeRO-3, built as an engine's, for the `snapshot` target of the cross-pair loss."""
     deepspeed = _deepspeed()
-    _gather_whole_blocks(model)
+    model = blueprint.outline.requires_grad_(False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
     }
-    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=config)
-    frozen: nn.Module = engine.eval()
+    _materialise(blueprint, config)
+    _choose_attention(model, section)
+    _gather_whole_blocks(model)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()  # DeepSpeed's returns nothing
+    frozen: nn.Module = engine
     return frozen
+
+
+@torch.no_grad()
+def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Gives the outline its weights in bf16, divided over the ranks; returns this rank's parts of the trained ones.
+
+    They are float32, flat and on the CPU, as the source has them: the bf16 weights have lost their lower bits.
+    """
+    deepspeed = _deepspeed()
+    with _quiet():
+        deepspeed.init_distributed()
+        initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16)
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), initialisation.local_device
+    outline = blueprint.outline
+    weights = blueprint.weights() if rank == 0 else None
+    masters: dict[str, Tensor] = {}
+    for name, parameter in list(outline.named_parameters()):
+        whole = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+        value = None
+        if weights is not None:
+            source, value = next(weights)
+            if source != name:
+                raise RuntimeError(f"the weights are out of order: {source} came where {name} was expected")
+            whole.copy_(value)
+        if parameter.requires_grad:
+            masters[name] = _scatter(value, parameter.numel(), rank, ranks, device)
+        owner, _, short = name.rpartition(".")
+        real = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        setattr(outline.get_submodule(owner), short, real)
+        initialisation._convert_to_zero_parameters([real])  # sends rank 0's to all, and keeps this rank's part
+    return masters
+
+
+def _scatter(value: Tensor | None, size: int, rank: int, ranks: int, device: torch.device) -> Tensor:
+    """This rank's share of rank 0's `value`, float32 on the CPU."""
+    share = even_share(size, 0, ranks)[1]
+    mine = torch.empty(share, device=device)
+    parts = None
+    if value is not None:
+        flat = value.to(device, torch.float32).flatten()
+        parts = list(nn.functional.pad(flat, (0, share * ranks - size)).chunk(ranks))
+    dist.scatter(mine, parts)
+    first, last = even_share(size, rank, ranks)
+    return mine[: last - first].cpu()
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:
@@ -286,11 +342,17 @@ def _gather_whole_blocks(model: nn.Module) -> None:
         set_z3_leaf_modules(model, [DomainMoTBlock])
 
 
-def _set_attention_backend(model: Any, name: str) -> None:
+def _choose_attention(model: Any, section: EngineSection) -> None:
+    backend = section.attention_backend
+    if backend is None and not torch.cuda.is_available() and section.activations.mode != "attention":
+        # over the short sequences of a desk, the CPU's flash kernel takes longer than the plain products
+        backend = "_native_math"
+    if backend is None:
+        return
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that backends are experimental
-    model.set_attention_backend(name)
+    model.set_attention_backend(backend)
     logger.setLevel(level)
 
 
