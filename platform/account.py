@@ -4,60 +4,105 @@ import contextlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
-from domainshuttle.pipelines.loader import MicroBatch
+from domainshuttle.pipelines.reading import MicroBatch
+from domainshuttle.platform.checkpoint_writer import Saved
 from domainshuttle.platform.engine import StepResult, learning_rate
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
 from domainshuttle.platform.schedule import Run, Segment
 from domainshuttle.platform.tracking import MetricLogger, RunIds
+from domainshuttle.platform.watchdog import Watchdog
+
+
+class Stop(IntEnum):
+    """Why all ranks end after this step, if they do."""
+
+    NO = 0
+    REQUESTED = 1
+    BUDGET_SPENT = 2
+    DURATION_REACHED = 3
+    """The stage's own GPU-hours are used: it is finished."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know alike after a step's gradients, by one collective."""
+
+    loss: float
+    """Mean over all ranks and micro-batches; not finite where any is not."""
+    stop: Stop
+    preempted: bool
+    """Whether a node was announced to go since the last step: the time for a checkpoint is now."""
 
 
 class Account:
     """The books of one rank for one attempt at a segment. Only rank 0 keeps the ledger, the tracking and the progress.
 
-    All ranks must call `step` and `stop_requested` together.
+    All ranks must call `agree` and `step` together. `preemption` is asked about once a second, by all ranks at the same
+    step, whether a node is about to go. `start` has the times, since 1970, of what came before this process.
     """
 
-    def __init__(self, run: Run, segment: Segment, ids: dict[str, Any], first_step: int, began: float) -> None:
+    def __init__(
+        self, run: Run, segment: Segment, ids: dict[str, Any], first_step: int, attempt: int,
+        start: Mapping[str, float], preemption: Callable[[], bool],
+    ) -> None:  # fmt: skip
         config = run.config
-        self.run, self.segment, self.first_step = run, segment, first_step
+        self.run, self.segment, self.first_step, self.number = run, segment, first_step, attempt
+        self._preemption, self._preempted, self._asked = preemption, False, time.monotonic()
+        self._budget_read, self._stop = 0.0, Stop.NO
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
+        self._keys: list[str] = []
+        self.watchdog = Watchdog(config.guard.hang_seconds, run.hang_path(segment.name, dist.get_rank()))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.main = self.rank == 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
         self.pair_kinds: Counter[str] = Counter()
         self._consumed = run.consumed_path(segment.name, self.rank).open("a")
-        self._flag = torch.zeros(1)
+        self._dropped = self._failed_saves = 0
+        self._done = first_step
+        self._start = {**start, "process": psutil.Process().create_time(), "imports": time.time()}
         self._due = config.tracking.every
         self._since = time.perf_counter()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._steps = self._skipped = 0
+        self._steps = 0
         self.last: dict[str, float] = {}
         self.ledger = Ledger(run.ledger_path)
         self.attempt: Attempt | None = None
         self.logger: MetricLogger | None = None
         if self.main:
-            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, began)
+            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, self._start["imports"])
             self.logger = MetricLogger(
                 RunIds.from_dict(ids, config.tracking_uri),
                 segment.name,
                 run.spool,
-                start_step=first_step or None,
+                start_step=first_step,
                 system_every=15.0,
             )
             self._write_progress(first_step, "training")
 
+    def built(self) -> None:
+        """Notes that model, engine and loader are there."""
+        self._start["build"] = time.time()
+
     def begin(self) -> None:
         """Notes that the model is built and restored: the time until here was starting."""
+        self._start["restore"] = time.time()
         self._add("starting", time.perf_counter() - self._since)
         self._restart_interval()
+        self.watchdog.alive()
 
     @contextlib.contextmanager
     def measure(self, category: str) -> Iterator[None]:
@@ -68,12 +113,20 @@ class Account:
         finally:
             self._add(category, time.perf_counter() - began)
 
+    @contextlib.contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """The same for saves and exports, which the watchdog leaves alone: saves have a limit of their own."""
+        self.watchdog.pause()
+        with self.measure("checkpointing"):
+            yield
+        self.watchdog.alive()
+
     def _add(self, category: str, seconds: float) -> None:
         self._seconds[category] += seconds
         if self.attempt:
             self.attempt.add(category, seconds)
 
-    def waited(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    def waited(self, batches: Iterator[MicroBatch[TrainingBatch]]) -> Iterator[MicroBatch[TrainingBatch]]:
         """The same micro-batches; the time until each is there counts as waiting for data."""
         while True:
             with self.measure("waiting"):
@@ -82,17 +135,83 @@ class Account:
                 return
             yield batch
 
-    def micro_batch(self, micro: MicroBatch, loss: LossOutput) -> None:
+    def micro_batch(self, micro: MicroBatch[TrainingBatch], loss: LossOutput) -> None:
         """Notes which samples a forward and backward pass was made of, and their losses."""
-        line = {"step": micro.step, "part": micro.part, "first": self.first_step, "samples": micro.keys}
-        self._consumed.write(json.dumps(line) + "\n")
+        self._consume(micro)
         self.losses.add(micro.batch, loss)
         self.pair_kinds.update(micro.pair_kinds)
+        self._keys += micro.keys
+        self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
+        self._loss_count += 1
 
-    def step(self, step: int, result: StepResult) -> None:
-        """Notes that optimiser step `step` is done; logs when it is due."""
+    def passed_over(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
+        """Notes the samples of a step that is not trained on, because it made the run diverge before."""
+        for micro in parts:
+            self._consume(micro, passed_over=True)
+        self.watchdog.alive()
+        self._consumed.flush()
+        if self.main:
+            self._write_progress(step + 1, "training")
+
+    def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
+        line = {"step": micro.step, "part": micro.part, "attempt": self.number, "samples": micro.keys, **more}
+        self._consumed.write(json.dumps(line) + "\n")
+
+    def agree(self) -> Agreement:
+        """One collective a step: the loss of all ranks, and whether they end or save after it."""
+        ask = self.main and time.monotonic() - self._asked >= _ASK_SECONDS
+        stop = self._reason_to_stop() if self.main else Stop.NO
+        mine = torch.stack(
+            [self._loss_sum, *(self._loss_sum.new_tensor(float(v)) for v in (self._loss_count, stop, ask))]
+        )
+        # gloo reduces on the CPU, NCCL on the device
+        mine = mine.cpu() if dist.get_backend() == "gloo" else mine.cuda()
+        dist.all_reduce(mine)
+        total, count, reason, asked = mine.tolist()
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
+        news = False
+        if asked:
+            self._asked = time.monotonic()
+            announced = self._preemption()
+            news, self._preempted = announced and not self._preempted, announced
+        return Agreement(total / count if count else float("nan"), Stop(int(reason)), news)
+
+    def _reason_to_stop(self) -> Stop:
+        if self.run.stop_path.exists():
+            return Stop.REQUESTED
+        budget, hours = self.run.config.budget_gpu_hours, self.segment.stage.gpu_hours
+        if (budget is None and hours is None) or time.monotonic() - self._budget_read < _ASK_SECONDS:
+            return self._stop
+        self._budget_read = time.monotonic()
+        now = self.attempt.hours_since_last_line() if self.attempt else 0.0
+        if budget is not None and self.ledger.summary().used + now >= budget:
+            self._stop = Stop.BUDGET_SPENT
+        elif hours is not None and self.ledger.segment_hours(self.segment.name) + now >= hours:
+            self._stop = Stop.DURATION_REACHED
+        return self._stop
+
+    def dropped(self, step: int, reason: str, loss: float) -> None:
+        """Notes a step whose gradients were thrown away, with this rank's samples."""
+        self._dropped += 1
+        line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
+        with self.run.dropped_path(self.segment.name, self.rank).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def roll_back(self, step: int, bad: list[int]) -> None:
+        """Ends the attempt: the run goes back to a checkpoint and passes the bad steps over."""
+        if self.main:
+            self.run.pass_over(self.segment.name, bad)
+        self.close(step, ROLLED_BACK)
+
+    def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:
+        """Notes that optimiser step `step` is done; logs when it is due. `saves` are checkpoints that ended."""
+        self.watchdog.alive()
+        if self.main and self._done == self.first_step:
+            self._note_start()
+        self._done = step + 1
+        self.saved(saves)
         self._steps += 1
-        self._skipped += result.skipped
+        self._keys = []
         self._consumed.flush()
         if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
             return
@@ -108,56 +227,60 @@ class Account:
         self.last = {
             **metrics,
             "grad_norm": result.grad_norm,
-            "skipped_steps": float(self._skipped),
+            "dropped_steps": float(self._dropped),
             "learning_rate": learning_rate(self.segment.stage, step),
             "samples/s": samples / elapsed,
             "tokens/s/device": tokens / elapsed,
             "step_seconds": elapsed / self._steps,
             "data_wait_fraction": self._seconds["waiting"] / elapsed,
             "checkpoint_stall_seconds": self._seconds["checkpointing"],
+            "failed_checkpoints": float(self._failed_saves),
             **{f"pairs/{kind}": float(count) for kind, count in self.pair_kinds.items()},
         }
         if self.attempt and self.logger:
             self.attempt.progress(step + 1, every=10.0)
-            hours = self.ledger.summary().metrics()
+            summary = self.ledger.summary(self.run.config.budget_gpu_hours)
+            hours = summary.metrics()
+            hours["gpu_hours/used"] += self.attempt.hours_since_last_line()
             self.logger.log(step + 1, {**self.last, **hours})
         self._write_progress(step + 1, "training")
         self._restart_interval()
+
+    def _note_start(self) -> None:
+        """Writes how long each part of this start took, up to the first step, in seconds."""
+        times = {**self._start, "first_step": time.time()}
+        parts = {later: round(times[later] - times[earlier], 3) for earlier, later in pairwise(times)}
+        line = {"segment": self.segment.name, "attempt": self.number, "time": time.time(), "seconds": parts}
+        with self.run.starts_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _restart_interval(self) -> None:
         self._since = time.perf_counter()
         self._seconds.clear()
         self._steps = 0
 
-    def checkpointed(self, step: int) -> None:
-        """Notes that a checkpoint of `step` is whole."""
-        if self.attempt:
-            self.attempt.progress(step)
+    def saved(self, ended: Sequence[Saved]) -> None:
+        """Notes the checkpoints that became whole, or did not, since the last time."""
+        for checkpoint in ended:
+            self._failed_saves += checkpoint.fault is not None
+            if self.attempt and checkpoint.fault is None:
+                self.attempt.progress(self._done)
 
     def ledger_snapshot(self) -> dict[str, Any]:
         """The ledger's account, to be kept in the checkpoint."""
         return self.ledger.snapshot() if self.main else {}
 
-    def stop_requested(self) -> bool:
-        """Whether somebody asked the run to stop; the same answer on every rank."""
-        self._flag.fill_(float(self.main and self.run.stop_path.exists()))
-        if dist.get_backend() == "gloo":
-            dist.all_reduce(self._flag)
-        else:
-            flag = self._flag.to("cuda")
-            dist.all_reduce(flag)
-            self._flag.copy_(flag)
-        return bool(self._flag.item())
-
     def close(self, step: int, reason: str) -> None:
-        """Ends the attempt: `reason` is `finished`, `stopped`, or what went wrong."""
-        self._consumed.close()
+        """Ends the attempt: `reason` is `finished`, `stopped`, `budget spent`, or what went wrong."""
+        self.watchdog.close()
+        with contextlib.suppress(OSError):  # of a full disk: the reason must still reach the tracking
+            self._consumed.close()
         if self.attempt:
             self.attempt.end(reason)
         if self.logger:
             if reason == "finished":
                 self.logger.finish("FINISHED")
-            elif reason == "stopped":
+            elif reason in ("stopped", "budget spent", ROLLED_BACK):
                 self.logger.finish("KILLED")
             else:
                 self.logger.fail(reason)
@@ -170,6 +293,7 @@ class Account:
             "step": step,
             "steps": self.segment.stage.steps,
             "first_step": self.first_step,
+            "attempt": self.number,
             "state": state,
             "time": time.time(),
             "metrics": self.last,
@@ -179,17 +303,8 @@ class Account:
         temporary.rename(self.run.progress_path)
 
 
-def read_consumed(run: Run, segment: str) -> dict[tuple[int, int, int], list[str]]:
-    """The samples of the surviving history: (step, part, rank) to samples, as the last attempt at each trained them.
+ROLLED_BACK = "rolled back"
+"""How an attempt ends that goes back to a checkpoint."""
 
-    A step that was trained again after a restore counts once, as it was done the last time.
-    """
-    consumed: dict[tuple[int, int, int], list[str]] = {}
-    for path in sorted((run.folder / "consumed").glob(f"{segment}.rank*.jsonl")):
-        rank = int(path.stem.rsplit("rank", 1)[1])
-        lines: Sequence[str] = path.read_text().splitlines()
-        for text in lines:
-            with contextlib.suppress(ValueError):  # the last line of a killed worker may be torn
-                line = json.loads(text)
-                consumed[line["step"], line["part"], rank] = line["samples"]
-    return consumed
+_ASK_SECONDS = 1.0
+"""Between looks at the ledger and questions after preemption."""

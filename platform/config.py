@@ -1,8 +1,8 @@
 """The configuration of a run: one YAML file, checked in full before anything starts.
 
-Every field is declared once, here or beside what it configures (`SpritesConfig`). Unknown keys are errors that name
-the nearest known key; `--set a.b=c` overrides; the resolved configuration is saved with the run. Nothing here
-imports torch or Ray, so that a typing mistake is answered at once.
+The sections are in `sections`. Unknown keys are errors that name the nearest known key; `--set a.b=c` overrides; the
+resolved configuration is saved with the run. Nothing here imports torch or Ray, so that a typing mistake is answered at
+once.
 """
 
 import difflib
@@ -11,167 +11,33 @@ import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from domainshuttle.pipelines.buckets import Bucket, parse_bucket
-from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.places import absolute, holds_keys, is_remote, join, shown
+from domainshuttle.platform.sections import (
+    CheckpointSection,
+    ClusterSection,
+    CorpusSection,
+    EncodersSection,
+    EngineSection,
+    EvaluationSection,
+    ExpertSection,
+    GenerationSection,
+    GuardSection,
+    ModelSection,
+    SamplingSection,
+    Section,
+    StageSection,
+    TrackingSection,
+)
 
 
 class ConfigError(ValueError):
     """A configuration that can't be run. The message lists every fault: the key, its value and the remedy."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(Section):
-    """Which transformer: the base to start from, or the size of a new one."""
-
-    base: str | None = Field(
-        None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release"
-    )
-    size: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of DomainShuttleTransformer3DModel when there is no base"
-    )
-    reference_gate: Literal["own", "video"] = "own"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "ModelSection":
-        if (self.base is None) == (not self.size):
-            raise ValueError(
-                "give either `base` (weights to start from) or `size` (a new model), not both and not neither"
-            )
-        return self
-
-
-class EncodersSection(Section):
-    """What makes latents and text features."""
-
-    video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
-    text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
-    text_len: int = Field(512, gt=0, description="tokens a caption is cut and padded to")
-
-
-class CorpusSection(Section):
-    """One corpus: how it is built, and the buckets its samples are fitted to."""
-
-    build: SpritesConfig
-    buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
-
-    @property
-    def parsed_buckets(self) -> list[Bucket]:
-        return [parse_bucket(text) for text in self.buckets]
-
-    @model_validator(mode="after")
-    def _buckets_parse(self) -> "CorpusSection":
-        _ = self.parsed_buckets
-        return self
-
-
-class FlowSection(Section):
-    """Timesteps of flow matching (RECIPE.md, "Flow matching")."""
-
-    shift: float = Field(5.0, gt=0)
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
-    low: float = Field(0.0, ge=0, lt=1, description="an expert's range of shifted t: from")
-    high: float = Field(1.0, gt=0, le=1, description="an expert's range of shifted t: to")
-
-
-class LossSection(Section):
-    """L = L_FM + cross_pair_weight * L_C."""
-
-    cross_pair_weight: float = Field(0.0, ge=0)
-    cross_pair_target: Literal["stop_gradient", "snapshot"] = "stop_gradient"
-
-
-class StageSection(Section):
-    """A segment of the schedule."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        min_length=1, description="corpus name to its weight among the samples of a batch"
-    )
-    steps: int = Field(gt=0)
-    global_batch: int = Field(gt=0, description="samples of one optimiser step over all workers")
-    micro_batch: int = Field(gt=0, description="samples of one forward on one worker")
-    learning_rate: float = Field(1e-5, gt=0)
-    final_learning_rate: float | None = Field(None, gt=0, description="cosine decay to this; none: constant")
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clipping: float = Field(1.0, gt=0)
-    trained: list[str] = Field(min_length=1, description="patterns of parameter names, such as 'blocks.*.attn1.*'")
-    references: int = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
-    reference_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their references")
-    text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their caption")
-    flow: FlowSection = FlowSection()
-    loss: LossSection = LossSection()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "StageSection":
-        if self.loss.cross_pair_weight and not self.references:
-            raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
-        if self.flow.low >= self.flow.high:
-            raise ValueError(f"flow.low={self.flow.low} must lie below flow.high={self.flow.high}")
-        return self
-
-
-class ClusterSection(Section):
-    """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
-
-    address: str | None = Field(None, description="a running Ray cluster; none: start one here")
-    workers: int = Field(2, gt=0)
-    cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
-    gpus_per_worker: int = Field(0, ge=0, le=1)
-    max_failures: int = Field(3, ge=0, description="restarts of the worker group before the run is given up")
-    dashboard_port: int | None = Field(
-        None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
-    )
-
-
-class EngineSection(Section):
-    """DeepSpeed ZeRO-3. Its own configuration is derived from this and the stage, and saved with the run."""
-
-    persistent_parameters: int = Field(
-        100_000, ge=0, description="parameters of at most this many elements stay whole on every worker"
-    )
-    offload_optimizer: bool = False
-    activation_checkpointing: bool = False
-
-
-class CheckpointSection(Section):
-    every: int = Field(gt=0, description="steps between checkpoints")
-    keep: int = Field(2, gt=0, description="newest checkpoints kept of a segment; the last of each segment stays")
-
-
-class TrackingSection(Section):
-    uri: str | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
-    experiment: str = "domainshuttle"
-    every: int = Field(10, gt=0, description="steps between logged metrics")
-
-
-class GenerationSection(Section):
-    """How clips are sampled for evaluation and sample grids."""
-
-    steps: int = Field(50, gt=0)
-    guidance: float = Field(5.0, ge=1)
-    shift: float = Field(5.0, gt=0)
-    fps: float = Field(16.0, gt=0)
-
-
-class EvaluationSection(Section):
-    """The held-out test of the demo: does a clip resemble its own references?"""
-
-    corpus: str
-    candidates: int = Field(16, gt=1, description="references that a clip is compared with")
-    groups: int = Field(2, gt=0, description="disjoint groups of candidates")
 
 
 class RunConfig(Section):
@@ -184,13 +50,19 @@ class RunConfig(Section):
     model: ModelSection
     encoders: EncodersSection = EncodersSection()
     corpora: dict[str, CorpusSection] = Field(min_length=1)
+    experts: list[ExpertSection] = Field(
+        default_factory=list, description="two for Wan2.2: each is trained in each stage, as a segment of its own"
+    )
     stages: list[StageSection] = Field(min_length=1)
+    budget_gpu_hours: float | None = Field(None, gt=0, description="the run stops, with a checkpoint, when it is spent")
+    guard: GuardSection = GuardSection()
     cluster: ClusterSection = ClusterSection()
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection
     tracking: TrackingSection = TrackingSection()
     generation: GenerationSection = GenerationSection()
     evaluation: EvaluationSection | None = None
+    sampling: SamplingSection | None = None
 
     @model_validator(mode="after")
     def _names_and_batches(self) -> "RunConfig":
@@ -202,13 +74,15 @@ class RunConfig(Section):
             for corpus in stage.mixture:
                 if corpus not in self.corpora:
                     faults.append(f"stages.{stage.name}.mixture names {corpus!r}{_nearest(corpus, self.corpora)}")
-            per_pass = self.cluster.workers * stage.micro_batch
-            if stage.global_batch % per_pass:
-                faults.append(
-                    f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by "
-                    f"cluster.workers={self.cluster.workers} x micro_batch={stage.micro_batch}: "
-                    f"use a multiple of {per_pass}"
-                )
+            for workers in range(self.cluster.least_workers, self.cluster.most_workers + 1):
+                if stage.global_batch % (workers * stage.micro_batch):
+                    faults.append(
+                        f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by "
+                        f"cluster.workers={workers} x micro_batch={stage.micro_batch}: "
+                        f"use a multiple of {workers * stage.micro_batch}"
+                    )
+                    break
+        faults += self._origin_faults()
         if self.model.size and self.model.size.get("text_len") != self.encoders.text_len:
             faults.append(
                 f"model.size.text_len={self.model.size.get('text_len')} must equal encoders.text_len="
@@ -219,9 +93,39 @@ class RunConfig(Section):
                 f"evaluation.corpus={self.evaluation.corpus!r} is no corpus"
                 f"{_nearest(self.evaluation.corpus, self.corpora)}"
             )
+        faults += self._sampling_faults()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _sampling_faults(self) -> list[str]:
+        sampling = self.sampling
+        if sampling is None:
+            return []
+        faults = []
+        if sampling.cases_file is None and self.evaluation is None:
+            faults.append("sampling takes its cases from evaluation.corpus: add `evaluation`, or give cases_file")
+        if 2 * sampling.timeout >= self.guard.hang_seconds:
+            faults.append(
+                f"sampling.timeout={sampling.timeout:g} must be below half of guard.hang_seconds="
+                f"{self.guard.hang_seconds:g}, since a stage may wait at its end for two generations"
+            )
+        return faults
+
+    def _origin_faults(self) -> list[str]:
+        names = [expert.name for expert in self.experts]
+        if len(set(names)) < len(names):
+            return [f"experts have the same name twice: {names}"]
+        if not self.experts and (self.model.base is None) == (not self.model.size):
+            return [
+                "model: give either `base` (weights to start from) or `size` (a new model), not both and not neither"
+            ]
+        if self.experts and self.model.base is not None:
+            return ["model.base: with experts each has its own `base`"]
+        without = [expert.name for expert in self.experts if expert.base is None]
+        return (
+            [f"experts {without} have no `base`, and there is no model.size"] if without and not self.model.size else []
+        )
 
     @property
     def run_folder(self) -> Path:
@@ -231,8 +135,18 @@ class RunConfig(Section):
     def tracking_uri(self) -> str:
         return self.tracking.uri or f"sqlite:///{Path(self.output) / 'mlflow.db'}"
 
-    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> Path:
-        return Path(self.data) / corpus / stage
+    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
+        """Where a corpus is: a folder, or a URI where `data` is one."""
+        return join(self.data, f"{corpus}/{stage}")
+
+    @property
+    def trained_form(self) -> Literal["raw", "encoded"]:
+        """In which form training reads the corpora."""
+        return "raw" if self.encoders.live else "encoded"
+
+    def model_of(self, expert: ExpertSection | None) -> ModelSection:
+        """The model of a segment: of its expert, where there are experts."""
+        return self.model if expert is None else self.model.model_copy(update={"base": expert.base})
 
     def stage(self, name: str) -> StageSection:
         for stage in self.stages:
@@ -243,6 +157,7 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Of all that decides what is learned: machines, paths, checkpoints and tracking may change on resume."""
         content = self.model_dump(mode="json", exclude=set(_RESUMABLE_CHANGES))
+        content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def flattened(self) -> dict[str, Any]:
@@ -253,7 +168,10 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-_RESUMABLE_CHANGES = ("cluster", "tracking", "checkpoint", "output", "data", "generation", "evaluation")
+_RESUMABLE_CHANGES = (
+    "cluster", "tracking", "checkpoint", "output", "data", "generation", "evaluation", "sampling",
+    "budget_gpu_hours",
+)  # fmt: skip
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
@@ -272,12 +190,23 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
         _override(content, override)
     for key in ("data", "output"):
         if isinstance(content.get(key), str):
-            content[key] = str(Path(content[key]).expanduser().absolute())
+            content[key] = _place(key, content[key], origin)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
         raise ConfigError(f"{origin} can't be run:\n{faults}") from None
+
+
+def _place(key: str, place: str, origin: str) -> str:
+    if holds_keys(place):
+        raise ConfigError(
+            f"{origin}: {key} has access keys in it, and it is saved with the run and shown in MLflow: give them as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the job, or give its machines a role"
+        )
+    if key == "output" and is_remote(place):
+        raise ConfigError(f"{origin}: output={shown(place)} is in a store: give a folder that all workers share")
+    return str(absolute(place))
 
 
 def _read(source: str) -> tuple[str, str]:

@@ -11,17 +11,21 @@ from pathlib import Path
 from types import FrameType
 
 from domainshuttle.platform.build import outline_model
+from domainshuttle.platform.checkpoint import CheckpointStore
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.corpora import require_encoded
 from domainshuttle.platform.engine import select_trained
 from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.planner import deepspeed_configs
+from domainshuttle.platform.resume import AUTO, NONE, begin
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.sections import ExpertSection
 from domainshuttle.platform.tracking import RunIds, open_schedule
 from domainshuttle.platform.train import train
 
 STOPPED = 3
-"""Exit code of a run that was stopped and can be resumed."""
+"""Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
 
 
 def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
@@ -31,14 +35,24 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     and for another run of this name.
     """
     require_encoded(config)
-    if (outline := outline_model(config.model)) is not None:
-        for stage in config.stages:
-            select_trained(outline, stage.trained)
-    return Run.open(config, fresh)
+    experts: list[ExpertSection | None] = [*config.experts] or [None]
+    for expert in experts:
+        if (outline := outline_model(config.model_of(expert))) is not None:
+            for stage in config.stages:
+                select_trained(outline, stage.trained)
+    run = Run.open(config, fresh)
+    if fresh and config.checkpoint.store:
+        # in a store of its own the checkpoints outlive the run's folder: nothing goes on from them
+        for segment in run.segments():
+            begin(CheckpointStore.of(config), segment.name, NONE, None)
+    return run
 
 
-def run_training(run: Run) -> int:
-    """Trains what is left of a run on the connected cluster; returns the exit code."""
+def run_training(run: Run, stage: str | None = None, resume: str = AUTO) -> int:
+    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code.
+
+    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py).
+    """
     config = run.config
     ids = run.read_ids()
     tracker = open_schedule(
@@ -48,31 +62,53 @@ def run_training(run: Run) -> int:
         params=config.flattened(),
         tags=describe_origin(config),
         spool=run.spool,
-        artifacts=[run.config_path],
+        artifacts=[run.config_path, *write_deepspeed_configs(run)],
         ids=RunIds.from_dict(ids, config.tracking_uri) if ids else None,
     )
     run.write_ids(tracker.ids.to_dict())
     began = time.monotonic()
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
-            outcome = train(run, tracker, lambda: _show_progress(run, show), console.print)
+            outcome = train(run, tracker, lambda: _show_progress(run, show), console.print, stage, resume)
         except BaseException as error:
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
             tracker.fail(error)
             raise
-    tracker.finish("FINISHED" if outcome == "finished" else "KILLED")
-    summary = Ledger(run.ledger_path).summary()
+    whole = outcome == "finished" and all(segment.finished for segment in run.segments())
+    tracker.finish("FINISHED" if whole else "KILLED")
+    summary = Ledger(run.ledger_path).summary(config.budget_gpu_hours)
     console.print(
         f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
         f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
     )
+    if outcome == "budget spent":
+        console.print(
+            f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent and a checkpoint is written. To go on, "
+            "raise it: --set budget_gpu_hours=..."
+        )
+        return STOPPED
     if outcome == "stopped":
         console.print("A checkpoint is written. The same command goes on with it.")
         return STOPPED
+    if not whole:
+        left = [segment.name for segment in run.segments() if not segment.finished]
+        console.print(f"Next: the stages that are left, {', '.join(left)}")
+        return 0
     console.print(
         f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment}"
     )
     return 0
+
+
+def write_deepspeed_configs(run: Run) -> list[Path]:
+    """What the engine derives for DeepSpeed, for people: a JSON file a stage in the run's folder."""
+    folder = run.folder / "deepspeed"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for stage, content in deepspeed_configs(run.config).items():
+        paths.append(folder / f"{stage}.json")
+        paths[-1].write_text(json.dumps(content, indent=2))
+    return paths
 
 
 def describe_origin(config: RunConfig) -> dict[str, str]:
@@ -83,7 +119,7 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
         "config.digest": config.digest(),
         "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
         "cluster.workers": str(config.cluster.workers),
-        "base": config.model.base or "new",
+        "base": ", ".join(expert.base or "new" for expert in config.experts) or config.model.base or "new",
     }
 
 
@@ -105,9 +141,8 @@ def _git_commit() -> str:
 
 def _show_progress(run: Run, show: object) -> None:
     """Moves the bar to where rank 0 says the segment is."""
-    try:
-        state = json.loads(run.progress_path.read_text())
-    except (OSError, ValueError):
+    state = run.read_progress()
+    if not state:
         return
     metrics = state["metrics"]
     note = f"{state['segment']}"

@@ -117,6 +117,10 @@ class Attempt:
             self._writer.put({**self._line("end"), "reason": reason})
         return self._writer.close(timeout)
 
+    def hours_since_last_line(self) -> float:
+        """Device-hours that no line tells of yet."""
+        return max(0.0, self._clock() - self._last) * self._devices / 3600
+
     def _line(self, kind: str) -> dict[str, Any]:
         """The line of what happened since the last one; begins the next."""
         now = self._clock()
@@ -145,6 +149,7 @@ class Ledger:
         self._seen: set[tuple[str, int]] = set()
         self._open: dict[str, dict[str, Any]] = {}  # the last line of each attempt that has not ended
         self._hours = dict.fromkeys(CATEGORIES, 0.0)
+        self._by_segment: dict[str, float] = {}
         self._ranges: list[_Range] = []
         self._newest = ""  # the attempt that started last
         self._entries: list[tuple[str, str, int]] = []  # attempt, segment and step of each start and enter
@@ -178,6 +183,11 @@ class Ledger:
         self._read()
         return LedgerSummary(sum(self._hours.values()), **self._hours, attempts=self._attempts, budget=budget_gpu_hours)
 
+    def segment_hours(self, segment: str) -> float:
+        """Device-hours that the attempts at a segment used, whatever for."""
+        self._read()
+        return self._by_segment.get(segment, 0.0)
+
     def snapshot(self) -> dict[str, Any]:
         """The account as one small JSON-ready record, to be kept in a checkpoint."""
         self._read()
@@ -186,7 +196,10 @@ class Ledger:
             low, high, total = steps.get(segment, (first, last, 0.0))
             steps[segment] = (min(low, first), max(high, last), total + hours)
         ranges = [[segment, *entry] for segment, entry in steps.items()]
-        return {"kind": "snapshot", "hours": dict(self._hours), "attempts": self._attempts, "ranges": ranges}
+        return {
+            "kind": "snapshot", "hours": dict(self._hours), "attempts": self._attempts, "ranges": ranges,
+            "by_segment": dict(self._by_segment),
+        }  # fmt: skip
 
     def restore(self, snapshot: Mapping[str, Any]) -> bool:
         """Begins the ledger with a checkpoint's snapshot if its file is gone or empty (on another disk); True if so."""
@@ -209,6 +222,8 @@ class Ledger:
             self._attempts += line["attempts"]
             self._hours = {key: self._hours[key] + line["hours"][key] for key in CATEGORIES}
             self._ranges += [tuple(entry) for entry in line["ranges"]]
+            for segment, hours in line["by_segment"].items():
+                self._by_segment[segment] = self._by_segment.get(segment, 0.0) + hours
             return
         mark = (line["attempt"], line["line"])
         segment, (first, last) = line["segment"], line["steps"]
@@ -228,6 +243,7 @@ class Ledger:
             self._begun.setdefault(line["attempt"], len(self._entries))
         for key, value in hours.items():
             self._hours[key] += value
+        self._by_segment[segment] = self._by_segment.get(segment, 0.0) + sum(hours.values())
         if hours["productive"]:  # without a step that was finished, it is time of the next one
             done = [(segment, first, max(last, first + 1), hours["productive"])]
             for attempt, again, step in self._entries[self._begun.get(line["attempt"], 0) :]:

@@ -15,31 +15,56 @@ from typing import Any
 
 import yaml
 
-from domainshuttle.platform.config import ConfigError, RunConfig, StageSection
+from domainshuttle.platform.config import ConfigError, RunConfig
+from domainshuttle.platform.sections import ExpertSection, FlowSection, StageSection
 
-DIGEST_NAME = "digest.txt"
+DIGEST_NAME, STEPS_NAME = "digest.txt", "steps.txt"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One stage of a run's schedule."""
+    """One stage of a run's schedule or, with experts, one expert in it."""
 
     number: int
     stage: StageSection
+    expert: ExpertSection | None
     seed: int
     """Seeds the plan, noise and timesteps: of the run's seed and the segment's number."""
     weights: Path
     """Where its weights are, or will be, exported as a diffusers folder."""
     origin: str | None
-    """Weights to begin with: the folder of the segment before, or the configuration's base; None: a new model."""
+    """Weights to begin with: the folder of this expert's segment before, or its base; None: a new model."""
 
     @property
     def name(self) -> str:
-        return self.stage.name
+        return self.stage.name if self.expert is None else f"{self.stage.name}-{self.expert.name}"
+
+    @property
+    def flow(self) -> FlowSection:
+        """The stage's timesteps, in the expert's range."""
+        if self.expert is None:
+            return self.stage.flow
+        return self.stage.flow.model_copy(update={"low": self.expert.low, "high": self.expert.high})
+
+    @property
+    def averaged_weights(self) -> Path:
+        """Where the moving average of its weights is, if one is kept: what generates best."""
+        return self.weights.with_name(f"{self.weights.name}-ema")
 
     @property
     def finished(self) -> bool:
         return (self.weights / DIGEST_NAME).exists()
+
+    @property
+    def last_step(self) -> int:
+        """How many steps it has, or had: a stage that its GPU-hours end may be finished before its bound."""
+        noted = self.weights / STEPS_NAME
+        return int(noted.read_text()) if self.finished and noted.exists() else self.stage.steps
+
+    def finish(self, steps: int) -> None:
+        """Notes that the exported weights are whole, after so many steps; the digest, written last, says so."""
+        (self.weights / STEPS_NAME).write_text(str(steps))
+        (self.weights / DIGEST_NAME).write_text(folder_digest(self.weights))
 
 
 class Run:
@@ -68,7 +93,7 @@ class Run:
                     f"run {config.name!r} in {run.folder} was started with another configuration: {changes}. "
                     "Give this one a name of its own (--set name=...), or start it anew with --fresh"
                 )
-        for part in ("consumed", "quarantine", "weights", "checkpoints"):
+        for part in ("consumed", "quarantine", "dropped", "weights", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         run.config_path.write_text(config.to_yaml())
         run.stop_path.unlink(missing_ok=True)
@@ -98,6 +123,11 @@ class Run:
         return self.folder / "progress.json"
 
     @property
+    def starts_path(self) -> Path:
+        """How long the parts of each start of the workers took, a line a start."""
+        return self.folder / "starts.jsonl"
+
+    @property
     def stop_path(self) -> Path:
         """A file that asks the workers to write a checkpoint and stop."""
         return self.folder / "stop"
@@ -106,18 +136,30 @@ class Run:
         """Which samples a rank trained on, a line a micro-batch."""
         return self.folder / "consumed" / f"{segment}.rank{rank:05d}.jsonl"
 
+    def dropped_path(self, segment: str, rank: int) -> Path:
+        """Steps that were not applied, with the reason and this rank's samples, a line a step."""
+        return self.folder / "dropped" / f"{segment}.rank{rank:05d}.jsonl"
+
+    def hang_path(self, segment: str, rank: int) -> Path:
+        """Stacks of a worker that hung."""
+        return self.folder / "hangs" / f"{segment}.rank{rank:05d}.txt"
+
     def quarantine_path(self, segment: str, rank: int) -> Path:
         return self.folder / "quarantine" / f"{segment}.rank{rank:05d}.jsonl"
 
     def segments(self) -> list[Segment]:
         """The schedule in order."""
         segments: list[Segment] = []
-        origin = self.config.model.base
-        for number, stage in enumerate(self.config.stages):
-            weights = self.folder / "weights" / stage.name
-            seed = (self.config.seed << 8) + number
-            segments.append(Segment(number, stage, seed, weights, origin))
-            origin = str(weights)
+        experts: list[ExpertSection | None] = [*self.config.experts] or [None]
+        origins = {expert: expert.base if expert else self.config.model.base for expert in experts}
+        for stage in self.config.stages:
+            for expert in experts:
+                number = len(segments)
+                seed = (self.config.seed << 8) + number
+                name = stage.name if expert is None else f"{stage.name}-{expert.name}"
+                weights = self.folder / "weights" / name
+                segments.append(Segment(number, stage, expert, seed, weights, origins[expert]))
+                origins[expert] = str(weights)
         return segments
 
     def segment(self, name: str) -> Segment:
@@ -126,6 +168,35 @@ class Run:
             if segment.name == name:
                 return segment
         raise ConfigError(f"run {self.config.name!r} has no stage {name!r}; it has {[s.name for s in self.segments()]}")
+
+    def choose(self, stage: str | None) -> list[Segment]:
+        """The segments of one stage, or the one of that name; None: all. Raises ConfigError for a name of neither."""
+        if stage is None:
+            return self.segments()
+        chosen = [s for s in self.segments() if stage in (s.name, s.stage.name)]
+        return chosen or [self.segment(stage)]
+
+    def passed_over(self, segment: str) -> list[list[int]]:
+        """The steps of a segment that are not trained on, since they made it diverge: one list a rollback."""
+        path = self.folder / "passed_over" / f"{segment}.json"
+        steps: list[list[int]] = json.loads(path.read_text()) if path.exists() else []
+        return steps
+
+    def pass_over(self, segment: str, steps: list[int]) -> None:
+        """Adds the steps of a rollback to those that are passed over."""
+        path = self.folder / "passed_over" / f"{segment}.json"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps([*self.passed_over(segment), steps]))
+        temporary.rename(path)
+
+    def read_progress(self) -> dict[str, Any]:
+        """What rank 0 wrote last of where the run is; empty before it did."""
+        try:
+            state: dict[str, Any] = json.loads(self.progress_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return state
 
     def read_ids(self) -> dict[str, Any] | None:
         """The ids of the run's MLflow runs, as they were saved last."""

@@ -1,58 +1,66 @@
 """The recipe: how a segment is trained, read from top to bottom.
 
-`train` runs a schedule on the driver; for each segment Ray Train starts workers that run `train_segment`. Where a
-worker begins is decided once per start of the worker group, in `PlannedData.configure`: the newest whole checkpoint
-gives the weights and, because the data order is a pure function of the step, the data.
+`train` runs a schedule on the driver; for each segment Ray Train starts workers that run `train_segment`. Where they
+begin is decided once per start of the worker group (planned_data.py).
 """
 
+import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import ray
 import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig
 from domainshuttle.model.objective import training_loss
-from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.loader import Feed, Loader, plan_dataset
+from domainshuttle.pipelines.feed import EncoderSources, Feed
+from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.platform.account import Account
-from domainshuttle.platform.build import build_model
-from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore, TrainingState, read_checkpoint
-from domainshuttle.platform.config import RunConfig
+from domainshuttle.pipelines.storage import join
+from domainshuttle.platform.account import ROLLED_BACK, Account, Stop
+from domainshuttle.platform.build import blueprint
+from domainshuttle.platform.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    TrainingState,
+    read_checkpoint,
+)
+from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, gather_objects
+from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.engine import Engine, frozen_copy, select_trained
+from domainshuttle.platform.guard import LossGuard
 from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.schedule import DIGEST_NAME, Run, Segment, folder_digest, weights_identity
+from domainshuttle.platform.planned_data import PlannedData, Shard
+from domainshuttle.platform.randomness import random_snapshot, restore_random
+from domainshuttle.platform.resume import AUTO, begin, choose_start
+from domainshuttle.platform.samples import Sampler
+from domainshuttle.platform.schedule import Run, Segment, weights_identity
 from domainshuttle.platform.tracking import RunIds, Tracker
 
-Outcome = Literal["finished", "stopped"]
+Outcome = Literal["finished", "stopped", "budget spent"]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """What a rank is given at a start of the worker group: its micro-batches, and where they begin."""
-
-    iterator: ray.data.DataIterator | None
-    """None when all steps are done and only the weights are missing."""
-    first_step: int
-    checkpoint: str | None
+class DivergedError(RuntimeError):
+    """The loss went wrong again and again, also without the steps that were passed over."""
 
 
 def train_segment(job: dict[str, Any]) -> None:
-    """The worker: trains one segment from where its shard says to its end, or until a stop is requested."""
-    began = time.time()
+    """The worker: trains one segment from where its shard says to its end, or until all ranks agree to stop."""
     config = RunConfig.model_validate(job["config"])
     run = Run(config)
     segment = run.segment(job["segment"])
@@ -61,30 +69,51 @@ def train_segment(job: dict[str, Any]) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    account = Account(run, segment, job["mlflow"], shard.first_step, began)
-    step = shard.first_step
+    account = Account(run, segment, job["mlflow"], shard.first_step, shard.attempt, job["start"], preemption_announced)
+    done = shard.first_step
     try:
         # Build
-        model = build_model(config.model, segment.origin, segment.seed)
-        select_trained(model, stage.trained)
+        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed)
+        selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
-        loader = Loader(shard.iterator, feed, rank, world_size, run.quarantine_path(segment.name, rank))
+        loader: Loader[TrainingBatch] = Loader(
+            shard.iterator, feed, rank, world_size, run.quarantine_path(segment.name, rank), device=get_device()
+        )
         snapshot = None
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
-            snapshot = frozen_copy(build_model(config.model, segment.origin, segment.seed), config.engine)
-        engine = Engine(model, stage, config.engine, loader.accumulation)
-        flow = FlowConfig(**stage.flow.model_dump())
-        store = CheckpointStore(run.checkpoints)
+            snapshot = frozen_copy(
+                blueprint(config.model_of(segment.expert), segment.origin, segment.seed), config.engine
+            )
+        engine = Engine(design, stage, config.engine, loader.accumulation)
+        flow = FlowConfig(**segment.flow.model_dump())
+        guard = LossGuard(config.guard, passed_over=shard.passed_over)
         base = weights_identity(segment.origin, segment.seed)
+        store = CheckpointStore.of(config)
+        checkpoints = AsyncCheckpointer(
+            store,
+            config.checkpoint,
+            rank,
+            world_size,
+            gather_objects(),
+            ray.train.get_context().get_local_world_size(),
+            estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
+        )
+        sampler = Sampler(run, segment, account.logger)
+        account.built()
 
         # Restore
         if shard.checkpoint:
-            saved = read_checkpoint(Path(shard.checkpoint), checksums=False)
-            check_compatible(saved, segment, base, feed, world_size)
-            engine.load(saved.folder)
+            saved = read_checkpoint(shard.checkpoint, checksums=False)
+            check_compatible(saved, segment, base, feed)
+            folder = store.fetch(saved)
+            engine.load(folder)
+            restore_random(folder, rank)
+            dist.barrier()
+            store.release(saved)
+            guard = LossGuard(config.guard, saved.state.guard, shard.passed_over)
 
-        def save(step: int) -> None:
-            with account.measure("checkpointing"):
+        def save(step: int, loss: float) -> None:
+            with account.checkpointing():
                 state = TrainingState(
                     segment=segment.name,
                     step=step,
@@ -95,52 +124,82 @@ def train_segment(job: dict[str, Any]) -> None:
                     ledger=account.ledger_snapshot(),
                     mlflow=run.read_ids() or {},
                     base=base,
+                    loss=loss if math.isfinite(loss) else None,
+                    guard=guard.state(),
                 )
-                store.save(state, engine.save, config.checkpoint.keep)
-            account.checkpointed(step)
+                checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
 
         # Train
         account.begin()
-        micro_batches = account.waited(iter(loader))
-        for step, parts in groupby(micro_batches, key=lambda micro: micro.step):
-            for micro in parts:
-                loss = training_loss(
-                    engine,
-                    micro.batch.to(engine.device, engine.dtype),
-                    run_seed=segment.seed,
-                    step=step,
-                    flow=flow,
-                    cross_pair_weight=stage.loss.cross_pair_weight,
-                    cross_pair_target=stage.loss.cross_pair_target,
-                    snapshot_model=snapshot,
-                )
-                engine.backward(loss.loss)
-                account.micro_batch(micro, loss)
-            result = engine.step(step)
-            account.step(step, result)
+        for step, parts in groupby(account.waited(iter(loader)), key=lambda micro: micro.step):
+            if step in shard.passed_over:
+                account.passed_over(step, parts)
+                agreed = account.agree()
+            else:
+                for micro in parts:
+                    loss = training_loss(
+                        engine,
+                        micro.batch.to(engine.device, engine.dtype),
+                        run_seed=segment.seed,
+                        step=step,
+                        flow=flow,
+                        cross_pair_weight=stage.loss.cross_pair_weight,
+                        cross_pair_target=stage.loss.cross_pair_target,
+                        snapshot_model=snapshot,
+                    )
+                    engine.backward(loss.loss)
+                    account.micro_batch(micro, loss)
+                agreed = account.agree()
+                verdict = guard.judge(agreed.loss)
+                result = engine.step(step) if verdict == "good" else engine.drop(step)
+                if not result.skipped:
+                    guard.applied(agreed.loss)
+                else:
+                    account.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)
+                    if guard.dropped(step):
+                        with contextlib.suppress(CheckpointError):
+                            checkpoints.wait()  # what is being written may be what the run goes back to
+                        account.roll_back(step, guard.bad_in_a_row)
+                        return
+                account.step(step, result, checkpoints.ended())
 
             done = step + 1
-            stopping = account.stop_requested()
-            if stopping or done % config.checkpoint.every == 0 or done == stage.steps:
-                save(done)
-            if stopping and done < stage.steps:
-                account.close(done, "stopped")
-                return
+            due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
+            if due or agreed.stop or agreed.preempted or done == stage.steps:
+                save(done, agreed.loss)
+            if agreed.stop:
+                break
+            with account.measure("checkpointing"):
+                sampler.after(done, engine.export)
+        with account.checkpointing():
+            checkpoints.wait()
+        account.saved(checkpoints.ended())
+        sampler.finish(0.0 if done < stage.steps else None)
 
-        # Hand over to the next segment
-        with account.measure("checkpointing"):
-            export_weights(engine, segment)
-        account.close(stage.steps, "finished")
+        # Stop, or hand over to the next segment
+        if done < stage.steps and agreed.stop is not Stop.DURATION_REACHED:
+            account.close(done, "budget spent" if agreed.stop is Stop.BUDGET_SPENT else "stopped")
+            return
+        with account.checkpointing():
+            export_weights(engine, segment, done)
+        account.close(done, "finished")
     except BaseException as error:
-        account.close(step, f"{type(error).__name__}: {error}")
+        account.close(done, f"{type(error).__name__}: {error}")
         raise
 
 
+def preemption_announced() -> bool:
+    """Whether a node of the group is about to go; all ranks ask together."""
+    return ray.train.get_preemption_info() is not None
+
+
 def make_feed(config: RunConfig, segment: Segment) -> Feed:
-    """The data of a segment."""
+    """The data of a segment: encoded corpora, or raw ones that are encoded while they are trained on."""
     stage = segment.stage
     return Feed(
-        indexes=tuple(str(config.corpus_folder(name, "encoded") / INDEX_NAME) for name in sorted(stage.mixture)),
+        indexes=tuple(
+            join(config.corpus_folder(name, config.trained_form), INDEX_NAME) for name in sorted(stage.mixture)
+        ),
         mixture=tuple(sorted(stage.mixture.items())),
         seed=segment.seed,
         global_batch=stage.global_batch,
@@ -150,74 +209,89 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
         reference_dropout=stage.reference_dropout,
         text_dropout=stage.text_dropout,
         paired=stage.loss.cross_pair_weight > 0,
+        encoders=EncoderSources(**config.encoders.model_dump(exclude={"live"})) if config.encoders.live else None,
     )
 
 
-def check_compatible(saved: Checkpoint, segment: Segment, base: str, feed: Feed, world_size: int) -> None:
+def check_compatible(saved: Checkpoint, segment: Segment, base: str, feed: Feed) -> None:
     """Raises an error that says why a checkpoint does not fit what is about to be trained on it."""
-    state = saved.state
-    if state.base != base:
+    if saved.state.base != base:
         raise RuntimeError(
-            f"checkpoint {saved.name} was trained on the weights {state.base}, but segment {segment.name} now begins "
-            f"with {base}: restore model.base, or start anew with --fresh"
+            f"checkpoint {saved.name} was trained on the weights {saved.state.base}, but segment {segment.name} now "
+            f"begins with {base}: restore model.base, or start anew with --fresh"
         )
-    if state.world_size != world_size:
-        raise RuntimeError(
-            f"checkpoint {saved.name} was written by {state.world_size} workers and can't be read by {world_size}: "
-            f"set cluster.workers={state.world_size}"
-        )
-    feed.plan().check(state.plan)
+    feed.plan().check(saved.state.plan)
 
 
-def export_weights(engine: Engine, segment: Segment) -> None:
-    """Writes the segment's weights as a diffusers folder; its digest, written last, says that it is whole."""
+def export_weights(engine: Engine, segment: Segment, steps: int) -> None:
+    """Writes the segment's weights as a diffusers folder, and their moving average beside them where one is kept."""
     engine.export(segment.weights)
+    if engine.averages:
+        engine.export(segment.averaged_weights, ema=True)
     if dist.get_rank() == 0:
-        (segment.weights / DIGEST_NAME).write_text(folder_digest(segment.weights))
+        segment.finish(steps)
     dist.barrier()
 
 
-class PlannedData(DataConfig):
-    """Builds the workers' data at every start of the worker group, beginning at the newest whole checkpoint."""
+def train(
+    run: Run,
+    tracker: Tracker,
+    watch: Callable[[], None],
+    say: Callable[[str], None],
+    stage: str | None = None,
+    resume: str = AUTO,
+) -> Outcome:
+    """Trains what is left of a run's schedule, or of one stage; `watch` is called about twice a second meanwhile.
 
-    def __init__(self, run: Run, segment: Segment, feed: Feed) -> None:
-        super().__init__()
-        self.run, self.segment, self.feed = run, segment, feed
-
-    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        """One decision for data and weights alike, made here and carried to every rank."""
-        newest = CheckpointStore(self.run.checkpoints).newest(self.segment.name)
-        first = newest.state.step if newest else 0
-        last = self.segment.stage.steps
-        iterators = plan_dataset(self.feed, first, last, world_size) if first < last else [None] * world_size
-        folder = str(newest.folder) if newest else None
-        return [{"plan": Shard(iterator, first, folder)} for iterator in iterators]
-
-
-def train(run: Run, tracker: Tracker, watch: Callable[[], None], say: Callable[[str], None]) -> Outcome:
-    """Trains what is left of a run's schedule; `watch` is called about twice a second while workers run.
-
-    Returns `stopped` when a stop was requested. Raises what ended the workers for good.
+    `resume` says where the first unfinished segment starts (resume.py). Raises ConfigError for a stage whose weights to
+    begin with are not there yet, CheckpointError, DivergedError, and what ended the workers for good.
     """
-    ledger = Ledger(run.ledger_path)
-    for segment in run.segments():
+    ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
+    for segment in run.choose(stage):
         if segment.finished:
             say(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
             continue
-        newest = CheckpointStore(run.checkpoints).newest(segment.name, say)
-        say(f"Stage {segment.name}: " + (f"goes on after step {newest.state.step}" if newest else "begins"))
+        require_origin(run, segment)
+        start = choose_start(store, segment.name, resume, digest, say)
+        begin(store, segment.name, resume, start)
+        resume = AUTO
         tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
         feed = make_feed(run.config, segment)
-        for corpus, samples in feed.index().summary()["source"].items():
-            digest = Index.load(run.config.corpus_folder(corpus, "encoded") / INDEX_NAME).digest
-            folder = str(run.config.corpus_folder(corpus, "encoded"))
-            tracker.log_dataset(corpus, digest, folder, samples, segment.name)
+        for corpus, source, index_digest, samples in feed.corpora():
+            tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
         run.write_ids(tracker.ids.to_dict())
-        _fit(run, segment, feed, tracker.ids, watch)
-        ledger.end_open("the workers ended without a last line")
-        if not segment.finished:
-            return "stopped"
+        while not segment.finished:
+            say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
+            _fit(run, segment, feed, tracker.ids, watch)
+            ledger.end_open("the workers ended without a last line")
+            outcome = run.read_progress().get("state", "")
+            if outcome == "budget spent":
+                return "budget spent"
+            if not segment.finished and outcome != ROLLED_BACK:
+                return "stopped"
+            if outcome == ROLLED_BACK:
+                refuse_to_go_in_circles(run, segment, say)
+                start = choose_start(store, segment.name, AUTO, digest, say)
     return "finished"
+
+
+def require_origin(run: Run, segment: Segment) -> None:
+    """Raises ConfigError when the segment begins with the weights of another that is not finished."""
+    for other in run.segments():
+        if segment.origin == str(other.weights) and not other.finished:
+            raise ConfigError(f"stage {segment.name!r} begins with the weights of {other.name!r}: train that one first")
+
+
+def refuse_to_go_in_circles(run: Run, segment: Segment, say: Callable[[str], None]) -> None:
+    """After a rollback: says what is passed over, or raises DivergedError when there were too many."""
+    rollbacks = run.passed_over(segment.name)
+    where = run.dropped_path(segment.name, 0).parent
+    if len(rollbacks) > run.config.guard.most_rollbacks:
+        raise DivergedError(
+            f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
+            f"{rollbacks[-1]}: look at their samples in {where}, lower the learning rate, or raise guard.spike_factor"
+        )
+    say(f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now passed over (samples in {where})")
 
 
 @dataclass(frozen=True)
@@ -257,12 +331,14 @@ def _fit(run: Run, segment: Segment, feed: Feed, ids: RunIds, watch: Callable[[]
             "config": run.config.model_dump(mode="json"),
             "segment": segment.name,
             "mlflow": ids.to_dict(),
+            "start": {"command": psutil.Process().create_time(), "asked": time.time()},
         },
         datasets={"plan": ray.data.range(1)},
         dataset_config=PlannedData(run, segment, feed),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            # a pair lets the group shrink and grow with the cluster; the annotation is older than that
+            num_workers=cluster.workers,  # type: ignore[arg-type]
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker}
             | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),

@@ -4,7 +4,6 @@ Run: python -m pytest tests/platform/test_training.py
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,59 +15,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file
+from running import CLI, cli, environment, losses, start, wait_for_step, weights, workers_of
 
 from domainshuttle.pipelines.media import decode_video
+from domainshuttle.platform.books import check_books
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.config import RunConfig, load_config
-from domainshuttle.platform.corpora import build_corpora, encode_corpora
-from domainshuttle.platform.demo import check_books
 from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.records import read_history, read_runs
+from domainshuttle.platform.records import read_runs
 from domainshuttle.platform.schedule import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
-
-CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
-
-
-def environment(**more: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return clean | {"OMP_NUM_THREADS": "1", "PATH": path, "COLUMNS": "160"} | more
-
-
-def cli(*arguments: object, expect: int = 0) -> str:
-    run = subprocess.run(
-        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment(), check=False
-    )
-    assert run.returncode == expect, f"{arguments}: {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-    return run.stdout + run.stderr
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_yaml: Path, ray_cluster: None) -> Path:
-    """The tiny configuration with its corpora built and encoded."""
-    config = load_config(str(tiny_yaml))
-    build_corpora(config)
-    encode_corpora(config)
-    return tiny_yaml
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny: Path) -> tuple[RunConfig, str]:
-    """A run from beginning to end, and what it printed."""
-    printed = cli("train", tiny)
-    return load_config(str(tiny)), printed
-
-
-def weights(config: RunConfig, stage: str) -> dict[str, np.ndarray]:
-    return load_file(Run(config).segment(stage).weights / "diffusion_pytorch_model.safetensors")
-
-
-def losses(config: RunConfig, stage: str) -> list[tuple[int, float]]:
-    records = {record.name: record for record in read_runs(config.tracking_uri, [config.tracking.experiment])}
-    return read_history(config.tracking_uri, records[stage].id, "loss")
 
 
 def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tuple[RunConfig, str]) -> None:
@@ -109,23 +66,6 @@ def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig,
     assert len(moved & trained) > 0.8 * len(trained)
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            state = json.loads(run.progress_path.read_text())
-            if state["segment"] == stage and state["step"] >= step and state["state"] == "training":
-                return
-        except (OSError, ValueError):
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"stage {stage} did not reach step {step}")
-
-
-def start(config: Path, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*CLI, "train", str(config), *arguments], start_new_session=True, env=environment(**env))
-
-
 def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     whole, _ = unbroken
     other = ["--set", f"output={tiny.parent}/broken", "--set", "cluster.max_failures=2"]
@@ -143,11 +83,7 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
     # on again; a worker dies without a word
     process = start(tiny, *other)
     wait_for_step(process, run, "stage2", stopped.state.step + 1)
-    worker = next(
-        child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in child.name()
-        or "RayTrainWorker" in " ".join(child.cmdline())
-    )  # fmt: skip
-    worker.send_signal(signal.SIGKILL)
+    workers_of(process)[0].kill()
     assert process.wait(timeout=240) == 0
     ours, theirs = weights(config, "stage2"), weights(whole, "stage2")
     assert ours.keys() == theirs.keys()

@@ -1,0 +1,79 @@
+"""The books: what was planned against what was trained on, from the lines that every rank left."""
+
+import contextlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+from domainshuttle.platform.config import RunConfig
+from domainshuttle.platform.schedule import Run
+
+
+@dataclass(frozen=True)
+class Books:
+    """What was planned against what was trained on, over all stages and attempts."""
+
+    planned: int
+    trained: int
+    lost: int
+    repeated: int
+    recomputed: int
+    """Samples that were trained on a second time because a step was done again after a restore."""
+    passed_over: int
+    """Samples of steps that were left out after a rollback: consumed, but not trained on."""
+
+
+def check_books(config: RunConfig) -> Books:
+    """Compares the consumed samples, step by step, with the step plan."""
+    from domainshuttle.platform.train import make_feed  # imports Ray and torch, which readers of lines do not need
+
+    run = Run(config)
+    planned = trained = lost = repeated = recomputed = passed_over = 0
+    for segment in run.segments():
+        feed = make_feed(config, segment)
+        index, plan = feed.index(), feed.plan()
+        consumed, again = read_consumed(run, segment.name)
+        recomputed += again
+        by_step: dict[int, Counter[str]] = {}
+        for (step, _, _), part in consumed.items():
+            by_step.setdefault(step, Counter()).update(part.samples)
+            passed_over += len(part.samples) if part.passed_over else 0
+        for step in range(segment.last_step):
+            rows = index.rows(plan[step].rows)
+            wanted = Counter(f"{row.source}/{row.key}" for row in rows)
+            found = by_step.get(step, Counter())
+            planned += wanted.total()
+            trained += found.total()
+            lost += (wanted - found).total()
+            repeated += (found - wanted).total()
+    return Books(planned, trained - passed_over, lost, repeated, recomputed, passed_over)
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """The samples of one micro-batch as a rank trained on them, or passed them over."""
+
+    samples: list[str]
+    passed_over: bool
+
+
+def read_consumed(run: Run, segment: str) -> tuple[dict[tuple[int, int, int], Consumed], int]:
+    """The surviving history, (step, part, rank) to samples, and the number of samples that were trained on again.
+
+    A step that was trained again after a restore, perhaps by another number of workers, counts as the last attempt at
+    it did it.
+    """
+    lines: list[tuple[tuple[int, int, int], int, Consumed]] = []
+    newest: dict[int, int] = {}
+    for path in sorted((run.folder / "consumed").glob(f"{segment}.rank*.jsonl")):
+        rank = int(path.stem.rsplit("rank", 1)[1])
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed worker may be torn
+                line = json.loads(text)
+                step, attempt = line["step"], line["attempt"]
+                found = Consumed(line["samples"], line.get("passed_over", False))
+                lines.append(((step, line["part"], rank), attempt, found))
+                newest[step] = max(newest.get(step, attempt), attempt)
+    surviving = {place: found for place, attempt, found in lines if attempt == newest[place[0]]}
+    again = sum(len(found.samples) for place, attempt, found in lines if attempt != newest[place[0]])
+    return surviving, again

@@ -1,0 +1,54 @@
+"""Where a start of the worker group begins: one decision for data and weights alike.
+
+The newest whole checkpoint gives the weights and, because the data order is a pure function of the step, the data. Ray
+loads this module into its controllers, so nothing here imports torch, which would cost each of them seconds.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray.data
+from ray.train import DataConfig
+
+from domainshuttle.pipelines.feed import Feed
+from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
+from domainshuttle.platform.checkpoint import CheckpointStore
+from domainshuttle.platform.resume import AUTO, choose_start
+from domainshuttle.platform.schedule import Run, Segment
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank is given at a start of the worker group: its micro-batches, and where they begin."""
+
+    iterator: ray.data.DataIterator | None
+    """None when all steps are done and only the weights are missing."""
+    first_step: int
+    checkpoint: str | None
+    attempt: int
+    """Grows with every start: where two attempts made the same step, the later one counts."""
+    passed_over: frozenset[int] = frozenset()
+    """Steps that are not trained on, since they made the run diverge."""
+
+
+class PlannedData(DataConfig):
+    """Builds the workers' data at every start of the worker group, beginning at the newest whole checkpoint."""
+
+    def __init__(self, run: Run, segment: Segment, feed: Feed) -> None:
+        super().__init__()
+        self.run, self.segment, self.feed = run, segment, feed
+
+    def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        """One decision for data and weights alike, made here and carried to every rank."""
+        config, steps = self.run.config, self.segment.stage.steps
+        newest = choose_start(CheckpointStore.of(config), self.segment.name, AUTO, config.digest())
+        first = newest.state.step if newest else 0
+        iterators: list[ray.data.DataIterator | None] = [None] * world_size
+        if first < steps:
+            live = config.encoders.live
+            pool = LivePool(**live.model_dump()) if live else None
+            iterators = [*plan_dataset(self.feed, first, steps, world_size, pool)]
+        checkpoint, attempt = newest.where if newest else None, time.time_ns()
+        over = frozenset(step for bad in self.run.passed_over(self.segment.name) for step in bad)
+        return [{"plan": Shard(iterator, first, checkpoint, attempt, over)} for iterator in iterators]

@@ -1,0 +1,329 @@
+"""The sections of a run's configuration: every field is declared once, here or beside what it configures.
+
+Nothing here imports torch or Ray, so that a typing mistake is answered at once.
+"""
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from domainshuttle.pipelines.buckets import Bucket, parse_bucket
+from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.places import absolute
+
+if TYPE_CHECKING:
+    from domainshuttle.pipelines.feed import EncoderSources
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AblationSection(Section):
+    """Parts of the method that the paper takes away to measure them (docs/comparing.md)."""
+
+    reference_projections: Literal["own", "shared"] = Field(
+        "own", description="patch embedding, query, key and value of references: their own, or the video's"
+    )
+    domain_adaln: bool = Field(True, description="references have their own modulation, with their domain")
+    reference_rope: Literal["dual", "frames"] = Field(
+        "dual", description="DualRoPE, or references follow as frames of the video"
+    )
+
+
+class ModelSection(Section):
+    """Which transformer: the base to start from, or the size of a new one."""
+
+    base: str | None = Field(
+        None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release"
+    )
+    size: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of DomainShuttleTransformer3DModel when there is no base"
+    )
+    reference_gate: Literal["own", "video"] = "own"
+    ablation: AblationSection = AblationSection()
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Arguments of the transformer that are not its size: also of one that begins with a Wan's weights."""
+        return {"reference_gate": self.reference_gate, **self.ablation.model_dump()}
+
+
+class LiveSection(Section):
+    """The actors that encode raw corpora while they are trained on; what each reserves may be a fraction."""
+
+    actors: int = Field(1, gt=0)
+    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, on any node")
+    gpus: float = Field(0.0, ge=0, description="GPUs of an actor: those beside the trainers, or shares of them")
+
+
+class EncodersSection(Section):
+    """What makes latents and text features."""
+
+    video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
+    text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
+    text_len: int = Field(512, gt=0, description="tokens a caption is cut and padded to")
+    live: LiveSection | None = Field(
+        None, description="encode raw corpora while they are trained on; none: they are encoded beforehand"
+    )
+
+    def sources(self) -> "EncoderSources":
+        """Where the encoders come from, as encoding and the loader take it."""
+        from domainshuttle.pipelines.feed import EncoderSources  # brings pyarrow along
+
+        return EncoderSources(self.video, self.text, self.text_len)
+
+
+class CorpusSection(Section):
+    """One corpus: how it is built, and the buckets its samples are fitted to."""
+
+    build: SpritesConfig | None = Field(
+        None, description="its builder; none: the shards are your own, indexed with `domainshuttle data index`"
+    )
+    buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
+    fps: float | None = Field(None, gt=0, description="rate at which clips are sampled; none: each clip's own")
+
+    @property
+    def parsed_buckets(self) -> list[Bucket]:
+        return [parse_bucket(text) for text in self.buckets]
+
+    @model_validator(mode="after")
+    def _buckets_parse(self) -> "CorpusSection":
+        _ = self.parsed_buckets
+        return self
+
+
+class FlowSection(Section):
+    """Timesteps of flow matching (RECIPE.md, "Flow matching")."""
+
+    shift: float = Field(5.0, gt=0)
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    low: float = Field(0.0, ge=0, lt=1, description="an expert's range of shifted t: from")
+    high: float = Field(1.0, gt=0, le=1, description="an expert's range of shifted t: to")
+
+
+class LossSection(Section):
+    """L = L_FM + cross_pair_weight * L_C."""
+
+    cross_pair_weight: float = Field(0.0, ge=0)
+    cross_pair_target: Literal["stop_gradient", "snapshot"] = "stop_gradient"
+
+
+class StageSection(Section):
+    """A segment of the schedule."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="corpus name to its weight among the samples of a batch"
+    )
+    steps: int = Field(gt=0, description="optimiser steps, at most where gpu_hours ends the stage before")
+    samples: int | None = Field(None, gt=0, description="instead of steps: samples trained on, rounded up to a step")
+    gpu_hours: float | None = Field(None, gt=0, description="ends the stage when it has used so many device-hours")
+    global_batch: int = Field(gt=0, description="samples of one optimiser step over all workers")
+    micro_batch: int = Field(gt=0, description="samples of one forward on one worker")
+    learning_rate: float = Field(1e-5, gt=0)
+    final_learning_rate: float | None = Field(None, gt=0, description="cosine decay to this; none: constant")
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(1.0, gt=0)
+    trained: list[str] = Field(min_length=1, description="patterns of parameter names, such as 'blocks.*.attn1.*'")
+    references: int = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
+    reference_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their references")
+    text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their caption")
+    flow: FlowSection = FlowSection()
+    loss: LossSection = LossSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _duration(cls, content: Any) -> Any:
+        """Steps follow from samples; by hours alone a stage has a bound that nobody reaches."""
+        if not isinstance(content, dict) or "steps" in content:
+            return content
+        if isinstance(content.get("samples"), int) and isinstance(batch := content.get("global_batch"), int) and batch:
+            return {**content, "steps": math.ceil(content["samples"] / batch)}
+        return {**content, "steps": _ENDLESS} if content.get("gpu_hours") is not None else content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StageSection":
+        if self.samples is not None and self.steps != math.ceil(self.samples / self.global_batch):
+            raise ValueError(
+                f"steps={self.steps} and samples={self.samples} with global_batch={self.global_batch} differ: give one"
+            )
+        if self.final_learning_rate is not None and self.steps == _ENDLESS:
+            raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
+        if self.loss.cross_pair_weight and not self.references:
+            raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
+        if self.flow.low >= self.flow.high:
+            raise ValueError(f"flow.low={self.flow.low} must lie below flow.high={self.flow.high}")
+        return self
+
+
+_ENDLESS = 1_000_000
+"""Steps of a stage that only its GPU-hours end."""
+
+
+class ExpertSection(Section):
+    """One of the networks that share the timesteps, such as Wan2.2's for high and for low noise."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    base: str | None = Field(None, description="folder or hub id to start from; none: a new model of model.size")
+    low: float = Field(0.0, ge=0, lt=1, description="its range of shifted t: from")
+    high: float = Field(1.0, gt=0, le=1, description="its range of shifted t: to")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ExpertSection":
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must lie below high={self.high}")
+        return self
+
+
+class GuardSection(Section):
+    """What happens to steps that would harm the model, and to workers that hang."""
+
+    spike_factor: float | None = Field(
+        10.0, gt=1, description="a loss above this many times the usual one drops the step; none: only one not finite"
+    )
+    window: int = Field(50, gt=0, description="good steps whose median is the usual loss")
+    rollback_after: int = Field(5, gt=0, description="dropped steps in a row that send the run back to a checkpoint")
+    most_rollbacks: int = Field(3, ge=0, description="of a segment, before the run is given up")
+    hang_seconds: float = Field(1800.0, gt=0, description="without a step for so long, a worker is restarted")
+
+
+class ClusterSection(Section):
+    """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
+
+    address: str | None = Field(None, description="a running Ray cluster; none: start one here")
+    workers: int | tuple[int, int] = Field(
+        2, description="how many, or [least, most]: the run shrinks and grows with the cluster"
+    )
+    cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    max_failures: int = Field(3, ge=0, description="restarts of the worker group before the run is given up")
+    dashboard_port: int | None = Field(
+        None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
+    )
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @field_validator("workers")
+    @classmethod
+    def _range(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        if least < 1:
+            raise ValueError("should be greater than 0")
+        if least > most:
+            raise ValueError("should be [least, most]")
+        return workers
+
+
+class ActivationSection(Section):
+    """What is kept of a forward pass for the backward pass; what is not kept is computed again."""
+
+    mode: Literal["none", "full", "every", "attention"] = Field(
+        "none",
+        description="recompute nothing; all blocks; each nth block; or all but what attention returns",
+    )
+    every: int | None = Field(None, gt=0, description="with mode `every`: each nth block is recomputed")
+    offload: bool = Field(False, description="the inputs of recomputed blocks wait in the host's memory")
+
+    @model_validator(mode="after")
+    def _nth(self) -> "ActivationSection":
+        if (self.mode == "every") != (self.every is not None):
+            raise ValueError("`every` goes with mode: every, and only with it")
+        if self.offload and self.mode == "none":
+            raise ValueError("offload needs recomputed blocks: set mode to full, every or attention")
+        return self
+
+
+class EngineSection(Section):
+    """DeepSpeed ZeRO-3. Its own configuration is derived from this and the stage, and saved with the run."""
+
+    persistent_parameters: int = Field(
+        100_000, ge=0, description="parameters of at most this many elements stay whole on every worker"
+    )
+    offload_optimizer: bool = Field(False, description="masters and optimiser states in the host's memory")
+    activations: ActivationSection = ActivationSection()
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay a step of a moving average of the trained parameters; none: no average"
+    )
+    attention_backend: str | None = Field(
+        None, description="of diffusers' attention dispatcher, such as flash or _flash_3; none: torch's own choice"
+    )
+    compile: str | None = Field(
+        None, description="backend of torch.compile for the blocks, such as inductor; none: not compiled"
+    )
+
+
+class CheckpointSection(Section):
+    every: int = Field(gt=0, description="steps between checkpoints")
+    keep: int = Field(2, gt=0, description="newest checkpoints kept of a segment; the last of each segment stays")
+    keep_every: int | None = Field(None, gt=0, description="steps whose multiples are kept for good")
+    keep_best: int = Field(0, ge=0, description="how many of the lowest loss are kept too")
+    store: str | None = Field(None, description="folder or URI, such as s3://bucket/runs; none: the run's folder")
+    scratch: str | None = Field(None, description="a node's folder for copies to and from a store; none: temporary")
+    timeout: float = Field(1800.0, gt=0, description="seconds that all ranks have to write a checkpoint")
+    max_failed: int = Field(3, gt=0, description="checkpoints in a row that may fail before the run ends")
+
+    @field_validator("store", "scratch")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        # workers run in folders of their own
+        return place if place is None else str(absolute(place))
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "CheckpointSection":
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(f"keep_every={self.keep_every} must be a multiple of every={self.every}")
+        return self
+
+
+class TrackingSection(Section):
+    uri: str | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
+    experiment: str = "domainshuttle"
+    every: int = Field(10, gt=0, description="steps between logged metrics")
+
+
+class GenerationSection(Section):
+    """How clips are sampled for evaluation and sample grids."""
+
+    steps: int = Field(50, gt=0)
+    guidance: float = Field(5.0, ge=1)
+    shift: float = Field(5.0, gt=0)
+    fps: float = Field(16.0, gt=0)
+
+
+class EvaluationSection(Section):
+    """The held-out test of the demo: does a clip resemble its own references?"""
+
+    corpus: str
+    candidates: int = Field(16, gt=1, description="references that a clip is compared with")
+    groups: int = Field(2, gt=0, description="disjoint groups of candidates")
+
+
+class SamplingSection(Section):
+    """Clips of fixed cases while a run trains, made from a snapshot of the weights beside the training."""
+
+    every: int = Field(gt=0, description="steps between them; a stage's last step is sampled too")
+    cases: int = Field(4, gt=0, description="held-out samples of evaluation.corpus, evenly spread over it")
+    cases_file: str | None = Field(
+        None, description="instead of them: a JSONL of cases, as `domainshuttle generate --cases` takes"
+    )
+    cpus: float = Field(1.0, gt=0, description="what Ray reserves for it; where that is not free, rank 0 samples")
+    gpus: float = Field(0.0, ge=0, description="share of a GPU, such as 1 or 0.5; 0: on the CPU")
+    timeout: float = Field(600.0, gt=0, description="seconds until it is given up")
+
+    @field_validator("cases_file")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        # workers run in folders of their own
+        return place if place is None else str(absolute(place))

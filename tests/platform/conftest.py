@@ -1,0 +1,25 @@
+"""Fixtures of whole runs: a tiny configuration with its corpora, and a run of it from beginning to end."""
+
+from pathlib import Path
+
+import pytest
+from running import cli
+
+from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.corpora import build_corpora, encode_corpora
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_yaml: Path, ray_cluster: None) -> Path:
+    """The tiny configuration with its corpora built and encoded."""
+    config = load_config(str(tiny_yaml))
+    build_corpora(config)
+    encode_corpora(config)
+    return tiny_yaml
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny: Path) -> tuple[RunConfig, str]:
+    """A run from beginning to end, and what it printed."""
+    printed = cli("train", tiny)
+    return load_config(str(tiny)), printed

@@ -1,0 +1,272 @@
+"""Faults, given to whole runs by their users' means: what DESIGN.md promises of each is what is left at the end.
+
+These start workers again and again, so they are not part of `make test`: python -m pytest -m nightly tests/platform
+"""
+
+import json
+import os
+import random
+import signal
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import cli, losses, start, wait_for_step, weights, workers_of
+
+from domainshuttle.pipelines.index import Index
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.sample import tensor_views
+from domainshuttle.platform.books import check_books, read_consumed
+from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
+from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.schedule import Run
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
+
+
+def run_of(tiny: Path, name: str, *more: str) -> tuple[RunConfig, Run, list[str]]:
+    """A run of the tiny configuration under another name, and the arguments that make it so."""
+    overrides = [f"name={name}", f"tracking.experiment={name}", "cluster.max_failures=3", *more]
+    config = load_config(str(tiny), overrides)
+    return config, Run(config), [part for override in overrides for part in ("--set", override)]
+
+
+def balanced(config: RunConfig) -> None:
+    books = check_books(config)
+    assert (books.lost, books.repeated) == (0, 0)
+    assert books.trained + books.passed_over == books.planned
+
+
+def same_weights(ours: RunConfig, theirs: RunConfig, stage: str = "stage2") -> None:
+    left, right = weights(ours, stage), weights(theirs, stage)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_a_driver_that_was_killed_is_started_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, run, more = run_of(tiny, "killed-driver")
+    process = start(tiny, *more)
+    wait_for_step(process, run, "stage2", 5)
+    children = workers_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(child.is_running() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(child.is_running() for child in children), "workers outlive their driver"
+    assert start(tiny, *more).wait(timeout=300) == 0
+    same_weights(config, unbroken[0])
+    assert losses(config, "stage2") == losses(unbroken[0], "stage2")
+    balanced(config)
+
+
+def test_sigterm_leaves_a_checkpoint(tiny: Path) -> None:
+    config, run, more = run_of(tiny, "sigterm", "checkpoint.every=1000")
+    process = start(tiny, *more)
+    wait_for_step(process, run, "stage2", 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 3
+    newest = CheckpointStore(run.checkpoints).newest("stage2")
+    assert newest is not None
+    assert newest.state.step >= 3
+    assert config.checkpoint.every > newest.state.step
+
+
+def test_every_sample_once_through_kills_and_another_number_of_workers(tiny: Path) -> None:
+    """The end-to-end form of 'exactly once': random steps, random kills, 2 workers, then 1, then 2 again."""
+    dice = random.Random(11)
+    name = "exactly-once"
+    config, run, two = run_of(tiny, name, "stages.stage2.steps=40")
+    _, _, one = run_of(tiny, name, "stages.stage2.steps=40", "cluster.workers=1")
+    sizes = set()
+    for more in (two, one, two):
+        process = start(tiny, *more)
+        newest = CheckpointStore(run.checkpoints).newest("stage2")
+        at = (newest.state.step if newest else 0) + dice.randint(2, 5)
+        wait_for_step(process, run, "stage2", at)
+        dice.choice(workers_of(process)).kill()  # without a word, in whatever it is doing
+        attempt = run.read_progress()["attempt"]
+        while run.read_progress()["attempt"] == attempt:
+            assert process.poll() is None
+            time.sleep(0.1)
+        wait_for_step(process, run, "stage2", run.read_progress()["first_step"] + dice.randint(1, 4))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 3
+        found = CheckpointStore(run.checkpoints).newest("stage2")
+        assert found is not None
+        sizes.add(found.state.world_size)
+    assert start(tiny, *two).wait(timeout=300) == 0
+    assert sizes == {1, 2}
+    balanced(config)
+    # of each epoch of the 24 clips, each once, whoever trained it
+    consumed, again = read_consumed(run, "stage2")
+    by_step: dict[int, list[str]] = {}
+    for (step, _, _), part in sorted(consumed.items()):
+        by_step.setdefault(step, []).extend(part.samples)
+    order = [sample for step in sorted(by_step) for sample in by_step[step]]
+    assert len(order) == 40 * 8
+    for epoch in range(len(order) // 24):
+        assert len(set(order[epoch * 24 : (epoch + 1) * 24])) == 24
+    assert again > 0  # the kills did cost steps
+
+
+def test_a_hanging_worker_is_found(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, run, more = run_of(tiny, "hanging", "guard.hang_seconds=20")
+    process = start(tiny, *more)
+    wait_for_step(process, run, "stage2", 4)
+    workers_of(process)[0].suspend()
+    assert process.wait(timeout=300) == 0
+    stacks = "".join(path.read_text() for path in (run.folder / "hangs").glob("*.txt"))
+    assert "Timeout" in stacks
+    assert "agree" in stacks or "backward" in stacks or "step" in stacks
+    same_weights(config, unbroken[0])
+    balanced(config)
+
+
+def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
+    config, run, more = run_of(tiny, "budget", "budget_gpu_hours=0.012")
+    printed = cli("train", tiny, *more, expect=3)
+    assert "The budget of 0.012 GPU-hours is spent" in printed
+    assert "budget_gpu_hours" in printed
+    assert CheckpointStore(run.checkpoints).newest(run.read_progress()["segment"]) is not None
+    assert Ledger(run.ledger_path).summary(0.012).spent
+    assert "Finished after" in cli("train", tiny, *more, "--set", "budget_gpu_hours=5")
+    balanced(config)
+
+
+def test_a_stage_ends_with_its_hours(tiny: Path) -> None:
+    config, run, more = run_of(tiny, "hours", "stages.stage2.gpu_hours=0.01", "stages.stage2.steps=5000")
+    assert "Finished after" in cli("train", tiny, *more)
+    segment = run.segment("stage2")
+    assert 0 < segment.last_step < 5000
+    assert Ledger(run.ledger_path).segment_hours("stage2") >= 0.01
+    balanced(config)
+    assert "Stage stage2 is finished" in cli("train", tiny, *more)
+
+
+def test_stages_run_singly(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, _, more = run_of(tiny, "singly")
+    assert "train that one first" in cli("train", tiny, *more, "--stage", "stage2", expect=2)
+    printed = cli("train", tiny, *more, "--stage", "stage1")
+    assert "Next: the stages that are left, stage2" in printed
+    same_weights(config, unbroken[0], "stage1")
+
+
+@pytest.fixture
+def poisoned(tiny: Path) -> Iterator[dict[str, Any]]:
+    """One clip whose latents are finite, so that the loader takes them, and whose loss is not."""
+    config = load_config(str(tiny))
+    index = Index.load(config.corpus_folder("clips", "encoded") + "/" + INDEX_NAME)
+    row = index.row(5)
+    member = next(member for member in row.members if member.extension == "safetensors")
+    shard = Path(row.folder) / row.shard
+    whole = shard.read_bytes()
+    view = tensor_views(memoryview(whole)[member.offset : member.offset + member.size])["target"]
+    body = bytes(view.buffer)
+    at = whole.index(body, member.offset)
+    huge = struct.pack("<H", 0x7E00)  # 4e37 in bf16
+    shard.write_bytes(whole[:at] + huge * (len(body) // 2) + whole[at + len(body) :])
+    yield {"sample": f"{row.source}/{row.key}"}
+    shard.write_bytes(whole)
+
+
+def test_a_step_that_is_not_finite_is_dropped_and_named(tiny: Path, poisoned: dict[str, Any]) -> None:
+    config, run, more = run_of(tiny, "dropped", "stages.stage2.steps=9")
+    assert "Finished after" in cli("train", tiny, *more)
+    lines = [json.loads(t) for p in run.dropped_path("stage2", 0).parent.glob("stage2*") for t in p.open()]
+    assert {line["reason"] for line in lines} == {"not finite"}
+    assert len({line["step"] for line in lines}) == 3  # once an epoch of three steps
+    assert sum(poisoned["sample"] in line["samples"] for line in lines) == 3
+    assert all(np.isfinite(array).all() for array in weights(config, "stage2").values())
+
+
+def test_bad_steps_in_a_row_send_the_run_back_and_are_passed_over(tiny: Path, poisoned: dict[str, Any]) -> None:
+    config, run, more = run_of(tiny, "rolled-back", "stages.stage2.steps=6", "guard.rollback_after=1")
+    printed = cli("train", tiny, *more)
+    assert "went back: steps" in printed
+    assert len(run.passed_over("stage2")) == 2
+    balanced(config)
+    assert check_books(config).passed_over == 2 * 8
+    _, _, never = run_of(tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0")
+    assert "went back to a checkpoint 1 times" in cli("train", tiny, *never, expect=1)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of three nodes on this machine: a head without workers, and two with room for one each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield cluster
+    cluster.shutdown()
+
+
+def elastic(tiny: Path, name: str, nodes: Any, *more: str) -> tuple[RunConfig, Run, Any]:
+    config, run, arguments = run_of(
+        tiny, name, "cluster.workers=[1, 2]", "cluster.cpus_per_worker=2", "stages.stage2.steps=60", *more
+    )
+    process = start(tiny, *arguments, RAY_ADDRESS=nodes.address, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    return config, run, process
+
+
+def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, nodes: Any) -> None:
+    first, second = nodes.add_node(num_cpus=2), nodes.add_node(num_cpus=2)
+    assert first is not second
+    config, run, process = elastic(tiny, "lost-node", nodes)
+    wait_for_step(process, run, "stage2", 5)
+    nodes.remove_node(second, allow_graceful=False)
+    assert process.wait(timeout=400) == 0
+    balanced(config)
+    consumed, _ = read_consumed(run, "stage2")
+    ranks = {step: {r for s, _, r in consumed if s == step} for step in (0, 59)}
+    assert ranks == {0: {0, 1}, 59: {0}}  # two workers at first, one at the end, the same batches
+
+
+def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(tiny: Path, nodes: Any) -> None:
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    nodes.add_node(num_cpus=2)
+    second = nodes.add_node(num_cpus=2)
+    config, run, process = elastic(tiny, "preempted", nodes, "checkpoint.every=1000")
+    wait_for_step(process, run, "stage2", 5)
+    deadline = int((time.time() + 20) * 1000)
+    accepted, message = GcsClient(address=nodes.address).drain_node(
+        second.node_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "spot reclaim", deadline
+    )
+    assert accepted, message
+    checkpoint = None
+    while checkpoint is None and time.time() * 1000 < deadline:
+        checkpoint = CheckpointStore(run.checkpoints).newest("stage2")
+        time.sleep(0.2)
+    assert checkpoint is not None, "no checkpoint before the deadline"
+    nodes.remove_node(second, allow_graceful=False)
+    assert process.wait(timeout=400) == 0
+    balanced(config)
+    assert Ledger(run.ledger_path).summary().lost < Ledger(run.ledger_path).summary().used
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, run, more = run_of(tiny, "damaged")
+    process = start(tiny, *more)
+    wait_for_step(process, run, "stage2", 10)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 3
+    store = CheckpointStore(run.checkpoints)
+    newest = store.newest("stage2")
+    assert newest is not None
+    shard = max(Path(newest.folder).rglob("*.pt"), key=os.path.getsize)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    printed = cli("train", tiny, *more)
+    assert f"{newest.name} is passed over" in " ".join(printed.split())
+    same_weights(config, unbroken[0])
+    balanced(config)
+    assert all(isinstance(found, Checkpoint) for _, found in CheckpointStore(run.checkpoints).list())
