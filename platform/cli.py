@@ -1,6 +1,7 @@
 """The command line. Each verb imports what it needs when it runs, so that `--help` answers at once."""
 
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from domainshuttle.cluster.local import Connection
     from domainshuttle.platform.config import RunConfig
 
 app = typer.Typer(
@@ -24,7 +26,7 @@ app = typer.Typer(
         "and **generate** use the result. **demo** does all of it at desk size."
     ),
 )
-data = typer.Typer(no_args_is_help=True, help="Build, encode and inspect corpora.")
+data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
 
 Config = Annotated[
@@ -59,9 +61,69 @@ def data_encode(config: Config, set_: Set = None, corpus: Corpus = None) -> None
         encode_corpora(settings, corpus)
 
 
+@data.command("index")
+def data_index(
+    folder: Annotated[Path, typer.Argument(help="The folder of the shards: name.tar, uncompressed WebDataset tars.")],
+    corpus: Annotated[str | None, typer.Option(help="The corpus's name; without it that of the index before.")] = None,
+    bucket: Annotated[
+        list[str] | None, typer.Option(help="frames x height x width to fit samples to; repeat for more.")
+    ] = None,
+    resolution: Annotated[str | None, typer.Option(help="All shapes of a class, with --frames: 480p or 720p.")] = None,
+    frames: Annotated[list[int] | None, typer.Option(help="Lengths for --resolution; 1 is for images.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Rate at which clips are sampled; without it each clip's own.")
+    ] = None,
+    most_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad samples or shards to accept.")] = 0.05,
+    shards: Annotated[str, typer.Option(help="Only shards of this pattern, without .tar, such as: 'part-00*'")] = "*",
+    name: Annotated[str, typer.Option(help="Name of the index file in the folder.")] = "index.parquet",
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Join these indexes of the folder instead of reading shards.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+) -> None:
+    """Index shards that exist already, a Ray task a shard; again after changes: only new and changed ones are read.
+
+    Each sample is `key.json` (caption, subjects, references: docs/corpus.md), its target and its reference pictures.
+    What is not whole or not understood is left out and listed in `quarantine.jsonl` with shard, key and reason.
+
+    **domainshuttle data index data/mine/raw --corpus mine --resolution 480p --frames 81 --frames 1 --fps 16**
+
+    Two jobs can share a folder: each with its own **--shards 'a-*' --name a.parquet**, and at the end
+    **--merge a.parquet --merge b.parquet**.
+    """
+    from domainshuttle.platform import data_checks
+
+    if merge:
+        data_checks.join_indexes([folder / path.name for path in merge], folder, most_bad, name)
+        return
+    buckets = data_checks.chosen_buckets(bucket or [], resolution, frames or [])
+    described = data_checks.described_as(folder, corpus, fps, buckets)
+    with _ray(address):
+        data_checks.index_shards(folder, described, buckets, most_bad, shards, name)
+
+
+@data.command("verify")
+def data_verify(
+    index: Annotated[Path, typer.Argument(help="An index.parquet, or the folder it is in.")],
+    checksums: Annotated[bool, typer.Option(help="Read every byte and compare it with the index's checksum.")] = True,
+    decode: Annotated[str, typer.Option(metavar="N|all", help="Samples to decode, evenly spread.")] = "100",
+    where: Annotated[str | None, typer.Option(help="Only samples for which a filter holds: references >= 2")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+) -> None:
+    """Check a corpus against its index: bytes, members, descriptions, pictures, clips and latents.
+
+    Every fault is a row of `verify.jsonl` beside the index. The exit code is 1 where there are any.
+    """
+    from domainshuttle.platform.data_checks import verify_corpus
+
+    with _ray(address):
+        whole = verify_corpus(index, checksums, decode, where)
+    raise SystemExit(0 if whole else 1)
+
+
 @data.command("inspect")
 def data_inspect(
-    index: Annotated[Path, typer.Argument(help="An index.parquet, or the folder it is in.")],
+    index: Annotated[str, typer.Argument(help="An index.parquet, or the folder or URI it is in.")],
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet PNG of samples here.")] = None,
     samples: Annotated[int, typer.Option(help="Samples on the sheet.")] = 8,
     where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
@@ -73,11 +135,19 @@ def data_inspect(
 
 
 @app.command()
-def plan(config: Config, set_: Set = None) -> None:
+def plan(
+    config: Config,
+    set_: Set = None,
+    deepspeed: Annotated[bool, typer.Option(help="Print DeepSpeed's derived configuration of each stage.")] = False,
+) -> None:
     """Show what a run would train: stages, data, buckets, trained parameters and the cost of a step."""
-    from domainshuttle.platform.planner import print_plan
+    from domainshuttle.platform.planner import deepspeed_configs, print_plan
 
-    print_plan(_load(config, set_))
+    settings = _load(config, set_)
+    if deepspeed:
+        sys.stdout.write(json.dumps(deepspeed_configs(settings), indent=2) + "\n")
+    else:
+        print_plan(settings)
 
 
 @app.command()
@@ -85,6 +155,10 @@ def train(
     config: Config,
     set_: Set = None,
     fresh: Annotated[bool, typer.Option(help="Remove what a run of this name has made, and start anew.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Only this stage, or this segment of it.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest whole checkpoint. A checkpoint's name or path; none: its beginning.")
+    ] = "auto",
 ) -> None:
     """Train the schedule of a configuration, or go on with it: the same command starts and resumes a run.
 
@@ -95,9 +169,11 @@ def train(
 
     settings = _load(config, set_)
     run = prepare_run(settings, fresh)
-    needs = settings.cluster.workers * settings.cluster.cpus_per_worker + 1
-    with _connected(settings, cpus=needs, gpus=settings.cluster.workers * settings.cluster.gpus_per_worker):
-        raise SystemExit(run_training(run))
+    run.choose(stage)
+    cluster = settings.cluster
+    needs = cluster.least_workers * cluster.cpus_per_worker + 1
+    with _connected(settings, cpus=needs, gpus=cluster.least_workers * cluster.gpus_per_worker):
+        raise SystemExit(run_training(run, stage, resume))
 
 
 @app.command()
@@ -129,12 +205,23 @@ def status(run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<n
 
 
 @app.command()
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")],
+    verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept."""
+    from domainshuttle.platform.checkpoint_list import print_checkpoints
+
+    print_checkpoints(run, verify)
+
+
+@app.command()
 def compare(
     experiment: Annotated[list[str], typer.Argument(help="Names of MLflow experiments.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server or store.", envvar="MLFLOW_TRACKING_URI")] = None,
     run: Annotated[list[str] | None, typer.Option(help="Only runs of this name or id.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the loss curves as PNG here.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write table and curves as one HTML page here.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write table, curves and samples as one HTML page here.")] = None,
 ) -> None:
     """Compare the runs of experiments: a table, and curves against steps and device-hours."""
     from domainshuttle.platform import compare as comparison
@@ -144,10 +231,24 @@ def compare(
     rows = comparison.compare(store, experiment, run or ())
     comparison.print_table(rows, console)
     if plot or page:
-        picture = comparison.plot(store, rows, plot or page.with_suffix(".png"))  # type: ignore[union-attr]
+        from domainshuttle.platform import compare_page, curves
+
+        picture = curves.plot(store, rows, plot or page.with_suffix(".png"))  # type: ignore[union-attr]
         console.print(f"Curves: {picture}")
         if page:
-            console.print(f"Page: {comparison.write_page(rows, picture, page, ', '.join(experiment))}")
+            console.print(f"Page: {compare_page.write_page(store, rows, picture, page, ', '.join(experiment))}")
+
+
+@app.command()
+def ablate(
+    ablation: Annotated[str, typer.Argument(help="A file, or the name of one that ships, such as demo.")],
+    set_: Set = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this variant; repeat for more.")] = None,
+) -> None:
+    """Train the variants of a configuration one after the other, evaluate and compare them. Goes on after a stop."""
+    from domainshuttle.platform.ablation import run_ablation
+
+    run_ablation(ablation, set_ or [], only or [])
 
 
 @app.command()
@@ -233,6 +334,12 @@ def _connected(settings: "RunConfig", cpus: float, gpus: float = 0.0) -> Iterato
         yield
 
 
+def _ray(address: str | None) -> "Connection":
+    from domainshuttle.cluster.local import Connection, Resources
+
+    return Connection(address, Resources(1.0, remedy="Add nodes to it, or leave out --address to use this machine"))
+
+
 def _nearest_store() -> str:
     """The sqlite store of the demo in this folder."""
     from domainshuttle.platform.config import ConfigError
@@ -267,7 +374,10 @@ def main() -> Any:
 
 def _is_known(error: Exception) -> bool:
     """Whether an error is a message for the user rather than a fault of ours."""
-    known = ("ConfigError", "DataError", "ClusterError", "CheckpointError", "LookupError", "ConnectionError")
+    known = (
+        "ConfigError", "DataError", "ClusterError", "CheckpointError", "StorageError", "DivergedError", "LookupError",
+        "ConnectionError",
+    )  # fmt: skip
     return any(kind.__name__ in known for kind in type(error).__mro__)
 
 

@@ -1,19 +1,16 @@
 """`domainshuttle compare`: the runs of one or more experiments side by side, as a table, a picture and a page.
 
 The table is a tree, a schedule with its segments below it, and shows of the configuration only the keys in which the
-schedules differ. The picture shows losses against steps and against GPU-hours. All of it is read through `records`.
+schedules, and the segments of one name, differ. `curves` draws the losses, `compare_page` writes the page. All of it is
+read through `records`.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,10 +19,8 @@ from rich.table import Table
 
 from domainshuttle.platform.records import RunRecord, read_history, read_runs
 
-LOSSES = ("loss", "loss/flow", "loss/cross_pair")
-_HOURS = "gpu_hours/used"
-# Okabe and Ito's colours, told apart also by the colour-blind
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HOURS = "gpu_hours/used"
+_IDENTITY = "evaluation/identity_own"
 _SPARE = ("flow", "cross pair", "min", "samples/s", "duration")  # what a narrow console goes without, in this order
 _STATUS_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "killed": "yellow"}
 
@@ -57,27 +52,61 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     if runs:
         parents = [record for record in parents if any(_is(record, wanted) for wanted in runs)]
     titles = [(record.experiment, record.name) for record in parents]
-    configs = [configuration(record) for record in parents]
+    configs = fold_absent([configuration(record) for record in parents])
     keys = differing(configs)
+    below = {parent.id: [record for record in records if record.parent == parent.id] for parent in parents}
+    same = _differing_by_name([child for children in below.values() for child in children], keys)
+    evaluated = any(_IDENTITY in record.metrics for children in below.values() for record in children)
     rows: list[Row] = []
     for parent, config in zip(parents, configs, strict=True):
         unique = titles.count((parent.experiment, parent.name)) == 1
         label = parent.name if unique else f"{parent.name} ({parent.id[:6]})"
         if len(experiments) > 1:
             label = f"{parent.experiment}: {label}"
-        children = [record for record in records if record.parent == parent.id]
-        used = [child.metrics.get(_HOURS, 0.0) for child in children]
-        total = parent.metrics.get(_HOURS, max(used, default=0.0))
-        steps = sum(_steps(record) or 0 for record in [parent, *children]) or None
-        values = _values(uri, parent, steps, total)
+        children = below[parent.id]
+        used = [child.metrics.get(HOURS, 0.0) for child in children]
+        total = parent.metrics.get(HOURS, max(used, default=0.0))
+        steps = sum(last_step(record) or 0 for record in [parent, *children]) or None
+        values = _values(uri, parent, steps, total, evaluated)
         rows.append(Row(parent, label, 0, values, {key: config.get(key, "") for key in keys}))
         before = 0.0
         for child, hours in zip(children, used, strict=True):
             # the ledger counts over the whole schedule: a segment's own hours are those since the segment before it
-            values = _values(uri, child, _steps(child), hours - before if hours else 0.0)
-            rows.append(Row(child, child.name, 1, values, {}))
+            values = _values(uri, child, last_step(child), hours - before if hours else 0.0, evaluated)
+            own = configuration(child)
+            rows.append(Row(child, child.name, 1, values, {key: own.get(key, "") for key in same[child.name]}))
             before = max(before, hours)
     return rows
+
+
+def fold_absent(configs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The configurations with one key, such as `stages.base`, for all keys of an entry that some do not have at all."""
+    entries = [{entry for key in config if (entry := _entry(key))} for config in configs]
+    absent = {entry for found in entries for entry in found if not all(entry in others for others in entries)}
+    folded = []
+    for config, found in zip(configs, entries, strict=True):
+        kept = {key: value for key, value in config.items() if _entry(key) not in absent}
+        for entry in absent & found:
+            steps = config.get(f"{entry}.steps")
+            kept[entry] = f"{steps} steps" if steps else "there"
+        folded.append(kept)
+    return folded
+
+
+def _entry(key: str) -> str | None:
+    """The stage, corpus or expert that a key belongs to."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 and parts[0] in ("stages", "corpora", "experts") else None
+
+
+def _differing_by_name(segments: Sequence[RunRecord], known: Sequence[str]) -> dict[str, list[str]]:
+    """For each name of a segment the params in which its runs differ, but for those that `known` has of the stage."""
+    found = {}
+    for name in {segment.name for segment in segments}:
+        told = [key for key in known if key.startswith(f"stages.{name}.")]
+        keys = differing([configuration(segment) for segment in segments if segment.name == name])
+        found[name] = [key for key in keys if not any(long.endswith(f".{key}") for long in told)]
+    return found
 
 
 def _is(record: RunRecord, wanted: str) -> bool:
@@ -96,15 +125,16 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({config.get(key) for config in configs}) > 1]
 
 
-def _steps(record: RunRecord) -> int | None:
+def last_step(record: RunRecord) -> int | None:
     """The last step that anything was logged at; system metrics count samples, not steps."""
     return max((step for key, step in record.steps.items() if not key.startswith("system/")), default=None)
 
 
-def _values(uri: str, record: RunRecord, steps: int | None, hours: float) -> dict[str, str]:
+def _values(uri: str, record: RunRecord, steps: int | None, hours: float, evaluated: bool) -> dict[str, str]:
     metrics = record.metrics
     losses = read_history(uri, record.id, "loss") if "loss" in metrics else []
     finite = [value for _, value in losses if math.isfinite(value)]
+    identity = metrics.get(_IDENTITY)
     return {
         "status": record.status.lower(),
         "steps": "" if steps is None else f"{steps:,}",
@@ -112,6 +142,8 @@ def _values(uri: str, record: RunRecord, steps: int | None, hours: float) -> dic
         "min": _number(min(finite, default=None)),
         "flow": _number(metrics.get("loss/flow")),
         "cross pair": _number(metrics.get("loss/cross_pair")),
+        # the share of clips that show their own subject
+        **({"identity": "" if identity is None else f"{identity:.1%}"} if evaluated else {}),
         "samples/s": _number(metrics.get("samples/s")),
         "GPU-hours": _number(hours or None),
         "duration": _duration((record.end or time.time()) - record.start),
@@ -128,21 +160,70 @@ def _duration(seconds: float) -> str:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Prints the rows, then the configuration's differences; on a narrow console without the less important columns."""
+    """Prints the rows, then what differs and what failed; on a narrow console without the less important columns.
+
+    What differs is columns of the same table where that fits, else a table of its own, else a line a run.
+    """
     if not rows:
         console.print("There are no runs yet.")
         return
     columns, keys = list(rows[0].values), list(rows[0].differences)
-    beside = keys if _fits(_table(rows, columns, keys), console) else []
+    among_segments = any(row.differences for row in rows if row.depth)
+    beside = keys if not among_segments and _fits(_table(rows, columns, keys), console) else []
     for name in _SPARE:
         if _fits(_table(rows, columns, beside), console):
             break
         columns.remove(name)
     console.print(_table(rows, columns, beside))
-    for row in rows if keys and not beside else ():
-        if row.depth == 0:
-            texts = zip(short_names(keys), row.differences.values(), strict=True)
-            console.print(f"[bold]{escape(row.label)}[/]", escape(", ".join(f"{key} = {text}" for key, text in texts)))
+    if beside != keys or among_segments:
+        labels, lines = differences(rows)
+        table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for head in ("differs", *labels):
+            table.add_column(escape(head), overflow="fold")
+        for key, texts in lines:
+            table.add_row(escape(key), *map(escape, texts))
+        if _fits(table, console):
+            console.print(table)
+        else:
+            for place, label in enumerate(labels):
+                console.print(f"[bold]{escape(label)}[/]", escape(", ".join(f"{k} = {t[place]}" for k, t in lines)))
+    for label, error in errors(rows):
+        console.print(f"[red]{escape(label)}[/] failed: {escape(error)}")
+
+
+def differences(rows: Sequence[Row], short: bool = True) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The schedules' labels, and for each key that differs its (short) name and its text in each schedule.
+
+    Keys of segments, which have the segment's name before them, come after those of the configuration.
+    """
+    schedules = [row for row in rows if row.depth == 0]
+    keys = list(schedules[0].differences) if schedules else []
+    lines = [
+        (name, [row.differences[key] or _ABSENT for row in schedules])
+        for key, name in zip(keys, short_names(keys) if short else keys, strict=True)
+    ]
+    texts: dict[str, list[str]] = {}
+    place = -1
+    for row in rows:
+        place += row.depth == 0
+        for key, text in row.differences.items() if row.depth else ():
+            texts.setdefault(f"{row.label}: {key}", [_ABSENT] * len(schedules))[place] = text or _ABSENT
+    return [row.label for row in schedules], lines + sorted(texts.items())
+
+
+_ABSENT = "–"
+
+
+def errors(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Label and error of each run that failed and said why."""
+    failed, schedule = [], ""
+    for row in rows:
+        schedule = row.label if row.depth == 0 else schedule
+        if row.run.status == "FAILED" and (lines := row.run.tags.get("error", "").strip().splitlines()):
+            # of a traceback the kind of failure and its cause; MLflow has the whole of it
+            error = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1].strip()}"
+            failed.append((row.label if row.depth == 0 else f"{schedule}, {row.label}", error))
+    return failed
 
 
 def _fits(table: Table, console: Console) -> bool:
@@ -174,139 +255,3 @@ def short_names(keys: Sequence[str]) -> list[str]:
         alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
         names.append(next(alone, key))
     return names
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The part of a loss curve that one segment made: `hours` are NaN where the GPU-hours are not known."""
-
-    schedule: str
-    segment: str
-    first_step: int
-    steps: Any  # numpy arrays
-    hours: Any
-    values: Sequence[float]
-
-
-def pieces(uri: str, rows: Sequence[Row], loss: str) -> list[Piece]:
-    """A loss over the steps of each schedule, in which a segment's steps follow those of the segment before it."""
-    import numpy
-
-    found, schedule, offset = [], "", 0
-    for row in rows:
-        if row.depth == 0:
-            schedule, offset = row.label, 0
-        points = [point for point in read_history(uri, row.run.id, loss) if math.isfinite(point[1])]
-        if points:
-            steps = numpy.array([step for step, _ in points])
-            used = read_history(uri, row.run.id, _HOURS) or [(0, math.nan)]
-            known, at = [step for step, _ in used], [hour for _, hour in used]
-            hours = numpy.interp(steps, known, at, left=math.nan, right=math.nan)
-            found.append(Piece(schedule, row.label, offset, steps + offset, hours, [value for _, value in points]))
-        offset += _steps(row.run) or 0
-    return found
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a fiftieth of the points, without a start that is pulled towards zero."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        smooth.append(total / weight)
-    return smooth
-
-
-def plot(uri: str, rows: Sequence[Row], path: Path | str) -> Path:
-    """Draws each loss against steps (left) and GPU-hours (right), a colour a schedule, into a PNG at `path`.
-
-    Faint lines are all points, strong ones their course; dotted lines are where a segment begins.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawn = {loss: found for loss in LOSSES if (found := pieces(uri, rows, loss))} or {LOSSES[0]: []}
-    schedules = list(dict.fromkeys(piece.schedule for found in drawn.values() for piece in found))
-    figure = Figure(figsize=(12, 1.0 + 3.2 * len(drawn)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(drawn), 2, squeeze=False, sharex="col", sharey="row")
-    for number, (loss, found) in enumerate(drawn.items()):
-        by_step, by_hours = grid[number]
-        borders = {piece.first_step: piece.segment for piece in found if piece.first_step}
-        for piece in found:
-            colour = _COLOURS[schedules.index(piece.schedule) % len(_COLOURS)]
-            for axes, x in ((by_step, piece.steps), (by_hours, piece.hours)):
-                axes.plot(x, piece.values, color=colour, linewidth=0.7, alpha=0.25)
-                axes.plot(x, _smooth(piece.values), color=colour, linewidth=1.8, label=piece.schedule)
-        for step, segment in borders.items():
-            by_step.axvline(step, color="#888888", linewidth=1, linestyle=":")
-            if number == 0:
-                top = by_step.get_xaxis_transform()
-                by_step.text(step, 0.97, f" {segment}", transform=top, va="top", color="#666666", fontsize=9)
-        if not any(math.isfinite(hour) for piece in found for hour in piece.hours):
-            middle = by_hours.transAxes
-            by_hours.text(0.5, 0.5, "no GPU-hours logged", ha="center", transform=middle, color="#888888")
-        last = number == len(drawn) - 1
-        course = [value for piece in found for value in _smooth(piece.values)]
-        _finish_axes(by_step, "step of the schedule" if last else "", loss, course)
-        _finish_axes(by_hours, "GPU-hours" if last else "", "", course)
-    figure.align_ylabels(grid[:, 0])
-    if schedules:
-        lines = {line.get_label(): line for axes in grid[:, 0] for line in axes.get_lines()}
-        figure.legend([lines[name] for name in schedules], schedules, loc="outside upper left", ncols=4, frameon=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white")
-    return path
-
-
-def _finish_axes(axes: Any, x_name: str, y_name: str, values: Sequence[float]) -> None:
-    axes.set_xlabel(x_name)
-    axes.set_ylabel(y_name)
-    axes.grid(color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
-
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8883; }
-th { border-bottom: 2px solid #8886; }
-th:first-child, td:first-child, .text { text-align: left; }
-tr.segment td:first-child { padding-left: 2rem; }
-tr.schedule { font-weight: 600; }
-.finished { color: #2a8a4a; } .failed { color: #c62f2f; } .running { color: #1f7fae; } .killed { color: #a87400; }
-img { width: 100%; margin-top: 1.5rem; border-radius: 6px; }
-"""
-
-
-def write_page(rows: Sequence[Row], picture: Path | str, path: Path | str, title: str = "Runs") -> Path:
-    """Writes an HTML page at `path` that holds the table and the picture, and needs nothing else."""
-    keys = list(rows[0].differences) if rows else []
-    heads = ["run", *(rows[0].values if rows else ()), *keys]
-    lines = []
-    for row in rows:
-        cells = [f"<td>{html.escape(row.label)}</td>"]
-        for name, value in row.values.items():
-            kind = f' class="text {html.escape(value)}"' if name == "status" else ""
-            cells.append(f"<td{kind}>{html.escape(value)}</td>")
-        cells += [f'<td class="text">{html.escape(row.differences.get(key, ""))}</td>' for key in keys]
-        lines.append(f'<tr class="{"segment" if row.depth else "schedule"}">{"".join(cells)}</tr>')
-    image = base64.b64encode(Path(picture).read_bytes()).decode()
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody></table></div>\n'
-        f'<img alt="Losses against steps and GPU-hours" src="data:image/png;base64,{image}">\n</body></html>\n',
-        encoding="utf-8",
-    )
-    return path

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from rich.table import Table
 
+from domainshuttle.cluster.local import quiet_ray
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus
 from domainshuttle.pipelines.index import Index
@@ -16,39 +16,48 @@ from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME
 from domainshuttle.pipelines.sample import DataError, RawSample
 from domainshuttle.pipelines.shards import read_members
+from domainshuttle.pipelines.storage import exists, join, read_bytes, require_local, shown
 from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.data_checks import print_summary
 
 
 def build_corpora(config: RunConfig, only: list[str] | None = None) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
     for name in _chosen(config, only):
-        section, folder = config.corpora[name], config.corpus_folder(name, "raw")
+        section, folder = config.corpora[name], require_local(config.corpus_folder(name, "raw"), f"building {name}")
+        if section.build is None:
+            buckets = " ".join(f"--bucket {bucket}" for bucket in section.buckets)
+            rate = f" --fps {section.fps:g}" if section.fps else ""
+            console.print(
+                f"[bold]{name}[/] has no builder: its shards are your own. Index them with: domainshuttle data index "
+                f"{folder} --corpus {name} {buckets}{rate}"
+            )
+            continue
         began = time.monotonic()
         with progress(f"Building {name}", "samples") as show:
-            metadata, bad = build_corpus(name, section.build, section.parsed_buckets, folder, show)
+            metadata, bad = build_corpus(name, section.build, section.parsed_buckets, folder, show, fps=section.fps)
         _report("Built", name, folder, metadata.digest, bad, began)
     console.print("Next: domainshuttle data encode (the same configuration)")
 
 
 def encode_corpora(config: RunConfig, only: list[str] | None = None) -> None:
     """Encodes the raw corpora on the connected Ray cluster."""
-    from domainshuttle.pipelines.encode import EncoderSources, EncodingJob, encode
+    from domainshuttle.pipelines.encode import EncodingJob, encode
 
+    quiet_ray()  # again: its data library sets its own levels when it is imported
     names = _chosen(config, only)
+    jobs = []
     for name in names:
-        raw = config.corpus_folder(name, "raw") / INDEX_NAME
+        raw = require_local(config.corpus_folder(name, "raw"), f"encoding {name}") / INDEX_NAME
         if not raw.exists():
             raise DataError(f"corpus {name!r} is not built: {raw} is missing. Run: domainshuttle data build CONFIG")
-    jobs = [
-        EncodingJob(name, config.corpus_folder(name, "raw") / INDEX_NAME, config.corpus_folder(name, "encoded"))
-        for name in names
-    ]
+        jobs.append(EncodingJob(name, raw, Path(config.corpus_folder(name, "encoded"))))
     began = time.monotonic()
     with progress("Encoding", "samples") as show:
         results = encode(
             jobs,
-            EncoderSources(**config.encoders.model_dump()),
+            config.encoders.sources(),
             show,
             gpus_per_actor=1.0 if config.cluster.gpus_per_worker else 0.0,
         )
@@ -58,37 +67,33 @@ def encode_corpora(config: RunConfig, only: list[str] | None = None) -> None:
 
 
 def require_encoded(config: RunConfig) -> None:
-    """Raises DataError that names every corpus that the stages need and that is not there, with the commands."""
+    """Raises DataError that names every corpus that the stages need and that is not there in the form they train on
+    (raw where encoders.live is set), with the commands."""
     needed = sorted({corpus for stage in config.stages for corpus in stage.mixture})
-    missing = [name for name in needed if not (config.corpus_folder(name, "encoded") / INDEX_NAME).exists()]
+    form = config.trained_form
+    missing = [name for name in needed if not exists(join(config.corpus_folder(name, form), INDEX_NAME))]
     if missing:
+        lacking = "encoded" if form == "encoded" else "built"
+        then = ", then domainshuttle data encode CONFIG" if form == "encoded" else ""
         raise DataError(
-            f"corpora {missing} are not encoded in {config.data}. Run: domainshuttle data build CONFIG, then "
-            "domainshuttle data encode CONFIG (or point `data` at a folder that has them)"
+            f"corpora {missing} are not {lacking} in {shown(config.data)}. Run: domainshuttle data build CONFIG{then} "
+            "(or point `data` at a folder that has them)"
         )
 
 
-def inspect_corpus(path: Path, sheet: Path | None, samples: int, where: str | None) -> None:
+def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: str | None) -> None:
     """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets."""
-    index = Index.load(path / INDEX_NAME if path.is_dir() else path)
+    index = Index.load(path if str(path).partition("?")[0].endswith(".parquet") else join(path, INDEX_NAME))
     if where:
         index = index.filter(where)
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for key, value in index.summary().items():
-        text = _counts(value) if isinstance(value, dict) else str(value)
-        table.add_row(f"[bold]{key}[/]", text)
-    console.print(table)
-    quarantine = Path(index.row(0).folder) / QUARANTINE_NAME if len(index) else None
-    if quarantine and quarantine.exists() and quarantine.stat().st_size:
-        lines = quarantine.read_text().splitlines()
-        console.print(f"{len(lines)} samples in quarantine ({quarantine}), such as: {json.loads(lines[0])['reason']}")
+    print_summary(index)
+    quarantine = join(index.row(0).folder, QUARANTINE_NAME) if len(index) else None
+    if quarantine and exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
+        reason = json.loads(lines[0])["reason"]
+        console.print(f"{len(lines)} samples in quarantine ({shown(quarantine)}), such as: {reason}")
     if sheet:
         draw_sheet(index, samples).save(sheet)
         console.print(f"Contact sheet: {sheet}")
-
-
-def _counts(values: dict[str, float]) -> str:
-    return ", ".join(f"{name}: {value:g}" for name, value in values.items())
 
 
 def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
@@ -100,7 +105,7 @@ def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
     for row in index.rows(chosen):
         sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
         if row.kind == "video":
-            clip = decode_video(sample.target, parse_bucket(row.bucket).frames)
+            clip = decode_video(sample.target, parse_bucket(row.bucket).frames, index.parts[0].fps)
             frames = [clip[0], clip[len(clip) // 2], clip[-1]]
         else:
             frames = [decode_image(sample.target)]

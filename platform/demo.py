@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.panel import Panel
 
+from domainshuttle.platform.books import Books, check_books
 from domainshuttle.platform.config import ConfigError, RunConfig, load_config
 from domainshuttle.platform.console import console
 from domainshuttle.platform.ledger import Ledger
@@ -88,56 +88,12 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
 def _interrupt_at(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
     """Sends SIGINT, as Ctrl-C would, once the stage has passed a step; returns at once if the process ends before."""
     while process.poll() is None:
-        try:
-            state = json.loads(run.progress_path.read_text())
-            if state["segment"] == stage and state["step"] >= step:
-                console.print(f"The demo now presses Ctrl-C, at step {state['step']} of {stage}.")
-                os.kill(process.pid, signal.SIGINT)
-                return
-        except (OSError, ValueError):
-            pass
+        state = run.read_progress()
+        if state and state["segment"] == stage and state["step"] >= step:
+            console.print(f"The demo now presses Ctrl-C, at step {state['step']} of {stage}.")
+            os.kill(process.pid, signal.SIGINT)
+            return
         time.sleep(0.2)
-
-
-@dataclass(frozen=True)
-class Books:
-    """What was planned against what was trained on, over all stages and attempts."""
-
-    planned: int
-    trained: int
-    lost: int
-    repeated: int
-    recomputed: int
-    """Samples that were trained on a second time because a step was done again after a restore."""
-
-
-def check_books(config: RunConfig) -> Books:
-    """Compares the consumed samples, step by step, with the step plan."""
-    from domainshuttle.platform.account import read_consumed
-    from domainshuttle.platform.train import make_feed
-
-    run = Run(config)
-    planned = trained = lost = repeated = recomputed = 0
-    for segment in run.segments():
-        feed = make_feed(config, segment)
-        index, plan = feed.index(), feed.plan()
-        consumed = read_consumed(run, segment.name)
-        lines = sum(
-            len(p.read_text().splitlines()) for p in (run.folder / "consumed").glob(f"{segment.name}.rank*.jsonl")
-        )
-        recomputed += (lines - len(consumed)) * feed.micro_batch
-        by_step: dict[int, Counter[str]] = {}
-        for (step, _, _), samples in consumed.items():
-            by_step.setdefault(step, Counter()).update(samples)
-        for step in range(segment.stage.steps):
-            rows = index.rows(plan[step].rows)
-            wanted = Counter(f"{row.source}/{row.key}" for row in rows)
-            found = by_step.get(step, Counter())
-            planned += wanted.total()
-            trained += found.total()
-            lost += (wanted - found).total()
-            repeated += (found - wanted).total()
-    return Books(planned, trained, lost, repeated, recomputed)
 
 
 def _print_summary(

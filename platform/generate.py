@@ -1,7 +1,5 @@
 """`domainshuttle generate`: cases to clips on disk."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.media import encode_mp4
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.evaluation.cases import read_cases
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def generate_clips(
     """
     if (prompt is None) == (cases is None):
         raise ConfigError("give either --prompt (and --reference for each picture) or --cases FILE.jsonl")
-    todo = list(_read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
+    todo = list(read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
     pipeline = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -112,15 +111,3 @@ def _case(prompt: str, references: list[str]) -> GenerationCase:
             raise ConfigError(f"--reference {text!r}: {error}") from error
         pictures.append(Path(picture))
     return GenerationCase(prompt, tuple(pictures), tuple(subjects), tuple(domains))
-
-
-def _read_cases(path: Path) -> Iterator[tuple[str, GenerationCase]]:
-    if not path.is_file():
-        raise ConfigError(f"no file {path}: expected a JSONL of cases, one a line")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path.stem}-{number:04d}", GenerationCase.from_release(json.loads(line), path.parent)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error

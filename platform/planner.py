@@ -1,5 +1,7 @@
 """What a run would do, said before it starts: stages, data, buckets, trained parameters."""
 
+from typing import Any
+
 from rich.table import Table
 
 from domainshuttle.pipelines.sample import DataError
@@ -9,18 +11,21 @@ from domainshuttle.platform.console import console
 
 def print_plan(config: RunConfig) -> None:
     """Prints the schedule as a table; the data columns are filled where the corpora are encoded."""
-    from domainshuttle.platform.build import build_model
+    from domainshuttle.platform.build import blueprint
     from domainshuttle.platform.engine import select_trained
     from domainshuttle.platform.schedule import Run
     from domainshuttle.platform.train import make_feed
 
-    table = Table(title=f"Run {config.name}: {len(config.stages)} stages on {config.cluster.workers} workers")
+    least, most = config.cluster.least_workers, config.cluster.most_workers
+    workers = str(least) if least == most else f"{least} to {most}"
+    table = Table(title=f"Run {config.name}: {len(config.stages)} stages on {workers} workers")
     for column in ("stage", "steps", "batch", "data", "passes", "tokens a sample", "trained", "frozen", "loss"):
         table.add_column(column, justify="left" if column in ("stage", "data", "loss") else "right")
     run = Run(config)
     for segment in run.segments():
         stage = segment.stage
-        model = build_model(config.model, config.model.base, segment.seed)
+        base = segment.expert.base if segment.expert else config.model.base
+        model = blueprint(config.model_of(segment.expert), base, segment.seed).outline
         selected = select_trained(model, stage.trained)
         try:
             described = make_feed(config, segment).plan().describe()
@@ -30,8 +35,8 @@ def print_plan(config: RunConfig) -> None:
             passes = tokens = "not encoded"
         weight = stage.loss.cross_pair_weight
         table.add_row(
-            stage.name,
-            str(stage.steps),
+            segment.name,
+            str(stage.steps) if stage.gpu_hours is None else f"{stage.gpu_hours:g} GPU-hours",
             str(stage.global_batch),
             ", ".join(f"{name} {share:g}" for name, share in stage.mixture.items()),
             passes,
@@ -42,3 +47,14 @@ def print_plan(config: RunConfig) -> None:
         )
     console.print(table)
     console.print(f"Next: domainshuttle train; the run's folder will be {run.folder}")
+
+
+def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
+    from domainshuttle.platform.engine import deepspeed_config
+
+    workers, on_gpu = config.cluster.most_workers, config.cluster.gpus_per_worker > 0
+    return {
+        stage.name: deepspeed_config(stage, config.engine, stage.global_batch // (workers * stage.micro_batch), on_gpu)
+        for stage in config.stages
+    }

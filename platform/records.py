@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,3 +76,19 @@ def read_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     """The (step, value) points of a metric, by step."""
     points = connect(absolute_uri(uri)).get_metric_history(run_id, key)
     return sorted((point.step, point.value) for point in points)
+
+
+def list_artifacts(uri: str, run_id: str, folder: str = "") -> list[str]:
+    """Paths of the files that a run has in a folder and below it, sorted."""
+    client, todo = connect(absolute_uri(uri)), [folder]
+    found: list[str] = []
+    while todo:
+        for entry in client.list_artifacts(run_id, todo.pop() or None):
+            (todo if entry.is_dir else found).append(entry.path)
+    return sorted(found)
+
+
+def read_artifact(uri: str, run_id: str, path: str) -> bytes:
+    """A file of a run, whole. Raises OSError when it is not there, or not on this machine's disk as the server says."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(connect(absolute_uri(uri)).download_artifacts(run_id, path, folder)).read_bytes()

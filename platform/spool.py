@@ -218,9 +218,14 @@ def artifact_event(path: Path | str, to: str | None) -> dict[str, Any]:
     return new_event("artifact", path=str(Path(path).resolve()), to=to)
 
 
-def status_event(status: str, error: BaseException | str = "", parent: bool = False) -> dict[str, Any]:
+def status_event(
+    status: str, error: BaseException | str = "", parent: bool = False, if_running: bool = False
+) -> dict[str, Any]:
+    """`parent`: of the schedule's run too; `if_running`: only of a run that nobody has ended."""
     text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-    return new_event("status", status=status, error=mask_secrets(text)[:TAG_CHARS], parent=parent)
+    return new_event(
+        "status", status=status, error=mask_secrets(text)[:TAG_CHARS], parent=parent, if_running=if_running
+    )
 
 
 class BackgroundLog:

@@ -12,7 +12,6 @@ restore are not sent again: of each metric only steps above the last one sent ar
 A run is found by its id, else by a tag with the schedule's key, else created; so none is ever created twice. One that
 was deleted on the server is continued by a new one, tagged `continues`, that gets the whole history from the spool.
 A spool belongs where the next attempt sees it too: from a lost node's own disk nothing more can be sent.
-
 This is the only module that imports mlflow, and it does so when something is first sent or read.
 """
 
@@ -59,6 +58,7 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # trying again is the sender's business
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -249,6 +249,8 @@ class _Sender:
                 again = f"steps {event['step'] + 1} to {reached} are computed again, the points are the first ones"
                 self._set_tags(run_id, {f"resumed.{event['step']}": again})
         elif kind == "status":
+            if event.get("if_running") and self.client.get_run(run_id).info.status != "RUNNING":
+                return
             for run in {run_id, self.ids.parent or run_id} if event["parent"] else {run_id}:
                 if event["error"]:
                     self._set_tags(run, {"error": event["error"]})
@@ -295,6 +297,7 @@ class Tracker:
 
     def __init__(self, ids: RunIds, spool: Path | str, timeout: float = 30.0) -> None:
         self.ids, self.folder, self.timeout = ids, Path(spool), timeout
+        self._opened: str | None = None
         self._sender = cache(lambda segment: _Sender(ids, self.folder, segment))
 
     def _put(self, segment: str | None, *events: Mapping[str, Any]) -> bool:
@@ -306,6 +309,7 @@ class Tracker:
         self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
     ) -> bool:
         """Creates or resumes the run of a segment: of a stage, or of one expert's stage."""
+        self._opened = name
         texts = texts_event("params", params or {}, PARAM_CHARS), texts_event("tags", tags or {}, TAG_CHARS)
         return self._put(name, status_event("RUNNING", parent=True), *texts)
 
@@ -326,8 +330,14 @@ class Tracker:
         return self._put(segment, metrics_event(step, metrics))
 
     def fail(self, error: BaseException | str, segment: str | None = None) -> bool:
-        """Marks the schedule's run, and the segment's, as FAILED with the error as the tag `error`."""
-        return self._put(segment, status_event("FAILED", error, parent=True))
+        """Marks the schedule's run, and the segment's, as FAILED with the error as the tag `error`.
+
+        Without a segment: also of the one opened last, if its worker did not live to do so; what that left is sent.
+        """
+        sent = self._put(segment, status_event("FAILED", error, parent=True))
+        if segment is None and self._opened is not None:
+            sent &= self._put(self._opened, status_event("FAILED", error, if_running=True))
+        return sent
 
     def finish(self, status: str = "FINISHED", segment: str | None = None) -> bool:
         """Ends the schedule's or a segment's run, as FINISHED or KILLED; with the schedule's all segments are sent."""

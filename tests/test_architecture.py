@@ -25,8 +25,14 @@ MAY_IMPORT = {
 ONLY_IMPORTER = {
     "deepspeed": {"platform/engine.py"},
     "mlflow": {"platform/tracking.py"},
-    "ray.train": {"platform/train.py"},
-    "ray.data": {"pipelines/loader.py", "pipelines/encode.py", "platform/train.py"},
+    "ray.train": {"platform/train.py", "platform/planned_data.py"},
+    "ray.data": {
+        "pipelines/plan_source.py",
+        "pipelines/loader.py",
+        "pipelines/encode.py",
+        "platform/train.py",
+        "platform/planned_data.py",
+    },
 }
 MOST_LINES = 400
 
@@ -72,6 +78,14 @@ def test_model_knows_no_ray_and_spec_no_torch() -> None:
     assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "model" / "spec.py")}
 
 
+@pytest.mark.parametrize("module", ["pipelines.plan_source", "platform.planned_data", "platform.config"])
+def test_what_ray_loads_into_its_controllers_brings_no_torch(module: str) -> None:
+    """It would cost each of four processes seconds at every start of the workers."""
+    code = f"import sys, domainshuttle.{module}; print({{'torch', 'deepspeed', 'mlflow'}} & {{*sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == "set()"
+
+
 def test_no_file_is_too_long_and_none_is_called_utils() -> None:
     for path in sources():
         lines = len(path.read_text().splitlines())
@@ -104,7 +118,7 @@ def test_the_wheel_works_where_the_sources_are_not(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    assert "domainshuttle/configs/demo.yaml" in names
+    assert {"domainshuttle/configs/demo.yaml", "domainshuttle/configs/ablations/demo.yaml"} <= set(names)
     assert "domainshuttle/platform/train.py" in names
     assert not any(name.startswith("domainshuttle/tests") for name in names)
     code = (

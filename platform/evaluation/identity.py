@@ -9,23 +9,21 @@ clips and pictures are compared by the Bhattacharyya coefficient of their histog
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.table import Table
 
 from domainshuttle.model.generation import DomainShuttlePipeline
-from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.index import Index
 from domainshuttle.pipelines.media import Pixels
 from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.sample import DOMAINS, DataError, RawSample
-from domainshuttle.pipelines.shards import read_members
+from domainshuttle.pipelines.sample import DOMAINS
+from domainshuttle.pipelines.storage import join
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.evaluation.cases import Case, generate_cases, load_cases
 from domainshuttle.platform.evaluation.grid import GridRow, write_grid
 from domainshuttle.platform.generate import load_pipeline
 from domainshuttle.platform.schedule import Run
@@ -33,18 +31,6 @@ from domainshuttle.platform.tracking import RunIds, Tracker
 
 HUES = 24
 LEAST_CHROMA = 0.06
-
-
-@dataclass(frozen=True)
-class Case:
-    """A held-out sample: what is generated and what it is compared with."""
-
-    key: str
-    caption: str
-    domain: int
-    word: str
-    reference: Pixels
-    target: Pixels
 
 
 @dataclass(frozen=True)
@@ -98,24 +84,6 @@ def hit_rate(clips: list[Pixels], references: list[Pixels], group: int) -> list[
     return hits
 
 
-def load_cases(index: Index, count: int) -> list[Case]:
-    """The first `count` single-subject samples of a raw corpus, with one cut-out reference each; raises DataError."""
-    from domainshuttle.pipelines.encode import decode_sample
-
-    cases = []
-    for number in range(len(index)):
-        row = index.row(number)
-        if len(row.subjects) != 1:
-            continue
-        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
-        target, references = decode_sample(sample, parse_bucket(row.bucket))
-        chosen = next((n for n, origin in enumerate(row.reference_origins) if origin == "other_clip"), 0)
-        cases.append(Case(row.key, sample.info.caption, row.domains[0], row.subjects[0], references[chosen], target))
-        if len(cases) == count:
-            return cases
-    raise DataError(f"the held-out corpus has {len(cases)} samples with one subject; the evaluation needs {count}")
-
-
 def evaluate_identity(
     pipeline: DomainShuttlePipeline, cases: list[Case], candidates: int, steps: int, guidance: float, seed: int
 ) -> tuple[IdentityResult, list[Pixels], list[Pixels]]:
@@ -123,57 +91,34 @@ def evaluate_identity(
     group_start = [number // candidates * candidates for number in range(len(cases))]
     # half a group further on: another subject of the same group
     other = [s + (n - s + candidates // 2) % candidates for n, s in enumerate(group_start)]
-    references = [case.reference for case in cases]
+    swapped = [replace(case, references=cases[number].references) for case, number in zip(cases, other, strict=True)]
+    targets = [case.target for case in cases if case.target is not None]
+    frames, height, width, _ = targets[0].shape
     with progress("Generating", "steps") as show:
-        clips = []
-        for turn, chosen in enumerate((references, [references[n] for n in other])):
-            clips.append(_generate(pipeline, cases, chosen, steps, guidance, seed, turn * steps, 2 * steps, show))
-    own, control = clips
+        own, control = (
+            generate_cases(
+                pipeline, chosen, (frames, height, width), steps, guidance, seed,
+                lambda step, before=before: show(before + step, 2 * steps),  # type: ignore[misc]
+            )
+            for chosen, before in ((cases, 0), (swapped, steps))
+        )  # fmt: skip
+    references = [case.references[0] for case in cases]
     hits = hit_rate(own, references, candidates)
     by_domain = {
-        name: float(np.mean([hit for hit, case in zip(hits, cases, strict=True) if case.domain == number]))
-        for number, name in enumerate(DOMAINS)
-        if any(case.domain == number for case in cases)
+        name: float(np.mean([hit for hit, case in zip(hits, cases, strict=True) if case.domain == name]))
+        for name in DOMAINS
+        if any(case.domain == name for case in cases)
     }
     result = IdentityResult(
         clips=len(cases),
         candidates=candidates,
         own=float(np.mean(hits)),
         other=float(np.mean(hit_rate(control, references, candidates))),
-        target=float(np.mean(hit_rate([case.target for case in cases], references, candidates))),
+        target=float(np.mean(hit_rate(targets, references, candidates))),
         chance=1 / candidates,
         by_domain=by_domain,
     )
     return result, own, control
-
-
-def _generate(
-    pipeline: DomainShuttlePipeline, cases: list[Case], references: list[Pixels], steps: int, guidance: float,
-    seed: int, before: int, total: int, show: object,
-) -> list[Pixels]:  # fmt: skip
-    frames, height, width, _ = cases[0].target.shape
-
-    def on_step(_: object, step: int, __: float, tensors: dict[str, object]) -> dict[str, object]:
-        show(before + step + 1, total)  # type: ignore[operator]
-        return tensors
-
-    result: Any = pipeline(
-        prompt=[case.caption for case in cases],
-        negative_prompt="",
-        references=[[Image.fromarray(picture)] for picture in references],
-        reference_subjects=[[0]] * len(cases),
-        reference_domains=[[case.domain] for case in cases],
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        reference_guidance_scale=guidance,
-        seed=[seed + number for number in range(len(cases))],
-        output_type="np",
-        callback_on_step_end=on_step,
-    )
-    return [(np.clip(clip, 0, 1) * 255).round().astype(np.uint8) for clip in result.frames]
 
 
 def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
@@ -183,7 +128,7 @@ def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
     if section is None:
         raise ConfigError(f"run {config.name!r} has no `evaluation` section: name its held-out corpus there")
     folder = config.corpus_folder(section.corpus, "raw")
-    cases = load_cases(Index.load(folder / INDEX_NAME), section.candidates * section.groups)
+    cases = load_cases(Index.load(join(folder, INDEX_NAME)), section.candidates * section.groups)
     sampling = config.generation
     result, own, control = evaluate_identity(
         load_pipeline(model), cases, section.candidates, sampling.steps, sampling.guidance, config.seed
@@ -191,13 +136,13 @@ def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
     out.mkdir(parents=True, exist_ok=True)
     (out / "identity.json").write_text(json.dumps({**asdict(result), "learned": result.learned}, indent=2))
     rows = [
-        GridRow(case.caption, DOMAINS[case.domain], case.reference, clip, case.target, other)
+        GridRow(case.caption, case.domain, case.references, clip, case.target, other)
         for case, clip, other in zip(cases, own, control, strict=True)
     ]
-    picture, clip = write_grid(_varied(rows, 8), out, sampling.fps)
+    grid = write_grid(_varied(rows, 8), out, sampling.fps)
     print_result(result)
-    _track(run, result, [out / "identity.json", picture, clip])
-    console.print(f"Grid: {picture}; clips: {clip}; table: {out / 'identity.json'}")
+    _track(run, result, [out / "identity.json", *grid])
+    console.print(f"Grid: {' and '.join(map(str, grid))}; table: {out / 'identity.json'}")
     return result
 
 

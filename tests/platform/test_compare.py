@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from domainshuttle.platform import compare
+from domainshuttle.platform import compare, compare_page, curves
 from domainshuttle.platform.tracking import MetricLogger, open_schedule
 
 
@@ -119,27 +119,27 @@ def test_short_names_are_the_ends_that_tell_keys_apart() -> None:
 
 
 def test_segments_follow_each_other_and_gpu_hours_are_read_between_the_logged_ones(uri: str) -> None:
-    first, second = compare.pieces(uri, compare.compare(uri, ["paper"])[:3], "loss")
+    first, second = curves.pieces(uri, compare.compare(uri, ["paper"])[:3], "loss")
     assert (first.schedule, first.segment, second.segment) == ("full", "stage1", "stage2")
     assert (first.first_step, second.first_step) == (0, 40)
     assert 7 not in first.steps and len(first.steps) == 39  # a NaN is not drawn
     assert list(second.steps[:3]) == [41, 42, 43]
     assert math.isnan(first.hours[0]) and first.hours[-1] == pytest.approx(0.4)
     assert dict(zip(second.steps, second.hours, strict=True))[65] == pytest.approx(0.65)
-    assert not compare.pieces(uri, compare.compare(uri, ["paper"])[3:], "loss/cross_pair")
+    assert not curves.pieces(uri, compare.compare(uri, ["paper"])[3:], "loss/cross_pair")
 
 
 def test_the_picture_shows_every_run_and_the_page_needs_nothing_else(uri: str, tmp_path: Path) -> None:
     rows = compare.compare(uri, ["paper", "other"])
-    picture = compare.plot(uri, rows, tmp_path / "new" / "losses.png")
+    picture = curves.plot(uri, rows, tmp_path / "new" / "losses.png")
     image = Image.open(picture).convert("RGB")
     assert image.width == 1440 and image.height > 1000
     colours = {colour for _, colour in image.getcolors(maxcolors=1 << 24) or []}
-    for colour in compare._COLOURS[:3]:  # one for each schedule
+    for colour in curves.COLOURS[:3]:  # one for each schedule
         assert tuple(bytes.fromhex(colour[1:])) in colours
-    assert tuple(bytes.fromhex(compare._COLOURS[3][1:])) not in colours
+    assert tuple(bytes.fromhex(curves.COLOURS[3][1:])) not in colours
 
-    page = compare.write_page(rows, picture, tmp_path / "page" / "runs.html", "Ablation <1>").read_text()
+    page = compare_page.write_page(uri, rows, picture, tmp_path / "page" / "runs.html", "Ablation <1>").read_text()
     assert base64.b64encode(picture.read_bytes()).decode() in page
     assert "Ablation &lt;1&gt;" in page and "http" not in re.sub(r"base64,[^\"]+", "", page)
 
@@ -164,4 +164,68 @@ def test_runs_without_any_metric_can_be_shown(uri: str, tmp_path: Path) -> None:
     assert [row.values["status"] for row in rows] == ["running"] * 3
     shown = text(rows, 200)
     assert "[bold]<b>&" in shown and "[/]" in shown
-    assert compare.write_page(rows, compare.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html").exists()
+    assert compare_page.write_page(uri, rows, curves.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html").exists()
+
+
+def test_what_differs_in_stages_is_a_table_of_its_own_and_failures_say_why(uri: str, tmp_path: Path) -> None:
+    for name, steps, data in (("first", 100, "a: 1"), ("second", 200, "b: 1")):
+        tracker = open_schedule(uri, "stages", name, {"stages.s1.steps": steps, "seed": 1}, {}, tmp_path / name)
+        tracker.open_segment("s1", {"steps": steps, "mixture": data, "stage": "s1"})
+        if name == "second":
+            tracker.open_segment("s2", {"steps": 7})
+            tracker.fail(RuntimeError("no [space] left"), segment="s2")
+    rows = compare.compare(uri, ["stages"])
+    labels, lines = compare.differences(rows)
+    assert labels == ["first", "second"]
+    # the steps are told once, by the configuration; what only one run has does not differ from anything
+    assert lines == [("steps", ["100", "200"]), ("s1: mixture", ["a: 1", "b: 1"])]
+    for width in (160, 40):
+        shown = text(rows, width)
+        assert "s1: mixture" in shown.replace("\n", " ") and "b: 1" in shown
+        assert "second, s2 failed: RuntimeError: no [space] left" in shown.replace("\n", " ").replace("  ", " ")
+    page = compare_page.write_page(uri, rows, curves.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html")
+    assert "<td>s1: mixture</td><td>a: 1</td><td>b: 1</td>" in page.read_text()
+    assert "no [space] left" in page.read_text()
+
+
+def test_the_page_has_the_newest_samples_of_every_run(uri: str, tmp_path: Path) -> None:
+    pictures = {}
+    for name in ("one", "two"):
+        tracker = open_schedule(uri, "sampled", name, {"lr": name}, {}, tmp_path / name)
+        for number, (segment, to) in enumerate(
+            [("s1", "samples/step-000900"), ("s2", "samples/step-000020"), ("s2", "samples/step-000100"),
+             ("s2", "evaluation")]
+        ):  # fmt: skip
+            picture = tmp_path / name / str(number) / "grid.png"
+            picture.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number * 60, len(name), ord(name[0]))).save(picture)
+            pictures[name, number] = base64.b64encode(picture.read_bytes()).decode()
+            tracker.open_segment(segment)
+            assert tracker.artifact(picture, to, segment)
+            assert tracker.log({"evaluation/identity_own": 0.75}, 100, segment)
+    open_schedule(uri, "sampled", "without", {}, {}, tmp_path / "without")
+    rows = compare.compare(uri, ["sampled"])
+    assert [row.values["identity"] for row in rows] == ["", "75.0%", "75.0%", "", "75.0%", "75.0%", ""]
+    page = compare_page.write_page(
+        uri, rows, curves.plot(uri, rows, tmp_path / "c.png"), tmp_path / "c.html"
+    ).read_text()
+    shown = [key for key, data in pictures.items() if data in page]
+    assert shown == [("one", 2), ("one", 3), ("two", 2), ("two", 3)]
+    assert page.count("s2, step 100</span>") == 2
+
+
+def test_hours_between_two_looks_at_the_ledger_are_drawn_as_a_line() -> None:
+    """The ledger is written each some seconds; metrics more often, with what it said last."""
+    logged = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 4.0), (5, 4.0), (6, 4.0)]
+    assert list(curves._hours([1, 2, 3, 4, 5, 6], logged)) == pytest.approx([1, 1.6, 2.2, 2.8, 3.4, 4])
+    assert [math.isnan(hour) for hour in curves._hours([1, 2], [])] == [True, True]
+
+
+def test_a_stage_that_only_some_runs_have_is_one_difference() -> None:
+    with_base = {"seed": "1", "stages.base.steps": "20", "stages.base.lr": "1", "stages.s1.steps": "5"}
+    with_base["corpora.a.fps"] = "2"
+    without = {"seed": "1", "stages.s1.steps": "6"}
+    folded = compare.fold_absent([with_base, without])
+    assert compare.differing(folded) == ["corpora.a", "stages.base", "stages.s1.steps"]
+    assert (folded[0]["stages.base"], folded[0]["corpora.a"]) == ("20 steps", "there")
+    assert folded[1] == without

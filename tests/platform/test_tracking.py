@@ -126,6 +126,32 @@ def test_a_restart_goes_on_in_the_same_runs_without_doubled_points(store: str, t
     assert records.read_runs(store, ["restart"])[0].tags["changed.steps"] == "100"
 
 
+def test_a_worker_that_was_killed_is_marked_as_failed_by_the_driver(store: str, tmp_path: Path) -> None:
+    tracker = schedule(store, "killed", tmp_path)
+    tracker.open_segment("stage1")
+    tracker.finish(segment="stage1")
+    tracker.open_segment("stage2")
+    left = spool.Journal(tmp_path / "spool" / "segment-stage2.jsonl")  # what the worker wrote last and could not send
+    left.append([spool.metrics_event(7, {"loss": 0.5})])
+    assert tracker.fail(RuntimeError("rank 1 was killed"))
+    runs = {run.name: run for run in records.read_runs(store, ["killed"])}
+    assert {name: run.status for name, run in runs.items()} == {
+        "a run": "FAILED",
+        "stage1": "FINISHED",
+        "stage2": "FAILED",
+    }
+    assert runs["a run"].tags["error"] == runs["stage2"].tags["error"] == "RuntimeError: rank 1 was killed"
+    assert runs["stage2"].metrics == {"loss": 0.5} and "error" not in runs["stage1"].tags
+
+    again = schedule(store, "killed", tmp_path, tracker.ids)
+    again.open_segment("stage2")
+    logger = MetricLogger(again.ids, "stage2", tmp_path / "spool")
+    assert logger.fail("ValueError: the cause")
+    assert again.fail(RuntimeError("the workers ended"))
+    runs = {run.name: run for run in records.read_runs(store, ["killed"])}
+    assert runs["stage2"].tags["error"] == "ValueError: the cause"  # what the worker said itself is kept
+
+
 @pytest.mark.parametrize("server", ["refused", "black_hole"])
 def test_a_dead_server_never_delays_and_gets_everything_later(
     server: str, store: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
