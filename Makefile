@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test test-nightly check chaos clean
 
 # torch alone and first: beside other packages pip may take another build of it
 $(VENV)/installed: pyproject.toml
@@ -22,6 +22,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
+# whole trainings, for which a working day has no time
+test-nightly: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m nightly --timeout=1200
+
+# one run of the demo's size under 20 random faults, and its accounts
+chaos: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/chaos.py --faults 20
+
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,5 +39,5 @@ check: $(VENV)/installed
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p domainshuttle
 
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis domainshuttle.egg-info
+	rm -rf $(VENV) build dist demo ablation chaos .pytest_cache .mypy_cache .ruff_cache .hypothesis domainshuttle.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,316 @@
+"""Chaos: one run of the demo's size under a random sequence of faults, and its accounts at the end.
+
+    python benchmarks/chaos.py --faults 20 --seed 0        (or: make chaos)
+
+Each fault is real: signals to the driver or to a worker, damage to the newest checkpoint, a tracking server that goes
+away. After each, what a user would do is done (the same command again, where the driver is gone), and the time to the
+first step of the next attempt is measured. At the end every planned sample must have been trained on exactly once in
+the surviving history. Ends with code 1 otherwise.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from domainshuttle.platform.books import check_books
+from domainshuttle.platform.checkpoint import MANIFEST_NAME
+from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.schedule import Run
+
+CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
+PATIENCE = 300.0
+"""Seconds in which a run must get on after a fault."""
+console = Console()
+
+
+@dataclass
+class Entry:
+    """One fault and what became of it."""
+
+    fault: str
+    segment: str
+    step: int
+    seconds_to_step: float
+
+
+class Server:
+    """A real MLflow server of the run's own, which can be taken away and brought back."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        folder = self.folder
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        with (folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.5)
+        raise SystemExit(f"the MLflow server did not start: see {folder / 'server.log'}")
+
+    def stop(self) -> None:
+        if self.process:
+            end_tree(self.process.pid)
+            self.process = None
+
+
+class Chaos:
+    """A run, its driver, and the faults that it can be given."""
+
+    def __init__(self, config: Path, run: Run, server: Server, dice: random.Random, log: Path) -> None:
+        self.config, self.run, self.server, self.dice, self.log = config, run, server, dice, log
+        self.driver: subprocess.Popen[bytes] | None = None
+        self.faults: dict[str, Callable[[], None]] = {
+            "SIGKILL of a worker": self.kill_worker,
+            "SIGKILL of a worker while a checkpoint is written": self.kill_in_write,
+            "SIGSTOP of a worker (it hangs)": self.freeze_worker,
+            "SIGKILL of the driver": self.kill_driver,
+            "Ctrl-C": lambda: self.signal_driver(signal.SIGINT),
+            "SIGTERM": lambda: self.signal_driver(signal.SIGTERM),
+            "newest checkpoint: one bit flipped, then SIGKILL": self.flip_bit,
+            "newest checkpoint: cut short, then SIGKILL": self.cut_short,
+            "newest checkpoint: manifest gone, then SIGKILL": self.remove_manifest,
+            "MLflow away, and SIGKILL of a worker": self.server_away,
+        }
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.driver = subprocess.Popen(
+                [*CLI, "train", str(self.config)], stdout=log, stderr=log, start_new_session=True
+            )
+
+    def ensure_driver(self) -> None:
+        """Starts the command again if it has ended, as a user or a job scheduler would."""
+        if self.driver is None or self.driver.poll() is not None:
+            self.start()
+
+    def finished(self) -> bool:
+        return all(segment.finished for segment in self.run.segments())
+
+    def wait_for_step(self, attempt_after: int, steps: int = 1) -> None:
+        """Waits until an attempt later than `attempt_after` has made some steps, or the run is finished."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            state = self.run.read_progress()
+            new = state and state["attempt"] > attempt_after and state["step"] >= state["first_step"] + steps
+            if self.finished() or new:
+                return
+            if self.driver and self.driver.poll() not in (None, 0):
+                self.start()
+            time.sleep(0.1)
+        raise SystemExit(f"no step for {PATIENCE:.0f} s: see {self.log}")
+
+    def workers(self) -> list[psutil.Process]:
+        assert self.driver
+        found = []
+        for child in psutil.Process(self.driver.pid).children(recursive=True):
+            try:
+                if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill_worker(self) -> None:
+        if workers := self.workers():
+            self.dice.choice(workers).kill()
+
+    def freeze_worker(self) -> None:
+        if workers := self.workers():
+            self.dice.choice(workers).suspend()
+
+    def kill_in_write(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not self.finished():
+            folders = self.run.checkpoints.glob("*-step*")
+            if any(not (folder / MANIFEST_NAME).exists() for folder in folders):
+                break
+            time.sleep(0.002)
+        self.kill_worker()
+
+    def kill_driver(self) -> None:
+        assert self.driver
+        end_tree(self.driver.pid)
+        self.driver.wait()
+
+    def signal_driver(self, number: signal.Signals) -> None:
+        assert self.driver
+        self.driver.send_signal(number)
+        self.driver.wait(timeout=PATIENCE)
+
+    def damage(self, act: Callable[[Path], None]) -> None:
+        whole = [f for f in self.run.checkpoints.glob("*-step*") if (f / MANIFEST_NAME).exists()]
+        if whole:
+            act(max(whole, key=lambda folder: folder.stat().st_mtime))
+        self.kill_worker()
+
+    def flip_bit(self) -> None:
+        def act(folder: Path) -> None:
+            path = self.dice.choice([p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 10_000])
+            with path.open("r+b") as file:
+                place = self.dice.randrange(path.stat().st_size)
+                file.seek(place)
+                byte = file.read(1)[0]
+                file.seek(place)
+                file.write(bytes([byte ^ 1 << self.dice.randrange(8)]))
+
+        self.damage(act)
+
+    def cut_short(self) -> None:
+        def act(folder: Path) -> None:
+            path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+            os.truncate(path, self.dice.randrange(path.stat().st_size))
+
+        self.damage(act)
+
+    def remove_manifest(self) -> None:
+        self.damage(lambda folder: (folder / MANIFEST_NAME).unlink())
+
+    def server_away(self) -> None:
+        if self.server.process:
+            self.server.stop()
+        else:
+            self.server.start()
+        self.kill_worker()
+
+
+def end_tree(pid: int) -> None:
+    """SIGKILL for a process and all that it started."""
+    try:
+        parent = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    for process in [parent, *parent.children(recursive=True)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def prepare(folder: Path, server: Server, faults: int) -> RunConfig:
+    """The demo's model and data, with steps enough for the faults and a checkpoint each 5 steps."""
+    overrides = [
+        f"data={folder}/data", f"output={folder}/runs", "name=chaos", "checkpoint.every=5", "checkpoint.keep=3",
+        "tracking.every=1", "tracking.experiment=chaos", f"tracking.uri=http://127.0.0.1:{server.port}",
+        "cluster.max_failures=1000", "guard.hang_seconds=30", "stages.base.steps=20",
+        f"stages.stage1.steps={10 + 7 * faults}", f"stages.stage2.steps={10 + 7 * faults}",
+        "stages.base.global_batch=16", "stages.base.micro_batch=8", "stages.stage1.global_batch=16",
+        "stages.stage1.micro_batch=8", "stages.stage2.global_batch=16", "stages.stage2.micro_batch=8",
+        "corpora.sprites-images.build.samples=256", "corpora.sprites-videos.build.samples=128",
+    ]  # fmt: skip
+    config = load_config("demo", overrides)
+    (folder / "chaos.yaml").write_text(config.to_yaml())
+    for verb in ("build", "encode"):
+        subprocess.run([*CLI, "data", verb, str(folder / "chaos.yaml")], check=True)
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the sequence of faults")
+    parser.add_argument("--folder", type=Path, default=Path("chaos"), help="is removed first")
+    parser.add_argument("--out", type=Path, help="write the account as JSON here")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    dice, server = random.Random(options.seed), Server(folder)
+    server.start()
+    config = prepare(folder, server, options.faults)
+    run = Run(config)
+    chaos = Chaos(folder / "chaos.yaml", run, server, dice, folder / "driver.log")
+    names = list(chaos.faults)
+    sequence = [*names, *dice.choices(names, k=max(0, options.faults - len(names)))][: options.faults]
+    dice.shuffle(sequence)
+    entries: list[Entry] = []
+    began = time.monotonic()
+    try:
+        chaos.start()
+        chaos.wait_for_step(0)
+        for number, fault in enumerate(sequence, 1):
+            chaos.wait_for_step(0, steps=dice.randint(1, 9))
+            if chaos.finished():
+                console.print("The run was finished before all faults were given: raise --faults' steps")
+                break
+            before = run.read_progress()
+            console.print(f"{number:3d}  {before['segment']} step {before['step']:3d}: {fault}")
+            given = time.monotonic()
+            chaos.faults[fault]()
+            chaos.ensure_driver()
+            chaos.wait_for_step(before["attempt"])
+            entries.append(Entry(fault, before["segment"], before["step"], time.monotonic() - given))
+        if not server.process:
+            server.start()
+        while not chaos.finished():
+            chaos.ensure_driver()
+            time.sleep(0.5)
+        assert chaos.driver
+        chaos.driver.wait(timeout=PATIENCE)
+        report(config, run, entries, time.monotonic() - began, options.out)
+    finally:
+        if chaos.driver:
+            end_tree(chaos.driver.pid)
+        server.stop()
+
+
+def report(config: RunConfig, run: Run, entries: list[Entry], seconds: float, out: Path | None) -> None:
+    books = check_books(config)
+    ledger = Ledger(run.ledger_path).summary()
+    table = Table(title=f"{len(entries)} faults in {seconds / 60:.0f} min")
+    for column in ("fault", "times", "median s to the next step", "longest"):
+        table.add_column(column)
+    for fault in sorted({entry.fault for entry in entries}):
+        times = [entry.seconds_to_step for entry in entries if entry.fault == fault]
+        table.add_row(fault, str(len(times)), f"{median(times):.0f}", f"{max(times):.0f}")
+    console.print(table)
+    recomputed = books.recomputed // config.stages[-1].global_batch
+    console.print(
+        f"Samples planned {books.planned}, trained {books.trained}, lost {books.lost}, repeated {books.repeated}; "
+        f"steps recomputed {recomputed}; {ledger.attempts} attempts; device-hours used {ledger.used:.3f}, productive "
+        f"{ledger.productive:.3f}, lost {ledger.lost:.3f}, starting {ledger.starting:.3f}: goodput {ledger.goodput:.0%}"
+    )
+    if out:
+        account = {
+            "date": date.today().isoformat(),
+            "machine": f"{os.cpu_count()} CPUs, {platform.machine()}",
+            "entries": [asdict(entry) for entry in entries],
+            "books": asdict(books),
+            "ledger": asdict(ledger),
+        }
+        out.write_text(json.dumps(account, indent=2))
+    if books.lost or books.repeated:
+        raise SystemExit("the books do not balance")
+    console.print("Nothing was lost and nothing repeated.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The product's loader as a run uses it, and the raw read that no loader of one process can pass.
+
+Run in the product's environment: python -m loading.ours product|raw KIND FOLDER --consumers 1|2
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from loading.data import REFERENCES, TEXT_LENGTH
+from loading.measure import Batch, Measured, measure, memory_bytes
+from loading.peers import BATCH, shards
+from ray.data import DataIterator
+from torch import Tensor
+
+from domainshuttle.cluster.local import Connection
+from domainshuttle.pipelines.feed import Feed
+from domainshuttle.pipelines.loader import Loader
+from domainshuttle.pipelines.media import decode_image
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.plan_source import plan_dataset
+from domainshuttle.pipelines.reading import Drawn, Reader
+from domainshuttle.pipelines.shards import read_members
+from domainshuttle.pipelines.staging import Staging
+
+STEPS = 4000
+"""More than are reached; with one block of the plan for 32 of them, about a stage's."""
+RAW_CHUNK = 4 << 20
+
+
+def feed(kind: str, folder: Path, consumers: int) -> Feed:
+    """A stage of training on the benchmark's samples."""
+    return Feed(
+        indexes=(str(folder / INDEX_NAME),),
+        mixture=((kind, 1.0),),
+        seed=0,
+        global_batch=BATCH[kind] * consumers,
+        micro_batch=BATCH[kind],
+        text_len=TEXT_LENGTH,
+        references=REFERENCES,
+    )
+
+
+class PictureReader(Reader[list[Tensor], Batch]):
+    """Raw samples, their pictures decoded in the rank's threads."""
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(feed, self.decode, self.stack)
+        self.staging = Staging()
+
+    def decode(self, drawn: Drawn) -> list[Tensor]:
+        """All pictures of a sample, [h,w,3] each."""
+        row = drawn.row
+        wanted = [member for member in row.members if member.extension != "json"]
+        members = read_members(row.folder, row.shard, wanted)
+        return [torch.from_numpy(decode_image(data, f"{row.key}.{name}")) for name, data in members.items()]
+
+    def stack(self, samples: list[list[Tensor]]) -> Batch:
+        """The pictures of all samples, one tensor a place."""
+        batch = []
+        for place in zip(*samples, strict=True):
+            tensor = self.staging.empty(len(place), *place[0].shape, dtype=torch.uint8)
+            batch.append(torch.stack(place, out=tensor))
+        return batch
+
+
+def batches(kind: str, iterator: DataIterator, feed: Feed, rank: int, world_size: int) -> Iterator[Batch]:
+    """A rank's batches, from where its Loader is made."""
+    place = iterator, feed, rank, world_size, Path(os.devnull)
+    if kind == "pictures":
+        for pictures in Loader(*place, source=PictureReader(feed)):
+            yield pictures.batch
+        return
+    for latents in Loader(*place):
+        batch = latents.batch
+        yield [batch.latents, batch.text, batch.references]
+
+
+@ray.remote(num_cpus=0)
+class Consumer:
+    """Another rank: the process of a training worker without the training."""
+
+    def ready(self) -> None:
+        """Returns when the process runs and its imports are done."""
+
+    def consume(self, shard: tuple[str, DataIterator, Feed, int, int], *clock: Any) -> Measured:
+        """What `measure` says of this rank's batches."""
+        return measure(lambda: batches(*shard), *clock)
+
+
+def product(kind: str, folder: Path, consumers: int, seconds: float) -> Measured:
+    """The plan through Ray Data to so many ranks, each a process with its Loader: this one and actors. Needs Ray to be
+    connected."""
+    actors = [Consumer.remote() for _ in range(consumers - 1)]
+    ray.get([actor.ready.remote() for actor in actors])
+    own = feed(kind, folder, consumers)
+    clock = seconds, time.perf_counter(), os.getpid()
+    ranks = [
+        (kind, iterator, own, rank, consumers) for rank, iterator in enumerate(plan_dataset(own, 0, STEPS, consumers))
+    ]
+    others = [actor.consume.remote(shard, *clock) for actor, shard in zip(actors, ranks[1:], strict=True)]
+    first = measure(lambda: batches(*ranks[0]), *clock)
+    return Measured.together([first, *ray.get(others)])
+
+
+def raw(kind: str, folder: Path, consumers: int, seconds: float) -> Measured:
+    """The tars read from end to end into one small buffer."""
+    samples, files = len(feed(kind, folder, 1).index()), shards(folder)
+    share = samples / sum(Path(file).stat().st_size for file in files)
+    buffer, size = bytearray(RAW_CHUNK), 0
+    process = psutil.Process()
+    began, cpu = time.perf_counter(), -sum(process.cpu_times()[:2])
+    while time.perf_counter() - began < seconds:
+        for name in files:
+            with open(name, "rb", buffering=0) as file:  # noqa: PTH123
+                while count := file.readinto(buffer):
+                    size += count
+    elapsed = time.perf_counter() - began
+    cpu += sum(process.cpu_times()[:2])
+    return Measured(0.0, size * share / elapsed, 1000 * cpu / (size * share), memory_bytes([process]), 1 / share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["product", "raw"])
+    parser.add_argument("kind", choices=BATCH)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--consumers", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    arguments = parser.parse_args()
+    given = arguments.kind, arguments.folder, arguments.consumers, arguments.seconds
+    if arguments.what == "raw":
+        print(json.dumps(asdict(raw(*given))), flush=True)
+        return
+    with Connection():
+        print(json.dumps(asdict(product(*given))), flush=True)
+        # a thread of the loader still waits for Ray, whose library aborts a process that disconnects in this state;
+        # Ray's own processes end with this one
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
