@@ -227,7 +227,11 @@ def main() -> None:
         for number in range(arguments.rounds):
             for kind, of_kind in results.items():
                 for name, runs in of_kind.items():
-                    runs.append(bench.measure(name, kind))
+                    try:
+                        runs.append(bench.measure(name, kind))
+                    except (RuntimeError, subprocess.TimeoutExpired) as error:  # a gap in the table, not its end
+                        print(f"round {number + 1}, {kind}, {name}: {error}", file=sys.stderr)
+                        continue
                     shown = " · ".join(f"{field} {runs[-1][field]:.4g}" for field in FIELDS)
                     print(f"round {number + 1}, {kind}, {name}: {shown}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -138,13 +138,16 @@ def data_inspect(
 def plan(
     config: Config,
     set_: Set = None,
+    parameters: Annotated[bool, typer.Option(help="Print which parameters each stage trains, by group.")] = False,
     deepspeed: Annotated[bool, typer.Option(help="Print DeepSpeed's derived configuration of each stage.")] = False,
 ) -> None:
     """Show what a run would train: stages, data, buckets, trained parameters and the cost of a step."""
-    from domainshuttle.platform.planner import deepspeed_configs, print_plan
+    from domainshuttle.platform.planner import deepspeed_configs, print_parameters, print_plan
 
     settings = _load(config, set_)
-    if deepspeed:
+    if parameters:
+        print_parameters(settings)
+    elif deepspeed:
         sys.stdout.write(json.dumps(deepspeed_configs(settings), indent=2) + "\n")
     else:
         print_plan(settings)

@@ -68,14 +68,15 @@ def select_trained(model: nn.Module, patterns: list[str]) -> TrainedParameters:
         parameter.requires_grad_(bool(hits))
         (trained if hits else frozen)[name] = parameter.numel()
     if unused := [pattern for pattern in patterns if pattern not in used]:
-        groups = sorted({_anonymous(name) for name in [*trained, *frozen]})
+        groups = sorted({group_name(name) for name in [*trained, *frozen]})
         raise ConfigError(
             f"trained: {unused} name no parameter; the model has: {', '.join(groups)} (write * for a block's number)"
         )
     return TrainedParameters(trained, frozen)
 
 
-def _anonymous(name: str) -> str:
+def group_name(name: str) -> str:
+    """A parameter's name without its block's number: `blocks.*.attn1.to_q.weight`."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 

@@ -49,6 +49,33 @@ def print_plan(config: RunConfig) -> None:
     console.print(f"Next: domainshuttle train; the run's folder will be {run.folder}")
 
 
+def print_parameters(config: RunConfig) -> None:
+    """Prints which parameters each segment trains, by group: the blocks' numbers are left out."""
+    from domainshuttle.platform.build import blueprint
+    from domainshuttle.platform.engine import group_name, select_trained
+    from domainshuttle.platform.schedule import Run
+
+    sizes: dict[str, int] = {}
+    trained: dict[str, set[str]] = {}
+    segments = Run(config).segments()
+    for segment in segments:
+        base = segment.expert.base if segment.expert else config.model.base
+        outline = blueprint(config.model_of(segment.expert), base, segment.seed).outline
+        selected = select_trained(outline, segment.stage.trained)
+        trained[segment.name] = {group_name(name) for name in selected.trained}
+        sizes = {}
+        for name, size in {**selected.trained, **selected.frozen}.items():
+            sizes[group_name(name)] = sizes.get(group_name(name), 0) + size
+    table = Table(title="Parameters: trained, or frozen (.)")
+    table.add_column("group", overflow="fold")
+    table.add_column("elements", justify="right")
+    for segment in segments:
+        table.add_column(segment.name)
+    for group, size in sizes.items():
+        table.add_row(group, f"{size:,}", *("trained" if group in trained[s.name] else "." for s in segments))
+    console.print(table)
+
+
 def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
     from domainshuttle.platform.engine import deepspeed_config

@@ -127,7 +127,9 @@ def litdata(kind: str, folder: Path) -> Iterator[Batch]:
             return stored(kind, super().__getitem__(index))
 
     dataset = Decoding(str(folder), shuffle=False, drop_last=True)
-    return flat(StreamingDataLoader(dataset, batch_size=BATCH[kind], num_workers=WORKERS))
+    loader = StreamingDataLoader(dataset, batch_size=BATCH[kind], num_workers=WORKERS, persistent_workers=True)
+    while True:
+        yield from flat(loader)
 
 
 def stored(kind: str, sample: dict[str, Any]) -> dict[str, Tensor]:

@@ -257,7 +257,7 @@ def wans_initialisation(section: ModelSection, seed: int) -> DomainShuttleTransf
 
 @pytest.mark.parametrize("changes", [{}, {"reference_projections": "shared"}, {"domain_adaln": False}])
 def test_a_new_model_made_tensor_by_tensor_is_that_made_whole(changes: dict[str, Any]) -> None:
-    section = ModelSection(size=SIZE | changes)
+    section = ModelSection(size=SIZE, ablation=changes)
     state = torch.get_rng_state()
     made = dict(build_model(section, None, seed=11).named_parameters())
     assert torch.get_rng_state().equal(state)
