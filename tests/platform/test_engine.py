@@ -241,7 +241,7 @@ def test_a_base_that_is_not_there_is_a_config_error(monkeypatch: pytest.MonkeyPa
 def wans_initialisation(section: ModelSection, seed: int) -> DomainShuttleTransformer3DModel:
     """The reference: construct the whole model, then go over its layers, with the global generator."""
     torch.manual_seed(seed)
-    network = DomainShuttleTransformer3DModel(**section.size, reference_gate=section.reference_gate)
+    network = DomainShuttleTransformer3DModel(**section.size, **section.choices)
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear | nn.Conv3d) and "film_" not in name:
             if any(part in name for part in ("text_embedder", "time_embedder")):
