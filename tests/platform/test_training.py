@@ -103,6 +103,7 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
     assert {found.state.step for found in whole_ones if found.state.segment == "stage2"} == {21, 24}
 
 
+@pytest.mark.nightly
 def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, _ = unbroken
     before = weights(config, "stage2")
