@@ -4,13 +4,12 @@ Run: python -m pytest tests/pipelines/test_bad_samples.py
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from plan_rows import Rows
 from safetensors.numpy import save as save_numpy
 
 from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME
@@ -86,16 +85,6 @@ DAMAGE: dict[str, tuple[Callable[[EncodedSample], bytes | None], str]] = {
     "another type": (lambda one: save_numpy({"target": np.zeros(4, np.float32)}), "target is F32, expected BF16"),
     "no member": (lambda one: None, "no safetensors member"),
 }  # fmt: skip
-
-
-class Rows:
-    """Stands where Ray's iterator stands: hands out tables."""
-
-    def __init__(self, *tables: pa.Table) -> None:
-        self.tables = tables
-
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        yield from self.tables
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,14 @@ Run: python -m pytest tests/pipelines/test_encode_and_load.py
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from plan_rows import Rows
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
@@ -63,16 +62,6 @@ def feed(corpus: Path, **changes: Any) -> Feed:
         paired=True,
     )
     return replace(base, **changes)
-
-
-class Rows:
-    """Stands where Ray's iterator stands: hands out tables."""
-
-    def __init__(self, *tables: pa.Table) -> None:
-        self.tables = tables
-
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        yield from self.tables
 
 
 def load(corpus: Path, one: Feed, steps: int, tmp_path: Path, rank: int = 0, world: int = 1) -> list[MicroBatch]:

@@ -4,15 +4,14 @@ Run: python -m pytest tests/pipelines/test_live.py
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from plan_rows import Rows
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -115,16 +114,6 @@ def feed(folder: Path, *names: str, live: bool, **changes: Any) -> Feed:
         encoders=SOURCES if live else None,
     )
     return replace(base, **changes)
-
-
-class Rows:
-    """Stands where Ray's iterator stands: hands out tables."""
-
-    def __init__(self, *tables: pa.Table) -> None:
-        self.tables = tables
-
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        yield from self.tables
 
 
 def load(one: Feed, steps: int, quarantine: Path) -> list[MicroBatch]:

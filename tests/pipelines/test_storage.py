@@ -23,12 +23,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
+from plan_rows import Rows
 from safetensors.torch import save_file
 
 from domainshuttle.pipelines import storage
@@ -494,11 +494,7 @@ def loader(place: storage.Place, quarantine: Path, **changes: Any) -> Loader[Any
         text_len=48, references=3, paired=True, **changes,
     )  # fmt: skip
 
-    class Rows:
-        def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-            yield planned_rows(feed, 0, 3, 0, 1)
-
-    return Loader(Rows(), feed, 0, 1, quarantine)  # type: ignore[arg-type]
+    return Loader(Rows(planned_rows(feed, 0, 3, 0, 1)), feed, 0, 1, quarantine)  # type: ignore[arg-type]
 
 
 def same(left: MicroBatch[Any], right: MicroBatch[Any]) -> bool:
