@@ -106,6 +106,8 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
             "rank": pa.array([rank], pa.int32()),
             "part": pa.array([micro.part], pa.int32()),
             "keys": pa.array([micro.keys], pa.list_(pa.string())),
+            # the corpora's names, which are not those of the samples' sources where a corpus is the user's own
+            "sources": pa.array([micro.batch.sources], pa.list_(pa.string())),
             "pair_kinds": pa.array([json.dumps(micro.pair_kinds)], pa.string()),
             "bad": pa.array([json.dumps([asdict(one) for one in micro.bad])], pa.string()),
             # no copy: the bytes are the column's memory
@@ -116,13 +118,13 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
 
 def unpack(row: pa.Table, staging: Staging | None = None) -> MicroBatch[TrainingBatch]:
     """The micro-batch of a packed row: its tensors are views of the row's memory, or copies in `staging`."""
-    values = {name: row.column(name)[0].as_py() for name in ("step", "part", "keys", "pair_kinds", "bad")}
+    values = {name: row.column(name)[0].as_py() for name in ("step", "part", "keys", "sources", "pair_kinds", "bad")}
     tensors: dict[str, Any] = {field.name: None for field in fields(TrainingBatch)}
     for name, view in tensor_views(memoryview(_packed_bytes(row)), "a packed batch").items():
         stored, dtype = _DTYPES[view.dtype]
         tensor = memory_tensor(view.buffer, stored).view(dtype).reshape(view.shape)
         tensors[name] = tensor if staging is None else staging.empty(*tensor.shape, dtype=dtype).copy_(tensor)
-    tensors["sources"] = tuple(key.rpartition("/")[0] for key in values["keys"])
+    tensors["sources"] = tuple(values["sources"])
     return MicroBatch(
         step=values["step"],
         part=values["part"],

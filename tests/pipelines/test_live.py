@@ -45,15 +45,16 @@ DAMAGED = {"train-0000003": "jpeg", "train-0000005": "clip", "train-0000008": "s
 
 
 def raw_corpus(
-    folder: Path, name: str, damage: dict[str, str] | None = None, sampled: float | None = None, **options: Any
-) -> None:
+    folder: Path, name: str, damage: dict[str, str] | None = None, sampled: float | None = None,
+    source: str | None = None, **options: Any,
+) -> None:  # fmt: skip
     """A corpus of sprites, written without Ray; `damage` says which samples get which broken member, `sampled` at which
-    rate clips are sampled."""
+    rate clips are sampled, `source` what the samples say that they are from (none: the corpus)."""
     config = SpritesConfig(samples=24, identities=72, side=48, seed=4, **options)
     bucket = parse_bucket("1x32x32" if config.kind == "image" else "5x32x32")
     infos = {}
     with ShardWriter(folder / name / "raw", "part", 1 << 20) as writer:
-        for sample in SpritesBuilder(config, name).build(0, config.samples):
+        for sample in SpritesBuilder(config, source or name).build(0, config.samples):
             files = dict(sample.files)
             kind = (damage or {}).get(sample.key)
             if kind == "jpeg":
@@ -144,6 +145,16 @@ def test_live_batches_are_those_of_the_encoded_corpus_bit_for_bit(corpora: Path,
         assert_equal(first.batch, second.batch)
     assert {micro.batch.bucket for micro in live} == {(1, 4, 4), (2, 4, 4)}
     assert not (tmp_path / "q").exists()
+
+
+def test_a_batch_names_the_corpora_whatever_its_samples_say_they_are_from(tmp_path: Path) -> None:
+    """As with users' own corpora: metrics count by the mixture's names."""
+    raw_corpus(tmp_path, "mine", source="another", kind="image")
+    encode_corpus(tmp_path, "mine")
+    for live in (False, True):
+        for micro in load(feed(tmp_path, "mine", live=live), 2, tmp_path / "q"):
+            assert micro.batch.sources == ("mine",) * 4
+            assert all(key.startswith("another/") for key in micro.keys)
 
 
 def test_clips_are_sampled_at_the_corpus_rate(tmp_path: Path) -> None:
