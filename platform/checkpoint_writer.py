@@ -40,6 +40,10 @@ SPARE = 1.1
 logger = logging.getLogger(__name__)
 
 
+class SavesFailedError(CheckpointError):
+    """So many saves in a row have failed that the run must end; on all ranks alike."""
+
+
 @dataclass(frozen=True)
 class Begun:
     """What the training waited for in a save, in seconds."""
@@ -141,7 +145,7 @@ class AsyncCheckpointer:
         """Begins a save; returns when the state is copied. Each snapshot copies a part and returns what writes it.
 
         Waits first for the save before, as there is memory for one copy. A save that fails, this one or the one
-        before, is logged and made up for by the next; `checkpoint.max_failed` in a row raise CheckpointError, on all
+        before, is logged and made up for by the next; `checkpoint.max_failed` in a row raise SavesFailedError, on all
         ranks alike. The checkpoints before stay as they are in every case.
         """
         began = time.monotonic()
@@ -209,7 +213,7 @@ class AsyncCheckpointer:
         if saved.fault and self.rank == 0:
             logger.warning("%s (%d in a row)", _failure(saved), self._failed)
         if self._failed >= self.settings.max_failed:
-            raise CheckpointError(
+            raise SavesFailedError(
                 f"{self._failed} checkpoints in a row could not be written, so the run ends; those before are intact. "
                 + _failure(saved)
             )
@@ -344,12 +348,12 @@ class AsyncCheckpointer:
             wait = min(1.0, wait * 1.5)
 
 
-def gather_objects() -> Callable[[Any], Sequence[Any]]:
-    """A `gather` over torch.distributed's ranks. All ranks make it together, once."""
+def gather_objects(patience: float) -> Callable[[Any], Sequence[Any]]:
+    """A `gather` over torch.distributed's ranks, which waits `patience` seconds. All ranks make it together, once."""
     import torch.distributed as dist
 
-    # on the CPU, so that it waits for nothing that a GPU has yet to do; how long a rank may write, the saves bound
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    # on the CPU, so that it waits for nothing that a GPU has yet to do
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def gather(mine: Any) -> Sequence[Any]:
         every: list[Any] = [None] * dist.get_world_size()

@@ -219,6 +219,18 @@ def checkpoints(
 
 
 @app.command()
+def flush(
+    run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")],
+    uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until it gives up.")] = 600.0,
+) -> None:
+    """Send to MLflow what a run could not send while its server was away. A run that goes on does so by itself."""
+    from domainshuttle.platform.delivery import flush_run
+
+    raise SystemExit(0 if flush_run(run, uri, timeout) else 1)
+
+
+@app.command()
 def compare(
     experiment: Annotated[list[str], typer.Argument(help="Names of MLflow experiments.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server or store.", envvar="MLFLOW_TRACKING_URI")] = None,

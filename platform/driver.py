@@ -21,6 +21,7 @@ from domainshuttle.platform.planner import deepspeed_configs
 from domainshuttle.platform.resume import AUTO, NONE, begin
 from domainshuttle.platform.schedule import Run
 from domainshuttle.platform.sections import ExpertSection
+from domainshuttle.platform.spool import mask_secrets
 from domainshuttle.platform.tracking import RunIds, open_schedule
 from domainshuttle.platform.train import train
 
@@ -75,12 +76,17 @@ def run_training(run: Run, stage: str | None = None, resume: str = AUTO) -> int:
             tracker.fail(error)
             raise
     whole = outcome == "finished" and all(segment.finished for segment in run.segments())
-    tracker.finish("FINISHED" if whole else "KILLED")
+    delivered = tracker.finish("FINISHED" if whole else "KILLED")
     summary = Ledger(run.ledger_path).summary(config.budget_gpu_hours)
     console.print(
         f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
         f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
     )
+    if not delivered:
+        console.print(
+            f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
+            f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
+        )
     if outcome == "budget spent":
         console.print(
             f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent and a checkpoint is written. To go on, "

@@ -200,6 +200,9 @@ class ClusterSection(Section):
     workers: int | tuple[int, int] = Field(
         2, description="how many, or [least, most]: the run shrinks and grows with the cluster"
     )
+    resize_seconds: float = Field(
+        60.0, ge=0, description="with [least, most]: between looks for room for more; a resize is a restart"
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
     gpus_per_worker: int = Field(0, ge=0, le=1)
     max_failures: int = Field(3, ge=0, description="restarts of the worker group before the run is given up")
