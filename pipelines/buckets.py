@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from domainshuttle.pipelines.sample import LATENT_CHANNELS, DataError
+from domainshuttle.pipelines.sample import LATENT_CHANNELS, LEAST_FPS, MOST_FPS, DataError
 
 TIME_STRIDE = 4
 SPACE_STRIDE = 8
@@ -100,17 +100,26 @@ def frames_at(frames: int, fps: float | None, target_fps: float | None) -> int:
 
     They are those at times 0, 1 / target_fps, ... that `decode_video(..., fps=target_fps)` gives. One that falls into
     the last eighth of the last frame is not counted: rounded timestamps may put it after the end. An image (one frame)
-    stays one. Raises DataError for a clip that does not say its rate, and for one of which only a still would be left.
+    stays one. Raises DataError for a clip that does not say its rate, for one of which only a still would be left, and
+    for rates that are none.
     """
     if frames == 1 or target_fps is None:
         return frames
     if fps is None:
         raise DataError(f"a clip of {frames} frames without fps can't be sampled at {target_fps:g} fps: add its fps")
+    for rate in (fps, target_fps):
+        checked_rate(rate, f"a clip of {frames} frames")
     target, own = (Fraction(rate).limit_denominator(1001) for rate in (target_fps, fps))
     count = math.ceil((frames - Fraction(1, 8)) * target / own)
     if count == 1:
         raise DataError(f"a clip of {frames} frames at {fps:g} fps has one frame at {target_fps:g} fps: too short")
     return count
+
+
+def checked_rate(fps: float | None, name: str) -> None:
+    """Raises DataError for a rate, in frames a second, at which no clip is; None is each clip's own."""
+    if fps is not None and not LEAST_FPS <= fps <= MOST_FPS:
+        raise DataError(f"{name}: a rate of {fps:g} frames a second; expected {LEAST_FPS:g} to {MOST_FPS:g}")
 
 
 def choose_bucket(frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket:

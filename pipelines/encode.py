@@ -28,7 +28,10 @@ from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, BadSample, Parts
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample
 from domainshuttle.pipelines.shards import ShardWriter, read_members
 
-TRANSFORM = "target: cover and centre crop, sampled by time; references, single ones with a view: contain on white; v2"
+TRANSFORM = (
+    "pictures upright by EXIF, 16 bits scaled; target: cover and centre crop, sampled by time; references, single ones "
+    "with a view: contain on white; v3"
+)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def decode_target(sample: RawSample, bucket: Bucket, fps: float | None = None) -
     """The target [F,H,W,3], a clip sampled at `fps`, decoded and fitted to the bucket; raises DataError."""
     name = f"{sample.key}.{sample.target_extension}"
     if sample.info.kind == "video":
-        return fit_target(decode_video(sample.target, bucket.frames, fps, name), bucket)
+        return decode_video(sample.target, bucket.frames, fps, name, fit=bucket)
     return fit_target(decode_image(sample.target, name)[None], bucket)
 
 

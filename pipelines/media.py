@@ -1,7 +1,8 @@
 """Pictures and clips: bytes to arrays and back, resizing to a bucket.
 
 Arrays are uint8 RGB, [height, width, 3] for pictures and [frames, height, width, 3] for clips. Anything that can't
-be decoded raises `DataError` with the reason, so that a bad sample becomes a row of the quarantine table.
+be decoded raises `DataError` with the reason, so that a bad sample becomes a row of the quarantine table; whatever a
+decoder raises of a file's bytes is such a reason, since their errors are as many as their formats' corners.
 """
 
 import io
@@ -14,14 +15,20 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from domainshuttle.pipelines.buckets import Bucket, contain_geometry, cover_geometry
+from domainshuttle.pipelines.buckets import Bucket, checked_rate, contain_geometry, cover_geometry
+from domainshuttle.pipelines.formats import clip_format, picture_format
+from domainshuttle.pipelines.orientation import jpeg_orientation, orientation, upright
 from domainshuttle.pipelines.pairing import AugmentedView
 from domainshuttle.pipelines.sample import Buffer, DataError
 
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
-"""A picture that declares more is refused before it is decoded (decompression bombs)."""
+"""A picture, or a frame, that declares more is refused before it is decoded (decompression bombs)."""
+MAX_CLIP_PIXELS = 2_000_000_000
+"""Of all frames of a clip that are kept, at their full size: 81 of 6144x3456, or 964 of 1080p."""
+MAX_DECODED_PIXELS = 20_000_000_000
+"""Of all frames that are decoded for them."""
 
 
 def encode_jpeg(picture: Pixels, quality: int = 92) -> bytes:
@@ -46,58 +53,129 @@ def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
 
 
 def decode_image(data: Buffer, name: str = "image") -> Pixels:
-    """JPEG, PNG or WebP bytes to [h,w,3] uint8. Transparent pictures are laid on white.
+    """JPEG, PNG or WebP bytes to [h,w,3] uint8, turned as their EXIF says. Transparent pictures are laid on white; of
+    16 bits a channel the upper 8 are taken.
 
-    Raises DataError when the bytes are no picture, are cut short or declare more than 64 million pixels.
+    Raises DataError when the bytes are no such picture, are cut short or declare more than 64 million pixels.
     """
+    kind = picture_format(data, name)
     try:
-        if bytes(data[:2]) == b"\xff\xd8":
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if height * width > MAX_PIXELS:
-                raise DataError(f"{name}: declares {width}x{height} pixels; at most {MAX_PIXELS} are read")
-            # strict: a truncated picture is an error, not half a picture with grey below
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"{name}: declares {picture.width}x{picture.height} pixels; at most {MAX_PIXELS} are read"
-                )
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-                return np.asarray(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB"))
-            return np.asarray(picture.convert("RGB"))
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{name}: not a readable JPEG, PNG or WebP picture ({error})") from error
+        if kind != "JPEG" or (pixels := _decode_jpeg(data, name)) is None:
+            pixels = _decode_with_pillow(data, kind, name)
+        return pixels
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: not a readable {kind} picture ({_reason(error)})") from error
 
 
-def decode_video(data: Buffer, frames: int, fps: float | None = None, name: str = "video") -> Pixels:
+def _decode_jpeg(data: Buffer, name: str) -> Pixels | None:
+    """[h,w,3] by libjpeg-turbo; None where its binding does not know the chroma sampling, as of some rare ones."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except (KeyError, ValueError):
+        return None
+    _check_size(width, height, name)
+    # strict: a truncated picture is an error, not half a picture with grey below
+    return upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), jpeg_orientation(data))
+
+
+def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=[kind]) as picture:
+        _check_size(picture.width, picture.height, name)
+        turned = jpeg_orientation(data) if kind == "JPEG" else orientation(picture.info.get("exif", b""))
+        if picture.mode.startswith("I"):
+            # grey of 16 bits, which Pillow would cut off at 255
+            levels = np.asarray(picture)
+            grey = (levels >> 8).astype(np.uint8)
+            if (hidden := picture.info.get("transparency")) is not None:
+                grey[levels == hidden] = 255
+            return upright(np.repeat(grey[..., None], 3, axis=2), turned)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            return upright(np.asarray(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")), turned)
+        return upright(np.asarray(picture.convert("RGB")), turned)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: declares {width}x{height} pixels; at most {MAX_PIXELS} are read")
+
+
+def _reason(error: Exception) -> str:
+    """A decoder's error for the quarantine table: its type says more than its text where that is not for people."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def decode_video(
+    data: Buffer, frames: int, fps: float | None = None, name: str = "video", fit: Bucket | None = None
+) -> Pixels:
     """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: every frame, in order).
 
-    Frame k is the last one shown at time k / fps after the first, by the clip's timestamps, so a variable rate is
-    sampled rightly. Raises DataError when the clip can't be decoded or is too short.
+    With `fit` each is brought to the bucket's size as soon as it is decoded, to what `fit_target` gives of them all, so
+    that no more than one is held at its full size. Frame k is the last one shown at time k / fps after the first, by
+    the clip's timestamps, so a variable rate is sampled rightly. Raises DataError when the clip can't be decoded, is
+    too short, or has more pixels than MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
     """
-    chosen: list[Pixels] = []
+    kind = clip_format(data, name)
+    checked_rate(fps, name)
     try:
         # some stock footage has tags that are not UTF-8: they must not stop the decoding
-        with av.open(io.BytesIO(data), mode="r", metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), mode="r", format=kind, metadata_errors="replace") as container:
             stream = container.streams.video[0]
+            _check_clip(stream.width, stream.height, frames, name)
             stream.thread_type = "NONE"
-            for frame in _sampled(container.decode(stream), stream, fps):
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise DataError(f"{name}: frames of {frame.width}x{frame.height} pixels are refused")
-                chosen.append(frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False))
-                if len(chosen) == frames:
-                    break
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{name}: not a readable clip ({error})") from error
-    if len(chosen) < frames:
-        rate = f"{fps:g} fps" if fps else "its own rate"
-        raise DataError(f"{name}: {len(chosen)} frames at {rate} could be read; the bucket needs {frames}")
-    return np.stack(chosen)
+            return _collect(_sampled(_bounded(container.decode(stream), name), stream, fps), frames, fps, name, fit)
+    except av.FFmpegError as error:
+        raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
+
+
+def _check_clip(width: int, height: int, frames: int, name: str) -> None:
+    _check_size(width, height, name)
+    if width * height * frames > MAX_CLIP_PIXELS:
+        raise DataError(
+            f"{name}: {frames} frames of {width}x{height} are {width * height * frames} pixels; at most "
+            f"{MAX_CLIP_PIXELS} are read"
+        )
+
+
+def _bounded(decoded: Iterator[av.VideoFrame], name: str) -> Iterator[av.VideoFrame]:
+    """The frames, up to MAX_DECODED_PIXELS: timestamps may be such that a clip has endless ones before the next wanted.
+
+    Raises DataError beyond.
+    """
+    pixels = 0
+    for frame in decoded:
+        pixels += frame.width * frame.height
+        if pixels > MAX_DECODED_PIXELS:
+            raise DataError(f"{name}: more than {MAX_DECODED_PIXELS} pixels would have to be decoded")
+        yield frame
+
+
+def _collect(shown: Iterator[av.VideoFrame], frames: int, fps: float | None, name: str, fit: Bucket | None) -> Pixels:
+    """`frames` frames in one array, which is all that is held of them; raises DataError where there are fewer."""
+    clip: Pixels | None = None
+    count = 0
+    for frame in shown:
+        if clip is None:
+            # the container may have said another size
+            _check_clip(frame.width, frame.height, frames, name)
+            size = frame.height, frame.width
+            clip = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
+        if (frame.height, frame.width) != size:
+            raise DataError(f"{name}: frames of {size[1]}x{size[0]} and of {frame.width}x{frame.height} pixels")
+        pixels = frame.to_ndarray(format="rgb24")
+        clip[count] = pixels if fit is None else _covered(pixels, fit)
+        count += 1
+        if count == frames:
+            return clip
+    rate = f"{fps:g} fps" if fps else "its own rate"
+    raise DataError(f"{name}: {count} frames at {rate} could be read; the bucket needs {frames}")
 
 
 def _sampled(decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: float | None) -> Iterator[av.VideoFrame]:
@@ -136,10 +214,19 @@ _USUAL_RATE = Fraction(24)
 
 
 def fit_target(frames: Pixels, bucket: Bucket) -> Pixels:
-    """[F,h,w,3] to the bucket's [F,H,W,3]: scaled to cover it, then cut from the centre."""
-    size, (top, left, height, width) = cover_geometry((frames.shape[1], frames.shape[2]), bucket)
-    corners = (left, top, left + width, top + height)
-    return np.stack([np.asarray(_resize(frame, size).crop(corners)) for frame in frames])
+    """[F,h,w,3] to the bucket's [F,H,W,3]: scaled to cover it, then cut from the centre. Raises DataError for frames so
+    narrow that this takes more than 64 million pixels."""
+    return np.stack([_covered(frame, bucket) for frame in frames])
+
+
+def _covered(frame: Pixels, bucket: Bucket) -> Pixels:
+    size, (top, left, height, width) = cover_geometry((frame.shape[0], frame.shape[1]), bucket)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise DataError(
+            f"a target of {frame.shape[0]}x{frame.shape[1]} pixels would be {size[0]}x{size[1]} to cover {bucket}; at "
+            f"most {MAX_PIXELS} pixels are made: it is too narrow"
+        )
+    return np.asarray(_resize(frame, size).crop((left, top, left + width, top + height)))
 
 
 def fit_reference(picture: Pixels, bucket: Bucket) -> Pixels:

@@ -12,6 +12,7 @@ them without a copy: `torch.from_numpy(bits).view(torch.bfloat16)`. Nothing here
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")
 LATENT_CHANNELS = 16
+LEAST_FPS, MOST_FPS = 0.01, 1000.0
+"""Rates of clips, in frames a second: others are mistakes, and no fraction with a small denominator stands for them."""
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 EXTENSION_PATTERN = re.compile(r"(?=.{1,19}\Z)[a-z0-9]+(\.[a-z0-9]+)*")
@@ -113,7 +116,7 @@ class SampleInfo(_Model):
     caption: str
     source: Annotated[str, Field(min_length=1)]
     kind: Literal["image", "video"]
-    fps: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    fps: Annotated[FiniteFloat, Field(ge=LEAST_FPS, le=MOST_FPS)] | None = None
     frames: Annotated[int, Field(ge=1)]
     size: Size
     subjects: list[Subject]
@@ -303,6 +306,7 @@ class TensorView:
     buffer: memoryview
 
 
+_MOST_DIMENSIONS = 8
 _ITEM_SIZES = {
     "BF16": 2,
     "F16": 2,
@@ -350,15 +354,20 @@ def tensor_views(data: Buffer, where: str = "safetensors") -> dict[str, TensorVi
         header = json.loads(bytes(whole[8 : 8 + length]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            shape, (start, end) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
-            size = _ITEM_SIZES[entry["dtype"]]
-            for dimension in shape:  # plain integers: numpy's product would wrap around on a hostile shape
-                size *= dimension
+            shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if len(shape) > _MOST_DIMENSIONS or not all(type(value) is int for value in (*shape, start, end)):
+                raise DataError(
+                    f"{where}: tensor {name!r}: expected at most {_MOST_DIMENSIONS} dimensions, and whole numbers as "
+                    "sizes and offsets; the file is corrupt"
+                )
+            size = _ITEM_SIZES[entry["dtype"]] * math.prod(shape)
             if min(shape, default=0) < 0 or not 0 <= start <= end <= len(body) or end - start != size:
                 raise DataError(
-                    f"{where}: tensor {name!r} {entry['dtype']} {list(shape)} at {start} to {end} of {len(body)}: "
+                    f"{where}: tensor {name!r} {entry['dtype']} {list(shape)[:8]} at {start} to {end} of {len(body)}: "
                     "its extent does not fit; the file is cut short or corrupt"
                 )
+            if max(shape, default=0) > len(body):  # beside a 0, which numpy would refuse
+                raise DataError(f"{where}: tensor {name!r} {list(shape)}: larger than the file; it is corrupt")
             views[name] = TensorView(entry["dtype"], shape, body[start:end])
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):

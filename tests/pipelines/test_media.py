@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domainshuttle.pipelines.media import Pixels, apply_view, decode_video, encode_mp4
+from domainshuttle.pipelines.media import Pixels, _sampled, apply_view, decode_video, encode_mp4
 from domainshuttle.pipelines.pairing import AugmentedView, augmented_view
 from domainshuttle.pipelines.sample import DataError
 
@@ -85,10 +85,16 @@ def test_timestamps_in_whole_milliseconds_do_not_shift_frames() -> None:
 
 
 def test_a_stream_without_timestamps_is_sampled_by_its_rate() -> None:
-    """A bare H.264 stream: no container, so no times and no rate but what decoders assume, 25 a second."""
+    """A bare H.264 stream: no container, so no times and no rate but what decoders assume, 25 a second. Such a file is
+    refused as a whole; a container's stream may be the same."""
     times = [i / Fraction(25) for i in range(30)]
     clip = numbered_clip(times, Fraction(25), "h264")
-    assert numbers(decode_video(clip, 15, 12.5)) == shown_at(times, Fraction(25, 2), 15)
+    with av.open(io.BytesIO(clip)) as container:
+        stream = container.streams.video[0]
+        frames = [one.to_ndarray(format="rgb24") for one in _sampled(container.decode(stream), stream, 12.5)]
+    assert numbers(np.stack(frames)) == shown_at(times, Fraction(25, 2), 15)
+    with pytest.raises(DataError, match=r"expected MP4, .*it is a bare H.264 or H.265 stream"):
+        decode_video(clip, 15, 12.5)
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])

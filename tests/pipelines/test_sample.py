@@ -91,6 +91,8 @@ def test_odd_extensions_are_errors(extension: str) -> None:
         ({"size": (0, 5)}, "size"),
         ({"scores": {"q": float("nan")}}, "scores"),
         ({"fps": 0}, "fps"),
+        ({"fps": 0.0001}, "fps"),
+        ({"fps": 1e4}, "fps"),
         ({"colour": "red"}, "colour"),
         ({"references": [{"file": "../ref0.jpg", "subject": 0, "origin": "photo", "size": (1, 1)}]}, "reference file"),
         ({"references": [{"file": "ref0.jpg", "subject": 0, "origin": "drawn", "size": (1, 1)}]}, "origin"),
@@ -202,6 +204,14 @@ def test_a_cut_or_corrupt_safetensors_is_refused_at_every_length() -> None:
         json.dumps({"target": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 0]}}).encode(),
         json.dumps({"target": {"dtype": "object", "shape": [4], "data_offsets": [0, 8]}}).encode(),
         json.dumps({"target": {"shape": [4]}}).encode(),
+        json.dumps({"target": {"dtype": "BF16", "shape": [1] * 70 + [4], "data_offsets": [0, 8]}}).encode(),
+        json.dumps({"target": {"dtype": "BF16", "shape": [10**23, 0], "data_offsets": [0, 0]}}).encode(),
+        json.dumps({"target": {"dtype": "BF16", "shape": [4.0], "data_offsets": [0, 8]}}).encode(),
+        json.dumps({"target": {"dtype": "BF16", "shape": [True, 4], "data_offsets": [0, 8]}}).encode(),
+        json.dumps({"target": {"dtype": "BF16", "shape": "4", "data_offsets": [0, 8]}}).encode(),
+        b'{"target": {"dtype": "BF16", "shape": [1e999], "data_offsets": [0, 8]}}',
+        b'{"target": {"dtype": "BF16", "shape": [4], "data_offsets": [0, Infinity]}}',
+        b'{"target": {"dtype": "BF16", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
     ],
 )
 def test_a_hostile_safetensors_header_is_refused(header: bytes) -> None:
