@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,6 +22,7 @@ from domainshuttle.platform.engine import StepResult, learning_rate
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
 from domainshuttle.platform.schedule import Run, Segment
+from domainshuttle.platform.timeline import Lap, Timeline
 from domainshuttle.platform.tracking import MetricLogger, RunIds
 from domainshuttle.platform.watchdog import Watchdog
 
@@ -56,7 +57,7 @@ class Account:
 
     def __init__(
         self, run: Run, segment: Segment, ids: dict[str, Any], first_step: int, attempt: int,
-        start: Mapping[str, float], preemption: Callable[[], bool],
+        start: Mapping[str, float], preemption: Callable[[], bool], clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         config = run.config
         self.run, self.segment, self.first_step, self.number = run, segment, first_step, attempt
@@ -73,17 +74,20 @@ class Account:
         self._consumed = run.consumed_path(segment.name, self.rank).open("a")
         self._dropped = self._failed_saves = 0
         self._done = first_step
-        self._start = {**start, "process": psutil.Process().create_time(), "imports": time.time()}
+        self._start = {**start, "process": psutil.Process().create_time(), "imports": clock()}
         self._due = config.tracking.every
-        self._since = time.perf_counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._steps = 0
         self.last: dict[str, float] = {}
-        self.ledger = Ledger(run.ledger_path)
+        self.ledger = Ledger(run.ledger_path, clock)
         self.attempt: Attempt | None = None
         self.logger: MetricLogger | None = None
         if self.main:
-            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, self._start["imports"])
+            # the devices are held from when the processes start, which Ray may have done in advance
+            began = max(self._start["process"], start["asked"])
+            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, began, since=start["asked"])
+        self._timeline = Timeline("starting", clock)
+        self._interval, self._unwritten = Lap(self._timeline), Lap(self._timeline)
+        if self.main:
             self.logger = MetricLogger(
                 RunIds.from_dict(ids, config.tracking_uri),
                 segment.name,
@@ -100,18 +104,13 @@ class Account:
     def begin(self) -> None:
         """Notes that the model is built and restored: the time until here was starting."""
         self._start["restore"] = time.time()
-        self._add("starting", time.perf_counter() - self._since)
+        self._timeline.switch("productive")  # what is neither waiting nor writing is the work itself
         self._restart_interval()
         self.watchdog.alive()
 
-    @contextlib.contextmanager
-    def measure(self, category: str) -> Iterator[None]:
-        """Adds the time of a block to a category of the ledger."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._add(category, time.perf_counter() - began)
+    def measure(self, category: str) -> contextlib.AbstractContextManager[None]:
+        """The time of a block goes to a category of the ledger."""
+        return self._timeline.measure(category)
 
     @contextlib.contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -121,10 +120,11 @@ class Account:
             yield
         self.watchdog.alive()
 
-    def _add(self, category: str, seconds: float) -> None:
-        self._seconds[category] += seconds
-        if self.attempt:
-            self.attempt.add(category, seconds)
+    def _tell(self, attempt: Attempt) -> Attempt:
+        """The attempt, told where the time until now went: before every line of it."""
+        for category, seconds in self._unwritten.take().items():
+            attempt.add(category, seconds)
+        return attempt
 
     def waited(self, batches: Iterator[MicroBatch[TrainingBatch]]) -> Iterator[MicroBatch[TrainingBatch]]:
         """The same micro-batches; the time until each is there counts as waiting for data."""
@@ -216,12 +216,11 @@ class Account:
         if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
             return
         metrics = self.losses.reduce()
-        elapsed = time.perf_counter() - self._since
         if not self.main:
             self._restart_interval()
             return
-        # what is neither waiting nor writing is the work itself
-        self._add("productive", max(0.0, elapsed - self._seconds["waiting"] - self._seconds["checkpointing"]))
+        seconds = self._interval.take()
+        elapsed = max(sum(seconds.values()), 1e-9)
         tokens = metrics.pop("tokens")
         samples = metrics.pop("samples")
         self.last = {
@@ -232,13 +231,13 @@ class Account:
             "samples/s": samples / elapsed,
             "tokens/s/device": tokens / elapsed,
             "step_seconds": elapsed / self._steps,
-            "data_wait_fraction": self._seconds["waiting"] / elapsed,
-            "checkpoint_stall_seconds": self._seconds["checkpointing"],
+            "data_wait_fraction": seconds.get("waiting", 0.0) / elapsed,
+            "checkpoint_stall_seconds": seconds.get("checkpointing", 0.0),
             "failed_checkpoints": float(self._failed_saves),
             **{f"pairs/{kind}": float(count) for kind, count in self.pair_kinds.items()},
         }
         if self.attempt and self.logger:
-            self.attempt.progress(step + 1, every=10.0)
+            self._tell(self.attempt).progress(step + 1, every=10.0)
             summary = self.ledger.summary(self.run.config.budget_gpu_hours)
             hours = summary.metrics()
             hours["gpu_hours/used"] += self.attempt.hours_since_last_line()
@@ -255,8 +254,7 @@ class Account:
             file.write(json.dumps(line) + "\n")
 
     def _restart_interval(self) -> None:
-        self._since = time.perf_counter()
-        self._seconds.clear()
+        self._interval.take()
         self._steps = 0
 
     def saved(self, ended: Sequence[Saved]) -> None:
@@ -264,7 +262,7 @@ class Account:
         for checkpoint in ended:
             self._failed_saves += checkpoint.fault is not None
             if self.attempt and checkpoint.fault is None:
-                self.attempt.progress(self._done)
+                self._tell(self.attempt).progress(self._done)
 
     def ledger_snapshot(self) -> dict[str, Any]:
         """The ledger's account, to be kept in the checkpoint."""
@@ -275,15 +273,19 @@ class Account:
         self.watchdog.close()
         with contextlib.suppress(OSError):  # of a full disk: the reason must still reach the tracking
             self._consumed.close()
-        if self.attempt:
-            self.attempt.end(reason)
+        expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
+        if self.attempt and not expected:  # at once, as Ray may end this process any moment
+            self._tell(self.attempt).end(reason)
+        self._timeline.switch("other")
         if self.logger:
             if reason == "finished":
                 self.logger.finish("FINISHED", timeout=_LAST_WORDS)
-            elif reason in ("stopped", "budget spent", ROLLED_BACK):
+            elif expected:
                 self.logger.finish("KILLED", timeout=_LAST_WORDS)
             else:
                 self.logger.fail(reason)
+        if self.attempt and expected:
+            self._tell(self.attempt).end(reason)
         if self.main:
             self._write_progress(step, reason)
 

@@ -6,9 +6,10 @@ by what they went to, and is synced to the disk off the caller's thread. One tor
 
 Steps are only productive while they are preserved: when a later attempt, or a rollback, goes on from step 40 of a
 segment that had reached step 57, the seconds of steps 41 to 57 move from productive to lost. Nobody has to say so: the
-summary sees it in the recorded ranges of steps. Time that nobody attributed is `other`; time between the last line of a
-killed attempt and the driver's notice is lost. The parts always add up to what was used. The unit is the device-hour:
-seconds times devices, a device being a GPU or, where there is none, a worker.
+summary sees it in the recorded ranges of steps. Time that nobody attributed is `other`. The time after the last line of
+a killed attempt is lost, until its death is noticed or the next one begins; no second counts in two attempts. The parts
+always add up to what was used. The unit is the device-hour: seconds times devices, a device being a GPU or, where there
+is none, a worker.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from domainshuttle.platform.spool import Journal, JournalWriter
 
 logger = logging.getLogger(__name__)
 
-_Range = tuple[str, int, int, float]  # segment, first and last step, productive hours between them
+_Range = tuple[str, int, int, float, str]  # segment, first and last step, productive hours between them, attempt
 
-CATEGORIES = ("productive", "lost", "starting", "waiting", "checkpointing", "other")
+CATEGORIES = ("productive", "lost", "starting", "waiting", "checkpointing", "sampling", "other")
+
+ALLOWANCE = 30.0
+"""Seconds that the workers of a dead driver are taken to have lived on after the last sign of life."""
 
 
 @dataclass(frozen=True)
 class LedgerSummary:
-    """Device-hours of all attempts so far. `used` is the sum of the six parts; `budget` is None if there is none."""
+    """Device-hours of all attempts so far. `used` is the sum of the seven parts; `budget` is None if there is none."""
 
     used: float
     productive: float
@@ -41,6 +45,7 @@ class LedgerSummary:
     starting: float
     waiting: float
     checkpointing: float
+    sampling: float
     other: float
     attempts: int
     budget: float | None = None
@@ -62,14 +67,37 @@ class LedgerSummary:
 
     def metrics(self) -> dict[str, float]:
         """The values to track, by the names of the metrics."""
-        values = {"gpu_hours/used": self.used, "gpu_hours/productive": self.productive, "gpu_hours/lost": self.lost}
+        values = {f"gpu_hours/{name}": getattr(self, name) for name in ("used", *CATEGORIES)}
         return values if self.budget is None else {**values, "gpu_hours/budget": self.budget}
+
+
+@dataclass
+class AttemptRecord:
+    """What the ledger tells of one attempt."""
+
+    segment: str
+    first: int
+    """The step that it went on after."""
+    last: int
+    """The step that it reached."""
+    devices: int
+    began: float
+    """Seconds since 1970, as is `seen`."""
+    seen: float
+    """The time of its last line."""
+    reason: str | None = None
+    """How it ended; None: it has not, as far as is known."""
+    hours: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    """Device-hours by category; what a later attempt did again has moved to `lost`."""
 
 
 class Attempt:
     """One start of the worker group, as it accounts for itself; made by `Ledger.start`, in one process of the group."""
 
-    def __init__(self, ledger: Ledger, devices: int, segment: str, step: int, began: float | None) -> None:
+    def __init__(
+        self, ledger: Ledger, devices: int, segment: str, step: int, began: float | None, lost: float = 0.0
+    ) -> None:
+        """`lost` are seconds before `began` that no attempt had the devices for."""
         self.id = uuid.uuid4().hex[:12]
         self._clock = ledger.clock
         self._devices, self._segment, self._step, self._reached = devices, segment, step, step
@@ -77,6 +105,7 @@ class Attempt:
         self._last = self._clock() if began is None else began
         self._lines, self._ended = 0, False
         self._seconds["starting"] = max(0.0, self._clock() - self._last)
+        self._seconds["lost"], self._last = lost, self._last - lost
         ledger.journal.append([self._line("start")], sync=True)  # at once: an attempt that dies early was one too
         self._writer = JournalWriter(ledger.journal, sync=True)
 
@@ -151,32 +180,55 @@ class Ledger:
         self._hours = dict.fromkeys(CATEGORIES, 0.0)
         self._by_segment: dict[str, float] = {}
         self._ranges: list[_Range] = []
-        self._newest = ""  # the attempt that started last
+        self._newest, self._newest_began = "", 0.0  # the attempt that started last
+        self._latest = 0.0  # time of the latest line
+        self._records: dict[str, AttemptRecord] = {}
         self._entries: list[tuple[str, str, int]] = []  # attempt, segment and step of each start and enter
         self._begun: dict[str, int] = {}  # how many entries there were when an attempt had started
 
-    def start(self, devices: int, segment: str, step: int, began: float | None = None) -> Attempt:
-        """Begins an attempt on `devices` devices that goes on after `step` of `segment`.
+    def start(
+        self, devices: int, segment: str, step: int, began: float | None = None, since: float | None = None
+    ) -> Attempt:
+        """Begins an attempt on `devices` devices that goes on after `step` of `segment`, and ends those before it.
 
-        `began` is when its processes started, in seconds since 1970: the time since then is `starting`. Raises OSError
-        when the ledger can not be written.
+        `began` is when its processes started, in seconds since 1970: the time since then is `starting`. `since` is when
+        the devices were first asked for: between an attempt that ended after that and this one they stood idle, which
+        is lost. Raises OSError when the ledger can not be written.
         """
-        return Attempt(self, devices, segment, step, began)
+        began = self.clock() if began is None else min(began, self.clock())
+        self.end_open("the workers were started again", until=began)
+        began, lost = max(began, self._latest), 0.0
+        if since is not None and since < self._latest:
+            lost = began - self._latest
+        return Attempt(self, devices, segment, step, began, lost)
 
-    def end_open(self, reason: str) -> int:
-        """Ends the attempts whose workers died without a last line, now: the time since their last line is lost.
+    def end_open(self, reason: str, until: float | None = None) -> int:
+        """Ends an attempt whose workers died without a last line, now: the time since its last line is lost.
 
-        For the driver, when it notices a failure. Returns how many there were.
+        For whoever notices a failure. `until`, in seconds since 1970, is when the devices were free again, if that was
+        before now. Returns how many there were. Raises OSError.
         """
         self._read()
-        now = self.clock()
+        now = self.clock() if until is None else min(until, self.clock())
         ends = []
         for line in self._open.values():
             lost = max(0.0, now - line["time"])
-            end = {"kind": "end", "line": line["line"] + 1, "time": now, "seconds": {"lost": lost}, "reason": reason}
-            ends.append({**line, **end, "steps": [line["steps"][1]] * 2})
+            end = {"kind": "end", "line": line["line"] + 1, "time": line["time"] + lost, "reason": reason}
+            ends.append({**line, **end, "seconds": {"lost": lost}, "steps": [line["steps"][1]] * 2})
         self.journal.append(ends, sync=True)
+        self._read()
         return len(ends)
+
+    def last_line(self) -> float | None:
+        """When the attempt that has not ended wrote last, in seconds since 1970; None where there is none."""
+        self._read()
+        return max((line["time"] for line in self._open.values()), default=None)
+
+    def attempts(self) -> list[AttemptRecord]:
+        """Each attempt by itself, oldest first. A first one without devices stands for what a checkpoint's snapshot
+        told of those before. Their hours add up to the summary's."""
+        self._read()
+        return list(self._records.values())
 
     def summary(self, budget_gpu_hours: float | None = None) -> LedgerSummary:
         """The account of all whole lines; reads only those that are new since the last call."""
@@ -192,7 +244,7 @@ class Ledger:
         """The account as one small JSON-ready record, to be kept in a checkpoint."""
         self._read()
         steps: dict[str, tuple[int, int, float]] = {}
-        for segment, first, last, hours in self._ranges:
+        for segment, first, last, hours, _ in self._ranges:
             low, high, total = steps.get(segment, (first, last, 0.0))
             steps[segment] = (min(low, first), max(high, last), total + hours)
         ranges = [[segment, *entry] for segment, entry in steps.items()]
@@ -219,47 +271,82 @@ class Ledger:
 
     def _fold(self, line: dict[str, Any]) -> None:
         if line["kind"] == "snapshot":
-            self._attempts += line["attempts"]
-            self._hours = {key: self._hours[key] + line["hours"][key] for key in CATEGORIES}
-            self._ranges += [tuple(entry) for entry in line["ranges"]]
-            for segment, hours in line["by_segment"].items():
-                self._by_segment[segment] = self._by_segment.get(segment, 0.0) + hours
+            self._fold_snapshot(line)
             return
-        mark = (line["attempt"], line["line"])
+        attempt, mark = line["attempt"], (line["attempt"], line["line"])
         segment, (first, last) = line["segment"], line["steps"]
-        hours = {key: line["seconds"].get(key, 0.0) * line["devices"] / 3600 for key in CATEGORIES}
-        if mark in self._seen:
+        time, devices, reason = float(line["time"]), line["devices"], line.get("reason", "")
+        seconds = {key: float(line["seconds"].get(key, 0.0)) for key in CATEGORIES}
+        ended = attempt in self._records and self._records[attempt].reason is not None
+        if mark in self._seen or ended:  # a worker that hung may not know that it was replaced
             return
         self._seen.add(mark)
         self._attempts += line["line"] == 0
-        self._open[line["attempt"]] = line
-        if line["kind"] == "end":
-            del self._open[line["attempt"]]
+        self._latest = max(self._latest, time)
         if line["kind"] == "start":
-            self._newest = line["attempt"]
-        if line["kind"] in ("start", "enter") and line["attempt"] == self._newest:
+            self._open.clear()  # there is one group of workers at a time
+            self._newest, self._newest_began = attempt, time - sum(seconds.values())
+        elif attempt != self._newest:
+            # the end of an attempt that died, noticed late: what the next one tells of is not its time any more
+            began = time - sum(seconds.values())
+            _take(seconds, max(0.0, time - max(began, self._newest_began)))
+        if attempt == self._newest:
+            self._open[attempt] = line
+        if line["kind"] == "end":
+            self._open.pop(attempt, None)
+        if line["kind"] in ("start", "enter") and attempt == self._newest:
             self._ranges = self._preserved(self._ranges, segment, first)
-            self._entries.append((line["attempt"], segment, first))
-            self._begun.setdefault(line["attempt"], len(self._entries))
+            self._entries.append((attempt, segment, first))
+            self._begun.setdefault(attempt, len(self._entries))
+        record = self._records.setdefault(
+            attempt, AttemptRecord(segment, first, last, devices, time - sum(seconds.values()), time)
+        )
+        record.seen = time
+        if segment == record.segment:
+            record.last = max(record.last, last)
+        if line["kind"] == "end":
+            record.reason = reason
+        hours = {key: value * devices / 3600 for key, value in seconds.items()}
         for key, value in hours.items():
             self._hours[key] += value
+            record.hours[key] += value
         self._by_segment[segment] = self._by_segment.get(segment, 0.0) + sum(hours.values())
         if hours["productive"]:  # without a step that was finished, it is time of the next one
-            done = [(segment, first, max(last, first + 1), hours["productive"])]
-            for attempt, again, step in self._entries[self._begun.get(line["attempt"], 0) :]:
-                if again == segment and attempt != line["attempt"]:  # a late line: the next attempt is at work already
+            done: list[_Range] = [(segment, first, max(last, first + 1), hours["productive"], attempt)]
+            for other, again, step in self._entries[self._begun.get(attempt, 0) :]:
+                if again == segment and other != attempt:  # a late line: the next attempt is at work already
                     done = self._preserved(done, segment, step)
             self._ranges += done
 
+    def _fold_snapshot(self, line: dict[str, Any]) -> None:
+        hours = {key: float(line["hours"].get(key, 0.0)) for key in CATEGORIES}
+        self._attempts += line["attempts"]
+        record = self._records.setdefault("", AttemptRecord("", 0, 0, 0, 0.0, 0.0, "before"))
+        for key, value in hours.items():
+            self._hours[key] += value
+            record.hours[key] += value
+        self._ranges += [(*entry[:4], "") for entry in line["ranges"]]
+        for segment, used in line["by_segment"].items():
+            self._by_segment[segment] = self._by_segment.get(segment, 0.0) + used
+
     def _preserved(self, ranges: list[_Range], segment: str, step: int) -> list[_Range]:
         """The ranges without what is beyond `step` of the segment: done again, it moves from productive to lost."""
-        kept = []
-        for name, first, last, hours in ranges:
+        kept: list[_Range] = []
+        for name, first, last, hours, attempt in ranges:
             if name == segment and last > step:
                 lost = hours * (last - max(first, step)) / (last - first)
-                self._hours["productive"] -= lost
-                self._hours["lost"] += lost
+                for account in (self._hours, self._records[attempt].hours):
+                    account["productive"] -= lost
+                    account["lost"] += lost
                 last, hours = step, hours - lost
             if last > first:
-                kept.append((name, first, last, hours))
+                kept.append((name, first, last, hours, attempt))
         return kept
+
+
+def _take(seconds: dict[str, float], excess: float) -> None:
+    """Takes `excess` seconds away, first from what says least."""
+    for category in reversed(CATEGORIES):
+        taken = min(excess, seconds[category])
+        seconds[category] -= taken
+        excess -= taken

@@ -63,7 +63,8 @@ class LossMetrics:
         dist.all_reduce(totals)
         sums, counts = totals.tolist()
         means = {name: s / c for name, s, c in zip(self._names, sums, counts, strict=True) if c}
-        means["loss"] = means["loss/flow"] + self._weight * means.get("loss/cross_pair", 0.0)
+        if "loss/flow" in means:
+            means["loss"] = means["loss/flow"] + self._weight * means.get("loss/cross_pair", 0.0)
         means["tokens"] = float(self._tokens)
         means["samples"] = counts[0]
         self._sums.zero_()

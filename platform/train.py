@@ -44,7 +44,7 @@ from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, SavesFai
 from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.engine import Engine, frozen_copy, select_trained
 from domainshuttle.platform.guard import LossGuard
-from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.ledger import ALLOWANCE, Ledger
 from domainshuttle.platform.planned_data import PlannedData, Shard
 from domainshuttle.platform.randomness import random_snapshot, restore_random
 from domainshuttle.platform.resume import AUTO, begin, choose_start
@@ -169,12 +169,13 @@ def train_segment(job: dict[str, Any]) -> None:
                 save(done, agreed.loss)
             if agreed.stop:
                 break
-            with account.measure("checkpointing"):
+            with account.measure("sampling"):
                 sampler.after(done, engine.export)
         with account.checkpointing():
             checkpoints.wait()
         account.saved(checkpoints.ended())
-        sampler.finish(0.0 if done < stage.steps else None)
+        with account.measure("sampling"):
+            sampler.finish(0.0 if done < stage.steps else None)
 
         # Stop, or hand over to the next segment
         if done < stage.steps and agreed.stop is not Stop.DURATION_REACHED:
@@ -250,6 +251,9 @@ def train(
     begin with are not there yet, CheckpointError, DivergedError, and what ended the workers for good.
     """
     ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
+    if (last := ledger.last_line()) is not None:  # nobody held the devices since
+        heard = max(last, float(run.read_progress().get("time", 0.0)))
+        ledger.end_open("its driver died", until=heard + ALLOWANCE)
     for segment in run.choose(stage):
         if segment.finished:
             say(f"Stage {segment.name} is finished; its weights are in {segment.weights}")

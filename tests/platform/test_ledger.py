@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domainshuttle.platform.ledger import CATEGORIES, Ledger, LedgerSummary
+from domainshuttle.platform.ledger import ALLOWANCE, CATEGORIES, Ledger, LedgerSummary
 from domainshuttle.platform.spool import Journal, JournalWriter
 
 
@@ -50,6 +50,8 @@ def test_hours_by_what_they_went_to(ledger: Ledger, clock: Clock) -> None:
         with attempt.measure(category):
             clock.now += seconds
     clock.now += 117  # nobody says what this was
+    with attempt.measure("sampling"):
+        clock.now += 20
     attempt.progress(10)
     assert attempt.end("finished")
     summary = ledger.summary(budget_gpu_hours=2.0)
@@ -58,15 +60,15 @@ def test_hours_by_what_they_went_to(ledger: Ledger, clock: Clock) -> None:
     assert summary.checkpointing == pytest.approx(4 * 9 / 3600)
     assert summary.productive == pytest.approx(4 * 720 / 3600)
     assert summary.other == pytest.approx(4 * 117 / 3600)
-    assert summary.used == pytest.approx(4 * (36 + 900) / 3600) == total(summary)
+    assert summary.used == pytest.approx(4 * (36 + 920) / 3600) == total(summary)
     assert (summary.lost, summary.attempts) == (0, 1)
-    assert summary.goodput == pytest.approx(720 / 936)
+    assert summary.sampling == pytest.approx(4 * 20 / 3600)
+    assert summary.goodput == pytest.approx(720 / 956)
     assert summary.left == pytest.approx(2.0 - summary.used)
     assert not summary.spent and ledger.summary(1.0).spent and not ledger.summary().spent
     assert summary.metrics() == {
+        **{f"gpu_hours/{category}": getattr(summary, category) for category in CATEGORIES},
         "gpu_hours/used": summary.used,
-        "gpu_hours/productive": summary.productive,
-        "gpu_hours/lost": 0.0,
         "gpu_hours/budget": 2.0,
     }
     assert "gpu_hours/budget" not in ledger.summary().metrics()
@@ -137,10 +139,13 @@ def test_the_driver_ends_attempts_whose_workers_died(ledger: Ledger, clock: Cloc
     assert driver.journal.read()[0][-1]["reason"] == "SIGKILL"
 
 
-def test_a_late_line_of_a_dead_attempt_does_not_undo_the_loss(ledger: Ledger, clock: Clock) -> None:
+def test_late_lines_of_a_replaced_attempt_count_for_nothing(ledger: Ledger, clock: Clock) -> None:
     old = ledger.start(1, "stage1", 0)
     with old.measure("productive"):
-        clock.now += 57
+        clock.now += 40
+    old.progress(40)
+    clock.now += 17
+    time.sleep(0.2)  # its line is on the disk
     new = ledger.start(1, "stage1", 40)
     with new.measure("productive"):
         clock.now += 10
@@ -149,9 +154,108 @@ def test_a_late_line_of_a_dead_attempt_does_not_undo_the_loss(ledger: Ledger, cl
     old.progress(57)
     old.enter("stage1", 10)  # a worker that hung and does not know that it was replaced
     assert old.end("too late")
+    for reader in (ledger, Ledger(ledger.journal.path, clock)):
+        summary = reader.summary()
+        assert (summary.lost, summary.productive) == (pytest.approx(17 / 3600), pytest.approx(50 / 3600))
+        assert summary.used == pytest.approx(67 / 3600)
+
+
+def test_a_kill_within_a_fit_is_paid_once(ledger: Ledger, clock: Clock) -> None:
+    """The device-hours are those of the wall clock, however long the next attempt lasts."""
+    asked = clock.now
+    clock.now += 20  # the workers are placed
+    killed = ledger.start(1, "stage1", 0, began=clock.now, since=asked)
+    clock.now += 60
+    killed.progress(10)
+    assert killed._writer.close()  # and then it is killed
+    clock.now += 24
+    process = clock.now
+    clock.now += 16  # imports
+    second = Ledger(ledger.journal.path, clock).start(1, "stage1", 10, began=process, since=asked)
+    clock.now += 36_000
+    second.progress(1000)
+    assert second._writer.close()
+    driver = Ledger(ledger.journal.path, clock)
+    assert driver.end_open("the workers ended without a last line") == 1
+    summary = driver.summary()
+    assert summary.used == pytest.approx((84 + 16 + 36_000) / 3600) == pytest.approx(total(summary))
+    assert summary.lost == pytest.approx(24 / 3600)
+    assert summary.starting == pytest.approx(16 / 3600)
+    first, last = driver.attempts()
+    assert (first.reason, last.reason) == ("the workers were started again", "the workers ended without a last line")
+    assert sum(first.hours.values()) == pytest.approx(84 / 3600)
+
+
+def test_ends_that_were_written_too_late_do_not_count_twice(ledger: Ledger, clock: Clock) -> None:
+    """Ledgers of before: the end of a killed attempt came with the end of its whole fit."""
+    killed = ledger.start(1, "stage1", 0)
+    clock.now += 60
+    killed.progress(10)
+    assert killed._writer.close()
+    last = ledger.journal.read()[0][-1]
+    second = Ledger(ledger.journal.path.with_name("other.jsonl"), clock).start(1, "stage1", 10)
+    clock.now += 3600
+    second.end("finished")
+    lines, _ = Journal(ledger.journal.path.with_name("other.jsonl")).read()
+    end = {**last, "kind": "end", "line": 2, "time": clock.now, "seconds": {"lost": 3600.0}, "reason": "killed"}
+    ledger.journal.append([*lines, end])
+    assert ledger.summary().used == pytest.approx(3660 / 3600)
+
+
+def test_the_night_after_a_drivers_death_costs_nothing(ledger: Ledger, clock: Clock) -> None:
+    attempt = ledger.start(8, "stage1", 0)
+    clock.now += 100
+    attempt.progress(10)
+    assert attempt._writer.close()  # the driver's machine goes away, and its workers with it
+    heard = clock.now + 12
+    clock.now += 10 * 3600
+    driver = Ledger(ledger.journal.path, clock)
+    assert driver.last_line() == pytest.approx(heard - 12)
+    assert driver.end_open("its driver died", until=heard + ALLOWANCE) == 1
+    assert driver.last_line() is None
+    again = driver.start(8, "stage1", 10, began=clock.now, since=clock.now - 5)
+    clock.now += 50
+    again.end("stopped")
+    summary = driver.summary()
+    assert summary.lost == pytest.approx(8 * (12 + ALLOWANCE) / 3600)
+    assert summary.used == pytest.approx(8 * (100 + 12 + ALLOWANCE + 50) / 3600)
+
+
+def test_devices_that_wait_for_a_restart_are_lost(ledger: Ledger, clock: Clock) -> None:
+    asked = clock.now - 10
+    ledger.start(2, "stage1", 0, began=clock.now, since=asked).end("RuntimeError: connection closed by peer")
+    clock.now += 9
+    process = clock.now
+    clock.now += 11
+    second = ledger.start(2, "stage1", 0, began=process, since=asked)
+    clock.now += 5
+    second.end("finished")
     summary = ledger.summary()
-    assert summary.lost == pytest.approx(17 / 3600)
-    assert summary.productive == pytest.approx(50 / 3600)
+    assert summary.lost == pytest.approx(2 * 9 / 3600)
+    assert summary.starting == pytest.approx(2 * 11 / 3600)
+    assert summary.used == pytest.approx(2 * 25 / 3600)
+
+
+def test_each_attempt_has_an_account_of_its_own(ledger: Ledger, clock: Clock) -> None:
+    for first, last, reason in ((0, 57, "a worker died"), (40, 60, "stopped")):
+        attempt = ledger.start(2, "stage1", first, began=clock.now - 3)
+        with attempt.measure("productive"):
+            clock.now += last - first
+        attempt.progress(last)
+        attempt.end(reason)
+        clock.now += 1000
+    died, stopped = ledger.attempts()
+    assert (died.segment, died.first, died.last, died.devices, died.reason) == ("stage1", 0, 57, 2, "a worker died")
+    assert (stopped.first, stopped.last, stopped.reason) == (40, 60, "stopped")
+    assert died.hours["lost"] == pytest.approx(2 * 17 / 3600)  # what the second one did again
+    assert stopped.hours["productive"] == pytest.approx(2 * 20 / 3600)
+    assert stopped.began == pytest.approx(1_001_000 + 57 - 3)
+    assert sum(sum(one.hours.values()) for one in ledger.attempts()) == pytest.approx(ledger.summary().used)
+    other = Ledger(ledger.journal.path.with_name("other.jsonl"), clock)
+    assert other.restore(json.loads(json.dumps(ledger.snapshot())))
+    other.start(2, "stage1", 50).end("stopped")
+    assert sum(sum(one.hours.values()) for one in other.attempts()) == pytest.approx(other.summary().used)
+    assert other.attempts()[0].hours["lost"] == pytest.approx(2 * (17 + 10) / 3600)
 
 
 def test_any_torn_last_line_is_passed_over_and_the_next_one_whole(tmp_path: Path, clock: Clock) -> None:
@@ -204,7 +308,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     ledger = Ledger(path)
     assert ledger.summary().productive == pytest.approx(40)
     ledger.start(2, "stage1", 15).end("stopped")
-    assert ledger.summary().lost == pytest.approx(10)
+    # and the time from the kill to the next start
+    assert ledger.summary().lost == pytest.approx(10, abs=0.01)
 
 
 def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path: Path, clock: Clock) -> None:
@@ -296,6 +401,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("time"), st.sampled_from(CATEGORIES), st.integers(1, 50)),
         st.tuples(st.just("idle"), st.integers(1, 50)),
         st.tuples(st.just("die"), st.integers(0, 50)),
+        st.tuples(st.just("restart"), st.integers(0, 50), st.integers(0, 30), st.integers(0, 12)),
         st.tuples(st.just("end")),
     ),
     max_size=25,
@@ -357,6 +463,16 @@ def test_the_parts_add_up_to_the_total_whatever_happens(actions: list[tuple]) ->
                 assert ledger.end_open("killed") == 1
                 used, lost = used + devices * values[0], lost + devices * values[0]
                 attempt = None
+            elif action == "restart":  # it dies, and nobody notices before the next one is there
+                attempt.progress(step)
+                attempt._writer.close()
+                clock.now += values[0]
+                used, lost = used + devices * values[0], lost + devices * values[0]
+                began, step = clock.now, values[2]
+                clock.now += values[1]
+                used += devices * values[1]
+                attempt = ledger.start(devices, segment, step, began=began, since=0.0)
+                go_back()
             else:
                 attempt.end("stopped")
                 attempt = None
@@ -366,6 +482,8 @@ def test_the_parts_add_up_to_the_total_whatever_happens(actions: list[tuple]) ->
             summary = reader.summary()
             assert summary.used * 3600 == pytest.approx(used, abs=1e-3)
             assert total(summary) == pytest.approx(summary.used, abs=1e-9)
+            assert sum(sum(one.hours.values()) for one in reader.attempts()) == pytest.approx(summary.used, abs=1e-9)
+            assert all(min(one.hours.values()) > -1e-9 for one in reader.attempts())
             assert summary.lost * 3600 == pytest.approx(lost, abs=1e-3)
             assert summary.productive * 3600 == pytest.approx(sum(entry[2] for entry in steps), abs=1e-3)
             assert min(getattr(summary, category) for category in CATEGORIES) > -1e-9
