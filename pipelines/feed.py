@@ -6,12 +6,14 @@ from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from domainshuttle.pipelines.index import Index, IndexRow
+from domainshuttle.pipelines.mapped_index import mapped_index
 from domainshuttle.pipelines.order import StepPlan
 from domainshuttle.pipelines.pairing import Pairing, choose_references
 from domainshuttle.pipelines.sample import DataError
-from domainshuttle.pipelines.storage import shown
+from domainshuttle.pipelines.storage import absolute, parent, shown
 
 PLAN_COLUMNS = ("bucket",)
 """What a plan needs of the index, beside which corpus a row is of."""
@@ -45,8 +47,8 @@ class Feed:
     """What encodes raw corpora while they are trained on."""
 
     def index(self) -> Index:
-        """The joint index; one copy a process."""
-        return _index(self.indexes)
+        """The joint index, mapped from a file that the processes of a node share."""
+        return _mapped(self.indexes)
 
     def plan(self) -> StepPlan:
         """The step plan; one copy a process."""
@@ -55,11 +57,10 @@ class Feed:
     def corpora(self) -> Iterator[tuple[str, str, str, int]]:
         """Name, place, index digest and number of samples of each corpus."""
         index = self.index()
-        numbers, names = index.codes("corpus")
-        folders, places = index.codes("folder")
-        for part in index.parts:
-            mine = numbers == names.index(part.corpus)
-            yield part.corpus, shown(places[int(folders[mine.argmax()])]), part.digest, int(mine.sum())
+        # column by column and code by code: millions of rows are not held
+        counts = {one["values"]: one["counts"] for one in pc.value_counts(index.table.column("corpus")).to_pylist()}
+        for part, path in zip(index.parts, self.indexes, strict=True):
+            yield part.corpus, shown(parent(absolute(path))), part.digest, counts[part.corpus]
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one step; raises DataError where the global batch does not divide."""
@@ -86,14 +87,15 @@ class Feed:
 
 
 @lru_cache(maxsize=4)
-def _index(paths: tuple[str, ...], columns: tuple[str, ...] | None = None) -> Index:
-    return Index.concat([Index.load(path, columns, verify=False) for path in paths])
+def _mapped(paths: tuple[str, ...]) -> Index:
+    return mapped_index(paths)
 
 
 @lru_cache(maxsize=4)
 def _plan(feed: Feed) -> StepPlan:
-    # all columns of ten million rows would be gigabytes in each of Ray Data's processes
-    return StepPlan(_index(feed.indexes, PLAN_COLUMNS), dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
+    # of its own columns: Ray Data's processes, also on nodes without ranks, need no others
+    index = Index.concat([Index.load(path, PLAN_COLUMNS, verify=False) for path in feed.indexes])
+    return StepPlan(index, dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
 
 
 def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:

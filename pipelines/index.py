@@ -5,11 +5,10 @@ million rows are columns, and Python objects are made only for rows that are ask
 corpus it is, its stage ('raw' or 'encoded'), the encoders, and a digest of the content however it was written.
 """
 
-import os
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +21,8 @@ from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.index_filter import RowFilter
 from domainshuttle.pipelines.index_summary import summarise
 from domainshuttle.pipelines.sample import DOMAINS, DataError, SampleInfo, sample_id
-from domainshuttle.pipelines.shards import Member, ShardEntry, sync_folder
-from domainshuttle.pipelines.storage import StorageError, absolute, open_parquet, parent, shown
+from domainshuttle.pipelines.shards import Member, ShardEntry
+from domainshuttle.pipelines.storage import Place, StorageError, absolute, open_parquet, parent, shown, writing
 from domainshuttle.pipelines.table_digest import combined_digest, table_digest
 
 FORMAT_VERSION = 2
@@ -55,7 +54,7 @@ SCHEMA = pa.schema(
     ]
 )
 # Added on loading: where a row comes from, so that several corpora can stand in one index.
-_PLACES = ("corpus", "folder")
+PLACES = ("corpus", "folder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,31 +130,36 @@ class IndexMetadata(BaseModel):
         return [self.corpus, self.stage, self.encoders, self.fps]
 
 
-def read_metadata(path: str | Path) -> IndexMetadata:
-    """What an index file says of itself, of any format version; raises DataError where it is no index."""
+def read_metadata(place: Place) -> IndexMetadata:
+    """What an index file says of itself, of any format version; raises DataError where it is no index, StorageError."""
+    with reading_index(place):
+        return _described(open_parquet(place).metadata, shown(place))
+
+
+@contextlib.contextmanager
+def reading_index(place: Place) -> Iterator[None]:
+    """Within it, whatever pyarrow finds wrong with an index file is a DataError that names it."""
     try:
-        return _described(pq.read_metadata(path), path)
-    except DataError:
+        yield
+    except (DataError, StorageError):
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"index {path} can't be read ({error}); index the shards again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors
+        raise DataError(f"index {shown(place)} can't be read ({error}); index the shards again") from error
 
 
-def _described(metadata: pq.FileMetaData, path: str | Path) -> IndexMetadata:
+def _described(metadata: pq.FileMetaData, path: Place) -> IndexMetadata:
     if (described := (metadata.metadata or {}).get(METADATA_KEY)) is None:
         raise DataError(f"index {path}: a Parquet file, but no index; make one with `domainshuttle data index`")
     return IndexMetadata.model_validate_json(described)
 
 
-def write_index(path: str | Path, rows: Iterable[IndexRow] | pa.Table, metadata: IndexMetadata) -> IndexMetadata:
+def write_index(place: Place, rows: Iterable[IndexRow] | pa.Table, metadata: IndexMetadata) -> IndexMetadata:
     """Write an index file, whole or not at all, and return its metadata with the digest.
 
     `rows` may be any iterable, or a table of SCHEMA; it is taken in blocks. Raises DataError on no rows, a sample that
-    comes twice, a bucket that is none, or references that name no subject.
+    comes twice, a bucket that is none, or references that name no subject. Raises StorageError where a store fails.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = shown(place)
     ids: list[np.ndarray] = []
 
     def written(writer: pq.ParquetWriter) -> Iterator[pa.Table]:
@@ -165,20 +169,16 @@ def write_index(path: str | Path, rows: Iterable[IndexRow] | pa.Table, metadata:
             writer.write_table(block)
             yield block
 
-    try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-            digest = table_digest(written(writer), metadata.identity())
-            if not ids:
-                raise DataError(f"index {path}: no rows; expected at least one sample, or write no index")
-            _check_unique(np.concatenate(ids), f"index {path}")
-            metadata = metadata.model_copy(update={"digest": digest, "format_version": FORMAT_VERSION})
-            writer.add_key_value_metadata({METADATA_KEY: metadata.model_dump_json().encode()})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        writing(place) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        digest = table_digest(written(writer), metadata.identity())
+        if not ids:
+            raise DataError(f"index {path}: no rows; expected at least one sample, or write no index")
+        check_unique(np.concatenate(ids), f"index {path}")
+        metadata = metadata.model_copy(update={"digest": digest, "format_version": FORMAT_VERSION})
+        writer.add_key_value_metadata({METADATA_KEY: metadata.model_dump_json().encode()})
     return metadata
 
 
@@ -213,7 +213,7 @@ def rows_table(rows: Sequence[IndexRow]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def _check_block(block: pa.Table, path: Path) -> None:
+def _check_block(block: pa.Table, path: str) -> None:
     for name in SCHEMA.names:
         if name != "fps" and block.column(name).null_count:
             raise DataError(
@@ -242,7 +242,8 @@ def _check_block(block: pa.Table, path: Path) -> None:
         )
 
 
-def _check_unique(ids: np.ndarray, where: str) -> None:
+def check_unique(ids: np.ndarray, where: str) -> None:
+    """Raises DataError where a sample id comes twice."""
     ordered = np.sort(ids)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
@@ -265,7 +266,7 @@ class Index:
     digest: str
 
     @classmethod
-    def load(cls, path: str | Path, columns: Sequence[str] | None = None, verify: bool = True) -> "Index":
+    def load(cls, path: Place, columns: Sequence[str] | None = None, verify: bool = True) -> "Index":
         """Read an index file; `columns` restricts it to some, such as ('source', 'bucket') for a plan of millions.
 
         Raises DataError where the file is missing, corrupt, no index, of another format version, or where its rows are
@@ -275,7 +276,7 @@ class Index:
         """
         place = absolute(path)
         path = shown(place)
-        try:
+        with reading_index(place):
             file = open_parquet(place)
             metadata = _described(file.metadata, path)
             if metadata.format_version != FORMAT_VERSION:
@@ -287,10 +288,6 @@ class Index:
             table = table.unify_dictionaries().combine_chunks()
             if verify and columns is None and table_digest(_blocks(table), metadata.identity()) != metadata.digest:
                 raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
-        except (DataError, StorageError):
-            raise
-        except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors
-            raise DataError(f"index {path} can't be read ({error}); index the shards again") from error
         return cls(_with_place(table, metadata.corpus, str(parent(place))), (metadata,), metadata.digest)
 
     @classmethod
@@ -316,7 +313,7 @@ class Index:
                     )
         table = pa.concat_tables([index.table for index in indexes]).unify_dictionaries().combine_chunks()
         if "sample_id" in table.column_names:
-            _check_unique(table.column("sample_id").to_numpy(), f"corpora {[part.corpus for part in parts]}")
+            check_unique(table.column("sample_id").to_numpy(), f"corpora {[part.corpus for part in parts]}")
         return cls(table, parts, combined_digest("concat", *(index.digest for index in indexes)))
 
     def __len__(self) -> int:
@@ -355,9 +352,11 @@ class Index:
                 f"rows {wanted.min()} to {wanted.max()} of an index of {len(self)}: expected 0 to {len(self) - 1}"
             )
         return [
-            IndexRow(**{name: _python_value(name, value) for name, value in row.items()})
-            for row in self.table.take(wanted).to_pylist()
+            IndexRow(**{name: _python_value(name, value) for name, value in row.items()}) for row in self._taken(wanted)
         ]
+
+    def _taken(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        return self.table.take(numbers).to_pylist()
 
     def filter(self, expression: str | pc.Expression) -> "Index":
         """The rows for which an expression holds, in their order; see `RowFilter` for what a string may say."""
@@ -386,7 +385,7 @@ def _single(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _with_place(table: pa.Table, corpus: str, folder: str) -> pa.Table:
-    for name, value in zip(_PLACES, (corpus, folder), strict=True):
+    for name, value in zip(PLACES, (corpus, folder), strict=True):
         places = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([value], pa.string()))
         table = table.append_column(name, places)
     return table

@@ -12,10 +12,11 @@ import contextlib
 import io
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -42,7 +43,7 @@ from domainshuttle.pipelines.stores import opened
 __all__ = [
     "MissingError", "Place", "StorageError", "absolute", "delete", "exists", "free_bytes", "is_remote", "join",
     "list_files", "name_of", "open_file", "open_parquet", "parent", "read_bytes", "read_ranges", "require_local",
-    "shown", "size", "sync_folder", "write_bytes", "write_file",
+    "shown", "size", "sync_folder", "write_bytes", "write_file", "writing",
 ]  # fmt: skip
 
 LIMITS = Limits()
@@ -337,12 +338,27 @@ def write_file(source: Path, place: Place) -> None:
 
 
 def _write_aside(path: Path, content: BinaryIO) -> None:
+    with writing(path) as temporary, temporary.open("wb") as file:
+        shutil.copyfileobj(content, file, _PIECE)
+
+
+@contextlib.contextmanager
+def writing(place: Place) -> Iterator[Path]:
+    """A local file to write, which is at the place, whole and synced, when the block ends; nothing is where it raises.
+
+    Raises StorageError, for a disk OSError.
+    """
+    if is_remote(place):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "file"
+            write_file(Path(folder) / "file", place)
+        return
+    path = local_path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
-        with temporary.open("wb") as file:
-            shutil.copyfileobj(content, file, _PIECE)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
         sync_folder(path.parent)
