@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, label: str, trained: list[str]) -> list
 
     engine = build(options.layers, trained)
     section = CheckpointSection(every=1, keep=1)
-    gather = gather_objects()
+    gather = gather_objects(3600.0)
     store = CheckpointStore(options.folder / f"{len(trained)}")
     writer = AsyncCheckpointer(store, section, dist.get_rank(), RANKS, gather)
     number = 0

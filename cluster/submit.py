@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class Job:
         return str(self.client.get_job_status(self.id)) == "SUCCEEDED"
 
 
-def submit_training(config_yaml: str, name: str, address: str) -> Job:
-    """Submits `domainshuttle train` of a resolved configuration. The cluster's image has the package installed.
+def submit_training(config_yaml: str, name: str, address: str, options: Sequence[str] = ()) -> Job:
+    """Submits `domainshuttle train` of a resolved configuration, with the command's own `options`.
+
+    The cluster's image has the package installed.
 
     Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
     """
@@ -52,7 +55,7 @@ def submit_training(config_yaml: str, name: str, address: str) -> Job:
         try:
             client = JobSubmissionClient(address)
             job = client.submit_job(
-                entrypoint="domainshuttle train run.yaml",
+                entrypoint=shlex.join(["domainshuttle", "train", "run.yaml", *options]),
                 runtime_env={"working_dir": folder},
                 metadata={"run": name},
             )

@@ -65,7 +65,8 @@ class Account:
         self._budget_read, self._stop = 0.0, Stop.NO
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
-        self.watchdog = Watchdog(config.guard.hang_seconds, run.hang_path(segment.name, dist.get_rank()))
+        hangs = run.hang_path(segment.name, dist.get_rank())
+        self.watchdog = Watchdog(config.guard.hang_seconds, config.patience, hangs)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.main = self.rank == 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,8 +115,8 @@ class Account:
 
     @contextlib.contextmanager
     def checkpointing(self) -> Iterator[None]:
-        """The same for saves and exports, which the watchdog leaves alone: saves have a limit of their own."""
-        self.watchdog.pause()
+        """The same for saves and exports, with which the watchdog is patient: saves have a limit of their own."""
+        self.watchdog.be_patient()
         with self.measure("checkpointing"):
             yield
         self.watchdog.alive()

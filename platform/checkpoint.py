@@ -26,7 +26,7 @@ from domainshuttle.platform.retention import Retention
 from domainshuttle.platform.spool import locked
 
 MANIFEST_NAME, STATE_NAME, DAMAGED_NAME = "manifest.json", "state.json", "damaged.json"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,22 @@ class TrainingState:
     base: str = ""
     """Digest of the weights that the segment began with, from which the frozen parameters come."""
     loss: float | None = None
-    """The last one that was logged: what `checkpoint.keep_best` compares."""
+    """The usual one of the steps before, which one noisy step does not move: what `checkpoint.keep_best` compares."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What the loss guard has seen."""
     line: int = 0
     """Which line of the segment it belongs to (lineage.py); set by the writer."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What decided what was learned (`RunConfig.decisive`); empty in a checkpoint of an earlier format, as are the
+    fields below."""
+    trained: str = ""
+    """Digest of names and sizes of the trained parameters."""
+    origin: str | None = None
+    """Folder or hub id of the weights of `base`; None: a new model."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """The run's finished segments, with their steps."""
+    passed_over: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of each segment, the steps that are not trained on: one list a rollback."""
     version: int = VERSION
 
 
@@ -102,14 +113,24 @@ class CheckpointStore:
 
     # Reading
 
-    def newest(self, segment: str, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    def newest(
+        self,
+        segment: str,
+        report: Callable[[str], None] = lambda _: None,
+        verified: Checkpoint | None = None,
+    ) -> Checkpoint | None:
         """The newest whole checkpoint that a segment goes on from; `report` gets a line for each that is passed over.
 
-        On a local or shared file system checksums are compared; in an object store sizes are, and `fetch` compares
-        the checksums of what a node needs. Raises StorageError when the store does not answer: then nobody knows.
+        The bytes of one that was `verified` already are not read again. On a local or shared file system checksums are
+        compared; in an object store sizes are, and `fetch` compares the checksums of what a node needs. Raises
+        StorageError when the store does not answer: then nobody knows.
         """
         for name in candidates(self.names(segment), self.lines(segment)):
             try:
+                if verified and name in (verified.name, verified.where):
+                    found = self.read(name, checksums=False)
+                    if found == verified:
+                        return found
                 return self.read(name)
             except CheckpointError as error:
                 report(f"checkpoint {name} is passed over: {error}")

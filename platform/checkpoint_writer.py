@@ -348,12 +348,12 @@ class AsyncCheckpointer:
             wait = min(1.0, wait * 1.5)
 
 
-def gather_objects() -> Callable[[Any], Sequence[Any]]:
-    """A `gather` over torch.distributed's ranks. All ranks make it together, once."""
+def gather_objects(patience: float) -> Callable[[Any], Sequence[Any]]:
+    """A `gather` over torch.distributed's ranks, which waits `patience` seconds. All ranks make it together, once."""
     import torch.distributed as dist
 
-    # on the CPU, so that it waits for nothing that a GPU has yet to do; how long a rank may write, the saves bound
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    # on the CPU, so that it waits for nothing that a GPU has yet to do
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
 
     def gather(mine: Any) -> Sequence[Any]:
         every: list[Any] = [None] * dist.get_world_size()

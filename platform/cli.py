@@ -1,11 +1,9 @@
 """The command line. Each verb imports what it needs when it runs, so that `--help` answers at once."""
 
-import contextlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,26 +36,33 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key: --set cluster.workers=4 --set stages.stage1.steps=50"
     ),
 ]
+Fresh = Annotated[bool, typer.Option(help="Remove what a run of this name has made, and start anew.")]
+Stage = Annotated[str | None, typer.Option(help="Only this stage, or this segment of it.")]
+Resume = Annotated[
+    str, typer.Option(help="auto: the newest whole checkpoint. A checkpoint's name or path; none: its beginning.")
+]
 Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these corpora; without it all of the file.")]
 
 
 @data.command("build")
 def data_build(config: Config, set_: Set = None, corpus: Corpus = None) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
+    from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import build_corpora
 
     settings = _load(config, set_)
-    with _connected(settings, cpus=1):
+    with connected(settings, cpus=1):
         build_corpora(settings, corpus)
 
 
 @data.command("encode")
 def data_encode(config: Config, set_: Set = None, corpus: Corpus = None) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
+    from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import encode_corpora
 
     settings = _load(config, set_)
-    with _connected(settings, cpus=1):
+    with connected(settings, cpus=1):
         encode_corpora(settings, corpus)
 
 
@@ -154,35 +159,24 @@ def plan(
 
 
 @app.command()
-def train(
-    config: Config,
-    set_: Set = None,
-    fresh: Annotated[bool, typer.Option(help="Remove what a run of this name has made, and start anew.")] = False,
-    stage: Annotated[str | None, typer.Option(help="Only this stage, or this segment of it.")] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto: the newest whole checkpoint. A checkpoint's name or path; none: its beginning.")
-    ] = "auto",
-) -> None:
+def train(config: Config, set_: Set = None, fresh: Fresh = False, stage: Stage = None, resume: Resume = "auto") -> None:
     """Train the schedule of a configuration, or go on with it: the same command starts and resumes a run.
 
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
-    from domainshuttle.platform.driver import prepare_run, run_training
+    from domainshuttle.platform.driver import train_run
 
-    settings = _load(config, set_)
-    run = prepare_run(settings, fresh)
-    run.choose(stage)
-    cluster = settings.cluster
-    needs = cluster.least_workers * cluster.cpus_per_worker + 1
-    with _connected(settings, cpus=needs, gpus=cluster.least_workers * cluster.gpus_per_worker):
-        raise SystemExit(run_training(run, stage, resume))
+    raise SystemExit(train_run(_load(config, set_), fresh, stage, resume))
 
 
 @app.command()
 def submit(
     config: Config,
     set_: Set = None,
+    fresh: Fresh = False,
+    stage: Stage = None,
+    resume: Resume = "auto",
     address: Annotated[str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")] = "http://127.0.0.1:8265",
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = False,
 ) -> None:  # fmt: skip
@@ -191,7 +185,8 @@ def submit(
     from domainshuttle.platform.console import console
 
     settings = _load(config, set_)
-    job = submit_training(settings.to_yaml(), settings.name, address)
+    options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
+    job = submit_training(settings.to_yaml(), settings.name, address, options)
     console.print(f"Submitted job [bold]{job.id}[/] to {address}. Follow it with: ray job logs --follow {job.id}")
     if wait:
         for text in job.follow():
@@ -340,15 +335,6 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     return load_config(config, overrides)
 
 
-@contextlib.contextmanager
-def _connected(settings: "RunConfig", cpus: float, gpus: float = 0.0) -> Iterator[None]:
-    from domainshuttle.cluster.local import Connection, Resources
-
-    remedy = "Add nodes, or ask for less: --set cluster.workers=1, or --set cluster.cpus_per_worker=0.5"
-    with Connection(settings.cluster.address, Resources(cpus, gpus, remedy), settings.cluster.dashboard_port):
-        yield
-
-
 def _ray(address: str | None) -> "Connection":
     from domainshuttle.cluster.local import Connection, Resources
 
@@ -391,7 +377,7 @@ def _is_known(error: Exception) -> bool:
     """Whether an error is a message for the user rather than a fault of ours."""
     known = (
         "ConfigError", "DataError", "ClusterError", "CheckpointError", "StorageError", "DivergedError", "LookupError",
-        "ConnectionError",
+        "ConnectionError", "RunLockedError",
     )  # fmt: skip
     return any(kind.__name__ in known for kind in type(error).__mro__)
 

@@ -8,7 +8,7 @@ once.
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -74,14 +74,7 @@ class RunConfig(Section):
             for corpus in stage.mixture:
                 if corpus not in self.corpora:
                     faults.append(f"stages.{stage.name}.mixture names {corpus!r}{_nearest(corpus, self.corpora)}")
-            for workers in range(self.cluster.least_workers, self.cluster.most_workers + 1):
-                if stage.global_batch % (workers * stage.micro_batch):
-                    faults.append(
-                        f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by "
-                        f"cluster.workers={workers} x micro_batch={stage.micro_batch}: "
-                        f"use a multiple of {workers * stage.micro_batch}"
-                    )
-                    break
+            faults += self._sharing_faults(stage)
         faults += self._origin_faults()
         if self.model.size and self.model.size.get("text_len") != self.encoders.text_len:
             faults.append(
@@ -97,6 +90,31 @@ class RunConfig(Section):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _sharing_faults(self, stage: StageSection) -> list[str]:
+        if self.worker_sizes(stage):
+            return []
+        workers, micro = self.cluster.workers, stage.micro_batch
+        fault = f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by cluster.workers={workers} x "
+        fault += f"micro_batch={micro}: use a multiple of {self.cluster.most_workers * micro}"
+        most = stage.global_batch // micro
+        would = [size for size in range(1, most + 1) if stage.global_batch % (size * micro) == 0]
+        if near := sorted(would, key=lambda size: abs(size - self.cluster.most_workers))[:6]:
+            fault += f", or workers of which there are {', '.join(map(str, sorted(near)))}"
+        return [fault]
+
+    def worker_sizes(self, stage: StageSection) -> list[int]:
+        """The numbers of workers, of those that `cluster.workers` allows, by which a stage's batch can be shared."""
+        sizes = range(self.cluster.least_workers, self.cluster.most_workers + 1)
+        return [size for size in sizes if stage.global_batch % (size * stage.micro_batch) == 0]
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a worker has for a save, an export, or to build and restore, before it counts as hanging.
+
+        A save has a limit of its own, and at the next one the save before is waited for.
+        """
+        return max(self.guard.hang_seconds, 2 * self.checkpoint.timeout + 120)
 
     def _sampling_faults(self) -> list[str]:
         sampling = self.sampling
@@ -155,10 +173,17 @@ class RunConfig(Section):
         raise ConfigError(f"no stage {name!r}{_nearest(name, [s.name for s in self.stages])}")
 
     def digest(self) -> str:
-        """Of all that decides what is learned: machines, paths, checkpoints and tracking may change on resume."""
-        content = self.model_dump(mode="json", exclude=set(_RESUMABLE_CHANGES))
+        """Of all that decides what is learned: the rest may change on resume."""
+        return hashlib.blake2b(json.dumps(self._decisive(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def decisive(self) -> dict[str, Any]:
+        """What the digest is made of, by dotted keys, JSON-ready."""
+        return dict(_flatten(self._decisive()))
+
+    def _decisive(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude=_RESUMABLE_CHANGES)
         content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
-        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return content
 
     def flattened(self) -> dict[str, Any]:
         """Dotted keys to values, as MLflow's params have them."""
@@ -168,10 +193,22 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-_RESUMABLE_CHANGES = (
-    "cluster", "tracking", "checkpoint", "output", "data", "generation", "evaluation", "sampling",
-    "budget_gpu_hours",
-)  # fmt: skip
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys of two `decisive` configurations that differ, with their values; empty where none do."""
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
+
+
+_RESUMABLE_CHANGES: dict[str, Any] = {
+    # where and on what machines
+    **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking"), True),
+    # what is looked at beside the training, and when it stops or goes back
+    **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
+    # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
+    "engine": {"persistent_parameters", "offload_optimizer", "activations", "attention_backend", "compile"},
+    "stages": {"__all__": {"micro_batch"}},
+    "encoders": {"encoding"},
+}
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:

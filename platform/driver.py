@@ -13,11 +13,14 @@ from types import FrameType
 from domainshuttle.platform.build import outline_model
 from domainshuttle.platform.checkpoint import CheckpointStore
 from domainshuttle.platform.config import RunConfig
+from domainshuttle.platform.connection import connected
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.corpora import require_encoded
 from domainshuttle.platform.engine import select_trained
 from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.lock import RunLock
 from domainshuttle.platform.planner import deepspeed_configs
+from domainshuttle.platform.recovery import recover_books
 from domainshuttle.platform.resume import AUTO, NONE, begin
 from domainshuttle.platform.schedule import Run
 from domainshuttle.platform.sections import ExpertSection
@@ -29,11 +32,26 @@ STOPPED = 3
 """Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
 
 
-def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
-    """The run on disk, made or resumed; what can't be trained is refused here, before a cluster is asked for anything.
+def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, resume: str = AUTO) -> int:
+    """Makes or resumes a run and trains what is left of it, as the only driver of it; returns the exit code.
 
-    Raises DataError for corpora that are not encoded, ConfigError for a size or pattern that does not fit the model
-    and for another run of this name.
+    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Raises RunLockedError when there is
+    another driver.
+    """
+    require_trainable(config)
+    with RunLock(config.run_folder, console.print) as lock:
+        run = prepare_run(config, fresh)
+        run.choose(stage)
+        cluster = config.cluster
+        workers = cluster.least_workers
+        with connected(config, workers * cluster.cpus_per_worker + 1, workers * cluster.gpus_per_worker):
+            return run_training(run, lock, stage, resume)
+
+
+def require_trainable(config: RunConfig) -> None:
+    """Refuses what can't be trained, before anything is made or a cluster is asked for anything.
+
+    Raises DataError for corpora that are not encoded, ConfigError for a size or pattern that does not fit the model.
     """
     require_encoded(config)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
@@ -41,19 +59,22 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
         if (outline := outline_model(config.model_of(expert))) is not None:
             for stage in config.stages:
                 select_trained(outline, stage.trained)
+
+
+def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
+    """The run on disk, made or resumed; its lock is held. Raises ConfigError for another run of this name."""
     run = Run.open(config, fresh)
-    if fresh and config.checkpoint.store:
+    if not fresh:
+        recover_books(run, console.print)
+    elif config.checkpoint.store:
         # in a store of its own the checkpoints outlive the run's folder: nothing goes on from them
         for segment in run.segments():
             begin(CheckpointStore.of(config), segment.name, NONE, None)
     return run
 
 
-def run_training(run: Run, stage: str | None = None, resume: str = AUTO) -> int:
-    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code.
-
-    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py).
-    """
+def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str = AUTO) -> int:
+    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code."""
     config = run.config
     ids = run.read_ids()
     tracker = open_schedule(
@@ -68,9 +89,14 @@ def run_training(run: Run, stage: str | None = None, resume: str = AUTO) -> int:
     )
     run.write_ids(tracker.ids.to_dict())
     began = time.monotonic()
+
+    def watch() -> None:
+        lock.check()
+        _show_progress(run, show)
+
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
-            outcome = train(run, tracker, lambda: _show_progress(run, show), console.print, stage, resume)
+            outcome = train(run, tracker, watch, console.print, stage, resume)
         except BaseException as error:
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
             tracker.fail(error)

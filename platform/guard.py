@@ -42,6 +42,10 @@ class LossGuard:
                 return "spike"
         return "good"
 
+    def usual(self) -> float | None:
+        """The median of the last `window` good losses, of as many as there are; None before the first."""
+        return statistics.median(self._usual) if self._usual else None
+
     def applied(self, loss: float) -> None:
         """Notes a step that changed the model."""
         self._usual.append(loss)

@@ -13,7 +13,8 @@ from ray.train import DataConfig
 
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
-from domainshuttle.platform.checkpoint import CheckpointStore
+from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
+from domainshuttle.platform.notices import PASSED_OVER, Notices
 from domainshuttle.platform.resume import AUTO, choose_start
 from domainshuttle.platform.schedule import Run, Segment
 
@@ -33,16 +34,24 @@ class Shard:
 
 
 class PlannedData(DataConfig):
-    """Builds the workers' data at every start of the worker group, beginning at the newest whole checkpoint."""
+    """Builds the workers' data at every start of the worker group, beginning at the newest whole checkpoint.
 
-    def __init__(self, run: Run, segment: Segment, feed: Feed) -> None:
+    The bytes of `verified`, from which the driver chose to start, are not read again.
+    """
+
+    def __init__(self, run: Run, segment: Segment, feed: Feed, verified: Checkpoint | None) -> None:
         super().__init__()
-        self.run, self.segment, self.feed = run, segment, feed
+        self.run, self.segment, self.feed, self.verified = run, segment, feed, verified
 
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """One decision for data and weights alike, made here and carried to every rank."""
-        config, steps = self.run.config, self.segment.stage.steps
-        newest = choose_start(CheckpointStore.of(config), self.segment.name, AUTO, config.digest())
+        config, name, steps = self.run.config, self.segment.name, self.segment.last_step
+        notices = Notices(self.run.notices_path)
+
+        def note(line: str) -> None:
+            notices.add(name, PASSED_OVER, line)
+
+        newest = choose_start(CheckpointStore.of(config), name, AUTO, config.digest(), note, self.verified)
         first = newest.state.step if newest else 0
         iterators: list[ray.data.DataIterator | None] = [None] * world_size
         if first < steps:
@@ -50,5 +59,5 @@ class PlannedData(DataConfig):
             pool = LivePool(**live.model_dump()) if live else None
             iterators = [*plan_dataset(self.feed, first, steps, world_size, pool)]
         checkpoint, attempt = newest.where if newest else None, time.time_ns()
-        over = frozenset(step for bad in self.run.passed_over(self.segment.name) for step in bad)
+        over = frozenset(step for bad in self.run.passed_over(name) for step in bad)
         return [{"plan": Shard(iterator, first, checkpoint, attempt, over)} for iterator in iterators]

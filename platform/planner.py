@@ -1,12 +1,16 @@
 """What a run would do, said before it starts: stages, data, buckets, trained parameters."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console
+
+if TYPE_CHECKING:
+    from domainshuttle.platform.engine import TrainedParameters
 
 
 def print_plan(config: RunConfig) -> None:
@@ -50,38 +54,46 @@ def print_plan(config: RunConfig) -> None:
 
 
 def print_parameters(config: RunConfig) -> None:
-    """Prints which parameters each segment trains, by group: the blocks' numbers are left out."""
+    """Prints which parameters each segment trains."""
     from domainshuttle.platform.build import blueprint
-    from domainshuttle.platform.engine import group_name, select_trained
+    from domainshuttle.platform.engine import select_trained
     from domainshuttle.platform.schedule import Run
+
+    selections = {}
+    for segment in Run(config).segments():
+        base = segment.expert.base if segment.expert else config.model.base
+        outline = blueprint(config.model_of(segment.expert), base, segment.seed).outline
+        selections[segment.name] = select_trained(outline, segment.stage.trained)
+    console.print(parameter_table(selections))
+
+
+def parameter_table(selections: "Mapping[str, TrainedParameters]") -> Table:
+    """Which parameters each segment trains, by group: the blocks' numbers are left out."""
+    from domainshuttle.platform.engine import group_name
 
     sizes: dict[str, int] = {}
     trained: dict[str, set[str]] = {}
-    segments = Run(config).segments()
-    for segment in segments:
-        base = segment.expert.base if segment.expert else config.model.base
-        outline = blueprint(config.model_of(segment.expert), base, segment.seed).outline
-        selected = select_trained(outline, segment.stage.trained)
-        trained[segment.name] = {group_name(name) for name in selected.trained}
+    for segment, selected in selections.items():
+        trained[segment] = {group_name(name) for name in selected.trained}
         sizes = {}
         for name, size in {**selected.trained, **selected.frozen}.items():
             sizes[group_name(name)] = sizes.get(group_name(name), 0) + size
     table = Table(title="Parameters: trained, or frozen (.)")
     table.add_column("group", overflow="fold")
     table.add_column("elements", justify="right")
-    for segment in segments:
-        table.add_column(segment.name)
+    for segment in selections:
+        table.add_column(segment)
     for group, size in sizes.items():
-        table.add_row(group, f"{size:,}", *("trained" if group in trained[s.name] else "." for s in segments))
-    console.print(table)
+        table.add_row(group, f"{size:,}", *("trained" if group in trained[name] else "." for name in selections))
+    return table
 
 
 def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
     from domainshuttle.platform.engine import deepspeed_config
 
-    workers, on_gpu = config.cluster.most_workers, config.cluster.gpus_per_worker > 0
-    return {
-        stage.name: deepspeed_config(stage, config.engine, stage.global_batch // (workers * stage.micro_batch), on_gpu)
-        for stage in config.stages
-    }
+    on_gpu, configs = config.cluster.gpus_per_worker > 0, {}
+    for stage in config.stages:
+        accumulation = stage.global_batch // (config.worker_sizes(stage)[-1] * stage.micro_batch)
+        configs[stage.name] = deepspeed_config(stage, config.engine, accumulation, on_gpu)
+    return configs

@@ -5,7 +5,6 @@ configuration again goes on with it. A segment (a stage of the configuration) is
 the next one begins with these.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,10 +14,13 @@ from typing import Any
 
 import yaml
 
-from domainshuttle.platform.config import ConfigError, RunConfig
+from domainshuttle.pipelines.storage import write_bytes
+from domainshuttle.platform.config import ConfigError, RunConfig, differences
+from domainshuttle.platform.fingerprints import DIGEST_NAME, folder_digest
+from domainshuttle.platform.lock import HOLDER_NAME, LOCK_NAME
 from domainshuttle.platform.sections import ExpertSection, FlowSection, StageSection
 
-DIGEST_NAME, STEPS_NAME = "digest.txt", "steps.txt"
+STEPS_NAME = "steps.txt"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,27 @@ class Segment:
 
     @property
     def last_step(self) -> int:
-        """How many steps it has, or had: a stage that its GPU-hours end may be finished before its bound."""
+        """How many steps it has, or had: a stage that its GPU-hours end may be finished before its bound.
+
+        Noted without weights, they were lost, and its last checkpoint has them: they are exported again, not trained.
+        """
         noted = self.weights / STEPS_NAME
-        return int(noted.read_text()) if self.finished and noted.exists() else self.stage.steps
+        return int(noted.read_text()) if noted.exists() else self.stage.steps
+
+    def end_at(self, steps: int) -> None:
+        """Notes after how many steps it ends."""
+        self.weights.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.weights / STEPS_NAME, str(steps).encode())
 
     def finish(self, steps: int) -> None:
         """Notes that the exported weights are whole, after so many steps; the digest, written last, says so."""
-        (self.weights / STEPS_NAME).write_text(str(steps))
-        (self.weights / DIGEST_NAME).write_text(folder_digest(self.weights))
+        self.end_at(steps)
+        write_bytes(self.weights / DIGEST_NAME, folder_digest(self.weights).encode())
+
+    def begin_anew(self) -> None:
+        """Forgets after how many steps it ended before, when it is to be trained again."""
+        if not self.finished:
+            (self.weights / STEPS_NAME).unlink(missing_ok=True)
 
 
 class Run:
@@ -82,20 +97,24 @@ class Run:
         """
         run = cls(config)
         if fresh and run.folder.exists():
-            shutil.rmtree(run.folder)
+            for path in run.folder.iterdir():
+                if path.name in (LOCK_NAME, HOLDER_NAME):
+                    continue  # of the driver that asks for this
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         if run.config_path.exists():
             saved = RunConfig.model_validate(yaml.safe_load(run.config_path.read_text()))
             if saved.digest() != config.digest():
-                before, now = saved.flattened(), config.flattened()
-                keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-                changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
                 raise ConfigError(
-                    f"run {config.name!r} in {run.folder} was started with another configuration: {changes}. "
-                    "Give this one a name of its own (--set name=...), or start it anew with --fresh"
+                    f"run {config.name!r} in {run.folder} was started with another configuration: "
+                    f"{differences(saved.decisive(), config.decisive())}. Give this one a name of its own (--set "
+                    "name=...), to go on from a checkpoint of the other with --resume PATH besides; or start it anew "
+                    "with --fresh"
                 )
         for part in ("consumed", "quarantine", "dropped", "weights", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
-        run.config_path.write_text(config.to_yaml())
+        content = config.to_yaml()
+        if not run.config_path.exists() or run.config_path.read_text() != content:
+            write_bytes(run.config_path, content.encode())
         run.stop_path.unlink(missing_ok=True)
         return run
 
@@ -126,6 +145,16 @@ class Run:
     def starts_path(self) -> Path:
         """How long the parts of each start of the workers took, a line a start."""
         return self.folder / "starts.jsonl"
+
+    @property
+    def notices_path(self) -> Path:
+        """What the workers' side has to say to people, a line each; the driver shows it."""
+        return self.folder / "notices.jsonl"
+
+    @property
+    def fingerprints_path(self) -> Path:
+        """Digests of weights, so that they are not read whole at every start."""
+        return self.folder / "fingerprints.json"
 
     @property
     def stop_path(self) -> Path:
@@ -182,13 +211,11 @@ class Run:
         steps: list[list[int]] = json.loads(path.read_text()) if path.exists() else []
         return steps
 
-    def pass_over(self, segment: str, steps: list[int]) -> None:
-        """Adds the steps of a rollback to those that are passed over."""
+    def pass_over(self, segment: str, *rollbacks: list[int]) -> None:
+        """Adds the steps of a rollback, or of several, to those that are passed over."""
         path = self.folder / "passed_over" / f"{segment}.json"
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps([*self.passed_over(segment), steps]))
-        temporary.rename(path)
+        write_bytes(path, json.dumps([*self.passed_over(segment), *rollbacks]).encode())
 
     def read_progress(self) -> dict[str, Any]:
         """What rank 0 wrote last of where the run is; empty before it did."""
@@ -205,9 +232,7 @@ class Run:
         return ids
 
     def write_ids(self, ids: Mapping[str, Any]) -> None:
-        temporary = self.folder / ".mlflow.json.partial"
-        temporary.write_text(json.dumps(dict(ids), indent=2))
-        temporary.rename(self.folder / "mlflow.json")
+        write_bytes(self.folder / "mlflow.json", json.dumps(dict(ids), indent=2).encode())
 
 
 def find_run(folder: str | Path) -> Run:
@@ -223,25 +248,3 @@ def find_run(folder: str | Path) -> Run:
         )
         raise ConfigError(f"no run in {path}{hint}")
     return Run(RunConfig.model_validate(yaml.safe_load(saved.read_text())))
-
-
-def weights_identity(origin: str | None, seed: int) -> str:
-    """A digest of the weights that a segment begins with, so that a checkpoint is never put on others."""
-    if origin is None:
-        return f"new:{seed}"
-    folder = Path(origin).expanduser()
-    if not folder.is_dir():
-        return f"hub:{origin}"
-    noted = folder / DIGEST_NAME
-    return noted.read_text().strip() if noted.exists() else folder_digest(folder)
-
-
-def folder_digest(folder: Path) -> str:
-    """A digest of the safetensors files and configurations in a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("config.json")]):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            while chunk := file.read(16 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

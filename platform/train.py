@@ -6,23 +6,17 @@ begin is decided once per start of the worker group (planned_data.py).
 
 import contextlib
 import dataclasses
-import math
-import threading
-import time
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import ray
-import ray.data
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import get_device
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig
@@ -41,16 +35,20 @@ from domainshuttle.platform.checkpoint import (
     read_checkpoint,
 )
 from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, SavesFailedError, gather_objects
-from domainshuttle.platform.config import ConfigError, RunConfig
-from domainshuttle.platform.engine import Engine, frozen_copy, select_trained
+from domainshuttle.platform.config import ConfigError, RunConfig, differences
+from domainshuttle.platform.engine import Engine, TrainedParameters, frozen_copy, select_trained
+from domainshuttle.platform.fingerprints import sizes_digest, weights_identity
+from domainshuttle.platform.fit import Fit
 from domainshuttle.platform.guard import LossGuard
 from domainshuttle.platform.ledger import ALLOWANCE, Ledger
-from domainshuttle.platform.planned_data import PlannedData, Shard
+from domainshuttle.platform.notices import PASSED_OVER, Notices
+from domainshuttle.platform.planned_data import Shard
+from domainshuttle.platform.planner import parameter_table
 from domainshuttle.platform.randomness import random_snapshot, restore_random
-from domainshuttle.platform.resume import AUTO, begin, choose_start
+from domainshuttle.platform.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.samples import Sampler
-from domainshuttle.platform.schedule import Run, Segment, weights_identity
-from domainshuttle.platform.tracking import RunIds, Tracker
+from domainshuttle.platform.schedule import Run, Segment
+from domainshuttle.platform.tracking import Tracker
 
 Outcome = Literal["finished", "stopped", "budget spent"]
 
@@ -64,7 +62,7 @@ def train_segment(job: dict[str, Any]) -> None:
     config = RunConfig.model_validate(job["config"])
     run = Run(config)
     segment = run.segment(job["segment"])
-    stage = segment.stage
+    stage, base, last_step = segment.stage, job["base"], segment.last_step
     shard: Shard = ray.train.get_dataset_shard("plan")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if not torch.cuda.is_available():
@@ -87,14 +85,13 @@ def train_segment(job: dict[str, Any]) -> None:
         engine = Engine(design, stage, config.engine, loader.accumulation)
         flow = FlowConfig(**segment.flow.model_dump())
         guard = LossGuard(config.guard, passed_over=shard.passed_over)
-        base = weights_identity(segment.origin, segment.seed)
         store = CheckpointStore.of(config)
         checkpoints = AsyncCheckpointer(
             store,
             config.checkpoint,
             rank,
             world_size,
-            gather_objects(),
+            gather_objects(config.patience),
             ray.train.get_context().get_local_world_size(),
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )
@@ -104,15 +101,15 @@ def train_segment(job: dict[str, Any]) -> None:
         # Restore
         if shard.checkpoint:
             saved = read_checkpoint(shard.checkpoint, checksums=False)
-            check_compatible(saved, segment, base, feed)
-            folder = store.fetch(saved)
+            require_fit(saved, segment, base, sizes_digest(selected.trained), feed)
+            folder = store.fetch(saved, {rank} if saved.state.world_size == world_size else None)
             engine.load(folder)
             restore_random(folder, rank)
             dist.barrier()
             store.release(saved)
             guard = LossGuard(config.guard, saved.state.guard, shard.passed_over)
 
-        def save(step: int, loss: float) -> None:
+        def save(step: int) -> None:
             with account.checkpointing():
                 state = TrainingState(
                     segment=segment.name,
@@ -124,8 +121,13 @@ def train_segment(job: dict[str, Any]) -> None:
                     ledger=account.ledger_snapshot(),
                     mlflow=run.read_ids() or {},
                     base=base,
-                    loss=loss if math.isfinite(loss) else None,
+                    loss=guard.usual(),
                     guard=guard.state(),
+                    config=config.decisive(),
+                    trained=sizes_digest(selected.trained),
+                    origin=segment.origin,
+                    finished={other.name: other.last_step for other in run.segments() if other.finished},
+                    passed_over={other.name: run.passed_over(other.name) for other in run.segments()},
                 )
                 checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
 
@@ -165,8 +167,8 @@ def train_segment(job: dict[str, Any]) -> None:
 
             done = step + 1
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
-            if due or agreed.stop or agreed.preempted or done == stage.steps:
-                save(done, agreed.loss)
+            if due or agreed.stop or agreed.preempted or done == last_step:
+                save(done)
             if agreed.stop:
                 break
             with account.measure("sampling"):
@@ -175,10 +177,10 @@ def train_segment(job: dict[str, Any]) -> None:
             checkpoints.wait()
         account.saved(checkpoints.ended())
         with account.measure("sampling"):
-            sampler.finish(0.0 if done < stage.steps else None)
+            sampler.finish(0.0 if done < last_step else None)
 
         # Stop, or hand over to the next segment
-        if done < stage.steps and agreed.stop is not Stop.DURATION_REACHED:
+        if done < last_step and agreed.stop is not Stop.DURATION_REACHED:
             account.close(done, "budget spent" if agreed.stop is Stop.BUDGET_SPENT else "stopped")
             return
         with account.checkpointing():
@@ -217,16 +219,6 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
     )
 
 
-def check_compatible(saved: Checkpoint, segment: Segment, base: str, feed: Feed) -> None:
-    """Raises an error that says why a checkpoint does not fit what is about to be trained on it."""
-    if saved.state.base != base:
-        raise RuntimeError(
-            f"checkpoint {saved.name} was trained on the weights {saved.state.base}, but segment {segment.name} now "
-            f"begins with {base}: restore model.base, or start anew with --fresh"
-        )
-    feed.plan().check(saved.state.plan)
-
-
 def export_weights(engine: Engine, segment: Segment, steps: int) -> None:
     """Writes the segment's weights as a diffusers folder, and their moving average beside them where one is kept."""
     engine.export(segment.weights)
@@ -241,7 +233,7 @@ def train(
     run: Run,
     tracker: Tracker,
     watch: Callable[[], None],
-    say: Callable[[str], None],
+    say: Callable[[Any], None],
     stage: str | None = None,
     resume: str = AUTO,
 ) -> Outcome:
@@ -251,25 +243,58 @@ def train(
     begin with are not there yet, CheckpointError, DivergedError, and what ended the workers for good.
     """
     ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
-    if (last := ledger.last_line()) is not None:  # nobody held the devices since
-        heard = max(last, float(run.read_progress().get("time", 0.0)))
+    notices = Notices(run.notices_path)
+    if (last := ledger.last_line()) is not None:
+        heard = max(last, run.read_progress().get("time", 0.0))
         ledger.end_open("its driver died", until=heard + ALLOWANCE)
+
+    def tell(segment: str) -> None:
+        """Shows what was noted of a segment, here or by Ray's processes; of checkpoints MLflow keeps it too."""
+        for _, kind, text in notices.new():
+            say(text)
+            if kind == PASSED_OVER:
+                tracker.tag({"checkpoints.passed_over": "\n".join(notices.told(segment, kind))}, segment)
+
+    if resume not in (AUTO, NONE):
+        adopt_stages(run, store, resume, say)
     for segment in run.choose(stage):
         if segment.finished:
             say(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
             continue
         require_origin(run, segment)
-        start = choose_start(store, segment.name, resume, digest, say)
-        begin(store, segment.name, resume, start)
-        resume = AUTO
         tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
         feed = make_feed(run.config, segment)
+        base = weights_identity(segment.origin, segment.seed, run.fingerprints_path)
+        selected = selected_parameters(run.config, segment)
+
+        def choose(resume: str, segment: Segment = segment) -> Checkpoint | None:
+            note = functools.partial(notices.add, segment.name, PASSED_OVER)
+            try:
+                return choose_start(store, segment.name, resume, digest, note)
+            finally:
+                tell(segment.name)
+
+        start = choose(resume)
+        if start:
+            require_fit(start, segment, base, sizes_digest(selected.trained) if selected else None, feed)
+            if start.state.config_digest != digest:
+                changes = differences(start.state.config, run.config.decisive())
+                say(f"Checkpoint {start.name} was trained with another configuration: {changes}")
+        begin(store, segment.name, resume, start, digest)
+        if resume != AUTO:
+            segment.begin_anew()
+        resume = AUTO
         for corpus, source, index_digest, samples in feed.corpora():
             tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
         run.write_ids(tracker.ids.to_dict())
+        if selected:
+            say(parameter_table({segment.name: selected}))
         while not segment.finished:
             say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
-            _fit(run, segment, feed, tracker.ids, watch)
+            job = {"base": base, "mlflow": tracker.ids.to_dict()}
+            for _ in Fit(train_segment, run, segment, feed, job, start).running():
+                watch()
+                tell(segment.name)
             ledger.end_open("the workers ended without a last line")
             outcome = run.read_progress().get("state", "")
             if outcome == "budget spent":
@@ -280,8 +305,16 @@ def train(
                 return "stopped"
             if outcome == ROLLED_BACK:
                 refuse_to_go_in_circles(run, segment, say)
-                start = choose_start(store, segment.name, AUTO, digest, say)
+                start = choose(AUTO)
     return "finished"
+
+
+def selected_parameters(config: RunConfig, segment: Segment) -> TrainedParameters | None:
+    """What a segment trains, on the driver; None for a base of the hub, which workers may have and the driver not."""
+    if segment.origin is not None and not Path(segment.origin).is_dir():
+        return None
+    outline = blueprint(config.model_of(segment.expert), segment.origin, segment.seed).outline
+    return select_trained(outline, segment.stage.trained)
 
 
 def require_origin(run: Run, segment: Segment) -> None:
@@ -329,52 +362,3 @@ class SegmentParams:
             mixture=", ".join(f"{name}: {weight:g}" for name, weight in stage.mixture.items()),
             cross_pair_weight=stage.loss.cross_pair_weight,
         )
-
-
-def _fit(run: Run, segment: Segment, feed: Feed, ids: RunIds, watch: Callable[[], None]) -> None:
-    """Starts the workers and waits for their end. Ray restarts them up to `max_failures` times."""
-    cluster = run.config.cluster
-    trainer = TorchTrainer(
-        train_segment,
-        train_loop_config={
-            "config": run.config.model_dump(mode="json"),
-            "segment": segment.name,
-            "mlflow": ids.to_dict(),
-            "start": {"command": psutil.Process().create_time(), "asked": time.time()},
-        },
-        datasets={"plan": ray.data.range(1)},
-        dataset_config=PlannedData(run, segment, feed),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            # a pair lets the group shrink and grow with the cluster; the annotation is older than that
-            num_workers=cluster.workers,  # type: ignore[arg-type]
-            elastic_resize_monitor_interval_s=cluster.resize_seconds,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker}
-            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-        ),
-        run_config=RayRunConfig(
-            # Ray's own bookkeeping of this start; ours is the run's folder
-            name=f"{run.config.name}-{segment.name}-{time.time_ns()}",
-            storage_path=str(run.folder / "ray"),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    # In a thread, so that a signal reaches the driver, which asks the workers for a checkpoint, and not Ray's handler,
-    # which would abort them.
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        watch()
-    if failure:
-        raise failure[0]

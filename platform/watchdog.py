@@ -9,22 +9,29 @@ from pathlib import Path
 
 
 class Watchdog:
-    """Ends the process when `alive` was not called for `seconds`, and writes the stacks of all threads to `path`."""
+    """Ends the process when it shows no sign of life for `seconds`, and writes the stacks of all threads to `path`.
 
-    def __init__(self, seconds: float, path: Path) -> None:
-        self.seconds = seconds
+    It begins at once, and patiently: a worker has `patience` seconds to build and restore, and for a save.
+    """
+
+    def __init__(self, seconds: float, patience: float, path: Path) -> None:
+        self.seconds, self.patience = seconds, patience
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a")
+        self.be_patient()
 
     def alive(self) -> None:
         """Says that the worker is getting on; call it at least once a step."""
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self._file)
+        self._arm(self.seconds)
 
-    def pause(self) -> None:
-        """Looks away, until `alive` is called again: what comes now has a limit of its own."""
-        faulthandler.cancel_dump_traceback_later()
+    def be_patient(self) -> None:
+        """Says that what comes now may take longer than a step, until `alive` is called again."""
+        self._arm(self.patience)
+
+    def _arm(self, seconds: float) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
 
     def close(self) -> None:
         """Ends the watch."""
-        self.pause()
+        faulthandler.cancel_dump_traceback_later()
         self._file.close()

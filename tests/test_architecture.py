@@ -25,12 +25,12 @@ MAY_IMPORT = {
 ONLY_IMPORTER = {
     "deepspeed": {"platform/engine.py"},
     "mlflow": {"platform/tracking.py"},
-    "ray.train": {"platform/train.py", "platform/planned_data.py"},
+    "ray.train": {"platform/train.py", "platform/fit.py", "platform/policies.py", "platform/planned_data.py"},
     "ray.data": {
         "pipelines/plan_source.py",
         "pipelines/loader.py",
         "pipelines/encode.py",
-        "platform/train.py",
+        "platform/fit.py",
         "platform/planned_data.py",
     },
 }
@@ -78,7 +78,9 @@ def test_model_knows_no_ray_and_spec_no_torch() -> None:
     assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "model" / "spec.py")}
 
 
-@pytest.mark.parametrize("module", ["pipelines.plan_source", "platform.planned_data", "platform.config"])
+@pytest.mark.parametrize(
+    "module", ["pipelines.plan_source", "platform.planned_data", "platform.policies", "platform.config"]
+)
 def test_what_ray_loads_into_its_controllers_brings_no_torch(module: str) -> None:
     """It would cost each of four processes seconds at every start of the workers."""
     code = f"import sys, domainshuttle.{module}; print({{'torch', 'deepspeed', 'mlflow'}} & {{*sys.modules}})"

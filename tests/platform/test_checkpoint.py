@@ -22,7 +22,7 @@ from domainshuttle.platform.checkpoint import (
 )
 from domainshuttle.platform.checkpoint_files import describe
 from domainshuttle.platform.lineage import Name
-from domainshuttle.platform.resume import begin, choose_start
+from domainshuttle.platform.resume import IncompatibleError, begin, choose_start
 
 DIGEST = "the run's"
 
@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 def start(store: CheckpointStore, resume: str = "auto", segment: str = "stage1") -> str | None:
     """The name of what a run starts from, as the driver chooses it and makes it last."""
     chosen = choose_start(store, segment, resume, DIGEST)
-    begin(store, segment, resume, chosen)
+    begin(store, segment, resume, chosen, DIGEST)
     return chosen.name if chosen else None
 
 
@@ -197,12 +197,38 @@ def test_a_path_that_does_not_fit_is_refused(store: CheckpointStore, tmp_path: P
         start(store, "stage1-step00000099")
     with pytest.raises(CheckpointError, match=r"checkpoint of segment stage2, and the run is at stage1"):
         start(store, other)
+
+
+def test_a_checkpoint_of_another_configuration_is_taken_when_it_is_named_and_only_then(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
     foreign = CheckpointStore(tmp_path / "foreign")
     name = put(foreign, 40, digest="another's")
-    with pytest.raises(CheckpointError, match=r"another configuration .*another's.*--set name="):
-        start(store, str(foreign.place.local(name)))
-    with pytest.raises(CheckpointError, match="another configuration"):
+    with pytest.raises(IncompatibleError, match=rf"another configuration .*another's.*--set name=.*--resume {name}"):
         start(foreign)
+    for resume, into in ((str(foreign.place.local(name)), store), (name, foreign)):
+        assert start(into, resume) == name
+        assert start(into) == name, "restarts keep to it"
+        assert len(into.lines("stage1")) == 2
+        assert start(into, resume) == name
+        assert len(into.lines("stage1")) == 2, "naming it again begins nothing"
+        ours = put(into, 50)
+        assert start(into) == ours
+        damage(into, ours)
+        assert start(into) == name
+
+
+def test_what_was_verified_is_not_read_again(store: CheckpointStore) -> None:
+    name = put(store, 3, content=b"xy")
+    verified = store.newest("stage1")
+    (store.place.local(name) / "zero" / "a.pt").write_bytes(b"zz")  # only its bytes would show it
+    assert store.newest("stage1", verified=verified) == verified
+    notes: list[str] = []
+    assert store.newest("stage1", notes.append) is None
+    assert "is passed over" in notes[0]
+    shutil.rmtree(store.place.local(name))
+    again = put(store, 3, content=b"xz")  # the same name, written later
+    assert store.newest("stage1", verified=verified) == store.read(again) != verified
 
 
 def test_a_checkpoint_elsewhere_can_be_gone_on_from_while_it_is_there(store: CheckpointStore, tmp_path: Path) -> None:

@@ -71,10 +71,37 @@ def test_the_resolved_file_is_the_same_run() -> None:
 
 def test_the_digest_follows_what_is_learned_and_nothing_else() -> None:
     digest = load_config("demo").digest()
-    for same in ("cluster.max_failures=9", "tracking.every=3", "checkpoint.keep=5", "output=elsewhere"):
-        assert load_config("demo", [same]).digest() == digest
-    for other in ("seed=8", "stages.stage1.steps=9", "stages.stage2.learning_rate=0.5", "encoders.video=wan"):
-        assert load_config("demo", [other]).digest() != digest
+    for same in (
+        "cluster.max_failures=9",
+        "tracking.every=3",
+        "checkpoint.keep=5",
+        "output=elsewhere",
+        # what errors tell a person to change and then to resume
+        "guard.spike_factor=20",
+        "guard.hang_seconds=3600",
+        "engine.activations.mode=full",
+        "engine.compile=inductor",
+        "engine.offload_optimizer=true",
+        "engine.attention_backend=native",
+        "engine.persistent_parameters=5",
+        "stages.stage1.micro_batch=8",
+    ):
+        assert load_config("demo", [same]).digest() == digest, same
+    for other in (
+        "seed=8",
+        "stages.stage1.steps=9",
+        "stages.stage2.learning_rate=0.5",
+        "encoders.video=wan",
+        "engine.ema=0.9",
+    ):
+        assert load_config("demo", [other]).digest() != digest, other
+
+
+def test_what_decides_is_known_by_key_and_holds_no_secret() -> None:
+    decisive = load_config("demo", ["tracking.uri=http://me:secret@host"]).decisive()
+    assert decisive["stages.stage2.learning_rate"] > 0
+    assert not any("secret" in str(value) for value in decisive.values())
+    assert not any(key.startswith(("guard", "cluster", "engine.activations")) for key in decisive)
 
 
 def test_flattened_has_dotted_keys() -> None:

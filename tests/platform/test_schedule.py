@@ -87,7 +87,11 @@ def test_a_finished_stage_knows_after_how_many_steps(tmp_path: Path) -> None:
         ("experts=[{name: high}, {name: high}]", "same name twice"),
         ("experts=[{name: high, low: 0.9, high: 0.8}]", "must lie below"),
         ("cluster.workers=[2, 1]", "least, most"),
-        ("cluster.workers=[1, 3]", "cluster.workers=3 x micro_batch=32: use a multiple of 96"),
+        (
+            "cluster.workers=[5, 7]",
+            r"can't be shared by cluster.workers=\(5, 7\) x micro_batch=32: use a multiple of 224, or workers of which "
+            "there are 1, 2",
+        ),
         ("budget_gpu_hours=0", "greater than 0"),
     ],
 )
@@ -152,7 +156,7 @@ def test_a_worker_that_hangs_dies_and_says_where(tmp_path: Path) -> None:
         "import sys, threading\n"
         "from pathlib import Path\n"
         "from domainshuttle.platform.watchdog import Watchdog\n"
-        "dog = Watchdog(1.0, Path(sys.argv[1]))\n"
+        "dog = Watchdog(1.0, 3.0, Path(sys.argv[1]))\n"
         "for _ in range(4):\n"
         "    dog.alive(); threading.Event().wait(0.4)\n"
         "print('alive', flush=True)\n"
