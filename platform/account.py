@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,9 +25,12 @@ from domainshuttle.platform.engine import StepResult, learning_rate
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
 from domainshuttle.platform.schedule import Run, Segment
+from domainshuttle.platform.spool import Journal, JournalWriter
 from domainshuttle.platform.timeline import Lap, Timeline
 from domainshuttle.platform.tracking import MetricLogger, RunIds
 from domainshuttle.platform.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 class Stop(IntEnum):
@@ -72,8 +78,10 @@ class Account:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
         self.pair_kinds: Counter[str] = Counter()
-        self._consumed = run.consumed_path(segment.name, self.rank).open("a")
+        self._consumed = _journal(run.consumed_path(segment.name, self.rank))
+        self._dropped_lines = cache(lambda: _journal(run.dropped_path(segment.name, self.rank)))
         self._dropped = self._failed_saves = 0
+        self._full = False
         self._done = first_step
         self._start = {**start, "process": psutil.Process().create_time(), "imports": clock()}
         self._due = config.tracking.every
@@ -150,13 +158,12 @@ class Account:
         for micro in parts:
             self._consume(micro, passed_over=True)
         self.watchdog.alive()
-        self._consumed.flush()
         if self.main:
             self._write_progress(step + 1, "training")
 
     def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
         line = {"step": micro.step, "part": micro.part, "attempt": self.number, "samples": micro.keys, **more}
-        self._consumed.write(json.dumps(line) + "\n")
+        self._consumed.put(line)
 
     def agree(self) -> Agreement:
         """One collective a step: the loss of all ranks, and whether they end or save after it."""
@@ -195,8 +202,7 @@ class Account:
         """Notes a step whose gradients were thrown away, with this rank's samples."""
         self._dropped += 1
         line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
-        with self.run.dropped_path(self.segment.name, self.rank).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._dropped_lines().put(line)
 
     def roll_back(self, step: int, bad: list[int]) -> None:
         """Ends the attempt: the run goes back to a checkpoint and passes the bad steps over."""
@@ -213,7 +219,6 @@ class Account:
         self.saved(saves)
         self._steps += 1
         self._keys = []
-        self._consumed.flush()
         if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
             return
         metrics = self.losses.reduce()
@@ -251,8 +256,8 @@ class Account:
         times = {**self._start, "first_step": time.time()}
         parts = {later: round(times[later] - times[earlier], 3) for earlier, later in pairwise(times)}
         line = {"segment": self.segment.name, "attempt": self.number, "time": time.time(), "seconds": parts}
-        with self.run.starts_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._suppressed():
+            Journal(self.run.starts_path).append([line])
 
     def _restart_interval(self) -> None:
         self._interval.take()
@@ -272,8 +277,9 @@ class Account:
     def close(self, step: int, reason: str) -> None:
         """Ends the attempt: `reason` is `finished`, `stopped`, `budget spent`, or what went wrong."""
         self.watchdog.close()
-        with contextlib.suppress(OSError):  # of a full disk: the reason must still reach the tracking
-            self._consumed.close()
+        self._consumed.close()
+        if self._dropped_lines.cache_info().currsize:
+            self._dropped_lines().close()
         expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
         if self.attempt and not expected:  # at once, as Ray may end this process any moment
             self._tell(self.attempt).end(reason)
@@ -301,9 +307,26 @@ class Account:
             "time": time.time(),
             "metrics": self.last,
         }
-        temporary = self.run.progress_path.with_suffix(".partial")
-        temporary.write_text(json.dumps(content))
-        temporary.rename(self.run.progress_path)
+        with self._suppressed():
+            temporary = self.run.progress_path.with_suffix(".partial")
+            temporary.write_text(json.dumps(content))
+            temporary.rename(self.run.progress_path)
+
+    @contextlib.contextmanager
+    def _suppressed(self) -> Iterator[None]:
+        """What only people read is no reason to end a step: a full disk is warned about, once until there is room."""
+        try:
+            yield
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                logger.warning("where the run is can not be written: %s", error)
+            self._full = True
+
+
+def _journal(path: Path) -> JournalWriter:
+    # not synced: what is lost with the machine is done again
+    return JournalWriter(Journal(path), sync=False)
 
 
 ROLLED_BACK = "rolled back"

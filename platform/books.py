@@ -1,12 +1,11 @@
 """The books: what was planned against what was trained on, from the lines that every rank left."""
 
-import contextlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.spool import Journal
 
 
 @dataclass(frozen=True)
@@ -63,17 +62,14 @@ def read_consumed(run: Run, segment: str) -> tuple[dict[tuple[int, int, int], Co
     A step that was trained again after a restore, perhaps by another number of workers, counts as the last attempt at
     it did it.
     """
-    lines: list[tuple[tuple[int, int, int], int, Consumed]] = []
+    lines: dict[tuple[tuple[int, int, int], int], Consumed] = {}  # one may be in a file twice
     newest: dict[int, int] = {}
     for path in sorted((run.folder / "consumed").glob(f"{segment}.rank*.jsonl")):
         rank = int(path.stem.rsplit("rank", 1)[1])
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed worker may be torn
-                line = json.loads(text)
-                step, attempt = line["step"], line["attempt"]
-                found = Consumed(line["samples"], line.get("passed_over", False))
-                lines.append(((step, line["part"], rank), attempt, found))
-                newest[step] = max(newest.get(step, attempt), attempt)
-    surviving = {place: found for place, attempt, found in lines if attempt == newest[place[0]]}
-    again = sum(len(found.samples) for place, attempt, found in lines if attempt != newest[place[0]])
+        for line in Journal(path).read()[0]:
+            step, attempt = line["step"], line["attempt"]
+            lines[(step, line["part"], rank), attempt] = Consumed(line["samples"], line.get("passed_over", False))
+            newest[step] = max(newest.get(step, attempt), attempt)
+    surviving = {place: found for (place, attempt), found in lines.items() if attempt == newest[place[0]]}
+    again = sum(len(found.samples) for (place, attempt), found in lines.items() if attempt != newest[place[0]])
     return surviving, again

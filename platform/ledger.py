@@ -106,8 +106,12 @@ class Attempt:
         self._lines, self._ended = 0, False
         self._seconds["starting"] = max(0.0, self._clock() - self._last)
         self._seconds["lost"], self._last = lost, self._last - lost
-        ledger.journal.append([self._line("start")], sync=True)  # at once: an attempt that dies early was one too
         self._writer = JournalWriter(ledger.journal, sync=True)
+        line = self._line("start")
+        try:
+            ledger.journal.append([line], sync=True)  # at once: an attempt that dies early was one too
+        except OSError:  # of a full disk, about which the writer warns
+            self._writer.put(line)
 
     def add(self, category: str, seconds: float) -> None:
         """Adds seconds of the training thread to a category; what nobody adds becomes `other`. Raises ValueError."""
@@ -193,10 +197,15 @@ class Ledger:
 
         `began` is when its processes started, in seconds since 1970: the time since then is `starting`. `since` is when
         the devices were first asked for: between an attempt that ended after that and this one they stood idle, which
-        is lost. Raises OSError when the ledger can not be written.
+        is lost. What can not be written, on a full disk, is written when there is room.
         """
         began = self.clock() if began is None else min(began, self.clock())
-        self.end_open("the workers were started again", until=began)
+        try:
+            self.end_open("the workers were started again", until=began)
+        except OSError as error:
+            logger.warning(
+                "%s can not be written; the time since the last line is not counted: %s", self.journal.path, error
+            )
         began, lost = max(began, self._latest), 0.0
         if since is not None and since < self._latest:
             lost = began - self._latest

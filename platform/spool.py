@@ -66,8 +66,16 @@ class Journal:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a torn line must not swallow this one
                     data = b"\n" + data
-            while data:
-                data = data[file.write(data) :]
+            whole = written = file.seek(0, os.SEEK_END)
+            try:
+                while data:
+                    count = file.write(data)
+                    data, written = data[count:], written + count
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line helps nobody, and all are tried again
+                    if file.seek(0, os.SEEK_END) == written:
+                        file.truncate(whole)
+                raise
             if sync:
                 os.fsync(file.fileno())
 
@@ -110,8 +118,9 @@ class Journal:
 class JournalWriter:
     """Appends to a journal from a thread of its own, so that a slow or full disk never stops the caller.
 
-    Records that could not be written are tried again each second, with those after them. A record may then be in the
-    file twice, so readers must know records by something in them.
+    Records that could not be written wait in memory and are tried again each second, with those after them, and at
+    last when the writer is closed. A record may then be in the file twice, so readers must know records by something in
+    them.
     """
 
     def __init__(self, journal: Journal, sync: bool, limit: int = 20_000) -> None:
@@ -147,6 +156,7 @@ class JournalWriter:
 
     def _run(self) -> None:
         waiting: list[Mapping[str, Any]] = []
+        failing = False
         while waiting or not (self._closed and self._queue.empty()):
             with contextlib.suppress(queue.Empty):
                 record = self._queue.get(timeout=1.0 if waiting else None)
@@ -155,9 +165,11 @@ class JournalWriter:
                     record = self._queue.get_nowait() if len(waiting) < self._limit else None
             try:
                 self._journal.append(waiting, self._sync)
-                waiting = []
+                waiting, failing = [], False
             except OSError as error:
-                logger.warning("%s can not be written, %d records wait: %s", self._journal.path, len(waiting), error)
+                if not failing:  # once, not each second that the disk stays full
+                    logger.warning("%s can not be written, records wait in memory: %s", self._journal.path, error)
+                failing = True
 
 
 def mask_secrets(text: str) -> str:

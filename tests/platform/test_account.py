@@ -3,25 +3,34 @@
 Run: python -m pytest tests/platform/test_account.py
 """
 
+import errno
 import itertools
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.objective import LossOutput
+from domainshuttle.pipelines.reading import MicroBatch
 from domainshuttle.platform import account as module
 from domainshuttle.platform.account import Account
+from domainshuttle.platform.books import read_consumed
 from domainshuttle.platform.checkpoint_writer import Saved
 from domainshuttle.platform.config import load_config
 from domainshuttle.platform.engine import StepResult
 from domainshuttle.platform.ledger import CATEGORIES, Ledger
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.spool import Journal
 from domainshuttle.platform.timeline import Lap, Timeline
 
 
@@ -205,3 +214,94 @@ def test_the_devices_are_held_from_the_processes_start(tmp_path: Path, monkeypat
     account.begin()
     account.close(0, "stopped")
     assert Ledger(run.ledger_path, clock).summary().starting * 3600 == pytest.approx(26, abs=0.01)
+
+
+def micro_batch(kept: Kept, step: int, keys: list[str], loss: float = 1.0, kinds: dict[str, int] | None = None) -> None:
+    """A forward and backward pass, as the account sees it."""
+    (source,) = kept.account.segment.stage.mixture
+    batch = replace(TrainingBatch.fake(len(keys)), sources=(source,) * len(keys))
+    each = torch.full((len(keys),), loss)
+    output = LossOutput(torch.tensor(loss), each, None, torch.full((len(keys),), 0.5))
+    kept.account.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {})), output)
+
+
+class Disk:
+    """The disk under journals and progress, which may be full."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        append, write_text = Journal.append, Path.write_text
+        patch.setattr(Journal, "append", lambda *values, **named: self._room() or append(*values, **named))
+        patch.setattr(Path, "write_text", lambda *values, **named: self._room() or write_text(*values, **named))
+
+    def _room(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_full_disk_ends_no_step_and_loses_no_line(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Kept(tmp_path, Clock(), every=1)
+    run, account = kept.run, kept.account
+    account.begin()
+    before = run.read_progress()
+    disk.full = True
+    for step in range(3):
+        micro_batch(kept, step, [f"a{step}", f"b{step}"])
+        account.dropped(step, "spike", 7.0)
+        kept.step(1.0)
+    time.sleep(2.5)
+    assert run.read_progress() == before
+    assert read_consumed(run, "stage2") == ({}, 0)
+    disk.full = False
+    micro_batch(kept, 3, ["a3", "b3"])
+    kept.step(1.0)
+    account.close(kept.done, "stopped")
+    consumed, again = read_consumed(run, "stage2")
+    assert {step: part.samples for (step, _, _), part in consumed.items()} == {n: [f"a{n}", f"b{n}"] for n in range(4)}
+    assert again == 0
+    assert [line["step"] for line in Journal(run.dropped_path("stage2", 0)).read()[0]] == [0, 1, 2]
+    assert run.read_progress()["state"] == "stopped"
+    warnings = [message.split(" can not")[0] for message in caplog.messages if "can not be written" in message]
+    assert len(warnings) == len(set(warnings))
+    assert {"where the run is", str(run.consumed_path("stage2", 0))} <= set(warnings)
+
+
+def test_a_line_torn_by_a_kill_does_not_swallow_the_next_one(tmp_path: Path) -> None:
+    first = Kept(tmp_path, Clock())
+    micro_batch(first, 0, ["a0", "b0"])
+    first.account.close(1, "stopped")
+    path = first.run.consumed_path("stage2", 0)
+    with path.open("a") as file:
+        file.write('{"step": 1, "part": 0, "attem')
+    second = Kept(tmp_path, Clock(), first_step=1)
+    micro_batch(second, 1, ["a1", "b1"])
+    second.account.close(2, "stopped")
+    consumed, again = read_consumed(first.run, "stage2")
+    assert {step: part.samples for (step, _, _), part in consumed.items()} == {0: ["a0", "b0"], 1: ["a1", "b1"]}
+    assert again == 0
+
+
+def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
+    Kept(tmp_path, Clock()).run.progress_path.unlink()  # and is killed
+    disk.full = True
+    clock = Clock()
+    run = Run(load_config("demo", [f"output={tmp_path}"]))
+    start = {"command": clock.now, "asked": clock.now}
+    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MetricLogger", Log)
+        account = Account(run, run.segment("stage2"), ids, 0, 99, start, lambda: False, clock)
+    account.begin()
+    clock.now += 10
+    disk.full = False
+    account.close(0, "stopped")
+    summary = Ledger(run.ledger_path, clock).summary()
+    assert summary.attempts == 2
+    assert summary.productive * 3600 == pytest.approx(10, abs=0.01)

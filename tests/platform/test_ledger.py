@@ -372,6 +372,30 @@ def test_writers_do_not_tear_each_other(tmp_path: Path) -> None:
     assert found == {(number, line) for number in range(4) for line in range(100)}
 
 
+def test_a_file_that_may_not_grow_is_left_with_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    code = f"""
+import resource
+from domainshuttle.platform.spool import Journal
+journal = Journal({str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+written = 0
+try:
+    while True:
+        journal.append([{{"line": written}}, {{"text": "x" * 99}}])
+        written += 1
+except OSError:
+    assert open({str(path)!r}).read().endswith("\\n")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+journal.append([{{"line": written}}, {{"text": "x" * 99}}])
+print(written)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    records, _ = Journal(path).read()
+    assert [record["line"] for record in records if "line" in record] == list(range(int(run.stdout) + 1))
+    assert len(records) == 2 * (int(run.stdout) + 1) and int(run.stdout) > 3
+
+
 def test_a_disk_that_hangs_does_not_stop_the_caller(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with path.open("a") as file:
