@@ -29,6 +29,12 @@ class Limits:
     connect_seconds: float = 10.0
     stall_seconds: float = 20.0
     """A request without a byte for so long is given up."""
+    least_rate: float = 1e6
+    """Bytes a second: a request that is slower is given up `stall_seconds` later, and made again."""
+
+    def attempt_seconds(self, size: int | None) -> float:
+        """How long one request for `size` bytes may take; None where it is not known what it moves."""
+        return self.total_seconds if size is None else self.stall_seconds + size / self.least_rate
 
 
 class StorageError(OSError):
@@ -100,15 +106,17 @@ def passes(error: OSError) -> bool:
 _jitter = random.Random()  # its own, so that a run's seeded randomness is left alone
 
 
-def retried(place: str, doing: str, request: Callable[[], T], limits: Limits) -> T:
-    """What `request` returns, asked again while its failures are such that pass; `place` as it may be shown.
+def retried(place: str, doing: str, request: Callable[[], T], limits: Limits, size: int | None = None) -> T:
+    """What `request`, for `size` bytes, returns, asked again while its failures are such that pass; `place` as it may
+    be shown.
 
     Raises MissingError for what is not there, StorageError for what a store refuses, and after the last attempt.
     """
     began = time.monotonic()
     for attempt in range(1, limits.attempts + 1):
         try:
-            return _within(limits.total_seconds - (time.monotonic() - began), request)
+            left = limits.total_seconds - (time.monotonic() - began)
+            return _within(min(left, limits.attempt_seconds(size)), request)
         except (DataError, StorageError):
             raise
         except OSError as error:

@@ -151,7 +151,7 @@ def _fetch(place: str, offset: int, size: int) -> bytes:
             raise ConnectionError(f"{len(data)} of {size} bytes came")
         return data
 
-    return retried(shown(place), f"reading {size} bytes at byte {offset}", request, LIMITS)
+    return retried(shown(place), f"reading {size} bytes at byte {offset}", request, LIMITS, size)
 
 
 def _look(place: str) -> int:
@@ -300,7 +300,7 @@ def write_bytes(place: Place, data: Buffer) -> None:
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
 
-    retried(shown(place), f"writing {len(data)} bytes", request, LIMITS)
+    retried(shown(place), f"writing {len(data)} bytes", request, LIMITS, len(data))
     _open_files.forget(str(place))
 
 

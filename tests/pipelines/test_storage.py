@@ -162,7 +162,7 @@ class Proxy:
                     data = data[: len(data) // 2]
                 if fault == "trickle":
                     self.respond(response.status, headers, length, b"")
-                    for byte in data[:50]:
+                    for byte in data[:300]:
                         self.wfile.write(bytes([byte]))
                         self.wfile.flush()
                         time.sleep(0.05)
@@ -344,6 +344,14 @@ def test_what_passes_is_tried_again_and_gives_the_same_bytes(fault: Any, held: s
         write_bytes(place, b"whole")
         assert read_bytes(place) == b"whole"
         assert (store.count("PUT"), store.count("HEAD")) == (3, 2)
+
+
+def test_an_answer_that_trickles_is_asked_for_again(held: str, store: Proxy) -> None:
+    """A byte now and then keeps a connection from being idle; the answer would take 15 s, and would not be whole."""
+    store.fail("GET", "trickle")
+    began = time.monotonic()
+    assert bytes(read_ranges(held, [(0, 1000)])[0]) == DATA[:1000]
+    assert time.monotonic() - began < 6 and store.count("GET") == 2
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(held: str, store: Proxy) -> None:
