@@ -228,6 +228,9 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     for key in ("data", "output"):
         if isinstance(content.get(key), str):
             content[key] = _place(key, content[key], origin)
+    experts = content.get("experts")
+    for section in (content.get("model"), content.get("encoders"), *(experts if isinstance(experts, list) else [])):
+        _find_folders(section)
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -244,6 +247,14 @@ def _place(key: str, place: str, origin: str) -> str:
     if key == "output" and is_remote(place):
         raise ConfigError(f"{origin}: output={shown(place)} is in a store: give a folder that all workers share")
     return str(absolute(place))
+
+
+def _find_folders(section: Any) -> None:
+    """Makes the folders of weights that a section names absolute; what is no folder here may be an id of the hub."""
+    for key in ("base", "video", "text"):
+        named = section.get(key) if isinstance(section, dict) else None
+        if isinstance(named, str) and (folder := Path(named).expanduser()).is_dir():
+            section[key] = str(folder.absolute())
 
 
 def _read(source: str) -> tuple[str, str]:

@@ -223,12 +223,13 @@ class Engine:
         """Copies what `save` would write; the function returned writes it later, from any thread, to a folder."""
         return self._partition.snapshot()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, own: bool = False) -> None:
         """Loads this rank's part from the shards of any number of ranks. Frozen parameters stay as they were built.
 
-        Raises RuntimeError for shards that are missing, damaged, or of other parameters.
+        With `own`, of as many ranks, its own shard is enough. Raises RuntimeError for shards that are missing, damaged,
+        or of other parameters.
         """
-        self._partition.load(folder)
+        self._partition.load(folder, own)
 
     def full_parameters(self, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one after the other, in float32 on the CPU: the masters of those that are trained.

@@ -170,13 +170,13 @@ class Partition:
             raise OSError(f"{folder / FOLDER}: {error}") from error
 
     @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Reads this rank's part from shards of any number of ranks.
+    def load(self, folder: Path, own: bool = False) -> None:
+        """Reads this rank's part from shards of any number of ranks; with `own`, of as many, from its own shard alone.
 
         Without an average in them, the average begins at their masters. Raises RuntimeError for shards that are
         missing, of another layout, or of other parameters.
         """
-        with _Shards(folder) as shards:
+        with _Shards(folder, _shard(folder, self.rank, self.ranks) if own else None) as shards:
             shards.check({name: part.shape for name, part in self.parts.items()})
             self._optimizer.checkpoint_event_prologue()
             optimizer = self._optimizer.optimizer
@@ -204,23 +204,25 @@ def _shard(folder: Path, rank: int, ranks: int) -> Path:
 
 
 class _Shards:
-    """The shards of a checkpoint, open for reading."""
+    """The shards of a checkpoint, or the one at `only`, open for reading."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, only: Path | None = None) -> None:
         self.folder = folder / FOLDER
-        found = sorted(self.folder.glob("rank-*-of-*.safetensors"))
-        if not found:
+        found = sorted(self.folder.glob("rank-*-of-*.safetensors")) if only is None else [only]
+        if not any(path.exists() for path in found):
             raise RuntimeError(f"{self.folder} holds no shards: it is no checkpoint of this platform")
-        self._files: list[Any] = []
+        self._files: dict[int, Any] = {}
         headers = []
         for path in found:
             try:
-                self._files.append(safe_open(path, "pt"))
-                headers.append(json.loads(self._files[-1].metadata()[_HEADER]))
+                file = safe_open(path, "pt")
+                headers.append(json.loads(file.metadata()[_HEADER]))
+                self._files[int(path.name.split("-")[1])] = file
             except (SafetensorError, KeyError, TypeError) as error:
                 raise RuntimeError(f"{path} can't be read: {error}") from error
         of = {(header["layout"], header["ranks"], header["steps"]) for header in headers}
-        if of != {(_LAYOUT, len(found), headers[0]["steps"])}:
+        ranks = len(found) if only is None else headers[0]["ranks"]
+        if of != {(_LAYOUT, ranks, headers[0]["steps"])}:
             raise RuntimeError(
                 f"{self.folder} holds {len(found)} shards that do not belong together; their layouts, ranks and steps "
                 f"are {sorted(of, key=str)}"

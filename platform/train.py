@@ -102,8 +102,9 @@ def train_segment(job: dict[str, Any]) -> None:
         if shard.checkpoint:
             saved = read_checkpoint(shard.checkpoint, checksums=False)
             require_fit(saved, segment, base, sizes_digest(selected.trained), feed)
-            folder = store.fetch(saved, {rank} if saved.state.world_size == world_size else None)
-            engine.load(folder)
+            as_before = saved.state.world_size == world_size
+            folder = store.fetch(saved, {rank} if as_before else None)
+            engine.load(folder, own=as_before)
             restore_random(folder, rank)
             dist.barrier()
             store.release(saved)
@@ -245,7 +246,7 @@ def train(
     ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
     notices = Notices(run.notices_path)
     if (last := ledger.last_line()) is not None:
-        heard = max(last, run.read_progress().get("time", 0.0))
+        heard = max(last, run.heard_from())
         ledger.end_open("its driver died", until=heard + ALLOWANCE)
 
     def tell(segment: str) -> None:

@@ -13,7 +13,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from domainshuttle.pipelines import retry, storage
-from domainshuttle.platform.checkpoint import Checkpoint, CheckpointError, CheckpointStore, TrainingState
+from domainshuttle.platform.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    TrainingState,
+    write_manifest,
+)
+from domainshuttle.platform.checkpoint_files import FileEntry, describe
 from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, Write
 from domainshuttle.platform.config import load_config
 from domainshuttle.platform.resume import begin, choose_start
@@ -105,6 +112,29 @@ def test_save_retain_choose_and_fetch(store: CheckpointStore, tmp_path: Path) ->
     again = choose_start(store, "stage1", "auto", "d")
     assert again is not None
     assert again.state.step == 2
+
+
+def test_a_node_fetches_what_its_ranks_wrote(store: CheckpointStore) -> None:
+    files = {f"zero/{rank}.bin": describe_of(store, "stage1-step00000001", f"zero/{rank}.bin", rank) for rank in (0, 1)}
+    state = TrainingState("stage1", 1, 1, 2, "d", {}, {}, {})
+    write_manifest(store.place, state, "stage1-step00000001", files)
+    saved = store.newest("stage1")
+    assert saved is not None
+    folder = store.fetch(saved, {1})
+    assert [path.name for path in folder.rglob("*.bin")] == ["1.bin"]
+    assert (folder / "state.json").exists()
+    store.fetch(saved)
+    assert {path.name for path in folder.rglob("*.bin")} == {"0.bin", "1.bin"}
+
+
+def describe_of(store: CheckpointStore, name: str, file: str, rank: int) -> FileEntry:
+    """Puts a file of a rank into the store, and describes it as a manifest does."""
+    path = store.scratch / "file"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"of rank %d" % rank)
+    entry: FileEntry = {**describe(path), "rank": rank}
+    store.place.take(path, f"{name}/{file}")
+    return entry
 
 
 def test_a_changed_object_is_found_when_it_is_fetched_and_then_passed_over(store: CheckpointStore) -> None:

@@ -104,6 +104,29 @@ def test_what_decides_is_known_by_key_and_holds_no_secret() -> None:
     assert not any(key.startswith(("guard", "cluster", "engine.activations")) for key in decisive)
 
 
+def test_folders_of_weights_come_out_absolute_and_ids_of_the_hub_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wan" / "vae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("demo", ["encoders.video=wan/vae", "encoders.text=google/umt5", "model={base: wan}"])
+    assert config.model.base == str(tmp_path / "wan")
+    assert (config.encoders.video, config.encoders.text) == (str(tmp_path / "wan" / "vae"), "google/umt5")
+    experts = load_config("demo", ["experts=[{name: high, base: wan}, {name: low, base: Wan-AI/low}]"]).experts
+    assert [expert.base for expert in experts] == [str(tmp_path / "wan"), "Wan-AI/low"]
+
+
+def test_an_elastic_group_needs_only_some_sizes_that_share_the_batch() -> None:
+    config = load_config("demo", ["cluster.workers=[1, 3]"])  # three share no batch of 64
+    assert config.worker_sizes(config.stage("stage1")) == [1, 2]
+    assert load_config("demo").worker_sizes(config.stage("stage1")) == [2]
+
+
+def test_a_worker_has_longer_for_a_save_than_saves_may_take() -> None:
+    assert load_config("demo", ["guard.hang_seconds=60", "checkpoint.timeout=100"]).patience == 320
+    assert load_config("demo", ["guard.hang_seconds=6000", "checkpoint.timeout=100"]).patience == 6000
+
+
 def test_flattened_has_dotted_keys() -> None:
     flat = load_config("demo").flattened()
     assert flat["stages.stage1.global_batch"] == 64

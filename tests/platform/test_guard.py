@@ -70,6 +70,16 @@ def test_a_restored_guard_judges_as_the_unbroken_one(losses: list[float], at: in
         good += [loss] if verdict == "good" else []
 
 
+def test_one_noisy_step_does_not_move_what_checkpoints_are_compared_by() -> None:
+    guard = LossGuard(SECTION)
+    assert guard.usual() is None
+    for loss in (1.0, 1.1, 0.9, 0.01):
+        guard.applied(loss)
+    assert guard.usual() == pytest.approx(0.95)
+    guard.dropped(4)
+    assert LossGuard(SECTION, guard.state()).usual() == guard.usual()
+
+
 def test_a_rule_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="spike_factor"):
         GuardSection(spike_factor=0.5)

@@ -4,6 +4,7 @@ Run: python -m pytest tests/platform/test_schedule.py
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import yaml
 from domainshuttle.platform.books import read_consumed
 from domainshuttle.platform.config import ConfigError, RunConfig, load_config
 from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.lock import RunLock
+from domainshuttle.platform.schedule import Run, find_run
 
 EXPERTS = (
     "experts=[{name: high, base: /wan/transformer, low: 0.875}, {name: low, base: /wan/transformer_2, high: 0.875}]"
@@ -149,6 +151,64 @@ def test_hours_are_also_known_by_segment(tmp_path: Path) -> None:
     other = Ledger(tmp_path / "other.jsonl")
     assert other.restore(again.snapshot())
     assert other.segment_hours("stage1") == pytest.approx(2.5)
+
+
+def test_a_full_disk_at_a_start_leaves_the_runs_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = demo(tmp_path)
+    run = Run.open(config)
+    before = run.config_path.read_text()
+    written = run.config_path.stat().st_mtime_ns
+    Run.open(config)
+    assert run.config_path.stat().st_mtime_ns == written, "what has not changed is not written"
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Run.open(demo(tmp_path, "tracking.every=77"))
+    monkeypatch.undo()
+    assert run.config_path.read_text() == before
+    assert find_run(run.folder).config == config
+    segment = run.segment("stage1")
+    segment.weights.mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        segment.finish(5)
+    assert not segment.finished
+
+
+def test_a_fresh_start_removes_all_but_the_lock(tmp_path: Path) -> None:
+    run = Run.open(demo(tmp_path))
+    (run.folder / "checkpoints" / "old").mkdir()
+    run.pass_over("stage1", [3])
+    with RunLock(run.folder):
+        Run.open(run.config, fresh=True)
+        assert {path.name for path in run.folder.iterdir() if path.is_file()} == {
+            "driver.lock", "driver.json", "config.yaml",
+        }  # fmt: skip
+        assert run.passed_over("stage1") == []
+        assert not list(run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("patience", "calls"), [(1.0, ""), (1.0, "dog.alive(); dog.be_patient()"), (60.0, "dog.alive()")]
+)
+def test_a_worker_that_hangs_while_it_builds_or_saves_dies_too(tmp_path: Path, patience: float, calls: str) -> None:
+    """Before its first step, in a save with its longer limit, and, as ever, between steps."""
+    code = (
+        "import sys, threading\n"
+        "from pathlib import Path\n"
+        "from domainshuttle.platform.watchdog import Watchdog\n"
+        "seconds = 60.0 if float(sys.argv[2]) < 60 else 1.0\n"
+        "dog = Watchdog(seconds, float(sys.argv[2]), Path(sys.argv[1]))\n"
+        f"{calls}\n"
+        "threading.Event().wait(50)\n"
+    )
+    stacks = tmp_path / "rank0.txt"
+    worker = subprocess.run([sys.executable, "-c", code, str(stacks), str(patience)], timeout=45, check=False)
+    assert worker.returncode == 1
+    assert "wait" in stacks.read_text()
 
 
 def test_a_worker_that_hangs_dies_and_says_where(tmp_path: Path) -> None:
