@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -87,6 +87,7 @@ class Account:
         self._due = config.tracking.every
         self._steps = 0
         self.last: dict[str, float] = {}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self.ledger = Ledger(run.ledger_path, clock)
         self.attempt: Attempt | None = None
         self.logger: MetricLogger | None = None
@@ -227,6 +228,7 @@ class Account:
             return
         seconds = self._interval.take()
         elapsed = max(sum(seconds.values()), 1e-9)
+        self._recent.append((elapsed, self._steps))
         tokens = metrics.pop("tokens")
         samples = metrics.pop("samples")
         self.last = {
@@ -307,10 +309,21 @@ class Account:
             "time": time.time(),
             "metrics": self.last,
         }
+        if self._recent:
+            seconds, steps = map(sum, zip(*self._recent, strict=True))
+            content["recent_step_seconds"] = seconds / steps
+        text, path = json.dumps(content), self.run.progress_path
         with self._suppressed():
-            temporary = self.run.progress_path.with_suffix(".partial")
-            temporary.write_text(json.dumps(content))
-            temporary.rename(self.run.progress_path)
+            try:
+                path.with_suffix(".partial").write_text(text)
+                path.with_suffix(".partial").rename(path)
+            except OSError:
+                if state == "training":
+                    raise
+                with path.open("r+") as file:  # how it ended: on a full disk there is room where the last one is
+                    file.write(text)
+                    file.truncate()
+                    self._full = False
 
     @contextlib.contextmanager
     def _suppressed(self) -> Iterator[None]:
@@ -337,6 +350,9 @@ UNSAVED = "unsaved: "
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""
+
+_RECENT = 5
+"""Logged intervals whose mean is the time of a step, for estimates."""
 
 _ASK_SECONDS = 1.0
 """Between looks at the ledger and questions after preemption."""

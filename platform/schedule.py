@@ -5,6 +5,7 @@ configuration again goes on with it. A segment (a stage of the configuration) is
 the next one begins with these.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from domainshuttle.platform.config import ConfigError, RunConfig, differences
 from domainshuttle.platform.fingerprints import DIGEST_NAME, folder_digest
 from domainshuttle.platform.lock import HOLDER_NAME, LOCK_NAME
 from domainshuttle.platform.sections import ExpertSection, FlowSection, StageSection
+from domainshuttle.platform.spool import Journal
 
 STEPS_NAME = "steps.txt"
 
@@ -216,6 +218,18 @@ class Run:
         path = self.folder / "passed_over" / f"{segment}.json"
         path.parent.mkdir(exist_ok=True)
         write_bytes(path, json.dumps([*self.passed_over(segment), *rollbacks]).encode())
+
+    def dropped_steps(self, segment: str) -> set[int]:
+        """The steps of a segment whose gradients were thrown away, in any attempt."""
+        return {line["step"] for line in Journal(self.dropped_path(segment, 0)).read()[0]}
+
+    def heard_from(self) -> float:
+        """When the workers last left a trace, in seconds since 1970; 0: never."""
+        traces = [float(self.read_progress().get("time", 0.0))]
+        for path in (self.folder / "consumed").glob("*.jsonl"):
+            with contextlib.suppress(OSError):
+                traces.append(path.stat().st_mtime)
+        return max(traces)
 
     def read_progress(self) -> dict[str, Any]:
         """What rank 0 wrote last of where the run is; empty before it did."""

@@ -137,6 +137,11 @@ class StageSection(Section):
     flow: FlowSection = FlowSection()
     loss: LossSection = LossSection()
 
+    @property
+    def endless(self) -> bool:
+        """Whether only its hours end it."""
+        return self.steps == _ENDLESS
+
     @model_validator(mode="before")
     @classmethod
     def _duration(cls, content: Any) -> Any:
@@ -153,7 +158,7 @@ class StageSection(Section):
             raise ValueError(
                 f"steps={self.steps} and samples={self.samples} with global_batch={self.global_batch} differ: give one"
             )
-        if self.final_learning_rate is not None and self.steps == _ENDLESS:
+        if self.final_learning_rate is not None and self.endless:
             raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
         if self.loss.cross_pair_weight and not self.references:
             raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
