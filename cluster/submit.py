@@ -38,10 +38,12 @@ class Job:
         return str(self.client.get_job_status(self.id)) == "SUCCEEDED"
 
 
-def submit_training(config_yaml: str, name: str, address: str, options: Sequence[str] = ()) -> Job:
+def submit_training(
+    config_yaml: str, name: str, address: str, options: Sequence[str] = (), stop_seconds: int = 600
+) -> Job:
     """Submits `domainshuttle train` of a resolved configuration, with the command's own `options`.
 
-    The cluster's image has the package installed.
+    The cluster's image has the package installed. `ray job stop` gives it `stop_seconds` for its last checkpoint.
 
     Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
     """
@@ -56,7 +58,8 @@ def submit_training(config_yaml: str, name: str, address: str, options: Sequence
             client = JobSubmissionClient(address)
             job = client.submit_job(
                 entrypoint=shlex.join(["domainshuttle", "train", "run.yaml", *options]),
-                runtime_env={"working_dir": folder},
+                # without it Ray kills a job three seconds after it asked it to stop
+                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds)}},
                 metadata={"run": name},
             )
         except (ConnectionError, RuntimeError, RayError) as error:

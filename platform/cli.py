@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import sys
 from pathlib import Path
@@ -186,7 +187,7 @@ def submit(
 
     settings = _load(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
-    job = submit_training(settings.to_yaml(), settings.name, address, options)
+    job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.patience))
     console.print(f"Submitted job [bold]{job.id}[/] to {address}. Follow it with: ray job logs --follow {job.id}")
     if wait:
         for text in job.follow():

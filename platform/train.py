@@ -332,7 +332,10 @@ def refuse_to_go_in_circles(run: Run, segment: Segment, say: Callable[[str], Non
     if len(rollbacks) > run.config.guard.most_rollbacks:
         raise DivergedError(
             f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
-            f"{rollbacks[-1]}: look at their samples in {where}, lower the learning rate, or raise guard.spike_factor"
+            f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or guard.most_rollbacks; "
+            "or go on from a checkpoint with a lower learning rate, as a run of its own: --set name=... --set "
+            f"stages.{segment.stage.name}.learning_rate=... --resume PATH; domainshuttle checkpoints {run.folder} lists"
+            " them"
         )
     say(f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now passed over (samples in {where})")
 

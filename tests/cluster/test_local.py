@@ -57,3 +57,21 @@ def test_submission_to_nobody_names_the_address() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert "not taken by http://127.0.0.1:1" in run.stdout
+
+
+def test_a_submission_carries_the_options_and_time_for_a_last_checkpoint() -> None:
+    code = (
+        "import ray.job_submission as jobs\n"
+        "class Client:\n"
+        "    def __init__(self, address): pass\n"
+        "    def submit_job(self, entrypoint, runtime_env, metadata):\n"
+        "        print(entrypoint); print(runtime_env['env_vars']); return 'job'\n"
+        "jobs.JobSubmissionClient = Client\n"
+        "from domainshuttle.cluster.submit import submit_training\n"
+        "submit_training('name: x', 'x', 'http://host', ['--stage', 'one', '--resume', '/a b/one-step00000010'], 90)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.splitlines() == [
+        "domainshuttle train run.yaml --stage one --resume '/a b/one-step00000010'",
+        "{'RAY_JOB_STOP_WAIT_TIME_S': '90'}",
+    ]

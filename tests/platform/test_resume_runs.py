@@ -84,12 +84,12 @@ def test_a_run_whose_folder_was_lost_goes_on_from_its_store(
 
 
 def test_a_run_of_a_new_name_goes_on_from_another_ones_checkpoint(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
-    """What is advised after a divergence: a lower learning rate, from a checkpoint before it, under a name of its own."""
+    """What is advised after a divergence: a lower learning rate, from a checkpoint before it, under a new name."""
     whole, _ = unbroken
     from_run = CheckpointStore.of(whole)
     found = from_run.newest("stage2")
     assert found is not None
-    config, run, more = run_of(tiny, "lower-rate", "stages.stage2.learning_rate=1e-4", "stages.stage2.steps=27")
+    config, _, more = run_of(tiny, "lower-rate", "stages.stage2.learning_rate=1e-4", "stages.stage2.steps=27")
     printed = " ".join(cli("train", tiny, *more, "--resume", found.where).split())
     assert "Stage stage1 is taken over, finished" in printed
     assert "stages.stage2.learning_rate was 0.001, now 0.0001" in printed
