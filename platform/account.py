@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,13 +23,13 @@ from domainshuttle.platform.checkpoint_writer import Saved
 from domainshuttle.platform.engine import StepResult, learning_rate
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
+from domainshuttle.platform.progress import ProgressFile
 from domainshuttle.platform.schedule import Run, Segment
 from domainshuttle.platform.spool import Journal, JournalWriter
 from domainshuttle.platform.timeline import Lap, Timeline
 from domainshuttle.platform.tracking import MetricLogger, RunIds
+from domainshuttle.platform.utilization import Utilization
 from domainshuttle.platform.watchdog import Watchdog
-
-logger = logging.getLogger(__name__)
 
 
 class Stop(IntEnum):
@@ -77,11 +76,15 @@ class Account:
         self.main = self.rank == 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
-        self.pair_kinds: Counter[str] = Counter()
+        self._utilization: Utilization | None = None
         self._consumed = _journal(run.consumed_path(segment.name, self.rank))
         self._dropped_lines = cache(lambda: _journal(run.dropped_path(segment.name, self.rank)))
-        self._dropped = self._failed_saves = 0
-        self._full = False
+        self._failed_lines = cache(lambda: _journal(run.failed_checkpoints_path))
+        # counted over all attempts
+        self._dropped = run.dropped_steps(segment.name)
+        failed = Journal(run.failed_checkpoints_path).read()[0]
+        self._failed_saves = sum(line["segment"] == segment.name for line in failed)
+        self._progress = ProgressFile(run.progress_path)
         self._done = first_step
         self._start = {**start, "process": psutil.Process().create_time(), "imports": clock()}
         self._due = config.tracking.every
@@ -107,9 +110,15 @@ class Account:
             )
             self._write_progress(first_step, "training")
 
-    def built(self) -> None:
-        """Notes that model, engine and loader are there."""
+    def built(self, plan: Mapping[str, Any], utilization: Utilization) -> None:
+        """Notes that model, engine and loader are there; what the plan is made of goes to the tracking at the end."""
         self._start["build"] = time.time()
+        self._utilization = utilization
+        if self.main:
+            with self._progress.suppressed():
+                path = self.run.plan_path(self.segment.name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(plan, indent=2))
 
     def begin(self) -> None:
         """Notes that the model is built and restored: the time until here was starting."""
@@ -148,8 +157,9 @@ class Account:
     def micro_batch(self, micro: MicroBatch[TrainingBatch], loss: LossOutput) -> None:
         """Notes which samples a forward and backward pass was made of, and their losses."""
         self._consume(micro)
-        self.losses.add(micro.batch, loss)
-        self.pair_kinds.update(micro.pair_kinds)
+        self.losses.add(micro.batch, loss, micro.pair_kinds)
+        if self._utilization:
+            self._utilization.add(micro.batch)
         self._keys += micro.keys
         self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
         self._loss_count += 1
@@ -201,7 +211,8 @@ class Account:
 
     def dropped(self, step: int, reason: str, loss: float) -> None:
         """Notes a step whose gradients were thrown away, with this rank's samples."""
-        self._dropped += 1
+        self._dropped.add(step)
+        self.losses.drop()
         line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
         self._dropped_lines().put(line)
 
@@ -220,6 +231,7 @@ class Account:
         self.saved(saves)
         self._steps += 1
         self._keys = []
+        self.losses.keep()  # nothing, where it was dropped
         if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
             return
         metrics = self.losses.reduce()
@@ -234,7 +246,7 @@ class Account:
         self.last = {
             **metrics,
             "grad_norm": result.grad_norm,
-            "dropped_steps": float(self._dropped),
+            "dropped_steps": float(len(self._dropped)),
             "learning_rate": learning_rate(self.segment.stage, step),
             "samples/s": samples / elapsed,
             "tokens/s/device": tokens / elapsed,
@@ -242,13 +254,14 @@ class Account:
             "data_wait_fraction": seconds.get("waiting", 0.0) / elapsed,
             "checkpoint_stall_seconds": seconds.get("checkpointing", 0.0),
             "failed_checkpoints": float(self._failed_saves),
-            **{f"pairs/{kind}": float(count) for kind, count in self.pair_kinds.items()},
+            **(self._utilization.take(elapsed) if self._utilization else {}),
         }
         if self.attempt and self.logger:
             self._tell(self.attempt).progress(step + 1, every=10.0)
             summary = self.ledger.summary(self.run.config.budget_gpu_hours)
-            hours = summary.metrics()
-            hours["gpu_hours/used"] += self.attempt.hours_since_last_line()
+            hours, unwritten = summary.metrics(), self.attempt.unwritten()
+            for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
+                hours[f"gpu_hours/{name}"] += value
             self.logger.log(step + 1, {**self.last, **hours})
         self._write_progress(step + 1, "training")
         self._restart_interval()
@@ -258,7 +271,7 @@ class Account:
         times = {**self._start, "first_step": time.time()}
         parts = {later: round(times[later] - times[earlier], 3) for earlier, later in pairwise(times)}
         line = {"segment": self.segment.name, "attempt": self.number, "time": time.time(), "seconds": parts}
-        with self._suppressed():
+        with self._progress.suppressed():
             Journal(self.run.starts_path).append([line])
 
     def _restart_interval(self) -> None:
@@ -268,7 +281,10 @@ class Account:
     def saved(self, ended: Sequence[Saved]) -> None:
         """Notes the checkpoints that became whole, or did not, since the last time."""
         for checkpoint in ended:
-            self._failed_saves += checkpoint.fault is not None
+            if checkpoint.fault is not None:
+                self._failed_saves += 1
+                line = {"segment": self.segment.name, "step": checkpoint.step, "fault": checkpoint.fault}
+                self._failed_lines().put({**line, "time": time.time()})
             if self.attempt and checkpoint.fault is None:
                 self._tell(self.attempt).progress(self._done)
 
@@ -280,13 +296,15 @@ class Account:
         """Ends the attempt: `reason` is `finished`, `stopped`, `budget spent`, or what went wrong."""
         self.watchdog.close()
         self._consumed.close()
-        if self._dropped_lines.cache_info().currsize:
-            self._dropped_lines().close()
+        for lines in (self._dropped_lines, self._failed_lines):
+            if lines.cache_info().currsize:
+                lines().close()
         expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
         if self.attempt and not expected:  # at once, as Ray may end this process any moment
             self._tell(self.attempt).end(reason)
         self._timeline.switch("other")
         if self.logger:
+            self._hand_in(self.logger)
             if reason == "finished":
                 self.logger.finish("FINISHED", timeout=_LAST_WORDS)
             elif expected:
@@ -297,6 +315,15 @@ class Account:
             self._tell(self.attempt).end(reason)
         if self.main:
             self._write_progress(step, reason)
+
+    def _hand_in(self, log: MetricLogger) -> None:
+        """Gives the tracking what a segment leaves beside numbers: its plan, and the samples that could not be read."""
+        name = self.segment.name
+        if self.run.plan_path(name).exists():
+            log.artifact(self.run.plan_path(name), "plan")
+        for path in sorted((self.run.folder / "quarantine").glob(f"{name}.rank*.jsonl")):
+            if path.stat().st_size:
+                log.artifact(path, "quarantine")
 
     def _write_progress(self, step: int, state: str) -> None:
         content = {
@@ -312,29 +339,7 @@ class Account:
         if self._recent:
             seconds, steps = map(sum, zip(*self._recent, strict=True))
             content["recent_step_seconds"] = seconds / steps
-        text, path = json.dumps(content), self.run.progress_path
-        with self._suppressed():
-            try:
-                path.with_suffix(".partial").write_text(text)
-                path.with_suffix(".partial").rename(path)
-            except OSError:
-                if state == "training":
-                    raise
-                with path.open("r+") as file:  # how it ended: on a full disk there is room where the last one is
-                    file.write(text)
-                    file.truncate()
-                    self._full = False
-
-    @contextlib.contextmanager
-    def _suppressed(self) -> Iterator[None]:
-        """What only people read is no reason to end a step: a full disk is warned about, once until there is room."""
-        try:
-            yield
-            self._full = False
-        except OSError as error:
-            if not self._full:
-                logger.warning("where the run is can not be written: %s", error)
-            self._full = True
+        self._progress.write(content, last=state != "training")
 
 
 def _journal(path: Path) -> JournalWriter:

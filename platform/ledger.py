@@ -154,6 +154,10 @@ class Attempt:
         """Device-hours that no line tells of yet."""
         return max(0.0, self._clock() - self._last) * self._devices / 3600
 
+    def unwritten(self) -> dict[str, float]:
+        """Device-hours by category that the attempt was told of, and that no line tells of yet."""
+        return {key: seconds * self._devices / 3600 for key, seconds in self._seconds.items()}
+
     def _line(self, kind: str) -> dict[str, Any]:
         """The line of what happened since the last one; begins the next."""
         now = self._clock()

@@ -159,6 +159,15 @@ class Run:
         return self.folder / "fingerprints.json"
 
     @property
+    def failed_checkpoints_path(self) -> Path:
+        """Checkpoints that could not be written, with the reason, a line each."""
+        return self.folder / "failed_checkpoints.jsonl"
+
+    def plan_path(self, segment: str) -> Path:
+        """What a segment's plan is made of: shares of sources and buckets, passes, tokens."""
+        return self.folder / "plans" / f"{segment}.json"
+
+    @property
     def stop_path(self) -> Path:
         """A file that asks the workers to write a checkpoint and stop."""
         return self.folder / "stop"

@@ -49,6 +49,7 @@ from domainshuttle.platform.resume import AUTO, NONE, adopt_stages, begin, choos
 from domainshuttle.platform.samples import Sampler
 from domainshuttle.platform.schedule import Run, Segment
 from domainshuttle.platform.tracking import Tracker
+from domainshuttle.platform.utilization import Utilization
 
 Outcome = Literal["finished", "stopped", "budget spent"]
 
@@ -96,7 +97,7 @@ def train_segment(job: dict[str, Any]) -> None:
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )
         sampler = Sampler(run, segment, account.logger)
-        account.built()
+        account.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained))
 
         # Restore
         if shard.checkpoint:

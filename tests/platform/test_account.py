@@ -5,6 +5,7 @@ Run: python -m pytest tests/platform/test_account.py
 
 import errno
 import itertools
+import json
 import tempfile
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
+from domainshuttle.model.spec import ModelSpec
 from domainshuttle.pipelines.reading import MicroBatch
 from domainshuttle.platform import account as module
 from domainshuttle.platform.account import Account
@@ -29,9 +31,11 @@ from domainshuttle.platform.checkpoint_writer import Saved
 from domainshuttle.platform.config import load_config
 from domainshuttle.platform.engine import StepResult
 from domainshuttle.platform.ledger import CATEGORIES, Ledger
+from domainshuttle.platform.metrics import PAIR_KINDS
 from domainshuttle.platform.schedule import Run
 from domainshuttle.platform.spool import Journal
 from domainshuttle.platform.timeline import Lap, Timeline
+from domainshuttle.platform.utilization import Utilization, peak_flops
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -305,3 +309,118 @@ def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
     summary = Ledger(run.ledger_path, clock).summary()
     assert summary.attempts == 2
     assert summary.productive * 3600 == pytest.approx(10, abs=0.01)
+
+
+def test_dropped_steps_are_not_in_the_mean_loss(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=3)
+    kept.account.begin()
+    for loss in (1.0, float("nan"), 3.0):
+        micro_batch(kept, kept.done, ["a", "b"], loss, {"photo+photo": 1} if loss == loss else {"augmented": 5})
+        if loss != loss:
+            kept.account.dropped(kept.done, "not finite", loss)
+        kept.step(2.0)
+    ((step, metrics),) = kept.log.points
+    assert step == 3
+    assert metrics["loss"] == metrics["loss/flow"] == metrics["loss/flow/t_0.50-0.75"] == pytest.approx(2.0)
+    assert metrics["pairs/photo+photo"] == 1.0
+    assert "pairs/augmented" not in metrics
+    assert metrics["samples/s"] == pytest.approx(1.0)  # they were work all the same
+    assert metrics["dropped_steps"] == 1
+    for _ in range(3):  # an interval of which nothing was kept
+        micro_batch(kept, kept.done, ["a"], float("nan"))
+        kept.account.dropped(kept.done, "not finite", float("nan"))
+        kept.step(2.0)
+    assert "loss" not in kept.log.points[-1][1]
+    assert kept.log.points[-1][1]["dropped_steps"] == 4
+
+
+def test_pairs_are_shares_of_all_ranks_in_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept(tmp_path, Clock(), every=1)
+    kept.account.begin()
+
+    def with_another_rank(total: torch.Tensor) -> None:
+        augmented = len(total) - 1 - len(PAIR_KINDS) + PAIR_KINDS.index("augmented")
+        total[augmented] += 6
+
+    monkeypatch.setattr(dist, "all_reduce", with_another_rank)
+    for kinds in ({"augmented": 1, "edited+photo": 1}, {"photo+photo": 2}):
+        micro_batch(kept, kept.done, ["a", "b"], 1.0, kinds)
+        kept.step(1.0)
+    first, second = ({k: v for k, v in point.items() if k.startswith("pairs/")} for _, point in kept.log.points)
+    assert first == {"pairs/augmented": 7 / 8, "pairs/edited+photo": 1 / 8}
+    assert second == {"pairs/augmented": 6 / 8, "pairs/photo+photo": 2 / 8}
+
+
+def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
+    first = Kept(tmp_path, Clock(), every=1)
+    first.account.begin()
+    first.account.dropped(0, "spike", 9.0)
+    first.step(1.0, (Saved(1, "x", "the disk is full"), Saved(1, "x", "the disk is full")))
+    first.account.close(1, "RuntimeError: a worker died")
+    second = Kept(tmp_path, Clock(), every=1)
+    second.account.begin()
+    second.account.dropped(0, "spike", 9.0)  # the same again
+    second.step(1.0)
+    second.account.dropped(1, "spike", 9.0)
+    second.step(1.0, (Saved(2, "x", "the disk is full"),))
+    assert [point["dropped_steps"] for _, point in second.log.points] == [1, 2]
+    assert [point["failed_checkpoints"] for _, point in second.log.points] == [2, 3]
+
+
+def test_sampling_is_no_stall_of_a_checkpoint_and_the_hours_add_up(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=2)
+    kept.account.begin()
+    with kept.account.measure("sampling"):
+        kept.clock.now += 50
+    with kept.account.checkpointing():
+        kept.clock.now += 3
+    kept.step(4.0)
+    kept.step(4.0)
+    ((_, metrics),) = kept.log.points
+    assert metrics["checkpoint_stall_seconds"] == pytest.approx(3)
+    assert metrics["gpu_hours/sampling"] * 3600 == pytest.approx(50)
+    assert metrics["gpu_hours/productive"] * 3600 == pytest.approx(8)
+    assert sum(metrics[f"gpu_hours/{name}"] for name in CATEGORIES) == pytest.approx(metrics["gpu_hours/used"])
+
+
+def test_utilization_is_the_models_flops_against_the_peak(tmp_path: Path) -> None:
+    spec = ModelSpec.preset("tiny")
+    batch = TrainingBatch.fake(2, frames=2, height=8, width=8, references=3, text_tokens=16)
+    trained = ["blocks.*.attn1.*", "*_ref*"]
+    used = Utilization(spec.transformer_config(), trained, peak=1e12)
+    flops = spec.step_flops(
+        (2, 8, 8), batch=2, references=3, paired_references=3, text_tokens=16, trained=trained, recompute=True
+    ).model
+    used.add(batch)
+    used.add(batch)
+    assert used.take(4.0) == {"mfu": pytest.approx(2 * flops / 4.0 / 1e12)}
+    assert used.take(4.0) == {"mfu": 0.0}
+    if peak_flops() is None:  # as on a CPU
+        unknown = Utilization(spec.transformer_config(), trained)
+        unknown.add(batch)
+        assert unknown.take(4.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("Tesla T4", None)],
+)
+def test_peaks_of_devices(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops() == peak
+
+
+def test_plan_and_quarantine_are_handed_in_at_the_end(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    utilization = Utilization(ModelSpec.preset("tiny").transformer_config(), ["*"])
+    kept.account.built({"digest": "d", "steps_per_epoch": 3}, utilization)
+    kept.account.begin()
+    kept.run.quarantine_path("stage2", 0).write_text("")
+    kept.run.quarantine_path("stage2", 1).write_text('{"key": "x"}\n')
+    kept.account.close(0, "finished")
+    assert [(path.name, to) for path, to in kept.log.files] == [
+        ("stage2.json", "plan"),
+        ("stage2.rank00001.jsonl", "quarantine"),
+    ]
+    assert json.loads(kept.log.files[0][0].read_text())["steps_per_epoch"] == 3
