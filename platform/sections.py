@@ -210,7 +210,7 @@ class ClusterSection(Section):
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
     gpus_per_worker: int = Field(0, ge=0, le=1)
-    max_failures: int = Field(3, ge=0, description="restarts of the worker group before the run is given up")
+    max_failures: int = Field(3, ge=0, description="faults in a row, without a newer checkpoint between, to survive")
     dashboard_port: int | None = Field(
         None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
     )
