@@ -18,7 +18,7 @@ from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.corpora import require_encoded
 from domainshuttle.platform.engine import select_trained
 from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.lock import RunLock
+from domainshuttle.platform.lock import RunLock, RunLockedError
 from domainshuttle.platform.planner import deepspeed_configs
 from domainshuttle.platform.recovery import recover_books
 from domainshuttle.platform.resume import AUTO, NONE, begin
@@ -97,6 +97,8 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
             outcome = train(run, tracker, watch, console.print, stage, resume)
+        except RunLockedError:
+            raise  # ledger and tracking are the other driver's now
         except BaseException as error:
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
             tracker.fail(error)

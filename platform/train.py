@@ -280,7 +280,8 @@ def train(
         if start:
             require_fit(start, segment, base, sizes_digest(selected.trained) if selected else None, feed)
             if start.state.config_digest != digest:
-                changes = differences(start.state.config, run.config.decisive())
+                before = start.state.config
+                changes = differences(before, run.config.decisive()) if before else "it does not say which"
                 say(f"Checkpoint {start.name} was trained with another configuration: {changes}")
         begin(store, segment.name, resume, start, digest)
         if resume != AUTO:
