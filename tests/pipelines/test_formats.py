@@ -159,23 +159,30 @@ def test_clips_of_too_many_pixels_are_refused_before_they_are_decoded(monkeypatc
         decode_video(CLIP, 4, 8.0, name="k")
 
 
+DECODING = r"""
+import re, sys
+from pathlib import Path
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.media import decode_video
+# not getrusage's, which begins with that of the process that started this one
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+data, bucket = Path(sys.argv[1]).read_bytes(), parse_bucket("41x288x432")
+decode_video(data, 1, fit=bucket)
+before = peak()
+print(decode_video(data, 41, fit=bucket).shape, peak() - before)
+"""
+
+
 def test_a_clip_holds_one_frame_of_its_full_size(tmp_path: Path) -> None:
     """41 frames of 1080p are 255 MB; fitted to their bucket 15 MB."""
     frames = np.zeros((41, 1080, 1920, 3), np.uint8)
     (tmp_path / "clip.mp4").write_bytes(encode_mp4(frames, 16.0))
-    code = (
-        "import resource, sys; from pathlib import Path; from domainshuttle.pipelines.buckets import parse_bucket; "
-        "from domainshuttle.pipelines.media import decode_video; data = Path(sys.argv[1]).read_bytes(); "
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024; bucket = parse_bucket('41x288x432');"
-        "decode_video(data, 1, fit=bucket); before = peak(); clip = decode_video(data, 41, fit=bucket); "
-        "print(clip.shape, peak() - before)"
-    )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "clip.mp4")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", DECODING, str(tmp_path / "clip.mp4")], capture_output=True, text=True, check=True
     )
     shape, _, megabytes = run.stdout.strip().rpartition(" ")
     assert shape == "(41, 288, 432, 3)"
-    assert float(megabytes) < 100
+    assert 10 < float(megabytes) < 60
 
 
 def test_a_line_of_pixels_does_not_fill_the_memory() -> None:
