@@ -1,4 +1,4 @@
-"""Indexing: shards that exist already get an index, on Ray tasks, a task a shard.
+"""Indexing: shards that exist already, on a disk or in a store, get an index, on Ray tasks, a task a shard.
 
 Each shard's samples become a part beside the shards, `.index/<shard>.parquet`, which says of which size and time of
 change the shard was. A part that still fits its shard is not made again: so a job that was stopped goes on, and after
@@ -11,11 +11,11 @@ the shards again.
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ from domainshuttle.pipelines.index import (
     Index,
     IndexMetadata,
     IndexRow,
-    read_metadata,
     rows_table,
     write_index,
 )
 from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME, BadSample
+from domainshuttle.pipelines.places import local_path
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.sample_checks import (
     MOST_DESCRIPTION_BYTES,
@@ -42,12 +42,32 @@ from domainshuttle.pipelines.sample_checks import (
     check_tensors,
     read_description,
 )
-from domainshuttle.pipelines.scan import Fault, SampleFault, fault_kind, scan_shard, shown
-from domainshuttle.pipelines.shards import ShardCache, ShardEntry, check_shard_name
+from domainshuttle.pipelines.scan import Fault, SampleFault, fault_kind, scan_contents, scan_shard
+from domainshuttle.pipelines.scan import shown as printable
+from domainshuttle.pipelines.shards import ShardEntry, check_shard_name
+from domainshuttle.pipelines.storage import (
+    Place,
+    StorageError,
+    absolute,
+    delete,
+    exists,
+    is_remote,
+    join,
+    list_dated,
+    name_of,
+    open_parquet,
+    parent,
+    read_bytes,
+    shown,
+    write_bytes,
+    writing,
+)
 from domainshuttle.pipelines.tasks import each_result
 
 PARTS_FOLDER = ".index"
 _PART_KEY = b"domainshuttle.part"
+_AT_ONCE = 16  # parts that are read at a time: in a store each is some requests, which wait rather than work
+_MOST_TENSOR_BYTES = 256 << 20  # of one sample's latents, which are held; real ones are megabytes
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,7 @@ class Indexed:
     """What indexing made: the index's metadata, how many samples and shards, and what was left out, by kind."""
 
     metadata: IndexMetadata
-    path: Path
+    path: Place
     samples: int
     shards: int
     scanned: int = 0
@@ -63,13 +83,14 @@ class Indexed:
     faults: Counter[str] = field(default_factory=Counter)
 
 
-def beside(index: Path, name: str) -> Path:
+def beside(index: Place, name: str) -> Place:
     """Where the file `name` of an index lies: beside `index.parquet`, and under its name beside another."""
-    return index.with_name(name if index.name == INDEX_NAME else f"{index.stem}.{name}")
+    own = name_of(index)
+    return join(parent(index), name if own == INDEX_NAME else f"{own.removesuffix('.parquet')}.{name}")
 
 
 def index_folder(
-    folder: Path,
+    folder: Place,
     metadata: IndexMetadata,
     buckets: Sequence[Bucket],
     progress: Progress,
@@ -82,43 +103,48 @@ def index_folder(
     `metadata` says the corpus, its stage, the rate at which clips are sampled, and for encoded shards their encoders;
     `buckets` are those for raw samples (encoded ones have theirs). `shards` restricts it to names of a pattern, without
     `.tar`. `progress` counts MiB. Raises DataError where there is nothing to index, encoded samples are met as raw
-    ones, or more than `most_bad` of the samples or of the shards are bad; the index before then stays.
+    ones, or more than `most_bad` of the samples or of the shards are bad; the index before then stays. Raises
+    StorageError where a store fails: what was read until then is not read again.
     """
-    folder = folder.absolute()
+    folder = absolute(folder)
     if metadata.stage == "raw" and not buckets:
-        raise DataError(f"{folder}: no buckets for raw samples; give some, such as 81x480x832")
-    found, faults = _shards(folder, shards)
-    parts = {path.name: folder / PARTS_FOLDER / f"{path.name}.parquet" for path in found}
-    parts_folder = folder / PARTS_FOLDER
-    parts_folder.mkdir(exist_ok=True)
-    stamps = {path.name: _stamp(path, metadata.stage) for path in found}
-    old = [path for path in found if _part_stamp(parts[path.name]) != stamps[path.name]]
+        raise DataError(f"{shown(folder)}: no buckets for raw samples; give some, such as 81x480x832")
+    stamps, faults = _shards(folder, shards, metadata.stage)
+    parts_folder = join(folder, PARTS_FOLDER)
+    parts = {shard: join(parts_folder, f"{shard}.parquet") for shard in stamps}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        made_of = dict(zip(parts, pool.map(_part_stamp, parts.values()), strict=True))
+    old = [shard for shard in stamps if made_of[shard] != stamps[shard]]
     if metadata.stage == "raw":
-        _refuse_encoded(old)
-    sizes = {path: stamps[path.name]["size"] for path in old}
-    total, done = sum(sizes.values()), 0
-    for (path, *_), result in each_result(_index_shard, [(path, metadata.stage, parts[path.name]) for path in old]):
+        _refuse_encoded(join(folder, shard) for shard in old)
+    total, done = sum(stamps[shard]["size"] for shard in old), 0
+    lost: set[str] = set()
+    work = [(join(folder, shard), stamps[shard], parts[shard]) for shard in old]
+    for (place, stamp, _), result in each_result(_index_shard, work):
         if isinstance(result, Exception):
-            faults.append(Fault(path.name, "", f"unreadable shard: its task died ({type(result).__name__}); run again"))
-        done += sizes[path]
+            died = f"unreadable shard: its task died ({type(result).__name__}); run again"
+            faults.append(Fault(name_of(place), "", died))
+            lost.add(name_of(place))
+        done += stamp["size"]
         progress(done >> 20, total >> 20)
+    left = {part for part, *_ in list_dated(parts_folder)}
     if shards == "*":
-        for stale in parts_folder.iterdir():
-            if stale.name.removesuffix(".parquet") not in parts:
-                stale.unlink(missing_ok=True)
+        for stale in left:
+            if stale.removesuffix(".parquet") not in parts:
+                delete(join(parts_folder, stale))
+    whole = [shard for shard in stamps if name_of(parts[shard]) in left and shard not in lost]
     tables = []
-    for path in found:
-        if parts[path.name].exists():
-            part = pq.ParquetFile(parts[path.name], memory_map=True)
-            tables.append(part.read().replace_schema_metadata(None))
-            faults += [Fault(path.name, *fault) for fault in _part_notes(part.metadata)["faults"]]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for shard, (table, own) in zip(whole, pool.map(_part, [parts[shard] for shard in whole]), strict=True):
+            tables.append(table)
+            faults += [Fault(shard, *fault) for fault in own]
     joined = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     quarantined = [BadSample(metadata.corpus, fault.shard, fault.key, fault.reason) for fault in faults]
-    made = _join(joined, metadata, buckets, folder / name, quarantined, len(found), most_bad)
+    made = _join(joined, metadata, buckets, join(folder, name), quarantined, len(stamps), most_bad)
     return Indexed(**{**made.__dict__, "scanned": len(old), "scanned_bytes": total})
 
 
-def merge_indexes(indexes: Sequence[Path], out: Path, most_bad: float = 0.05) -> Indexed:
+def merge_indexes(indexes: Sequence[Place], out: Place, most_bad: float = 0.05) -> Indexed:
     """Joins indexes of one folder, made of different shards, into one at `out` in that folder, in the order of the
     shards' names.
 
@@ -126,56 +152,60 @@ def merge_indexes(indexes: Sequence[Path], out: Path, most_bad: float = 0.05) ->
     not agree on a shard.
     """
     loaded = [Index.load(path) for path in indexes]
-    if not loaded or {path.absolute().parent for path in [*indexes, out]} != {out.absolute().parent}:
-        raise DataError(
-            f"indexes {[str(path) for path in indexes]}: expected some of the folder {out.absolute().parent}"
-        )
+    folder = parent(absolute(out))
+    if not loaded or {parent(absolute(path)) for path in indexes} != {folder}:
+        raise DataError(f"indexes {[shown(path) for path in indexes]}: expected some of the folder {shown(folder)}")
     first = loaded[0].parts[0]
     for path, index in zip(indexes, loaded, strict=True):
         if index.parts[0].identity() != first.identity():
             raise DataError(
-                f"{path} and {indexes[0]} differ in corpus, stage, encoders or fps: {index.parts[0].identity()} and "
-                f"{first.identity()}; index the shards again with the same"
+                f"{shown(path)} and {shown(indexes[0])} differ in corpus, stage, encoders or fps: "
+                f"{index.parts[0].identity()} and {first.identity()}; index the shards again with the same"
             )
-    held: dict[str, tuple[Path, pa.Table]] = {}
+    held: dict[str, tuple[Place, pa.Table]] = {}
     for path, index in zip(indexes, loaded, strict=True):
         codes, names = index.codes("shard")
         rows = index.table.select(SCHEMA.names)
         for number, shard in enumerate(names):
             own = rows.filter(pa.array(codes == number)).unify_dictionaries().combine_chunks()
             if shard in held and held[shard][1].column("checksum") != own.column("checksum"):
-                raise DataError(f"{path} and {held[shard][0]} do not agree on {shard}; index that shard again")
+                both = f"{shown(path)} and {shown(held[shard][0])}"
+                raise DataError(f"{both} do not agree on {shard}; index that shard again")
             held.setdefault(shard, (path, own))
     quarantined: dict[str, None] = {}
     for path in indexes:
-        if (table := beside(path, QUARANTINE_NAME)).exists():
-            quarantined.update(dict.fromkeys(table.read_text().splitlines()))
+        if exists(table := beside(path, QUARANTINE_NAME)):
+            quarantined.update(dict.fromkeys(read_bytes(table).decode().splitlines()))
     bad = [BadSample(**json.loads(line)) for line in quarantined]
     table = pa.concat_tables([held[shard][1] for shard in sorted(held)])
-    return _join(table, first, None, out.absolute(), bad, len(held), most_bad)
+    return _join(table, first, None, absolute(out), bad, len(held), most_bad)
 
 
-def _shards(folder: Path, pattern: str) -> tuple[list[Path], list[Fault]]:
-    if not folder.is_dir():
+def _shards(folder: Place, pattern: str, stage: str) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
+    """The stamp of each shard by its name, in order: what a part says of the shard that it was made of."""
+    if not is_remote(folder) and not local_path(folder).is_dir():
         raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
-    found, faults = [], []
-    for path in sorted(folder.glob(f"{pattern}.tar")):
-        if path.name.startswith("."):
+    files = list_dated(folder)
+    found, faults = {}, []
+    for name, size, changed in files:
+        if name.startswith(".") or not fnmatchcase(name, f"{pattern}.tar"):
             continue
         try:
-            found.append(path.with_name(check_shard_name(path.name)))
+            stamp = {"size": size, "mtime_ns": changed, "stage": stage, "format": FORMAT_VERSION}
+            found[check_shard_name(name)] = stamp
         except DataError as error:
-            faults.append(Fault(shown(path.name), "", f"unsafe name: {error}; rename the shard"))
+            faults.append(Fault(printable(name), "", f"unsafe name: {error}; rename the shard"))
     if not found:
-        packed = [path.name for path in folder.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
+        packed = [name for name, *_ in files if name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
         remedy = "unpack them (gunzip): samples are read by offset" if packed else "shards are WebDataset tars"
-        raise DataError(f"{folder}: no shard {pattern}.tar; it has {packed[:3] or 'none'}: {remedy}")
+        raise DataError(f"{shown(folder)}: no shard {pattern}.tar; it has {packed[:3] or 'none'}: {remedy}")
     return found, faults
 
 
-def _stamp(path: Path, stage: str) -> dict[str, Any]:
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "stage": stage, "format": FORMAT_VERSION}
+def _part(part: Place) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The rows of a shard's part, and what was left out of it, as (key, reason)."""
+    file = open_parquet(part)
+    return file.read().replace_schema_metadata(None), _part_notes(file.metadata)["faults"]
 
 
 def _part_notes(metadata: pq.FileMetaData) -> dict[str, Any]:
@@ -183,15 +213,17 @@ def _part_notes(metadata: pq.FileMetaData) -> dict[str, Any]:
     return notes
 
 
-def _part_stamp(part: Path) -> dict[str, Any] | None:
+def _part_stamp(part: Place) -> dict[str, Any] | None:
     try:
-        notes = _part_notes(pq.read_metadata(part))
+        notes = _part_notes(open_parquet(part).metadata)
+    except StorageError:  # of which nothing follows for the part
+        raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
     return {name: value for name, value in notes.items() if name != "faults"}
 
 
-def _refuse_encoded(shards: Iterable[Path]) -> None:
+def _refuse_encoded(shards: Iterable[Place]) -> None:
     """Raises DataError where the first sample that can be found is an encoded one."""
     entries = (found for path in shards for found in scan_shard(path) if isinstance(found, ShardEntry))
     if (first := next(entries, None)) and any(member.extension == "safetensors" for member in first.members):
@@ -202,28 +234,27 @@ def _refuse_encoded(shards: Iterable[Path]) -> None:
         )
 
 
-def _index_shard(shard: Path, stage: str, part: Path) -> int:
-    """Makes the part of one shard; returns how many samples it has."""
-    stamp = _stamp(shard, stage)  # taken before reading: a change meanwhile makes the part an old one
+def _index_shard(shard: Place, stamp: dict[str, Any], part: Place) -> int:
+    """Makes the part of one shard; returns how many samples it has. The stamp is older than what is read, so a change
+    meanwhile makes the part an old one."""
     rows: list[IndexRow] = []
     faults: list[tuple[str, str]] = []
-    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
-    for found in scan_shard(shard):
+    read = ("json",) if stamp["stage"] == "raw" else ("json", "safetensors")
+    for found in scan_contents(shard, read, _MOST_TENSOR_BYTES):
         if isinstance(found, Fault):
             faults.append((found.key, found.reason))
             continue
+        entry, contents = found
         try:
-            rows.append(_row(found, shard, stage, cache))
+            rows.append(_row(entry, contents, stamp["stage"]))
         except SampleFault as fault:
-            faults.append((found.key, str(fault)))
+            faults.append((entry.key, str(fault)))
         except DataError as error:
-            faults.append((found.key, f"unreadable sample: {error}"))
+            faults.append((entry.key, f"unreadable sample: {error}"))
     table = _table(rows, faults)
-    temporary = part.with_name(f".{part.name}.{os.getpid()}.partial")
-    with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+    with writing(part) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({_PART_KEY: json.dumps({**stamp, "faults": faults}).encode()})
-    temporary.rename(part)
     return len(table)
 
 
@@ -242,19 +273,19 @@ def _table(rows: list[IndexRow], faults: list[tuple[str, str]]) -> pa.Table:
         return rows_table(held)
 
 
-def _row(entry: ShardEntry, shard: Path, stage: str, cache: ShardCache) -> IndexRow:
+def _row(entry: ShardEntry, contents: dict[str, bytes], stage: str) -> IndexRow:
     members = {member.extension: member for member in entry.members}
-    description = [members[name] for name in ("json",) if name in members]
-    if any(member.size > MOST_DESCRIPTION_BYTES for member in description):
-        raise SampleFault("bad description", f"{entry.key}.json has {description[0].size} bytes")
-    data = cache.read(shard.parent, shard.name, description)
-    info = read_description(entry.key, members, data.get("json", b""))
+    for name, kind, most in (
+        ("json", "bad description", MOST_DESCRIPTION_BYTES),
+        ("safetensors", "bad tensors", _MOST_TENSOR_BYTES),
+    ):
+        if name in members and members[name].size > most:
+            raise SampleFault(kind, f"{entry.key}.{name} has {members[name].size} bytes, expected at most {most}")
+    info = read_description(entry.key, members, contents.get("json", b""))
     if stage == "raw":
         check_files(entry.key, info, members)
         return IndexRow.of(entry, info, "")
-    tensors = [members[name] for name in ("safetensors",) if name in members]
-    held = cache.read(shard.parent, shard.name, tensors).get("safetensors", b"")
-    sample, bucket = check_tensors(entry.key, info, members, held)
+    sample, bucket = check_tensors(entry.key, info, members, contents.get("safetensors", b""))
     return IndexRow.of(entry, info, bucket, sample.text.shape[0])
 
 
@@ -262,7 +293,7 @@ def _join(
     table: pa.Table,
     metadata: IndexMetadata,
     buckets: Sequence[Bucket] | None,
-    path: Path,
+    path: Place,
     bad: list[BadSample],
     shards: int,
     most_bad: float,
@@ -275,9 +306,7 @@ def _join(
         bad = bad + unfitting
     bad.sort(key=lambda row: (row.shard, row.key, row.reason))
     quarantine = beside(path, QUARANTINE_NAME)
-    temporary = quarantine.with_name(f".{quarantine.name}.{os.getpid()}.partial")
-    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in bad))
-    temporary.rename(quarantine)
+    write_bytes(quarantine, "".join(json.dumps(asdict(row)) + "\n" for row in bad).encode())
     faults = Counter(fault_kind(row.reason) for row in bad)
     samples, broken = sum(bool(row.key) for row in bad), len({row.shard for row in bad if not row.key})
     share = max(samples / max(1, samples + len(table)), broken / max(1, shards))
@@ -285,9 +314,9 @@ def _join(
         counted = ", ".join(f"{kind} {count}" for kind, count in faults.most_common())
         accept = f", or accept them: --most-bad {math.ceil(share * 100) / 100:g}" if len(table) else ""
         raise DataError(
-            f"{path.parent}: {samples} of {samples + len(table)} samples and {broken} of {shards} shards are bad, at "
-            f"most {most_bad:.0%} may be: {counted}. Shards, keys and reasons are in {quarantine}. Repair what they "
-            f"name and run the command again (only changed shards are read){accept}"
+            f"{shown(parent(path))}: {samples} of {samples + len(table)} samples and {broken} of {shards} shards are "
+            f"bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons are in {shown(quarantine)}. "
+            f"Repair what they name and run the command again (only changed shards are read){accept}"
         )
     written = write_index(path, table, metadata)
     return Indexed(written, path, len(table), shards, faults=faults)
@@ -338,9 +367,3 @@ def _with_buckets(
         if kind in reasons
     ]
     return table.filter(table.column("bucket").is_valid()), bad
-
-
-def known_identity(folder: Path) -> IndexMetadata | None:
-    """What the index that a folder has says of itself, of any format version; None where it has none."""
-    path = folder / INDEX_NAME
-    return read_metadata(path) if path.exists() else None

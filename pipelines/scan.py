@@ -7,7 +7,7 @@ fault costs what it touches: a member with an odd name its sample, a cut what co
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -55,7 +55,16 @@ def fault_kind(reason: str) -> str:
 
 
 def scan_shard(path: str | Path) -> Iterator[ShardEntry | Fault]:
+    """The samples of a tar in order, with checksums, and its faults where they lie; see `scan_contents`."""
+    return (found if isinstance(found, Fault) else found[0] for found in scan_contents(path))
+
+
+def scan_contents(
+    path: str | Path, extensions: Container[str] = (), most: int = 0
+) -> Iterator[tuple[ShardEntry, dict[str, bytes]] | Fault]:
     """The samples of a tar in order, with checksums, and its faults where they lie; reads the file once.
+
+    With each sample come the bytes of its members of these extensions, but for those of more than `most` bytes.
 
     A sample is the members of one key that stand together. Left out, with a fault that names them, are: names that are
     not `key.extension` in the safe form, what is not a regular file, and a key that came before (the first stays).
@@ -69,7 +78,7 @@ def scan_shard(path: str | Path) -> Iterator[ShardEntry | Fault]:
     empty = True
     try:
         with open_file(path, buffer=_BUFFER) as file:
-            for found in _samples(file, shard):
+            for found in _samples(file, shard, extensions, most):
                 empty = False
                 yield found.finished(shard) if isinstance(found, _Sample) else found
     except SampleFault as fault:
@@ -77,7 +86,7 @@ def scan_shard(path: str | Path) -> Iterator[ShardEntry | Fault]:
         return
     except StorageError:
         raise
-    except (OSError, MemoryError) as error:
+    except (DataError, OSError, MemoryError) as error:
         yield Fault(shard, "", f"unreadable shard: {error}")
         return
     if empty:
@@ -92,11 +101,13 @@ class _Sample:
     fault: str
     members: dict[str, Member] = field(default_factory=dict)
     digests: list[bytes] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)
 
-    def finished(self, shard: str) -> ShardEntry | Fault:
+    def finished(self, shard: str) -> tuple[ShardEntry, dict[str, bytes]] | Fault:
         if self.fault:
             return Fault(shard, self.key, self.fault)
-        return ShardEntry(shard, self.key, tuple(self.members.values()), combined_checksum(self.digests))
+        checksum = combined_checksum(self.digests)
+        return ShardEntry(shard, self.key, tuple(self.members.values()), checksum), self.contents
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,7 @@ class _Header:
     size: int
 
 
-def _samples(file: BinaryIO, shard: str) -> Iterator[_Sample | Fault]:
+def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) -> Iterator[_Sample | Fault]:
     """Samples and faults; raises SampleFault where the tar can't be followed further, after all that came before."""
     size = file.seek(0, os.SEEK_END)
     seen: set[str] = set()
@@ -148,8 +159,12 @@ def _samples(file: BinaryIO, shard: str) -> Iterator[_Sample | Fault]:
                 sample.fault = sample.fault or str(broken)
         elif sample is not None and not fault:
             sample.members[extension] = Member(extension, header.offset, header.size)
+            pieces: Iterable[bytes] = _pieces(file, header)
             try:
-                sample.digests.append(member_digest(extension, header.size, _pieces(file, header)))
+                if extension in extensions and header.size <= most:
+                    pieces = [*pieces]
+                    sample.contents[extension] = b"".join(pieces)
+                sample.digests.append(member_digest(extension, header.size, pieces))
             except SampleFault as cut:
                 broken = cut
                 sample.fault = sample.fault or str(cut)

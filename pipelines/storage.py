@@ -42,8 +42,8 @@ from domainshuttle.pipelines.stores import opened
 
 __all__ = [
     "MissingError", "Place", "StorageError", "absolute", "delete", "exists", "free_bytes", "is_remote", "join",
-    "list_files", "name_of", "open_file", "open_parquet", "parent", "read_bytes", "read_ranges", "require_local",
-    "shown", "size", "sync_folder", "write_bytes", "write_file", "writing",
+    "list_dated", "list_files", "name_of", "open_file", "open_parquet", "parent", "read_bytes", "read_ranges",
+    "require_local", "shown", "size", "sync_folder", "write_bytes", "write_file", "writing",
 ]  # fmt: skip
 
 LIMITS = Limits()
@@ -109,9 +109,8 @@ def coalesce(ranges: Sequence[tuple[int, int]], gap: int, most: int) -> list[Req
 def _read(place: Place, offset: int, size: int) -> bytes:
     if not is_remote(place):
         return _read_local(local_path(place), offset, size)
-    pieces = [
-        _fetch(str(place), start, min(MOST, offset + size - start)) for start in range(offset, offset + size, MOST)
-    ]
+    end = offset + size
+    pieces = [_fetch(str(place), start, min(MOST, end - start)) for start in range(offset, end, MOST)]
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -266,25 +265,29 @@ def size(place: Place) -> int:
     """Bytes of a file. Raises MissingError (a DataError) where there is none, StorageError."""
     if is_remote(place):
         (info,) = _ask(place, "asking for its size")
-        found = info.size if info.type == fs.FileType.File else None
-    else:
-        path = local_path(place)
-        found = path.stat().st_size if path.is_file() else None
-    if found is None:
-        raise MissingError(f"{shown(place)} is missing: copy it again, or correct its place")
-    return int(found)
+        if info.type == fs.FileType.File:
+            return int(info.size)
+    elif (path := local_path(place)).is_file():
+        return path.stat().st_size
+    raise MissingError(f"{shown(place)} is missing: copy it again, or correct its place")
 
 
 def list_files(place: Place) -> list[tuple[str, int]]:
     """The files under a folder, at any depth, as (name relative to it, bytes), by name; none where it is missing."""
+    return [(name, size) for name, size, _ in list_dated(place, recursive=True)]
+
+
+def list_dated(place: Place, recursive: bool = False) -> list[tuple[str, int, int]]:
+    """The files in a folder, as (name relative to it, bytes, time of change in ns), by name; none where it misses."""
     if not is_remote(place):
         base = local_path(place)
-        return sorted((str(f.relative_to(base)), f.stat().st_size) for f in base.rglob("*") if f.is_file())
+        files = [(str(f.relative_to(base)), f.stat()) for f in base.glob("**/*" if recursive else "*") if f.is_file()]
+        return sorted((name, status.st_size, status.st_mtime_ns) for name, status in files)
 
-    def request() -> list[tuple[str, int]]:
+    def request() -> list[tuple[str, int, int]]:
         filesystem, path = opened(place, LIMITS)
-        infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
-        return [(info.path[len(path) + 1 :], info.size) for info in infos if info.type == fs.FileType.File]
+        infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+        return [(i.path[len(path) + 1 :], i.size, i.mtime_ns or 0) for i in infos if i.type == fs.FileType.File]
 
     return sorted(retried(shown(place), "listing", request, LIMITS))
 
@@ -292,7 +295,8 @@ def list_files(place: Place) -> list[tuple[str, int]]:
 def write_bytes(place: Place, data: Buffer) -> None:
     """Write a place, whole or not at all, also through a power cut. Raises StorageError, for a disk OSError."""
     if not is_remote(place):
-        _write_aside(local_path(place), io.BytesIO(data))
+        with writing(place) as aside:
+            aside.write_bytes(data)
         return
 
     def request() -> None:
@@ -312,7 +316,8 @@ def write_file(source: Path, place: Place) -> None:
     """
     with source.open("rb") as file:
         if not is_remote(place):
-            _write_aside(local_path(place), file)
+            with writing(place) as aside, aside.open("wb") as copy:
+                shutil.copyfileobj(file, copy, _PIECE)
             return
         began = time.monotonic()
         unread: OSError | None = None
@@ -335,11 +340,6 @@ def write_file(source: Path, place: Place) -> None:
     if unread is not None:  # a stream that was begun can only be ended, which makes an object of what it has
         delete(place)
         raise unread
-
-
-def _write_aside(path: Path, content: BinaryIO) -> None:
-    with writing(path) as temporary, temporary.open("wb") as file:
-        shutil.copyfileobj(content, file, _PIECE)
 
 
 @contextlib.contextmanager

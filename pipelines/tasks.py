@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from domainshuttle.pipelines.retry import StorageError
+from domainshuttle.pipelines.sample import DataError
+
 
 def each_result(
     function: Callable[..., Any], work: Iterable[tuple[Any, ...]], at_once: int = 256, retries: int = 3
@@ -11,7 +14,8 @@ def each_result(
     """Calls `function(*piece)` in a task a piece; yields (piece, result) as they finish, at most `at_once` waiting.
 
     A task whose worker dies is tried again `retries` times; then its result is the error, so that one piece on which a
-    decoder crashes does not end the work. An error that the function itself raises is raised here.
+    decoder crashes does not end the work. An error that the function itself raises is raised here: DataError and
+    StorageError as they are, others as Ray's with their traceback.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -25,7 +29,9 @@ def each_result(
             piece = waiting.pop(done)
             try:
                 result = ray.get(done)
-            except RayTaskError:
+            except RayTaskError as error:
+                if isinstance(error.cause, DataError | StorageError):
+                    raise error.cause from None
                 raise
             except RayError as error:
                 result = error

@@ -1,4 +1,4 @@
-"""Verifying: whether a corpus's shards are what its index says, on Ray tasks, a task a shard.
+"""Verifying: whether a corpus's shards, on a disk or in a store, are what its index says, on Ray tasks, a task a shard.
 
 Every sample: its shard is there, its members lie within it, their bytes have the index's checksum, its description is
 the row's, its files or tensors are complete and its bucket fits. Some or all samples are also decoded, as training
@@ -6,11 +6,11 @@ would. Every fault is a row of `verify.jsonl` beside the index, its reason 'kind
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,24 @@ from domainshuttle.pipelines.parts import BadSample
 from domainshuttle.pipelines.sample import Buffer, DataError, RawSample, SampleInfo
 from domainshuttle.pipelines.sample_checks import check_files, check_finite, check_tensors, read_description
 from domainshuttle.pipelines.scan import SampleFault, fault_kind
-from domainshuttle.pipelines.shards import ShardCache, ShardEntry, sample_checksum
+from domainshuttle.pipelines.shards import ShardCache, ShardEntry, check_shard_name, sample_checksum
+from domainshuttle.pipelines.storage import (
+    MissingError,
+    Place,
+    absolute,
+    is_remote,
+    join,
+    list_dated,
+    parent,
+    read_ranges,
+    shown,
+    size,
+    writing,
+)
 from domainshuttle.pipelines.tasks import each_result
 
 VERIFY_NAME = "verify.jsonl"
+_MOST_BYTES = 64 << 20  # of samples that are asked of a store, and held, at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Verified:
     decoded: int
     shards: int
     read_bytes: int
-    path: Path
+    path: Place
     faults: Counter[str] = field(default_factory=Counter)
     bad_samples: int = 0
     bad_shards: int = 0
@@ -48,7 +62,7 @@ class Verified:
 
 
 def verify_index(
-    path: Path,
+    path: Place,
     progress: Progress,
     checksums: bool = True,
     decode: int | None = 0,
@@ -57,26 +71,26 @@ def verify_index(
     """Checks the samples of an index, or those of them for which the filter `where` holds, on the cluster that is
     connected.
 
-    `checksums`: read and compare every byte; without, only descriptions and headers are read. `decode`: how many
-    samples to decode, evenly spread (None: all). `progress` counts samples. Raises DataError where the index itself is
-    not whole.
+    `checksums`: read and compare every byte; without, only descriptions and headers are read (of a store: all that is
+    in the index). `decode`: how many samples to decode, evenly spread (None: all). `progress` counts samples. Raises
+    DataError where the index itself is not whole, StorageError where a store fails, which is no fault of a sample.
     """
+    path = absolute(path)
     whole = Index.load(path)
     index = whole.filter(where) if where else whole
     if not len(index):
-        raise DataError(f"{path}: no sample for which {where!r} holds")
+        raise DataError(f"{shown(path)}: no sample for which {where!r} holds")
     count = len(index) if decode is None else min(decode, len(index))
     decoded = np.zeros(len(index), bool)
     if count:
         decoded[np.linspace(0, len(index) - 1, count).astype(np.int64)] = True
-    folder = path.absolute().parent
+    folder = parent(path)
     report = beside(path, VERIFY_NAME)
-    temporary = report.with_name(f".{report.name}.{os.getpid()}.partial")
     faults: Counter[str] = Counter()
     done = read = bad_samples = 0
     bad_shards: set[str] = set()
     work = _by_shard(index, decoded)
-    with temporary.open("w") as lines:
+    with writing(report) as temporary, temporary.open("w") as lines:
         for (table, *_), result in each_result(
             _verify_shard, ((table, index.parts[0], folder, chosen, checksums) for table, chosen in work)
         ):
@@ -84,17 +98,17 @@ def verify_index(
             if isinstance(result, Exception):
                 died = f"unreadable shard: the task that read it died ({type(result).__name__})"
                 result = [BadSample(index.parts[0].corpus, shard, "", died)], 0
-            bad, size = result
+            bad, bytes_read = result
             lines.writelines(json.dumps(asdict(row)) + "\n" for row in bad)
             faults.update(fault_kind(row.reason) for row in bad)
             bad_samples += len(table) if any(not row.key for row in bad) else len({row.key for row in bad})
             bad_shards.update(row.shard for row in bad)
-            read += size
+            read += bytes_read
             done += len(table)
             progress(done, len(index))
-    temporary.rename(report)
     known = set(whole.codes("shard")[1])
-    unindexed = sorted(p.name for p in folder.glob("*.tar") if p.name not in known and not p.name.startswith("."))
+    files = [name for name, *_ in list_dated(folder) if name.endswith(".tar") and not name.startswith(".")]
+    unindexed = [name for name in files if name not in known]
     shards = len(set(index.codes("shard")[1]))
     return Verified(
         len(index), int(decoded.sum()), shards, read, report, faults, bad_samples, len(bad_shards), tuple(unindexed)
@@ -111,20 +125,22 @@ def _by_shard(index: Index, decoded: np.ndarray) -> Iterator[tuple[pa.Table, np.
 
 
 def _verify_shard(
-    table: pa.Table, metadata: IndexMetadata, folder: Path, decoded: np.ndarray, checksums: bool
+    table: pa.Table, metadata: IndexMetadata, folder: Place, decoded: np.ndarray, checksums: bool
 ) -> tuple[list[BadSample], int]:
     """The faults of one shard's samples, and the bytes that were read."""
     rows = Index(table, (metadata,), "").rows(range(len(table)))
-    shard = rows[0].shard
-    if not (folder / shard).is_file():
-        reason = f"missing shard: {folder / shard} is gone, with {len(rows)} samples"
-        return [BadSample(metadata.corpus, shard, "", reason)], 0
-    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
+    place = join(folder, rows[0].shard)
+    try:
+        held = size(place)
+    except MissingError:
+        reason = f"missing shard: {shown(place)} is gone, with {len(rows)} samples"
+        return [BadSample(metadata.corpus, rows[0].shard, "", reason)], 0
     bad: list[BadSample] = []
     read = 0
-    for row, whole in zip(rows, decoded.tolist(), strict=True):
+    for (row, members), whole in zip(_contents(rows, folder, held), decoded.tolist(), strict=True):
         try:
-            members = _members(row, folder, cache)
+            if isinstance(members, SampleFault):
+                raise members
             read += sum(map(len, members.values())) if checksums or whole else len(members.get("json", b""))
             if checksums and sample_checksum(members) != row.checksum:
                 raise SampleFault("checksum differs", f"{row.key}: its bytes are not those that were indexed")
@@ -133,17 +149,51 @@ def _verify_shard(
             else:
                 _verify_encoded(row, members, whole)
         except SampleFault as fault:
-            bad.append(BadSample(row.source, shard, row.key, str(fault)))
+            bad.append(BadSample(row.source, row.shard, row.key, str(fault)))
         except DataError as error:
-            bad.append(BadSample(row.source, shard, row.key, f"unreadable sample: {error}"))
+            bad.append(BadSample(row.source, row.shard, row.key, f"unreadable sample: {error}"))
     return bad, read
 
 
-def _members(row: IndexRow, folder: Path, cache: ShardCache) -> dict[str, memoryview]:
-    try:
-        return cache.read(folder, row.shard, row.members)
-    except DataError as error:
-        raise SampleFault("outside shard", str(error)) from error
+Contents = dict[str, memoryview] | SampleFault
+
+
+def _contents(rows: Sequence[IndexRow], folder: Place, held: int) -> Iterator[tuple[IndexRow, Contents]]:
+    """The bytes of the members of a shard's samples, whose shard has `held` bytes, or why they can't be read."""
+    if is_remote(folder):
+        yield from _stored(rows, join(folder, check_shard_name(rows[0].shard)), held)
+        return
+    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
+    for row in rows:
+        try:
+            yield row, cache.read(folder, row.shard, row.members)
+        except DataError as error:
+            yield row, SampleFault("outside shard", str(error))
+
+
+def _stored(rows: Sequence[IndexRow], place: Place, held: int) -> Iterator[tuple[IndexRow, Contents]]:
+    """The same of a store: samples that lie together are asked for together."""
+    total, groups = 0, []
+    for row in rows:
+        total += sum(member.size for member in row.members if _within(row, held))
+        groups.append(total // _MOST_BYTES)
+    for _, pairs in groupby(zip(rows, groups, strict=True), key=itemgetter(1)):
+        group = [row for row, _ in pairs]
+        ranges = [(one.offset, one.size) for row in group if _within(row, held) for one in row.members]
+        try:
+            found = iter(read_ranges(place, ranges))
+        except DataError as error:  # it was replaced or removed meanwhile
+            yield from ((row, SampleFault("outside shard", str(error))) for row in group)
+            continue
+        for row in group:
+            if _within(row, held):
+                yield row, {member.extension: next(found) for member in row.members}
+            else:
+                yield row, SampleFault("outside shard", f"{shown(place)}: a member is not within its {held} bytes")
+
+
+def _within(row: IndexRow, held: int) -> bool:
+    return all(0 <= one.offset <= one.offset + one.size <= held for one in row.members)
 
 
 def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None, decode: bool) -> None:
