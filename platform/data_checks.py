@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.columns import Columns
@@ -14,7 +13,9 @@ from domainshuttle.pipelines.buckets import Bucket, parse_bucket, standard_bucke
 from domainshuttle.pipelines.index import Index, IndexMetadata, read_metadata
 from domainshuttle.pipelines.indexing import Indexed, beside, index_folder, merge_indexes
 from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME
+from domainshuttle.pipelines.places import local_path
 from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.storage import Place, exists, is_remote, join, name_of, shown
 from domainshuttle.pipelines.verify import verify_index
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
@@ -30,26 +31,26 @@ def chosen_buckets(listed: Sequence[str], resolution: str | None, frames: Sequen
     return sorted({*(parse_bucket(text) for text in listed), *named})
 
 
-def described_as(folder: Path, corpus: str | None, fps: float | None, buckets: Sequence[Bucket]) -> IndexMetadata:
+def described_as(folder: Place, corpus: str | None, fps: float | None, buckets: Sequence[Bucket]) -> IndexMetadata:
     """What the index of a folder's shards is to say of itself: of encoded shards, what the index before said.
 
     Raises ConfigError where the command line says too little, or for encoded shards what is theirs to say.
     """
     known = None
-    if (folder / INDEX_NAME).exists():
+    if exists(join(folder, INDEX_NAME)):
         try:
-            known = read_metadata(folder / INDEX_NAME)
+            known = read_metadata(join(folder, INDEX_NAME))
         except DataError as error:
             console.print(f"The index before can't be used: {escape(str(error))}")
     name = corpus or (known.corpus if known else None)
     if name is None:
         raise ConfigError(
-            f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({folder})"
+            f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({shown(folder)})"
         )
     if known and known.stage == "encoded":
         if buckets or fps is not None:
             raise ConfigError(
-                f"{folder} holds encoded samples: their latents have a bucket and a rate; leave out --bucket, "
+                f"{shown(folder)} holds encoded samples: their latents have a bucket and a rate; leave out --bucket, "
                 "--resolution, --frames and --fps"
             )
         return known.model_copy(update={"corpus": name, "digest": ""})
@@ -62,9 +63,9 @@ def described_as(folder: Path, corpus: str | None, fps: float | None, buckets: S
 
 
 def index_shards(
-    folder: Path, metadata: IndexMetadata, buckets: Sequence[Bucket], most_bad: float, shards: str, name: str
+    folder: Place, metadata: IndexMetadata, buckets: Sequence[Bucket], most_bad: float, shards: str, name: str
 ) -> None:
-    """Indexes a folder's shards on the connected Ray cluster, and prints what was found."""
+    """Indexes the shards of a folder or URI on the connected Ray cluster, and prints what was found."""
     began = time.monotonic()
     with progress("Indexing", "MiB") as show:
         made = index_folder(folder, metadata, buckets, show, most_bad, shards, name)
@@ -73,29 +74,30 @@ def index_shards(
     _report(made, f"{made.shards} shards: {read}, {made.shards - made.scanned} unchanged")
 
 
-def join_indexes(indexes: Sequence[Path], folder: Path, most_bad: float, name: str) -> None:
+def join_indexes(indexes: Sequence[Place], folder: Place, most_bad: float, name: str) -> None:
     """Makes one index of several of a folder, and prints what it holds."""
-    made = merge_indexes(indexes, folder / name, most_bad)
+    made = merge_indexes(indexes, join(folder, name), most_bad)
     _report(made, f"{made.shards} shards of {len(indexes)} indexes")
 
 
 def _report(made: Indexed, shards: str) -> None:
-    index = made.path
+    index = shown(made.path)
     console.print(
         f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {made.samples} samples, {shards}, index "
         f"{made.metadata.digest[:8]}, in {index}"
     )
     _print_faults(made.faults, "left out")
     if made.faults:
-        console.print(f"What was left out, with shard, key and reason: {beside(index, QUARANTINE_NAME)}")
+        console.print(f"What was left out, with shard, key and reason: {shown(beside(made.path, QUARANTINE_NAME))}")
     raw = made.metadata.stage == "raw"
     following = "data encode CONFIG (in which the corpus has no `build`)" if raw else "train CONFIG"
     console.print(f"Next: domainshuttle data verify {index}, then domainshuttle {following}")
 
 
-def verify_corpus(path: Path, checksums: bool, decode: str, where: str | None) -> bool:
+def verify_corpus(path: Place, checksums: bool, decode: str, where: str | None) -> bool:
     """Verifies a corpus on the connected Ray cluster and prints what was found; returns whether it is whole."""
-    path = path / INDEX_NAME if path.is_dir() else path
+    is_folder = not name_of(path).endswith(".parquet") if is_remote(path) else local_path(path).is_dir()
+    path = join(path, INDEX_NAME) if is_folder else path
     if decode != "all" and not decode.isdigit():
         raise ConfigError(f"--decode {decode}: expected a number of samples, or all")
     began = time.monotonic()
@@ -103,8 +105,8 @@ def verify_corpus(path: Path, checksums: bool, decode: str, where: str | None) -
         found = verify_index(path, show, checksums, None if decode == "all" else int(decode), where)
     bytes_read = f"{found.read_bytes / 2**20:.1f} MiB read" + ("" if checksums else ", checksums left out")
     console.print(
-        f"Verified {path}: {found.samples} samples in {found.shards} shards, {bytes_read}, {found.decoded} samples "
-        f"decoded, in {time.monotonic() - began:.0f} s"
+        f"Verified {shown(path)}: {found.samples} samples in {found.shards} shards, {bytes_read}, {found.decoded} "
+        f"samples decoded, in {time.monotonic() - began:.0f} s"
     )
     if found.unindexed:
         names = ", ".join(found.unindexed[:3]) + (" ..." if len(found.unindexed) > 3 else "")
@@ -115,9 +117,9 @@ def verify_corpus(path: Path, checksums: bool, decode: str, where: str | None) -
     _print_faults(found.faults, "samples or shards")
     console.print(
         f"[red]{found.bad_samples} samples in {found.bad_shards} shards have faults[/]; shard, key and reason of each: "
-        f"{found.path}\nNext: copy the shards that it names again from their source, then `domainshuttle data index` "
-        "(only changed shards are read) and verify again. Bad samples that stay go to quarantine when they are encoded "
-        "or trained on."
+        f"{shown(found.path)}\nNext: copy the shards that it names again from their source, then `domainshuttle data "
+        "index` (only changed shards are read) and verify again. Bad samples that stay go to quarantine when they are "
+        "encoded or trained on."
     )
     return False
 

@@ -34,17 +34,18 @@ from safetensors.torch import save_file
 from domainshuttle.pipelines import storage
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_part
-from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME, encode_rows, load_encoders
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.index import Index, IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.indexing import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.parts import INDEX_NAME, Parts
 from domainshuttle.pipelines.places import holds_keys, name_of, require_local
 from domainshuttle.pipelines.reading import MicroBatch
 from domainshuttle.pipelines.retry import Limits
 from domainshuttle.pipelines.sample import DataError, EncodedSample
-from domainshuttle.pipelines.scan import Fault, scan_shard
+from domainshuttle.pipelines.scan import Fault, fault_kind, scan_shard
 from domainshuttle.pipelines.shards import ShardWriter
 from domainshuttle.pipelines.storage import (
     MissingError,
@@ -55,6 +56,7 @@ from domainshuttle.pipelines.storage import (
     free_bytes,
     is_remote,
     join,
+    list_dated,
     list_files,
     open_file,
     parent,
@@ -64,8 +66,12 @@ from domainshuttle.pipelines.storage import (
     size,
     write_bytes,
     write_file,
+    writing,
 )
 from domainshuttle.pipelines.stores import opened
+from domainshuttle.pipelines.verify import verify_index
+from domainshuttle.platform import data_checks
+from domainshuttle.platform.config import ConfigError
 
 QUICK = Limits(
     attempts=4, total_seconds=20, first_wait=0.01, longest_wait=0.02, connect_seconds=2, stall_seconds=1
@@ -590,3 +596,192 @@ def test_a_shard_is_scanned_as_from_the_disk(corpus: Path, store: Proxy, tmp_pat
     write_bytes(place, (tmp_path / name).read_bytes()[:9_000_000])
     found = list(scan_shard(place))
     assert found[:3] == writer.entries[:3] and isinstance(found[-1], Fault) and "cut shard" in found[-1].reason
+
+
+def test_a_file_is_at_its_place_only_when_it_was_written_whole(store: Proxy, tmp_path: Path) -> None:
+    for place in (store.uri("written/file"), tmp_path / "folder" / "file"):
+        with pytest.raises(ZeroDivisionError), writing(place) as aside:
+            aside.write_bytes(b"half")
+            raise ZeroDivisionError
+        assert not exists(place) and not list_files(parent(place))
+        with writing(place) as aside:
+            aside.write_bytes(DATA)
+        ((name, held, changed),) = list_dated(parent(place))
+        assert (name, held) == ("file", len(DATA)) and read_bytes(place) == DATA
+        assert abs(changed / 1e9 - time.time()) < 3600
+        write_bytes(join(place, "deeper") if is_remote(place) else tmp_path / "folder" / "in" / "it", b"1")
+        assert len(list_dated(parent(place))) == 1 and len(list_files(parent(place))) == 2
+
+
+RAW, BUCKETS = IndexMetadata(corpus="mine", stage="raw"), [parse_bucket("1x32x32"), parse_bucket("5x32x32")]
+KEYS = "AKIAUSER:se%2Fcret@"  # in the URI, so that Ray's workers, which were started without them, have them too
+
+
+@pytest.fixture(scope="module")
+def raw_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of pictures, one of clips, in a local folder."""
+    folder = tmp_path_factory.mktemp("raw-shards")
+    for number, kind in enumerate(("image", "image", "image", "video")):
+        config = SpritesConfig(kind=kind, samples=16, identities=72, side=48, frames=5)
+        builder = SpritesBuilder(config, "sprites")
+        with ShardWriter(folder, f"{kind}{number}", 1 << 30) as writer:
+            for sample in builder.build(4 * number, 4 * number + 4):
+                writer.write(f"{kind}-{sample.key}", sample.members())
+    return folder
+
+
+@pytest.fixture
+def raw_place(raw_shards: Path, store: Proxy, request: pytest.FixtureRequest) -> str:
+    """The shards in the store, at a place of its own."""
+    place = store.uri(f"raw/{request.node.name}", keys=KEYS)
+    for name, _ in list_files(raw_shards):
+        if name.endswith(".tar"):
+            write_file(raw_shards / name, join(place, name))
+    store.forget()
+    return place
+
+
+def indexed(folder: storage.Place, most_bad: float = 1.0, **options: Any) -> Indexed:
+    return index_folder(folder, RAW, BUCKETS, lambda *_: None, most_bad, **options)
+
+
+def verified(folder: storage.Place, **options: Any) -> Any:
+    return verify_index(join(folder, INDEX_NAME), lambda *_: None, **options)
+
+
+def lines(place: storage.Place) -> list[dict[str, str]]:
+    return [json.loads(line) for line in read_bytes(place).splitlines()]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_shards_in_the_store_are_indexed_and_verified_as_on_the_disk(
+    raw_shards: Path, raw_place: str, store: Proxy
+) -> None:
+    local = indexed(raw_shards)
+    store.fail("GET", None, (503, "SlowDown"), "reset", "cut", None, (500, "InternalError"))
+    store.fail("HEAD", (503, "SlowDown"), None, "reset")
+    store.fail("PUT", (503, "SlowDown"))
+    remote = indexed(raw_place)
+    assert not any(store.faults.values())
+    assert (remote.metadata, remote.samples, remote.scanned) == (local.metadata, 16, 4)
+    here, there = Index.load(raw_shards / INDEX_NAME), Index.load(join(raw_place, INDEX_NAME))
+    assert there.digest == here.digest and there.row(0).folder == raw_place
+    assert read_bytes(join(raw_place, "quarantine.jsonl")) == b""
+    parts = sorted(name for name, _ in list_files(raw_place) if name.startswith(".index/"))
+    assert parts == sorted(f".index/{name}.parquet" for name in here.codes("shard")[1])
+    # of what is unchanged no shard is read, and other buckets need none
+    store.forget()
+    assert indexed(raw_place).scanned == 0
+    assert index_folder(raw_place, RAW, BUCKETS[:1], lambda *_: None, 1.0).scanned == 0
+    assert indexed(raw_place).scanned == 0
+    assert not [path for method, path, _ in store.requests if method == "GET" and path.endswith(".tar")]
+    # all bytes of a shard in one request
+    store.forget()
+    store.fail("GET", "cut", (503, "SlowDown"), "reset")
+    found = verified(raw_place, decode=None)
+    assert (found.samples, found.decoded, found.shards, found.unindexed) == (16, 16, 4, ()) and not found.faults
+    assert found.read_bytes == verified(raw_shards, decode=None).read_bytes
+    tars = [path for method, path, _ in store.requests if method == "GET" and ".tar" in path]
+    assert len(tars) <= 4 + 3
+    assert read_bytes(join(raw_place, "verify.jsonl")) == b""
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_wrong_in_the_store_is_named_and_only_what_changed_is_read(
+    raw_shards: Path, raw_place: str, store: Proxy
+) -> None:
+    indexed(raw_place)
+    _, second, third, clips = sorted(path.name for path in raw_shards.glob("*.tar"))
+    rows = Index.load(join(raw_place, INDEX_NAME)).rows(range(16))
+    whole = (raw_shards / second).read_bytes()
+    cut = next(row.members[-1].offset for row in rows if row.shard == second and row.members[0].offset > 600)
+    write_bytes(join(raw_place, second), whole[:cut])
+    flipped = bytearray((raw_shards / third).read_bytes())
+    picture = next(row for row in rows if row.shard == third)
+    target = next(member for member in picture.members if member.extension == "jpg")
+    flipped[target.offset + 40] ^= 1
+    write_bytes(join(raw_place, third), flipped)
+    delete(join(raw_place, clips))
+    write_bytes(join(raw_place, "extra.tar"), whole)
+    found = verified(raw_place)
+    kinds = {(row["shard"], row["key"], fault_kind(row["reason"])) for row in lines(join(raw_place, "verify.jsonl"))}
+    lost = [row.key for row in rows if row.shard == second and row.members[-1].offset + row.members[-1].size > cut]
+    expected = {(second, key, "outside shard") for key in lost}
+    assert kinds == expected | {(third, picture.key, "checksum differs"), (clips, "", "missing shard")}
+    assert found.unindexed == ("extra.tar",) and found.bad_samples == len(lost) + 1 + 4
+    # `third` has another time, or the same where a test is done within a second of it
+    made = indexed(raw_place)
+    assert 2 <= made.scanned <= 3 and made.shards == 4
+    reasons = {row["shard"]: row["reason"] for row in lines(join(raw_place, "quarantine.jsonl")) if not row["key"]}
+    assert "cut shard" in reasons[second]
+    assert f".index/{clips}.parquet" not in {name for name, _ in list_files(raw_place)}
+    text = b"".join(read_bytes(join(raw_place, name)) for name in ("quarantine.jsonl", "verify.jsonl"))
+    assert b"cret" not in text and b"AKIA" not in text
+    with pytest.raises(DataError, match=r"s3://bucket/raw/.* are bad, at most 1%") as caught:
+        indexed(raw_place, most_bad=0.01)
+    assert "cret" not in str(caught.value) and "AKIA" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_store_that_refuses_ends_the_work_and_blames_nothing(raw_place: str, store: Proxy) -> None:
+    indexed(raw_place, shards="image*")
+    held = read_bytes(join(raw_place, INDEX_NAME))
+    for work in (indexed, verified):
+        store.fail("GET", *[None] * (2 if work is verified else 8), *[(403, "AccessDenied")] * 20)
+        with pytest.raises(StorageError, match=r"was refused: .*ACCESS_DENIED") as caught:
+            work(raw_place)
+        assert "cret" not in str(caught.value) and "AKIA" not in str(caught.value)
+        store.forget()
+        assert read_bytes(join(raw_place, INDEX_NAME)) == held and not exists(join(raw_place, "verify.jsonl"))
+    assert lines(join(raw_place, "quarantine.jsonl")) == []
+    store.always = (503, "SlowDown")
+    with pytest.raises(StorageError, match="failed 4 times"):
+        indexed(raw_place)
+    store.forget()
+    assert indexed(raw_place).samples == 16 and not verified(raw_place).faults
+    with pytest.raises(DataError, match=r"s3://bucket/none: no shard \*\.tar") as wrong:
+        indexed(store.uri("none", keys=KEYS))
+    assert "cret" not in str(wrong.value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_jobs_share_shards_in_the_store(raw_place: str) -> None:
+    whole = indexed(raw_place)
+    for kind in ("image", "video"):
+        indexed(raw_place, shards=f"{kind}*", name=f"{kind}.parquet")
+    delete(join(raw_place, INDEX_NAME))
+    jobs = [join(raw_place, "video.parquet"), join(raw_place, "image.parquet")]
+    assert merge_indexes(jobs, join(raw_place, INDEX_NAME)).metadata == whole.metadata
+    with pytest.raises(DataError, match=r"of the folder s3://bucket/raw$") as caught:
+        merge_indexes(jobs, join(parent(raw_place), INDEX_NAME))
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_encoded_shards_in_the_store(corpus: Path, uploaded: storage.Place, store: Proxy) -> None:
+    place = str(uploaded).replace("s3://", f"s3://{KEYS}")
+    described = Index.load(corpus / INDEX_NAME).parts[0].model_copy(update={"digest": ""})
+    made = index_folder(place, described, [], lambda *_: None)
+    assert (made.samples, made.metadata.digest) == (24, Index.load(corpus / INDEX_NAME).digest)
+    store.forget()
+    assert not verified(place, decode=None).faults
+    delete(join(place, INDEX_NAME))
+    with pytest.raises(DataError, match="is encoded, and the folder has no index"):
+        indexed(join(place, ""))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_the_commands_print_of_a_store_has_no_keys(raw_place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="which corpus is this") as caught:
+        data_checks.described_as(raw_place, None, None, BUCKETS)
+    for _ in range(2):
+        described = data_checks.described_as(raw_place, "mine", None, BUCKETS)
+        data_checks.index_shards(raw_place, described, BUCKETS, 0.05, "*", INDEX_NAME)
+    assert data_checks.verify_corpus(raw_place, True, "all", None)
+    assert data_checks.verify_corpus(join(raw_place, INDEX_NAME), False, "0", None)
+    delete(join(raw_place, next(name for name, _ in list_files(raw_place) if name.endswith(".tar"))))
+    assert not data_checks.verify_corpus(raw_place, True, "0", None)
+    said = "".join(capsys.readouterr().out.split())
+    assert "16samples,4shards:4read" in said and "16samples,4shards:0read" in said and "Nofaults" in said
+    assert "s3://bucket/raw/" in said and "verify.jsonl" in said
+    assert not [secret for secret in ("cret", "AKIA") if secret in said + str(caught.value)]
