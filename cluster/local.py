@@ -56,7 +56,7 @@ class Connection:
                     dashboard_port=self.dashboard_port,
                     **options,
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones, such as for a node that did not come up in time
             raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
         self.dashboard_url = context.dashboard_url or None
         if self.needs:
