@@ -24,6 +24,7 @@ from domainshuttle.platform.engine import StepResult, learning_rate
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
 from domainshuttle.platform.progress import ProgressFile
+from domainshuttle.platform.restarts import tell_error
 from domainshuttle.platform.schedule import Run, Segment
 from domainshuttle.platform.spool import Journal, JournalWriter
 from domainshuttle.platform.timeline import Lap, Timeline
@@ -302,6 +303,8 @@ class Account:
         expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
         if self.attempt and not expected:  # at once, as Ray may end this process any moment
             self._tell(self.attempt).end(reason)
+        elif not self.main and not expected and not reason.startswith(UNSAVED):
+            tell_error(self.run, self.segment.name, self.rank, reason)
         self._timeline.switch("other")
         if self.logger:
             self._hand_in(self.logger)

@@ -14,7 +14,9 @@ from ray.train import DataConfig
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
+from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.notices import PASSED_OVER, Notices
+from domainshuttle.platform.restarts import tell_restart
 from domainshuttle.platform.resume import AUTO, choose_start
 from domainshuttle.platform.schedule import Run, Segment
 
@@ -41,7 +43,14 @@ class PlannedData(DataConfig):
 
     def __init__(self, run: Run, segment: Segment, feed: Feed, verified: Checkpoint | None) -> None:
         super().__init__()
+        self.asked = time.time()
         self.run, self.segment, self.feed, self.verified = run, segment, feed, verified
+
+    def _tell_resize(self) -> None:
+        """An attempt of this fit that nobody has ended made room for another number of workers, or for a lost node."""
+        last = Ledger(self.run.ledger_path).last_line()
+        if last is not None and last >= self.asked:
+            tell_restart(self.run, self.segment.name, "the group was resized, or a node went")
 
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
         """One decision for data and weights alike, made here and carried to every rank."""
@@ -51,6 +60,7 @@ class PlannedData(DataConfig):
         def note(line: str) -> None:
             notices.add(name, PASSED_OVER, line)
 
+        self._tell_resize()
         newest = choose_start(CheckpointStore.of(config), name, AUTO, config.digest(), note, self.verified)
         first = newest.state.step if newest else 0
         iterators: list[ray.data.DataIterator | None] = [None] * world_size

@@ -19,6 +19,7 @@ from domainshuttle.platform.checkpoint import CheckpointError, CheckpointStore
 from domainshuttle.platform.checkpoint_files import STORE_FAULTS
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.notices import FAILED, Notices
+from domainshuttle.platform.restarts import cause, tell_restart
 from domainshuttle.platform.resume import IncompatibleError
 from domainshuttle.platform.schedule import Run
 
@@ -36,13 +37,20 @@ class FailuresInARow(DefaultFailurePolicy):
     def __init__(self, run: Run, segment: str, most: int) -> None:
         super().__init__(FailureConfig(max_failures=-1))
         self._store, self._segment, self._most = CheckpointStore.of(run.config), segment, most
-        self._notices = Notices(run.notices_path)
+        self._run, self._notices = run, Notices(run.notices_path)
         self._in_a_row, self._newest = 0, 0.0
         self._newest = self._written()
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Whether the workers start again."""
-        error = training_failed_error
+        """Whether the workers start again; the tracking and the ledger are told why."""
+        decision, error = self._decide(training_failed_error), training_failed_error
+        if decision is FailureDecision.RETRY:
+            failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+            reason = cause(failures) if failures else f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            tell_restart(self._run, self._segment, reason)
+        return decision
+
+    def _decide(self, error: TrainingFailedError) -> FailureDecision:
         if not isinstance(error, WorkerGroupError) or _is_preemption_failure(error):
             return super().make_decision(error)
         if final_error(error):
@@ -55,7 +63,7 @@ class FailuresInARow(DefaultFailurePolicy):
         self._notices.add(
             self._segment,
             FAILED,
-            f"Stage {self._segment}: the workers failed ({_first(error)}); "
+            f"Stage {self._segment}: the workers failed ({cause(error.worker_failures)}); "
             + (
                 f"they start again. Failure {self._in_a_row} in a row without a newer checkpoint, at most {self._most}"
                 if left >= 0
@@ -99,10 +107,3 @@ def final_error(error: BaseException) -> BaseException | None:
                 return found
             found = found.__cause__
     return None
-
-
-def _first(error: WorkerGroupError) -> str:
-    """The first line of one of the workers' errors."""
-    failure = next(iter(error.worker_failures.values()), error)
-    lines = str(failure.cause if isinstance(failure, RayTaskError) else failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[-1][:200] if lines else ''}"

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,16 @@ class Journal:
     def unread(self) -> int:
         """Bytes behind the bookmark."""
         return max(0, self.path.stat().st_size - self.bookmark()["offset"]) if self.path.exists() else 0
+
+
+def segment_journal(folder: Path, segment: str | None) -> Journal:
+    """The spool of a segment's run, or of the schedule's, in the folder of a run's spools."""
+    return Journal(folder / ("schedule.jsonl" if segment is None else f"segment-{quote(segment, safe='')}.jsonl"))
+
+
+def segment_of(path: Path) -> str | None:
+    """Whose spool a file is: a segment's, or the schedule's (None)."""
+    return None if path.stem == "schedule" else unquote(path.stem.removeprefix("segment-"))
 
 
 class JournalWriter:

@@ -27,13 +27,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from domainshuttle.platform.spool import (
     PARAM_CHARS,
     TAG_CHARS,
     BackgroundLog,
-    Journal,
     absolute_uri,
     artifact_event,
     bounded,
@@ -43,6 +42,8 @@ from domainshuttle.platform.spool import (
     new_event,
     one_line,
     reachable,
+    segment_journal,
+    segment_of,
     status_event,
     texts_event,
 )
@@ -107,8 +108,7 @@ class _Sender:
 
     def __init__(self, ids: RunIds, folder: Path, segment: str | None) -> None:
         self.ids, self.folder, self.segment = ids, folder, segment
-        self.stem = "schedule" if segment is None else "segment-" + quote(segment, safe="")
-        self.journal = Journal(folder / f"{self.stem}.jsonl")
+        self.journal = segment_journal(folder, segment)
         self._run_id: str | None = None
         self._failing = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class _Sender:
         """Sends until nothing is left (True), the server fails, another sends for `wait` seconds or time is over."""
         if self._run_id and not self.journal.unread():
             return True
-        with locked(self.folder / f"{self.stem}.lock", wait) as held:
+        with locked(self.journal.path.with_suffix(".lock"), wait) as held:
             try:
                 if held and not reachable(self.ids.tracking_uri):
                     raise ConnectionError(f"{self.ids.tracking_uri} does not answer")
@@ -392,9 +392,7 @@ class MetricLogger(BackgroundLog):
 
 def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:
     """Sends what earlier attempts could not, for at most `timeout` seconds; returns how many bytes are still unsent."""
-    stems = sorted(path.stem for path in Path(spool).glob("*.jsonl"))
-    segments = [None if stem == "schedule" else unquote(stem.removeprefix("segment-")) for stem in stems]
-    senders = [_Sender(ids, Path(spool), segment) for segment in segments]
+    senders = [_Sender(ids, path.parent, segment_of(path)) for path in sorted(Path(spool).glob("*.jsonl"))]
     deadline = time.monotonic() + timeout
     bounded(lambda: [sender.drain(deadline, wait=deadline - time.monotonic()) for sender in senders], timeout)
     return sum(sender.journal.unread() for sender in senders)

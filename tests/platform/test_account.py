@@ -33,7 +33,7 @@ from domainshuttle.platform.engine import StepResult
 from domainshuttle.platform.ledger import CATEGORIES, Ledger
 from domainshuttle.platform.metrics import PAIR_KINDS
 from domainshuttle.platform.schedule import Run
-from domainshuttle.platform.spool import Journal
+from domainshuttle.platform.spool import Journal, segment_journal
 from domainshuttle.platform.timeline import Lap, Timeline
 from domainshuttle.platform.utilization import Utilization, peak_flops
 
@@ -424,3 +424,12 @@ def test_plan_and_quarantine_are_handed_in_at_the_end(tmp_path: Path) -> None:
         ("stage2.rank00001.jsonl", "quarantine"),
     ]
     assert json.loads(kept.log.files[0][0].read_text())["steps_per_epoch"] == 3
+
+
+def test_another_ranks_error_reaches_the_spool(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    account = kept.account
+    account.main, account.rank, account.attempt, account.logger = False, 3, None, None
+    account.close(5, "ValueError: the cause")
+    lines, _ = segment_journal(kept.run.spool, "stage2").read()
+    assert [line["values"] for line in lines] == [{"error.rank3": "ValueError: the cause"}]
