@@ -1,18 +1,29 @@
 """What tests of whole runs share: the commands of a user, and looks at what a run left."""
 
+import contextlib
 import os
+import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from domainshuttle.platform.config import RunConfig
+from domainshuttle.pipelines.index import Index
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.sample import tensor_views
+from domainshuttle.platform.books import check_books
+from domainshuttle.platform.config import RunConfig, load_config
 from domainshuttle.platform.records import read_history, read_runs
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.spool import reachable
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 
@@ -25,7 +36,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def cli(*arguments: object, expect: int = 0) -> str:
     run = subprocess.run(
-        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment(), check=False
+        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=environment(), check=False
     )
     assert run.returncode == expect, f"{arguments}: {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     return run.stdout + run.stderr
@@ -41,7 +52,7 @@ def losses(config: RunConfig, stage: str) -> list[tuple[int, float]]:
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline and process.poll() is None:
         state = run.read_progress()
         if state and state["segment"] == stage and state["step"] >= step and state["state"] == "training":
@@ -50,8 +61,29 @@ def wait_for_step(process: subprocess.Popen[bytes], run: Run, stage: str, step: 
     raise AssertionError(f"stage {stage} did not reach step {step}")
 
 
-def start(config: Path, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*CLI, "train", str(config), *arguments], start_new_session=True, env=environment(**env))
+STARTED: list[subprocess.Popen[bytes]] = []
+"""Drivers of the test that runs; what a failed one leaves of them is ended after it (conftest.py)."""
+
+
+def start(config: Path, *arguments: str, log: Path | None = None, **env: str) -> subprocess.Popen[bytes]:
+    """A driver in the background; what it prints goes to `log` where that is given."""
+    with contextlib.ExitStack() as files:
+        out = files.enter_context(log.open("w")) if log else None
+        command = [*CLI, "train", str(config), *arguments]
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment(**env))
+    STARTED.append(process)
+    return process
+
+
+def end_started() -> None:
+    """Ends what still runs of the drivers, with all that they started."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.wait()
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -61,3 +93,86 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         for child in psutil.Process(process.pid).children(recursive=True)
         if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline())
     ]
+
+
+def run_of(tiny: Path, name: str, *more: str) -> tuple[RunConfig, Run, list[str]]:
+    """A run of the tiny configuration under another name, and the arguments that make it so."""
+    overrides = [f"name={name}", f"tracking.experiment={name}", "cluster.max_failures=3", *more]
+    config = load_config(str(tiny), overrides)
+    return config, Run(config), [part for override in overrides for part in ("--set", override)]
+
+
+def skip_stage1(run: Run, whole: RunConfig) -> None:
+    """Gives a run the finished first stage of another, for a test of the second."""
+    for part in ("weights", "consumed"):
+        shutil.copytree(Run(whole).folder / part, run.folder / part, ignore=shutil.ignore_patterns("stage2*"))
+
+
+def balanced(config: RunConfig) -> None:
+    books = check_books(config)
+    assert (books.lost, books.repeated) == (0, 0)
+    assert books.trained + books.passed_over == books.planned
+
+
+def same_weights(ours: RunConfig, theirs: RunConfig, stage: str = "stage2") -> None:
+    left, right = weights(ours, stage), weights(theirs, stage)
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@contextlib.contextmanager
+def poisoned(config: RunConfig, value: float) -> Iterator[str]:
+    """One clip whose latents all have a value for the block: finite, so that the loader takes them. Yields its name."""
+    index = Index.load(config.corpus_folder("clips", "encoded") + "/" + INDEX_NAME)
+    row = index.row(5)
+    member = next(member for member in row.members if member.extension == "safetensors")
+    shard = Path(row.folder) / row.shard
+    whole = shard.read_bytes()
+    body = bytes(tensor_views(memoryview(whole)[member.offset : member.offset + member.size])["target"].buffer)
+    at = whole.index(body, member.offset)
+    as_bfloat16 = struct.pack("<f", value)[2:]
+    shard.write_bytes(whole[:at] + as_bfloat16 * (len(body) // 2) + whole[at + len(body) :])
+    try:
+        yield f"{row.source}/{row.key}"
+    finally:
+        shard.write_bytes(whole)
+
+
+class MlflowServer:
+    """`mlflow server` on a port of its own, which can be taken away and brought back; its sqlite store stays."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment(MLFLOW_DISABLE_TELEMETRY="true"),
+            )
+        deadline = time.monotonic() + 300
+        while not reachable(self.uri):
+            assert time.monotonic() < deadline and self.process.poll() is None, self.folder / "server.log"
+            time.sleep(0.2)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the server and all its processes."""
+        assert self.process
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+            self.process = None

@@ -1,12 +1,19 @@
 """Fixtures of whole runs: a tiny configuration with its corpora, and a run of it from beginning to end."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import cli
+from running import cli, end_started
 
 from domainshuttle.platform.config import RunConfig, load_config
 from domainshuttle.platform.corpora import build_corpora, encode_corpora
+
+
+@pytest.fixture(autouse=True)
+def no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    end_started()
 
 
 @pytest.fixture(scope="session")

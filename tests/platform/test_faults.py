@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import cli, losses, start, wait_for_step, weights, workers_of
+from running import (
+    balanced,
+    cli,
+    losses,
+    poisoned,
+    run_of,
+    same_weights,
+    skip_stage1,
+    start,
+    wait_for_step,
+    weights,
+    workers_of,
+)
 
-from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.sample import tensor_views
 from domainshuttle.platform.books import check_books, read_consumed
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.config import RunConfig, load_config
@@ -29,28 +37,9 @@ from domainshuttle.platform.schedule import Run
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 
-def run_of(tiny: Path, name: str, *more: str) -> tuple[RunConfig, Run, list[str]]:
-    """A run of the tiny configuration under another name, and the arguments that make it so."""
-    overrides = [f"name={name}", f"tracking.experiment={name}", "cluster.max_failures=3", *more]
-    config = load_config(str(tiny), overrides)
-    return config, Run(config), [part for override in overrides for part in ("--set", override)]
-
-
-def balanced(config: RunConfig) -> None:
-    books = check_books(config)
-    assert (books.lost, books.repeated) == (0, 0)
-    assert books.trained + books.passed_over == books.planned
-
-
-def same_weights(ours: RunConfig, theirs: RunConfig, stage: str = "stage2") -> None:
-    left, right = weights(ours, stage), weights(theirs, stage)
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
-
 def test_a_driver_that_was_killed_is_started_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "killed-driver")
+    skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
     wait_for_step(process, run, "stage2", 5)
     children = workers_of(process)
@@ -66,8 +55,9 @@ def test_a_driver_that_was_killed_is_started_again(tiny: Path, unbroken: tuple[R
     balanced(config)
 
 
-def test_sigterm_leaves_a_checkpoint(tiny: Path) -> None:
+def test_sigterm_leaves_a_checkpoint(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "sigterm", "checkpoint.every=1000")
+    skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
     wait_for_step(process, run, "stage2", 3)
     process.send_signal(signal.SIGTERM)
@@ -78,11 +68,14 @@ def test_sigterm_leaves_a_checkpoint(tiny: Path) -> None:
     assert config.checkpoint.every > newest.state.step
 
 
-def test_every_sample_once_through_kills_and_another_number_of_workers(tiny: Path) -> None:
+def test_every_sample_once_through_kills_and_another_number_of_workers(
+    tiny: Path, unbroken: tuple[RunConfig, str]
+) -> None:
     """The end-to-end form of 'exactly once': random steps, random kills, 2 workers, then 1, then 2 again."""
     dice = random.Random(11)
     name = "exactly-once"
     config, run, two = run_of(tiny, name, "stages.stage2.steps=40")
+    skip_stage1(run, unbroken[0])
     _, _, one = run_of(tiny, name, "stages.stage2.steps=40", "cluster.workers=1")
     sizes = set()
     for more in (two, one, two):
@@ -118,6 +111,7 @@ def test_every_sample_once_through_kills_and_another_number_of_workers(tiny: Pat
 
 def test_a_hanging_worker_is_found(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "hanging", "guard.hang_seconds=20")
+    skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
     wait_for_step(process, run, "stage2", 4)
     workers_of(process)[0].suspend()
@@ -140,8 +134,9 @@ def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
     balanced(config)
 
 
-def test_a_stage_ends_with_its_hours(tiny: Path) -> None:
+def test_a_stage_ends_with_its_hours(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "hours", "stages.stage2.gpu_hours=0.01", "stages.stage2.steps=5000")
+    skip_stage1(run, unbroken[0])
     assert "Finished after" in cli("train", tiny, *more)
     segment = run.segment("stage2")
     assert 0 < segment.last_step < 5000
@@ -159,41 +154,39 @@ def test_stages_run_singly(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
 
 
 @pytest.fixture
-def poisoned(tiny: Path) -> Iterator[dict[str, Any]]:
+def poison(tiny: Path) -> Iterator[str]:
     """One clip whose latents are finite, so that the loader takes them, and whose loss is not."""
-    config = load_config(str(tiny))
-    index = Index.load(config.corpus_folder("clips", "encoded") + "/" + INDEX_NAME)
-    row = index.row(5)
-    member = next(member for member in row.members if member.extension == "safetensors")
-    shard = Path(row.folder) / row.shard
-    whole = shard.read_bytes()
-    view = tensor_views(memoryview(whole)[member.offset : member.offset + member.size])["target"]
-    body = bytes(view.buffer)
-    at = whole.index(body, member.offset)
-    huge = struct.pack("<H", 0x7E00)  # 4e37 in bf16
-    shard.write_bytes(whole[:at] + huge * (len(body) // 2) + whole[at + len(body) :])
-    yield {"sample": f"{row.source}/{row.key}"}
-    shard.write_bytes(whole)
+    with poisoned(load_config(str(tiny)), 4e37) as sample:
+        yield sample
 
 
-def test_a_step_that_is_not_finite_is_dropped_and_named(tiny: Path, poisoned: dict[str, Any]) -> None:
+def test_a_step_that_is_not_finite_is_dropped_and_named(
+    tiny: Path, unbroken: tuple[RunConfig, str], poison: str
+) -> None:
     config, run, more = run_of(tiny, "dropped", "stages.stage2.steps=9")
+    skip_stage1(run, unbroken[0])
     assert "Finished after" in cli("train", tiny, *more)
     lines = [json.loads(t) for p in run.dropped_path("stage2", 0).parent.glob("stage2*") for t in p.open()]
     assert {line["reason"] for line in lines} == {"not finite"}
     assert len({line["step"] for line in lines}) == 3  # once an epoch of three steps
-    assert sum(poisoned["sample"] in line["samples"] for line in lines) == 3
+    assert sum(poison in line["samples"] for line in lines) == 3
     assert all(np.isfinite(array).all() for array in weights(config, "stage2").values())
 
 
-def test_bad_steps_in_a_row_send_the_run_back_and_are_passed_over(tiny: Path, poisoned: dict[str, Any]) -> None:
+def test_bad_steps_in_a_row_send_the_run_back_and_are_passed_over(
+    tiny: Path, unbroken: tuple[RunConfig, str], poison: str
+) -> None:
     config, run, more = run_of(tiny, "rolled-back", "stages.stage2.steps=6", "guard.rollback_after=1")
+    skip_stage1(run, unbroken[0])
     printed = cli("train", tiny, *more)
     assert "went back: steps" in printed
     assert len(run.passed_over("stage2")) == 2
     balanced(config)
     assert check_books(config).passed_over == 2 * 8
-    _, _, never = run_of(tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0")
+    _, run, never = run_of(
+        tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0"
+    )
+    skip_stage1(run, unbroken[0])
     assert "went back to a checkpoint 1 times" in cli("train", tiny, *never, expect=2)
 
 
@@ -207,20 +200,21 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
-def elastic(tiny: Path, name: str, nodes: Any, *more: str) -> tuple[RunConfig, Run, Any]:
+def elastic(tiny: Path, whole: RunConfig, name: str, nodes: Any, *more: str) -> tuple[RunConfig, Run, Any]:
     config, run, arguments = run_of(
         tiny, name, "cluster.workers=[1, 2]", "cluster.cpus_per_worker=2", "stages.stage2.steps=60", *more
     )
+    skip_stage1(run, whole)
     # this process's own cluster has set the mode, which the nodes have from it
     mode = {"RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]} if "RAY_AUTH_MODE" in os.environ else {}
     process = start(tiny, *arguments, RAY_ADDRESS=nodes.address, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1", **mode)
     return config, run, process
 
 
-def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, nodes: Any) -> None:
+def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, unbroken: tuple[RunConfig, str], nodes: Any) -> None:
     first, second = nodes.add_node(num_cpus=2), nodes.add_node(num_cpus=2)
     assert first is not second
-    config, run, process = elastic(tiny, "lost-node", nodes)
+    config, run, process = elastic(tiny, unbroken[0], "lost-node", nodes)
     wait_for_step(process, run, "stage2", 5)
     nodes.remove_node(second, allow_graceful=False)
     assert process.wait(timeout=400) == 0
@@ -230,13 +224,15 @@ def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, nodes: Any) -> Non
     assert ranks == {0: {0, 1}, 59: {0}}  # two workers at first, one at the end, the same batches
 
 
-def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(tiny: Path, nodes: Any) -> None:
+def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(
+    tiny: Path, unbroken: tuple[RunConfig, str], nodes: Any
+) -> None:
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     nodes.add_node(num_cpus=2)
     second = nodes.add_node(num_cpus=2)
-    config, run, process = elastic(tiny, "preempted", nodes, "checkpoint.every=1000")
+    config, run, process = elastic(tiny, unbroken[0], "preempted", nodes, "checkpoint.every=1000")
     wait_for_step(process, run, "stage2", 5)
     deadline = int((time.time() + 20) * 1000)
     accepted, message = GcsClient(address=nodes.address).drain_node(
@@ -256,6 +252,7 @@ def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(tiny: Path, nodes:
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "damaged")
+    skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
     wait_for_step(process, run, "stage2", 10)
     process.send_signal(signal.SIGINT)
