@@ -3,9 +3,9 @@
     python benchmarks/chaos.py --faults 20 --seed 0        (or: make chaos)
 
 Each fault is real: signals to the driver or to a worker, damage to the newest checkpoint, a tracking server that goes
-away. After each, what a user would do is done (the same command again, where the driver is gone), and the time to the
-first step of the next attempt is measured. At the end every planned sample must have been trained on exactly once in
-the surviving history. Ends with code 1 otherwise.
+away or hangs, files that can't grow, a sample whose loss is not finite. After each, what a user would do is done (the
+same command again, where the driver is gone), and the time to the first step of the next attempt is measured. At the
+end every planned sample must have been trained on exactly once in the surviving history. Ends with code 1 otherwise.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -29,6 +30,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from domainshuttle.pipelines.index import Index
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.sample import tensor_views
 from domainshuttle.platform.books import check_books
 from domainshuttle.platform.checkpoint import MANIFEST_NAME
 from domainshuttle.platform.config import RunConfig, load_config
@@ -81,6 +85,11 @@ class Server:
             end_tree(self.process.pid)
             self.process = None
 
+    def hang(self, hangs: bool) -> None:
+        """It takes connections and never answers, or answers again."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGSTOP if hangs else signal.SIGCONT)
+
 
 class Chaos:
     """A run, its driver, and the faults that it can be given."""
@@ -88,6 +97,8 @@ class Chaos:
     def __init__(self, config: Path, run: Run, server: Server, dice: random.Random, log: Path) -> None:
         self.config, self.run, self.server, self.dice, self.log = config, run, server, dice, log
         self.driver: subprocess.Popen[bytes] | None = None
+        self.given = 0.0
+        """When the fault was given; what it waited for before does not count."""
         self.faults: dict[str, Callable[[], None]] = {
             "SIGKILL of a worker": self.kill_worker,
             "SIGKILL of a worker while a checkpoint is written": self.kill_in_write,
@@ -99,6 +110,9 @@ class Chaos:
             "newest checkpoint: cut short, then SIGKILL": self.cut_short,
             "newest checkpoint: manifest gone, then SIGKILL": self.remove_manifest,
             "MLflow away, and SIGKILL of a worker": self.server_away,
+            "MLflow hangs, and SIGKILL of a worker": self.server_hangs,
+            "a save fails for want of room, then SIGKILL": self.no_room,
+            "a step's loss is not finite, then SIGKILL": self.bad_step,
         }
 
     def start(self) -> None:
@@ -140,6 +154,7 @@ class Chaos:
         return found
 
     def kill_worker(self) -> None:
+        self.given = time.monotonic()
         if workers := self.workers():
             self.dice.choice(workers).kill()
 
@@ -200,6 +215,52 @@ class Chaos:
         else:
             self.server.start()
         self.kill_worker()
+
+    def server_hangs(self) -> None:
+        """From here to the next fault."""
+        self.server.hang(True)
+        self.kill_worker()
+
+    def no_room(self) -> None:
+        """Files of the workers can't grow to the size of a checkpoint's until one has failed."""
+        largest = max((f.stat().st_size for f in self.run.checkpoints.rglob("zero/*")), default=0)
+        workers = self.workers() if largest else []
+        for worker in workers:
+            worker.rlimit(psutil.RLIMIT_FSIZE, (largest // 2, psutil.RLIM_INFINITY))
+        self.wait_until(lambda: self.run.read_progress()["metrics"].get("failed_checkpoints", 0) > 0)
+        for worker in workers:
+            if worker.is_running():
+                worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        self.kill_worker()
+
+    def bad_step(self) -> None:
+        """A sample of the stage has latents that are finite, and a loss that is not, until a step was dropped."""
+        config, stage = self.run.config, self.run.segment(self.run.read_progress()["segment"]).stage
+        index = Index.load(f"{config.corpus_folder(self.dice.choice(sorted(stage.mixture)), 'encoded')}/{INDEX_NAME}")
+        row = index.row(self.dice.randrange(len(index)))
+        member = next(member for member in row.members if member.extension == "safetensors")
+        shard = Path(row.folder) / row.shard
+        content = shard.read_bytes()[member.offset : member.offset + member.size]
+        body = bytes(tensor_views(memoryview(content))["target"].buffer)
+        at = member.offset + content.index(body)
+
+        def overwrite(data: bytes) -> None:
+            with shard.open("r+b") as file:
+                file.seek(at)
+                file.write(data)
+
+        dropped = self.run.folder / "dropped"
+        before = sum(path.stat().st_size for path in dropped.glob("*"))
+        overwrite(struct.pack("<f", 4e37)[2:] * (len(body) // 2))
+        self.wait_until(lambda: sum(path.stat().st_size for path in dropped.glob("*")) > before)
+        overwrite(body)
+        self.kill_worker()
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Waits, not longer than `seconds` or to the run's end: what a fault waits for may also not come."""
+        deadline = time.monotonic() + seconds
+        while not happened() and time.monotonic() < deadline and not self.finished():
+            time.sleep(0.05)
 
 
 def end_tree(pid: int) -> None:
@@ -263,11 +324,13 @@ def main() -> None:
                 break
             before = run.read_progress()
             console.print(f"{number:3d}  {before['segment']} step {before['step']:3d}: {fault}")
-            given = time.monotonic()
+            server.hang(False)
+            chaos.given = time.monotonic()
             chaos.faults[fault]()
             chaos.ensure_driver()
             chaos.wait_for_step(before["attempt"])
-            entries.append(Entry(fault, before["segment"], before["step"], time.monotonic() - given))
+            entries.append(Entry(fault, before["segment"], before["step"], time.monotonic() - chaos.given))
+        server.hang(False)
         if not server.process:
             server.start()
         while not chaos.finished():
