@@ -5,7 +5,9 @@ reads those samples from their shards itself, and writes the encoded shard itsel
 store. Samples that can't be decoded or fitted go to the quarantine table with their reason.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from domainshuttle.model.encoders import TextEncoder, VideoEncoder, load_text_encoder, load_video_encoder
+from domainshuttle.pipelines.blame import of_sample
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.builder import Progress
 from domainshuttle.pipelines.feed import EncoderSources
@@ -41,6 +44,34 @@ class EncodingJob:
     corpus: str
     raw_index: Path
     folder: Path
+
+
+@dataclass(frozen=True)
+class EncodingPool:
+    """The actors that encode, and what each reserves (fractions are allowed)."""
+
+    actors: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @classmethod
+    def of_nodes(
+        cls,
+        nodes: Sequence[Mapping[str, float]],
+        actors: int | None = None,
+        cpus: float = 1.0,
+        gpus: float | None = None,
+    ) -> "EncodingPool":
+        """What is asked for; of what is not (None): a GPU an actor where a node has one, and as many actors as fit on
+        the nodes, given by their resources as Ray names them."""
+        if gpus is None:
+            gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
+        if actors is None:
+            needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+            # a hair more, since 0.3 / 0.1 is below 3
+            actors = sum(int(min((node.get(name, 0.0) / need for name, need in needs), default=1) + 1e-6)
+                         for node in nodes)  # fmt: skip
+        return cls(max(actors, 1), cpus, gpus)
 
 
 @dataclass(frozen=True)
@@ -115,36 +146,61 @@ class SampleEncoder:
 _CAPTIONS_KEPT = 256
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """A raw sample in pixels, fitted to its bucket: target [F,H,W,3], references and views [H,W,3]."""
+
+    sample: RawSample
+    target: Pixels
+    references: list[Pixels]
+    views: dict[int, Pixels]
+
+
 def encode_rows(
     rows: list[IndexRow], video: VideoEncoder, text: TextEncoder, fps: float | None = None
 ) -> Iterator[tuple[IndexRow, EncodedSample | DataError]]:
     """Encodes raw samples, clips sampled at `fps`: each row comes back with its encoded sample, or with the reason why
-    there is none."""
+    there is none. While one is encoded, a thread reads and decodes the next: no more than two are held in pixels."""
     encoder = SampleEncoder(video, text)
-    for row in rows:
+    waiting: deque[tuple[IndexRow, Future[_Decoded]]] = deque()
+    with ThreadPoolExecutor(1, "decode") as pool:
+        for row in rows:
+            waiting.append((row, pool.submit(_decode_row, row, fps)))
+            if len(waiting) > 1:
+                yield _finished(encoder, *waiting.popleft())
+        while waiting:
+            yield _finished(encoder, *waiting.popleft())
+
+
+def _decode_row(row: IndexRow, fps: float | None) -> _Decoded:
+    with of_sample(f"{row.source}/{row.key}"):
+        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
         bucket = parse_bucket(row.bucket)
-        try:
-            sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
-            target, pictures = decode_sample(sample, bucket, fps)
-            # one view for the whole corpus: the pixels are gone when it is trained on
-            views = {
-                number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
-                for number in single_pictures([reference.subject for reference in sample.info.references])
-            }
-        except DataError as error:
-            yield row, error
-            continue
-        yield (
-            row,
-            EncodedSample(
-                key=sample.key,
-                info=sample.info,
-                target=_bits(encoder.target(target)),
-                references=[_bits(encoder.picture(picture)) for picture in pictures],
-                text=_bits(encoder.caption(sample.info.caption)),
-                views={number: _bits(encoder.picture(picture)) for number, picture in views.items()},
-            ),
-        )
+        target, pictures = decode_sample(sample, bucket, fps)
+        # one view for the whole corpus: the pixels are gone when it is trained on
+        views = {
+            number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
+            for number in single_pictures([reference.subject for reference in sample.info.references])
+        }
+        return _Decoded(sample, target, pictures, views)
+
+
+def _finished(
+    encoder: SampleEncoder, row: IndexRow, decoding: Future[_Decoded]
+) -> tuple[IndexRow, EncodedSample | DataError]:
+    try:
+        decoded = decoding.result()
+        with of_sample(f"{row.source}/{row.key}"):
+            return row, EncodedSample(
+                key=decoded.sample.key,
+                info=decoded.sample.info,
+                target=_bits(encoder.target(decoded.target)),
+                references=[_bits(encoder.picture(picture)) for picture in decoded.references],
+                text=_bits(encoder.caption(decoded.sample.info.caption)),
+                views={number: _bits(encoder.picture(picture)) for number, picture in decoded.views.items()},
+            )
+    except DataError as error:
+        return row, error
 
 
 def decode_sample(sample: RawSample, bucket: Bucket, fps: float | None = None) -> tuple[Pixels, list[Pixels]]:
@@ -184,8 +240,7 @@ def encode(
     jobs: Sequence[EncodingJob],
     sources: EncoderSources,
     progress: Progress,
-    actors: int = 2,
-    gpus_per_actor: float = 0.0,
+    pool: EncodingPool | None = None,
     samples_per_part: int = 64,
     shard_bytes: int = 1 << 30,
 ) -> list[tuple[IndexMetadata, int]]:
@@ -194,6 +249,7 @@ def encode(
     Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError when too many
     are bad.
     """
+    pool = pool or EncodingPool()
     video, text = load_encoders(sources)
     identity = {"video": video.identity, "text": text.identity, "transform": TRANSFORM}
     works, missing, total, left = [], [], 0, 0
@@ -208,15 +264,16 @@ def encode(
         total += len(raw)
         left += sum(min(samples_per_part, len(raw) - part * samples_per_part) for part in parts.missing())
     if missing:
-        done = total - left
+        done, actors = total - left, min(pool.actors, len(missing))
         # one block a part, so that any actor can take the next one
         encoded = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing]).map_batches(
             _EncodingActor,
-            fn_constructor_args=(works, sources, "cuda" if gpus_per_actor else "cpu", samples_per_part, shard_bytes),
+            fn_constructor_args=(works, sources, "cuda" if pool.gpus else "cpu", samples_per_part, shard_bytes),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
-            num_cpus=None if gpus_per_actor else 1,
-            num_gpus=gpus_per_actor or None,
+            # of one that finds no room at once the others do not wait
+            compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
         )
         for result in encoded.iter_batches(batch_size=1, batch_format="numpy"):
             done += int(result["done"].sum())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.pipelines.blame import of_sample
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.collate import ReadSample, collate, memory_tensor
 from domainshuttle.pipelines.encode import (
@@ -50,7 +51,11 @@ class RawReader(Reader[ReadSample, TrainingBatch]):
         return collate(samples, self.feed.text_len, self.feed.paired, self.staging)
 
     def read_sample(self, drawn: Drawn) -> ReadSample:
-        """One sample, encoded; raises DataError where it can't be read, decoded or fitted."""
+        """One sample, encoded; raises DataError where it can't be read, decoded, fitted or encoded."""
+        with of_sample(f"{drawn.row.source}/{drawn.row.key}"):
+            return self._read(drawn)
+
+    def _read(self, drawn: Drawn) -> ReadSample:
         row, pairing, encoder = drawn.row, drawn.pairing, self._encoder
         sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
         bucket = parse_bucket(row.bucket)

@@ -169,7 +169,7 @@ def _collect(shown: Iterator[av.VideoFrame], frames: int, fps: float | None, nam
             clip = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
         if (frame.height, frame.width) != size:
             raise DataError(f"{name}: frames of {size[1]}x{size[0]} and of {frame.width}x{frame.height} pixels")
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
         clip[count] = pixels if fit is None else _covered(pixels, fit)
         count += 1
         if count == frames:

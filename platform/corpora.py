@@ -43,7 +43,9 @@ def build_corpora(config: RunConfig, only: list[str] | None = None) -> None:
 
 def encode_corpora(config: RunConfig, only: list[str] | None = None) -> None:
     """Encodes the raw corpora on the connected Ray cluster."""
-    from domainshuttle.pipelines.encode import EncodingJob, encode
+    import ray
+
+    from domainshuttle.pipelines.encode import EncodingJob, EncodingPool, encode
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
     names = _chosen(config, only)
@@ -53,14 +55,12 @@ def encode_corpora(config: RunConfig, only: list[str] | None = None) -> None:
         if not raw.exists():
             raise DataError(f"corpus {name!r} is not built: {raw} is missing. Run: domainshuttle data build CONFIG")
         jobs.append(EncodingJob(name, raw, Path(config.corpus_folder(name, "encoded"))))
-    began = time.monotonic()
+    began, wanted = time.monotonic(), config.cluster.encoding
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = EncodingPool.of_nodes(nodes, wanted.actors, wanted.cpus, wanted.gpus)
+    console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs")
     with progress("Encoding", "samples") as show:
-        results = encode(
-            jobs,
-            config.encoders.sources(),
-            show,
-            gpus_per_actor=1.0 if config.cluster.gpus_per_worker else 0.0,
-        )
+        results = encode(jobs, config.encoders.sources(), show, pool)
     for job, (metadata, bad) in zip(jobs, results, strict=True):
         _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
     console.print("Next: domainshuttle train (the same configuration)")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.places import absolute
+from domainshuttle.pipelines.sample import LEAST_FPS, MOST_FPS
 
 if TYPE_CHECKING:
     from domainshuttle.pipelines.feed import EncoderSources
@@ -84,7 +85,9 @@ class CorpusSection(Section):
         None, description="its builder; none: the shards are your own, indexed with `domainshuttle data index`"
     )
     buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
-    fps: float | None = Field(None, gt=0, description="rate at which clips are sampled; none: each clip's own")
+    fps: float | None = Field(
+        None, ge=LEAST_FPS, le=MOST_FPS, description="rate at which clips are sampled; none: each clip's own"
+    )
 
     @property
     def parsed_buckets(self) -> list[Bucket]:
@@ -198,6 +201,14 @@ class GuardSection(Section):
     hang_seconds: float = Field(1800.0, gt=0, description="without a step for so long, a worker is restarted")
 
 
+class EncodingSection(Section):
+    """The actors with which `data encode` encodes corpora beforehand; what each reserves may be a fraction."""
+
+    actors: int | None = Field(None, gt=0, description="how many; none: as many as the cluster has room for")
+    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, which decodes on one thread and encodes on another")
+    gpus: float | None = Field(None, ge=0, description="GPUs of an actor; none: one where the cluster has any, else 0")
+
+
 class ClusterSection(Section):
     """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
 
@@ -210,6 +221,7 @@ class ClusterSection(Section):
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
     gpus_per_worker: int = Field(0, ge=0, le=1)
+    encoding: EncodingSection = EncodingSection()
     max_failures: int = Field(3, ge=0, description="faults in a row, without a newer checkpoint between, to survive")
     dashboard_port: int | None = Field(
         None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"

@@ -105,6 +105,9 @@ def test_frames_at_a_rate() -> None:
         frames_at(9, None, 16)
     with pytest.raises(DataError, match="has one frame at 5 fps: too short"):
         frames_at(5, 30, 5)  # a clip is never trained on as a still
+    for fps, target in ((0.0001, 16), (24, 0.0001), (1e6, 16)):
+        with pytest.raises(DataError, match=r"expected 0\.01 to 1000"):
+            frames_at(81, fps, target)
 
 
 @given(SIDES, SIDES, st.sampled_from([*standard_buckets("480p", [5]), Bucket(5, 64, 64)]))

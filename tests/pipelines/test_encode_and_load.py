@@ -13,13 +13,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from plan_rows import Rows
+from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.collate import ReadSample
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
-from domainshuttle.pipelines.encode import EncodingJob, decode_sample, encode, encode_rows, to_pixels
+from domainshuttle.pipelines.encode import EncodingJob, EncodingPool, decode_sample, encode, encode_rows, to_pixels
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.index import Index, IndexMetadata
 from domainshuttle.pipelines.loader import Loader
@@ -94,6 +95,36 @@ def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: P
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
     assert metadata.encoders["video"].startswith("block-dct:")
+
+
+CPUS, GPUS = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "expected"),
+    [
+        ([CPUS], {}, EncodingPool(8, 1, 0)),
+        ([CPUS, GPUS, GPUS], {}, EncodingPool(8, 1, 1)),
+        ([CPUS, GPUS, GPUS], {"gpus": 0}, EncodingPool(40, 1, 0)),
+        ([CPUS, GPUS], {"gpus": 0.25, "cpus": 2}, EncodingPool(8, 2, 0.25)),
+        ([GPUS, GPUS], {"gpus": 0.75}, EncodingPool(10, 1, 0.75)),
+        ([CPUS], {"cpus": 0.1}, EncodingPool(80, 0.1, 0)),
+        ([CPUS, GPUS], {"actors": 3}, EncodingPool(3, 1, 1)),
+        ([{"CPU": 0.5}], {}, EncodingPool(1, 1, 0)),
+        ([CPUS, CPUS], {"cpus": 0}, EncodingPool(2, 0, 0)),
+    ],
+)
+def test_the_pool_fills_the_cluster(nodes: Any, asked: Any, expected: EncodingPool) -> None:
+    assert EncodingPool.of_nodes(nodes, **asked) == expected
+
+
+def test_encoding_actors_reserve_what_they_are_told(corpus: Path, tmp_path: Path, ray_cluster: None) -> None:
+    before = reserved("_EncodingActor")
+    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
+    encode([job], SOURCES, silent, EncodingPool(actors=3, cpus=0.25), samples_per_part=12)
+    assert reserved("_EncodingActor") - before == {0.25: 3}
+    same = Index.load(corpus / "encoded" / INDEX_NAME).column("checksum").tolist()
+    assert Index.load(tmp_path / "encoded" / INDEX_NAME).column("checksum").tolist() == same
 
 
 def test_parts_of_another_recipe_are_cleared(tmp_path: Path) -> None:
@@ -260,7 +291,7 @@ def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_p
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     sources = EncoderSources(str(tmp_path), str(tmp_path), 32)
     job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
-    ((metadata, bad),) = encode([job], sources, silent, actors=1, samples_per_part=48)
+    ((metadata, bad),) = encode([job], sources, silent, EncodingPool(actors=1), samples_per_part=48)
     assert bad == 0
     assert str(tmp_path) in metadata.encoders["video"]
     with pytest.raises(DataError, match="encoders"):

@@ -4,7 +4,11 @@ Run: python -m pytest tests/pipelines/test_live.py
 """
 
 import json
+import re
+import subprocess
+import threading
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from plan_rows import Rows
+from ray_books import plasma_bytes, reserved
 from safetensors.torch import save_file
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.encoders import load_text_encoder, load_video_encoder
+from domainshuttle.pipelines import encode as encode_module
+from domainshuttle.pipelines import live as live_module
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
-from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME, encode_rows, to_pixels
+from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME, SampleEncoder, encode_rows, to_pixels
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.index import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.live import LiveEncoder, RawReader, Unpacked, pack
@@ -36,6 +43,7 @@ from domainshuttle.pipelines.pairing import augmented_view
 from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
 from domainshuttle.pipelines.reading import Drawn, MicroBatch
+from domainshuttle.pipelines.retry import StorageError
 from domainshuttle.pipelines.sample import DataError, RawSample
 from domainshuttle.pipelines.shards import ShardWriter, read_members
 from domainshuttle.pipelines.staging import Staging
@@ -46,12 +54,12 @@ DAMAGED = {"train-0000003": "jpeg", "train-0000005": "clip", "train-0000008": "s
 
 def raw_corpus(
     folder: Path, name: str, damage: dict[str, str] | None = None, sampled: float | None = None,
-    source: str | None = None, **options: Any,
+    source: str | None = None, fitted: str | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """A corpus of sprites, written without Ray; `damage` says which samples get which broken member, `sampled` at which
     rate clips are sampled, `source` what the samples say that they are from (none: the corpus)."""
     config = SpritesConfig(samples=24, identities=72, side=48, seed=4, **options)
-    bucket = parse_bucket("1x32x32" if config.kind == "image" else "5x32x32")
+    bucket = parse_bucket(fitted or ("1x32x32" if config.kind == "image" else "5x32x32"))
     infos = {}
     with ShardWriter(folder / name / "raw", "part", 1 << 20) as writer:
         for sample in SpritesBuilder(config, source or name).build(0, config.samples):
@@ -234,6 +242,70 @@ def test_a_broken_reference_is_a_bad_sample(corpora: Path) -> None:
     raise AssertionError("no epoch shows the broken picture")
 
 
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (KeyError(6), True),
+        (subprocess.CalledProcessError(1, "gs"), True),
+        (OverflowError("too large"), True),
+        (RuntimeError("Sizes of tensors must match"), True),
+        (StorageError("s3://bucket is down"), False),
+        (MemoryError(), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (torch.AcceleratorError("an illegal memory access"), False),
+    ],
+)
+@pytest.mark.parametrize("where", ["decode_target", "encoder"])
+def test_what_decoders_raise_is_the_samples_fault_and_what_machines_raise_is_not(
+    error: Exception, blamed: bool, where: str, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    one = feed(corpora, "pictures", live=True)
+    reader, row = RawReader(one, SOURCES, "cpu"), one.index().row(0)
+    if where == "encoder":
+        monkeypatch.setattr(SampleEncoder, "target", fail)
+    else:
+        monkeypatch.setattr(encode_module, where, fail)
+        monkeypatch.setattr(live_module, where, fail)
+    encode_one = partial(encode_rows, [row], load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48))
+    if blamed:
+        reason = rf"pictures/{row.key}: decoder error: {type(error).__name__}: "
+        with pytest.raises(DataError, match=reason):
+            reader.read_sample(Drawn(row, 0, one.pair(row, 0)))
+        ((_, found),) = encode_one()
+        assert isinstance(found, DataError) and re.match(reason, str(found))
+    else:
+        with pytest.raises(type(error)):
+            reader.read_sample(Drawn(row, 0, one.pair(row, 0)))
+        with pytest.raises(type(error)):
+            list(encode_one())
+
+
+def test_the_next_sample_is_decoded_while_one_is_encoded(corpora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index.load(corpora / "clips" / "raw" / INDEX_NAME)
+    rows, begun = index.rows(range(4)), [threading.Event() for _ in range(5)]
+    begun[4].set()  # the last one has none after it
+    decode, encode, encoded = encode_module.decode_sample, SampleEncoder.target, iter(range(1, 5))
+
+    def decoding(sample: RawSample, *args: Any) -> Any:
+        begun[[row.key for row in rows].index(sample.key)].set()
+        return decode(sample, *args)
+
+    def encoding(self: SampleEncoder, frames: Any) -> Tensor:
+        if len(frames) > 1:
+            assert begun[next(encoded)].wait(20)
+        return encode(self, frames)
+
+    monkeypatch.setattr(encode_module, "decode_sample", decoding)
+    monkeypatch.setattr(SampleEncoder, "target", encoding)
+    found = list(encode_rows(rows, load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48)))
+    assert [row.key for row, _ in found] == [row.key for row in rows]
+    assert not any(isinstance(sample, DataError) for _, sample in found)
+
+
 def test_a_corpus_of_which_nothing_can_be_read_ends_the_work(tmp_path: Path) -> None:
     damage = {f"train-{number:07d}": "clip" for number in range(24)}
     raw_corpus(tmp_path, "broken", damage, kind="video", frames=5)
@@ -249,6 +321,7 @@ def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path:
     """Ray Data from the plan to the ranks, with an actor that another rank may wait for and damaged samples."""
     import ray
 
+    before = reserved("LiveEncoder")
     one = feed(corpora, "damaged", "pictures", live=True, micro_batch=2)
     shards = plan_dataset(one, 1, 5, world_size=2, pool=LivePool(actors=2, cpus=0.25), read_ahead=1 << 16)
 
@@ -256,7 +329,11 @@ def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path:
     def consume(shard: Any, rank: int) -> list[tuple[int, int, list[str], list[tuple[str, Tensor]]]]:
         torch.set_num_threads(1)
         loader = Loader(shard, one, rank, 2, tmp_path / f"q{rank}", most_bad=1.0)
-        return [(one.step, one.part, one.keys, [(n, t.clone()) for n, t in tensors(one.batch)]) for one in loader]
+        # nothing of this module is named here, which workers could not import
+        return [
+            (one.step, one.part, one.keys, [(n, t.clone()) for n, t in vars(one.batch).items() if torch.is_tensor(t)])
+            for one in loader
+        ]
 
     got = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
     reader = RawReader(one, SOURCES, "cpu")
@@ -271,3 +348,25 @@ def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path:
         assert [json.loads(line)["key"] for line in lines] == [one.key for made in expected for one in made.bad]
         bad += len(lines)
     assert bad
+    assert reserved("LiveEncoder") - before == {0.25: 2}
+
+
+def test_an_encoded_micro_batch_passes_through_the_object_store_once(tmp_path: Path, ray_cluster: None) -> None:
+    """By the store's own count of what was ever made in it: neither pictures nor a second copy of the latents."""
+    import ray
+
+    raw_corpus(tmp_path, "large", kind="video", frames=9, fitted="9x256x256")
+    one = feed(tmp_path, "large", live=True)
+    (shard,) = plan_dataset(one, 0, 3, world_size=1, pool=LivePool(cpus=0.25))
+
+    @ray.remote(num_cpus=0)
+    def consume() -> list[int]:
+        torch.set_num_threads(1)
+        loader = Loader(shard, one, 0, 1, tmp_path / "q")
+        return [sum(one.nbytes for one in vars(micro.batch).values() if torch.is_tensor(one)) for micro in loader]
+
+    before = plasma_bytes()
+    sizes = ray.get(consume.remote())
+    made = plasma_bytes() - before
+    assert len(sizes) == 6 and min(sizes) > 500_000
+    assert sum(sizes) <= made < 1.2 * sum(sizes)
