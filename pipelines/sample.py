@@ -110,8 +110,9 @@ class Reference(_Model):
 
 
 class SampleInfo(_Model):
-    """What `key.json` holds. `size` is the target's (height, width) in pixels and `frames` its length; in an encoded
-    sample both are those of its bucket. Subject ids are 0..n-1 in order, and each reference names one of them."""
+    """What `key.json` holds. `size` is the target's (height, width) in pixels, as it is looked at, and `frames` its
+    length, at `fps`. All of it is said of the raw files, in an encoded sample too: its bucket and rate are told by its
+    latents and the index. Subject ids are 0..n-1 in order, and each reference names one of them."""
 
     caption: str
     source: Annotated[str, Field(min_length=1)]

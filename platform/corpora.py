@@ -4,22 +4,19 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from rich.markup import escape
 
 from domainshuttle.cluster.local import quiet_ray
-from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus
 from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.media import Pixels, decode_image, decode_video, fit_reference
-from domainshuttle.pipelines.pairing import choose_references
+from domainshuttle.pipelines.indexing import beside
 from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME
-from domainshuttle.pipelines.sample import DataError, RawSample
-from domainshuttle.pipelines.shards import read_members
+from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.storage import exists, join, read_bytes, require_local, shown
 from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.data_checks import print_summary
+from domainshuttle.platform.sheet import draw_sheet
 
 
 def build_corpora(config: RunConfig, only: list[str] | None = None) -> None:
@@ -82,54 +79,23 @@ def require_encoded(config: RunConfig) -> None:
 
 
 def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: str | None) -> None:
-    """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets."""
-    index = Index.load(path if str(path).partition("?")[0].endswith(".parquet") else join(path, INDEX_NAME))
-    if where:
-        index = index.filter(where)
+    """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets.
+
+    Raises DataError where a filter leaves no samples.
+    """
+    place = path if str(path).partition("?")[0].endswith(".parquet") else join(path, INDEX_NAME)
+    whole = Index.load(place)
+    index = whole.filter(where) if where else whole
+    if not len(index):
+        raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {shown(place)}")
     print_summary(index)
-    quarantine = join(index.row(0).folder, QUARANTINE_NAME) if len(index) else None
-    if quarantine and exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
+    quarantine = beside(place, QUARANTINE_NAME)
+    if exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
         reason = json.loads(lines[0])["reason"]
-        console.print(f"{len(lines)} samples in quarantine ({shown(quarantine)}), such as: {reason}")
+        console.print(f"{len(lines)} samples in quarantine ({shown(quarantine)}), such as: {escape(reason)}")
     if sheet:
         draw_sheet(index, samples).save(sheet)
         console.print(f"Contact sheet: {sheet}")
-
-
-def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
-    """One row a sample: target (first, middle and last frame), then reference sets A and B."""
-    if index.parts[0].stage != "raw":
-        raise DataError("a contact sheet needs pictures: give the index of a raw corpus")
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(samples, len(index))).astype(int))
-    rows: list[list[Pixels]] = []
-    for row in index.rows(chosen):
-        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
-        if row.kind == "video":
-            clip = decode_video(sample.target, parse_bucket(row.bucket).frames, index.parts[0].fps)
-            frames = [clip[0], clip[len(clip) // 2], clip[-1]]
-        else:
-            frames = [decode_image(sample.target)]
-        pairing = choose_references(row.reference_subjects, row.reference_origins, 0, 0, row.sample_id)
-        files = [reference.file for reference in sample.info.references]
-        blank = np.full((side, side, 3), 235, np.uint8)
-        pictures: list[Pixels] = [*frames, *[blank] * (3 - len(frames))]
-        for chosen_set in (pairing.set_a, pairing.set_b):
-            shown = [decode_image(sample.files[files[number]]) for number in chosen_set]
-            pictures += [*shown, *[blank] * (5 - len(shown))]
-        bucket = parse_bucket(f"1x{side}x{side}")
-        rows.append([fit_reference(picture, bucket) for picture in pictures])
-    cells = Image.fromarray(np.concatenate([np.concatenate(pictures, 1) for pictures in rows]))
-    sheet = Image.new("RGB", (cells.width, cells.height + _SHEET_HEAD), (250, 250, 250))
-    sheet.paste(cells, (0, _SHEET_HEAD))
-    pen = ImageDraw.Draw(sheet)
-    for column, head in ((0, "target"), (3, "references, set A"), (8, "references, set B (cross-pair loss)")):
-        pen.text((column * side + 6, 6), head, fill=(40, 40, 48), font=ImageFont.load_default(16))
-        if column:
-            pen.line((column * side, 0, column * side, sheet.height), fill=(120, 120, 130), width=2)
-    return sheet
-
-
-_SHEET_HEAD = 32
 
 
 def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:

@@ -9,7 +9,7 @@ from rich.columns import Columns
 from rich.markup import escape
 from rich.table import Table
 
-from domainshuttle.pipelines.buckets import Bucket, parse_bucket, standard_buckets
+from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, standard_buckets
 from domainshuttle.pipelines.index import Index, IndexMetadata, read_metadata
 from domainshuttle.pipelines.indexing import Indexed, beside, index_folder, merge_indexes
 from domainshuttle.pipelines.parts import INDEX_NAME, QUARANTINE_NAME
@@ -21,6 +21,7 @@ from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
 
 _MOST_ROWS = 12
+_CHARACTERS_PER_TOKEN = 4
 
 
 def chosen_buckets(listed: Sequence[str], resolution: str | None, frames: Sequence[int]) -> list[Bucket]:
@@ -36,6 +37,7 @@ def described_as(folder: Place, corpus: str | None, fps: float | None, buckets: 
 
     Raises ConfigError where the command line says too little, or for encoded shards what is theirs to say.
     """
+    checked_rate(fps, "--fps")
     known = None
     if exists(join(folder, INDEX_NAME)):
         try:
@@ -167,8 +169,16 @@ def print_summary(index: Index) -> None:
     for name, title in quantities.items():
         if values := summary.get(name):
             table.add_row(title, *(f"{values[point]:.4g}" for point in points))
+    if not summary.get("text_tokens") and (characters := summary["caption_length"]):
+        guess = (f"{characters[point] / _CHARACTERS_PER_TOKEN + 1:.0f}" for point in points)
+        table.add_row("caption, tokens: estimated", *guess)
     console.print()
     console.print(table)
+    if not summary.get("text_tokens"):
+        console.print(
+            f"[dim]Tokens are counted when captions are encoded; the estimate is a token every {_CHARACTERS_PER_TOKEN} "
+            "characters, as UMT5 has of English text, and the end's. Seconds are those of whole files.[/]"
+        )
     if single := summary["single_picture_subjects"]:
         console.print(
             f"\n{single} of {subjects} subjects have a single picture: the other of their pair is an altered view of it"

@@ -195,7 +195,7 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     assert re.search(r"5x32x32 +24", printed)
     from PIL import Image
 
-    assert Image.open(sheet).size == (13 * 128, 8 * 128 + 32)
+    assert Image.open(sheet).height == 32 + 8 * (128 + 22)
 
 
 def free_port() -> int:
