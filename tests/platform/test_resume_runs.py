@@ -6,6 +6,7 @@ Run: python -m pytest -m nightly tests/platform/test_resume_runs.py
 import json
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from domainshuttle.platform.checkpoint import CheckpointStore
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.records import read_runs
+from domainshuttle.platform.schedule import Run
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 
@@ -27,21 +29,31 @@ def test_faults_without_end_end_a_run_only_where_nothing_is_saved_between_them(
     config, run, more = run_of(tiny, "many-faults", "cluster.max_failures=1")
     skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
-    step = 4
     for _ in range(3):
-        wait_for_step(process, run, "stage2", step)
+        wait_for_checkpoint(process, run)
         attempt = run.read_progress()["attempt"]
         workers_of(process)[0].kill()
         while run.read_progress()["attempt"] == attempt:
             assert process.poll() is None, "given up although checkpoints were written between the faults"
             time.sleep(0.1)
-        step = run.read_progress()["first_step"] + 4
     assert process.wait(timeout=400) == 0
     same_weights(config, unbroken[0])
     balanced(config)
     told = [json.loads(line)["text"] for line in run.notices_path.open()]
     assert len(told) == 3
     assert all("Failure 1 in a row" in text for text in told)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[bytes], run: Run) -> None:
+    """Until this attempt has written one that is whole."""
+    store = CheckpointStore.of(run.config)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        newest, state = store.newest("stage2"), run.read_progress()
+        if newest and state["segment"] == "stage2" and newest.state.step > state["first_step"]:
+            return
+        time.sleep(0.2)
+    raise AssertionError("there was no checkpoint")
 
 
 def test_a_second_driver_of_a_run_is_refused(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
