@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.markup import escape
 from rich.table import Table
 
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore, UnfinishedCheckpoint
@@ -21,6 +22,8 @@ from domainshuttle.platform.spool import Journal
 
 _MOST_ATTEMPTS = 20
 """Attempts that are listed: the newest."""
+_MOST_CHARS = 100
+"""Of how an attempt ended; the ledger has it in full."""
 
 
 def print_status(folder: Path) -> None:
@@ -37,7 +40,7 @@ def print_status(folder: Path) -> None:
         if isinstance(found, UnfinishedCheckpoint):
             console.print(f"Being written, or left by a kill: {name}")
         elif not isinstance(found, Checkpoint):
-            console.print(f"Damaged, never chosen: {name}: {found}")
+            console.print(f"Damaged, never chosen: {name}: {escape(str(found))}")
     # attempts and epochs meet the same sample again
     bad = {(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")}
     if bad:
@@ -77,7 +80,7 @@ def _stages(run: Run, state: dict[str, Any], lives: bool, kept: list[Checkpoint]
             doing = "stopped" if last else "not begun"
         table.add_row(
             segment.name,
-            doing,
+            escape(doing),
             f"{reached} of {_end(segment)}",
             f"{loss:.4f}" if loss is not None else "",
             f"step {last.state.step}" if last else "none",
@@ -142,7 +145,9 @@ _PARTS = {"waiting": "waiting for data"}
 def _attempt(one: AttemptRecord, running: bool) -> Iterable[str]:
     seconds = {name: hours * 3600 / one.devices for name, hours in one.hours.items()}
     began = datetime.fromtimestamp(one.began).strftime("%m-%d %H:%M:%S")
-    ended = one.reason if one.reason is not None else "running" if running else "no last line"
+    # an error's text may look like markup: [/path/pair.cc:537]
+    reason = one.reason if one.reason is None or len(one.reason) <= _MOST_CHARS else f"{one.reason[:_MOST_CHARS]}..."
+    ended = escape(reason) if reason is not None else "running" if running else "no last line"
     numbers = (sum(seconds.values()), *(seconds[name] for name in CATEGORIES))
     return one.segment, f"{one.first}-{one.last}", str(one.devices), began, *(f"{n:.1f}" for n in numbers), ended
 

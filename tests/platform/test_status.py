@@ -60,7 +60,7 @@ def test_each_attempt_has_a_line_and_its_parts_add_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = a_run(tmp_path)
-    an_attempt(run, "base", 0, 57, 100, "a worker died")
+    an_attempt(run, "base", 0, 57, 100, "RuntimeError: [/gloo/pair.cc:537] a worker died")
     an_attempt(run, "base", 40, 80, 50, None)
     shown = printed(run, capsys, monkeypatch)
     died = next(line for line in shown.splitlines() if "a worker died" in line)
