@@ -69,7 +69,7 @@ def data_encode(config: Config, set_: Set = None, corpus: Corpus = None) -> None
 
 @data.command("index")
 def data_index(
-    folder: Annotated[Path, typer.Argument(help="The folder of the shards: name.tar, uncompressed WebDataset tars.")],
+    folder: Annotated[str, typer.Argument(help="Folder or URI of the shards: name.tar, uncompressed WebDataset tars.")],
     corpus: Annotated[str | None, typer.Option(help="The corpus's name; without it that of the index before.")] = None,
     bucket: Annotated[
         list[str] | None, typer.Option(help="frames x height x width to fit samples to; repeat for more.")
@@ -100,7 +100,9 @@ def data_index(
     from domainshuttle.platform import data_checks
 
     if merge:
-        data_checks.join_indexes([folder / path.name for path in merge], folder, most_bad, name)
+        from domainshuttle.pipelines.storage import join
+
+        data_checks.join_indexes([join(folder, path.name) for path in merge], folder, most_bad, name)
         return
     buckets = data_checks.chosen_buckets(bucket or [], resolution, frames or [])
     described = data_checks.described_as(folder, corpus, fps, buckets)
@@ -110,7 +112,7 @@ def data_index(
 
 @data.command("verify")
 def data_verify(
-    index: Annotated[Path, typer.Argument(help="An index.parquet, or the folder it is in.")],
+    index: Annotated[str, typer.Argument(help="An index.parquet, or the folder or URI it is in.")],
     checksums: Annotated[bool, typer.Option(help="Read every byte and compare it with the index's checksum.")] = True,
     decode: Annotated[str, typer.Option(metavar="N|all", help="Samples to decode, evenly spread.")] = "100",
     where: Annotated[str | None, typer.Option(help="Only samples for which a filter holds: references >= 2")] = None,
