@@ -93,11 +93,7 @@ def bare(rank: int, port: int, config: RunConfig, steps: int, out: Path) -> None
     feed = make_feed(config, segment)
     rows = planned_rows(feed, 0, 1, rank, 2)
 
-    class Rows:
-        def iter_batches(self, **_: Any) -> Any:
-            yield rows
-
-    loader: Loader[Any] = Loader(Rows(), feed, rank, 2, out.parent / f"quarantine-{rank}.jsonl")  # type: ignore[arg-type]
+    loader: Loader[Any] = Loader([rows], feed, rank, 2, out.parent / f"quarantine-{rank}.jsonl")
     batch = next(iter(loader)).batch
     engine = Engine(design, segment.stage, config.engine, loader.accumulation)
     flow, weight = FlowConfig(**segment.flow.model_dump()), segment.stage.loss.cross_pair_weight

@@ -11,7 +11,7 @@ from torch import Tensor
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.index import IndexRow
 from domainshuttle.pipelines.pairing import Pairing
-from domainshuttle.pipelines.sample import DataError, tensor_views
+from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.staging import Staging
 
 
@@ -26,16 +26,6 @@ class ReadSample:
     text: Tensor
     set_a: list[Tensor]
     set_b: list[Tensor]
-
-
-def read_tensors(data: Any, where: str) -> dict[str, Tensor]:
-    """The bf16 tensors of safetensors bytes, as views."""
-    tensors = {}
-    for name, view in tensor_views(data, where).items():
-        if view.dtype != "BF16":
-            raise DataError(f"{where}: tensor {name} is {view.dtype}, expected BF16; encode the corpus again")
-        tensors[name] = memory_tensor(view.buffer, np.uint16).view(torch.bfloat16).reshape(view.shape)
-    return tensors
 
 
 def memory_tensor(buffer: Any, dtype: Any) -> Tensor:
@@ -53,6 +43,19 @@ def memory_tensor(buffer: Any, dtype: Any) -> Tensor:
     return torch.from_numpy(np.asarray(holder))
 
 
+def check_tensor(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
+    """Raises DataError for another shape, or values that are not finite."""
+    if tuple(tensor.shape) != expected:
+        raise DataError(f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; encode the corpus again")
+    check_finite(tensor, where)
+
+
+def check_finite(tensor: Tensor, where: str) -> None:
+    """Raises DataError for a bf16 tensor with values that are not finite."""
+    if not all_finite(tensor):
+        raise DataError(f"{where} holds NaN or infinity; encode the corpus again")
+
+
 def all_finite(latents: Tensor) -> bool:
     """Whether a bf16 tensor has neither NaN nor infinity: their exponent is all ones, so as integers they are the
     largest of their sign."""
@@ -63,60 +66,84 @@ def all_finite(latents: Tensor) -> bool:
 _INFINITY = 0x7F80
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where one sample's tensors go in a batch: `target` [16,f,h,w], `text` [l,d], each picture [16,h,w]."""
+
+    target: Tensor
+    text: Tensor
+    set_a: list[Tensor]
+    set_b: list[Tensor]
+
+
 def collate(samples: Sequence[ReadSample], text_len: int, paired: bool, staging: Staging) -> TrainingBatch:
-    """Samples of one bucket as a batch; reference slots are as many as the fullest sample has."""
-    first = samples[0].target
-    latents = staging.empty(len(samples), *first.shape)
-    text = staging.empty(len(samples), text_len, samples[0].text.shape[-1])
-    for number, one in enumerate(samples):
-        latents[number] = one.target
-        length = min(len(one.text), text_len)
-        text[number, :length] = one.text[:length]
-        text[number, length:] = 0
-    channels, _, height, width = first.shape
+    """Samples of one bucket as a batch."""
+    shown = [(one.row, one.pairing) for one in samples]
+    shape = text_len, samples[0].text.shape[-1]
+    batch, places = empty_batch(shown, tuple(samples[0].target.shape), shape, paired, staging)
+    for one, place in zip(samples, places, strict=True):
+        place.target.copy_(one.target)
+        fill_text(place.text, one.text)
+        for slot, picture in zip([*place.set_a, *place.set_b], [*one.set_a, *one.set_b], strict=True):
+            slot.copy_(picture)
+    return batch
+
+
+def fill_text(place: Tensor, text: Tensor) -> None:
+    """Puts a caption's states [n,d] into their place [l,d], cut or padded with zeros."""
+    length = min(len(text), len(place))
+    place[:length] = text[:length]
+    place[length:] = 0
+
+
+def empty_batch(
+    shown: Sequence[tuple[IndexRow, Pairing]],
+    target: tuple[int, ...],
+    text: tuple[int, int],
+    paired: bool,
+    staging: Staging,
+) -> tuple[TrainingBatch, list[Places]]:
+    """A batch of samples that are still to be filled in, and their places; reference slots are as many as the fullest
+    sample has, and empty ones are zero. `target` [16,f,h,w] and `text` [l,d] are the shapes of one sample."""
+    rows = [row for row, _ in shown]
+    latents, states = staging.empty(len(rows), *target), staging.empty(len(rows), *text)
+    channels, _, height, width = target
     picture = channels, height, width
-    rows = [one.row for one in samples]
-    references = _reference_set(
-        rows, [one.pairing.set_a for one in samples], [one.set_a for one in samples], picture, staging
-    )
+    references, set_a = _reference_set(rows, [pairing.set_a for _, pairing in shown], picture, staging)
     second: dict[str, Tensor] = {}
+    set_b: list[list[Tensor]] = [[] for _ in rows]
     if paired:
-        pictures = _reference_set(
-            rows, [one.pairing.set_b for one in samples], [one.set_b for one in samples], picture, staging
-        )
+        pictures, set_b = _reference_set(rows, [pairing.set_b for _, pairing in shown], picture, staging)
         second = {f"paired_{name}": value for name, value in pictures.items()}
-    return TrainingBatch(
+    batch = TrainingBatch(
         latents=latents,
-        text=text,
+        text=states,
         sample_ids=torch.tensor([row.sample_id for row in rows], dtype=torch.int64),
         sources=tuple(row.corpus for row in rows),
         **references,
         **second,
     )
+    return batch, [Places(*place) for place in zip(latents, states, set_a, set_b, strict=True)]
 
 
 def _reference_set(
-    rows: list[IndexRow],
-    chosen: list[list[int]],
-    pictures: list[list[Tensor]],
-    shape: tuple[int, int, int],
-    staging: Staging,
-) -> dict[str, Tensor]:
+    rows: list[IndexRow], chosen: list[list[int]], shape: tuple[int, int, int], staging: Staging
+) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
     slots = max((len(numbers) for numbers in chosen), default=0)
     references = staging.empty(len(rows), slots, *shape)
-    subjects, domains, mask = [], [], []
-    for place, row, numbers, latents in zip(references, rows, chosen, pictures, strict=True):
-        for slot, own in zip(place, latents, strict=False):
-            slot.copy_(own)
+    subjects, domains, mask, places = [], [], [], []
+    for place, row, numbers in zip(references, rows, chosen, strict=True):
+        places.append([*place[: len(numbers)]])
         place[len(numbers) :].zero_()
         shown, empty = [row.reference_subjects[number] for number in numbers], slots - len(numbers)
         subjects.append([*shown, *[0] * empty])
         domains.append([*[row.domains[subject] for subject in shown], *[-1] * empty])
         mask.append([True] * len(numbers) + [False] * empty)
     labels = len(rows), slots
-    return {
+    tensors = {
         "references": references,
         "reference_subjects": torch.tensor(subjects, dtype=torch.int64).view(labels),
         "reference_domains": torch.tensor(domains, dtype=torch.int64).view(labels),
         "reference_mask": torch.tensor(mask, dtype=torch.bool).view(labels),
     }
+    return tensors, places

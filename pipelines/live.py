@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
-from domainshuttle.pipelines.blame import of_sample
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.collate import ReadSample, collate, memory_tensor
+from domainshuttle.pipelines.collate import ReadSample, check_tensor, collate, memory_tensor
 from domainshuttle.pipelines.encode import (
     EncoderSources,
     SampleEncoder,
@@ -32,7 +31,8 @@ from domainshuttle.pipelines.encode import (
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.pairing import augmented_view
 from domainshuttle.pipelines.parts import BadSample
-from domainshuttle.pipelines.reading import Drawn, MicroBatch, Reader, Work, check_tensor
+from domainshuttle.pipelines.plan_source import unpacked
+from domainshuttle.pipelines.reading import Drawn, MicroBatch, Reader, Work
 from domainshuttle.pipelines.sample import RawSample, tensor_views
 from domainshuttle.pipelines.shards import read_members
 from domainshuttle.pipelines.staging import Staging
@@ -51,11 +51,7 @@ class RawReader(Reader[ReadSample, TrainingBatch]):
         return collate(samples, self.feed.text_len, self.feed.paired, self.staging)
 
     def read_sample(self, drawn: Drawn) -> ReadSample:
-        """One sample, encoded; raises DataError where it can't be read, decoded, fitted or encoded."""
-        with of_sample(f"{drawn.row.source}/{drawn.row.key}"):
-            return self._read(drawn)
-
-    def _read(self, drawn: Drawn) -> ReadSample:
+        """One sample, encoded; raises DataError, or what a decoder does, where it can't be read, decoded or fitted."""
         row, pairing, encoder = drawn.row, drawn.pairing, self._encoder
         sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
         bucket = parse_bucket(row.bucket)
@@ -82,7 +78,7 @@ class LiveEncoder:
         self._reader = RawReader(feed, feed.encoders, device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.concat_tables([pack(work.rank, work.make()) for work in self._reader.works(table)])
+        return pa.concat_tables([pack(work.rank, work.make()) for work in self._reader.works(unpacked(table))])
 
 
 class Unpacked:

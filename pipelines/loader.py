@@ -9,22 +9,20 @@ import json
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, cast
+from typing import Any, Generic, cast
 
 import pyarrow as pa
 import torch
 
-if TYPE_CHECKING:
-    import ray.data
-
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.pipelines.encoded import EncodedReader
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.plan_source import READ_AHEAD
-from domainshuttle.pipelines.reading import B, EncodedReader, MicroBatch, Source, Work
+from domainshuttle.pipelines.reading import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.staging import Staging
 from domainshuttle.pipelines.transfer import on_device
@@ -33,8 +31,9 @@ from domainshuttle.pipelines.transfer import on_device
 class Loader(Generic[B]):
     """A rank's micro-batches in order, made ahead on a pool of threads.
 
-    `source` says how they are made of what Ray Data hands over: by default as the feed says, from encoded shards or
-    from actors. `read_ahead` bounds the bytes that are held before they are needed; at least one micro-batch is.
+    `blocks` are the tables that Ray Data hands over; `source` says how micro-batches are made of them: by default as
+    the feed says, from encoded shards or from actors. `read_ahead` bounds the bytes that are held before they are
+    needed; at least one micro-batch is.
     Samples that can't be read go to `quarantine` (a JSONL file) and the plan's substitutes take their place; when more
     than `most_bad` of the samples were bad (and at least 10), RuntimeError ends the run. On a CUDA `device` the batches
     come out there, copied ahead from pinned memory.
@@ -42,7 +41,7 @@ class Loader(Generic[B]):
 
     def __init__(
         self,
-        iterator: "ray.data.DataIterator | None",
+        blocks: Iterable[pa.Table],
         feed: Feed,
         rank: int,
         world_size: int,
@@ -53,7 +52,7 @@ class Loader(Generic[B]):
         device: torch.device | None = None,
         source: Source[B] | None = None,
     ) -> None:
-        self.iterator, self.rank = iterator, rank
+        self.blocks, self.rank = blocks, rank
         self.accumulation = feed.accumulation(world_size)
         self.quarantine, self.read_ahead, self.most_bad = quarantine, read_ahead, most_bad
         self.device = device if device is not None and device.type == "cuda" else None
@@ -97,7 +96,7 @@ class Loader(Generic[B]):
 
     def _fetch_tables(self) -> None:
         try:
-            for table in self.iterator.iter_batches(**_WHOLE_BLOCKS) if self.iterator is not None else ():
+            for table in self.blocks:
                 self._tables.put(table)
             self._tables.put(None)
         except BaseException as error:
@@ -141,9 +140,6 @@ def _source(feed: Feed, staging: Staging) -> Source[TrainingBatch]:
 
     return Unpacked(staging)
 
-
-# typed loosely, since Ray's annotations lack the None that its documentation names
-_WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 1}
 
 _MOST_WAITING = 16
 """Micro-batches made ahead at most, however small they are."""

@@ -1,23 +1,27 @@
 """The step plan through Ray Data to every rank.
 
-Encoded corpora: Ray Data carries the plan, not the samples. A row is one micro-batch: its step, the rank that trains on
-it, and the samples by their rows in the index. A block holds some steps of one rank, and the blocks come in the order
-rank 0, 1, ..., so `streaming_split` with the order preserved hands every rank exactly its own.
+Encoded corpora: Ray Data carries the plan, not the samples. A block is one row, some steps of one rank: which samples,
+by their rows in the index, make up its micro-batches. The blocks come in the order rank 0, 1, ..., so `streaming_split`
+with the order preserved hands every rank exactly its own.
 
-Raw corpora (`Feed.encoders`): the same rows, one a block, go through a pool of actors that decode and encode, on
-whatever nodes have the CPUs or GPUs for it; the rank is handed finished batches.
+Raw corpora (`Feed.encoders`): a block is one micro-batch, and all go through a pool of actors that decode and encode,
+on whatever nodes have the CPUs or GPUs for it; the rank is handed finished batches.
+
+Few tasks make the many blocks, one after the other as they are asked for: a task a block would cost every start of a
+long run a minute of scheduling, and every process that makes blocks holds the plan.
 
 Ray loads this module into its controllers, coordinators and reading tasks, so nothing here imports torch, which would
 cost each of them seconds at every start.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
-from ray.data import ExecutionResources
+from ray.data import DataIterator, ExecutionResources
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -26,48 +30,69 @@ from domainshuttle.pipelines.feed import Feed, planned_rows
 READ_AHEAD = 256 << 20
 """Bytes that a rank holds before they are needed."""
 
+_STEPS_PER_TASK = 4096
+"""Steps whose blocks one task makes: what a lost node costs to be planned again."""
+_PLAN_AHEAD = 1 << 20
+"""Bytes of the plan that Ray Data holds for a rank: thousands of steps."""
+
 
 class PlanSource(Datasource):
-    """The step plan as a Ray Data source: one read task a block, made when it is needed.
+    """The step plan as a Ray Data source.
 
-    With `interleaved` a task's rows are those of all ranks in turn, to be cut into blocks of one row; else a block's
-    rows are one rank's.
+    A block is one row (`packed`): `steps_per_block` steps of one rank, the ranks taking turns, or with
+    `steps_per_block=None` one micro-batch.
     """
 
-    def __init__(
-        self,
-        feed: Feed,
-        start: int,
-        stop: int,
-        world_size: int,
-        interleaved: bool = False,
-        steps_per_block: int = 32,
-    ) -> None:
+    def __init__(self, feed: Feed, start: int, stop: int, world_size: int, steps_per_block: int | None = 32) -> None:
         super().__init__()
-        self.feed, self.world_size = feed, world_size
-        self.starts = list(range(start, stop, steps_per_block))
-        self.stops = [*self.starts[1:], stop]
-        self.ranks: list[int | None] = [None] if interleaved else [*range(world_size)]
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks there are: the steps' chunks, times the ranks where each has its own."""
-        return len(self.starts) * len(self.ranks)
+        self.feed, self.world_size, self.steps_per_block = feed, world_size, steps_per_block
+        self.tasks = [(first, min(first + _STEPS_PER_TASK, stop)) for first in range(start, stop, _STEPS_PER_TASK)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """One task a block, whatever parallelism is asked for: the order of the blocks is the contract."""
-        return [
-            ReadTask(self._reader(start, stop, rank), BlockMetadata(None, None, None, None))
-            for start, stop in zip(self.starts, self.stops, strict=True)
-            for rank in self.ranks
-        ]
+        """The tasks, whatever parallelism is asked for: the order of the blocks is the contract."""
+        return [ReadTask(self._reader(*steps), BlockMetadata(None, None, None, None)) for steps in self.tasks]
 
-    def _reader(self, start: int, stop: int, rank: int | None) -> Callable[[], Iterable[pa.Table]]:
-        feed, world_size = self.feed, self.world_size
-        return lambda: [planned_rows(feed, start, stop, rank, world_size)]
+    def _reader(self, start: int, stop: int) -> Callable[[], Iterable[pa.Table]]:
+        feed, world_size, steps_per_block = self.feed, self.world_size, self.steps_per_block
+
+        def blocks() -> Iterator[pa.Table]:
+            for first in range(start, stop, steps_per_block or 1):
+                rows = planned_rows(feed, first, min(first + (steps_per_block or 1), stop), None, world_size)
+                if steps_per_block is None:
+                    yield from (packed(rows.slice(number, 1)) for number in range(len(rows)))
+                else:
+                    yield from (packed(rows.filter(pc.equal(rows["rank"], rank))) for rank in range(world_size))
+
+        return blocks
+
+
+def packed(rows: pa.Table) -> pa.Table:
+    """Planned rows as a table of one row, which Ray Data can neither cut nor join with another."""
+    rows = rows.combine_chunks()
+    column = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows.to_struct_array().combine_chunks())
+    return pa.table({"micro_batches": column})
+
+
+def unpacked(table: pa.Table) -> pa.Table:
+    """The planned rows of packed ones."""
+    return pa.Table.from_struct_array(table.column("micro_batches").combine_chunks().flatten())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A rank's share of what Ray Data makes, as tables in their order: planned rows, or what actors made of them."""
+
+    iterator: DataIterator
+    live: bool
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        # typed loosely, since Ray's annotations lack the None that its documentation names
+        whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 1}
+        for table in self.iterator.iter_batches(**whole):
+            yield table if self.live else unpacked(table)
 
 
 @dataclass(frozen=True)
@@ -81,20 +106,24 @@ class LivePool:
 
 def plan_dataset(
     feed: Feed, start: int, stop: int, world_size: int, pool: LivePool | None = None, read_ahead: int = READ_AHEAD
-) -> list[ray.data.DataIterator]:
+) -> list[Blocks]:
     """The micro-batches of steps start..stop-1, split among the ranks.
 
     Where the feed has encoders, `pool` encodes them, as far ahead as `read_ahead` bytes for each rank in the object
     store.
     """
-    source = PlanSource(feed, start, stop, world_size, interleaved=feed.encoders is not None)
-    dataset = ray.data.read_datasource(source, override_num_blocks=source.blocks)
-    if feed.encoders is not None:
+    live = feed.encoders is not None
+    source = PlanSource(feed, start, stop, world_size, None if live else 32)
+    # no CPU reserved: a task waits nearly all the time, and may live as long as the run
+    dataset = ray.data.read_datasource(
+        source, override_num_blocks=len(source.tasks), concurrency=1, ray_remote_args={"num_cpus": 0}
+    )
+    if live:
         from domainshuttle.pipelines.live import LiveEncoder  # brings torch along
 
         pool = pool or LivePool()
         # a block a micro-batch: any actor takes the next one, and the split hands them to the ranks in turn
-        dataset = dataset.repartition(target_num_rows_per_block=1).map_batches(
+        dataset = dataset.map_batches(
             LiveEncoder,
             fn_constructor_args=(feed, "cuda" if pool.gpus else "cpu"),
             batch_size=None,
@@ -103,7 +132,10 @@ def plan_dataset(
             num_cpus=pool.cpus,
             num_gpus=pool.gpus or None,
         )
-        limits = ExecutionResources(object_store_memory=read_ahead * world_size)
-        dataset.context.execution_options.resource_limits = limits
-    dataset.context.execution_options.preserve_order = True
-    return dataset.streaming_split(world_size, equal=True)
+    context = dataset.context
+    context.target_max_block_size = 1  # each row is a block as soon as it is made
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(
+        object_store_memory=(read_ahead if live else _PLAN_AHEAD) * world_size
+    )
+    return [Blocks(iterator, live) for iterator in dataset.streaming_split(world_size, equal=True)]

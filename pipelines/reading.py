@@ -1,7 +1,7 @@
 """Reading: the plan's rows become micro-batches, with substitutes in the place of samples that can't be read.
 
 `Reader` is the frame: it pairs, reads through a function, substitutes, assembles through another. What the two
-functions do is up to the corpus: `EncodedReader` has those of encoded shards.
+functions do is up to the corpus: encoded.py has those of encoded shards, live.py those of raw ones.
 """
 
 import itertools
@@ -9,23 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, cast
 
 import pyarrow as pa
-from torch import Tensor
 from typing_extensions import TypeVar
 
 from domainshuttle.model.batch import TrainingBatch
-from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.collate import ReadSample, all_finite, collate, read_tensors
+from domainshuttle.pipelines.blame import of_sample
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.index import IndexRow
 from domainshuttle.pipelines.pairing import Pairing
-from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, BadSample
+from domainshuttle.pipelines.parts import BadSample
 from domainshuttle.pipelines.sample import DataError
-from domainshuttle.pipelines.shards import read_members
-from domainshuttle.pipelines.staging import Staging
-from domainshuttle.pipelines.storage import join, read_bytes
 
 T = TypeVar("T")
 B = TypeVar("B", default=TrainingBatch)
@@ -73,11 +68,19 @@ class Source(Protocol[B]):
         ...
 
 
+class BadPlacesError(Exception):
+    """Samples that turned out bad while a batch was assembled: their places in it, and why."""
+
+    def __init__(self, faults: dict[int, DataError]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+
 class Reader(Generic[T, B]):
     """Makes micro-batches of planned rows, by reading samples where it runs.
 
-    `read` gives one sample, and raises DataError for one that can't be used; `assemble` makes a batch of them. Both
-    are called from several threads.
+    `read` gives one sample, and raises DataError for one that can't be used; `assemble` makes a batch of them, and
+    raises BadPlacesError where that shows only then. Both are called from several threads.
     """
 
     def __init__(self, feed: Feed, read: Callable[[Drawn], T], assemble: Callable[[list[T]], B]) -> None:
@@ -91,80 +94,70 @@ class Reader(Generic[T, B]):
         samples = iter(self.index.rows([number for one in planned for number in one["rows"]]))
         for one in planned:
             own = list(itertools.islice(samples, len(one["rows"])))
-            size = sum(member.size for sample in own for member in sample.members)
-            yield Work(one["step"], one["part"], one["rank"], size, partial(self._make, one, own))
+            yield Work(one["step"], one["part"], one["rank"], self.held_bytes(own), partial(self._make, one, own))
+
+    def held_bytes(self, samples: list[IndexRow]) -> int:
+        """Bytes that a batch of these samples holds, at most: here what they are in their shards."""
+        return sum(member.size for sample in samples for member in sample.members)
 
     def _make(self, planned: dict[str, Any], samples: list[IndexRow]) -> MicroBatch[B]:
-        read: list[T] = []
-        keys: list[str] = []
-        kinds: Counter[str] = Counter()
+        places = [
+            _Place(self._drawn(row, epoch), slot)
+            for row, epoch, slot in zip(samples, planned["epochs"], planned["slots"], strict=True)
+        ]
+        read: list[T | None] = [None] * len(places)
         bad: list[BadSample] = []
-        for first, epoch, slot in zip(samples, planned["epochs"], planned["slots"], strict=True):
-            row = first
-            for attempt in itertools.count():
-                pairing = self.feed.pair(row, epoch)
-                try:
-                    read.append(self.read(Drawn(row, epoch, pairing)))
-                    break
-                except DataError as error:
-                    bad.append(BadSample(row.source, row.shard, row.key, str(error)))
-                    if attempt >= _MOST_SUBSTITUTES:
-                        raise RuntimeError(
-                            f"step {planned['step']}: {attempt + 1} samples in a row can't be read, the last one "
-                            f"because: {error}"
-                        ) from error
-                    row = self.index.row(self.plan.substitute(planned["step"], slot, attempt))
-            keys.append(f"{row.source}/{row.key}")
-            kinds.update(pairing.kinds)
-        return MicroBatch(planned["step"], planned["part"], self.assemble(read), keys, kinds, bad)
+        batch = None
+        while batch is None:
+            for number, place in enumerate(places):
+                while read[number] is None:
+                    try:
+                        read[number] = self.read_one(place.drawn)
+                    except DataError as error:
+                        bad.append(self._substitute(place, planned["step"], error))
+            try:
+                batch = self.assemble(cast(list[T], read))
+            except BadPlacesError as found:
+                for number, error in found.faults.items():
+                    bad.append(self._substitute(places[number], planned["step"], error))
+                    read[number] = None
+        keys = [f"{place.drawn.row.source}/{place.drawn.row.key}" for place in places]
+        kinds: Counter[str] = Counter()
+        for place in places:
+            kinds.update(place.drawn.pairing.kinds)
+        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad)
+
+    def read_one(self, drawn: Drawn) -> T:
+        """A sample as `read` gives it; whatever else than the machine's failures ends that is a DataError."""
+        with of_sample(f"{drawn.row.source}/{drawn.row.key}"):
+            return self.read(drawn)
+
+    def _drawn(self, row: IndexRow, epoch: int) -> Drawn:
+        return Drawn(row, epoch, self.feed.pair(row, epoch))
+
+    def _substitute(self, place: "_Place", step: int, error: DataError) -> BadSample:
+        """Puts the plan's next substitute in a place, and returns the row of the quarantine table for what was there.
+
+        Raises RuntimeError after too many.
+        """
+        row, epoch = place.drawn.row, place.drawn.epoch
+        if place.attempts >= _MOST_SUBSTITUTES:
+            raise RuntimeError(
+                f"step {step}: {place.attempts + 1} samples in a row can't be read, the last one because: {error}"
+            ) from error
+        place.drawn = self._drawn(self.index.row(self.plan.substitute(step, place.slot, place.attempts)), epoch)
+        place.attempts += 1
+        return BadSample(row.source, row.shard, row.key, str(error))
+
+
+@dataclass
+class _Place:
+    """A place of a batch: the sample that is to stand there, after how many bad ones."""
+
+    drawn: Drawn
+    slot: int
+    attempts: int = 0
 
 
 _MOST_SUBSTITUTES = 20
 """Tried for one place of a batch: when all of them are bad, the corpus is, or its disk."""
-
-
-class EncodedReader(Reader[ReadSample, TrainingBatch]):
-    """Reads encoded shards: latents and text states, as the rank's own threads do."""
-
-    def __init__(self, feed: Feed, staging: Staging) -> None:
-        super().__init__(feed, self.read_sample, self.collate)
-        self.staging = staging
-        empty = read_bytes(join(self.index.row(0).folder, EMPTY_CAPTION_NAME))
-        self._empty_caption = read_tensors(empty, EMPTY_CAPTION_NAME)["text"].clone()
-
-    def collate(self, samples: list[ReadSample]) -> TrainingBatch:
-        return collate(samples, self.feed.text_len, self.feed.paired, self.staging)
-
-    def read_sample(self, drawn: Drawn) -> ReadSample:
-        """The tensors that a step shows of a sample, as views of the shard; raises DataError for what can't be used."""
-        row, pairing = drawn.row, drawn.pairing
-        where = f"{row.source}/{row.key}"
-        members = [member for member in row.members if member.extension == "safetensors"]
-        if not members:
-            raise DataError(f"{where}: no safetensors member; encode the corpus again")
-        tensors = read_tensors(read_members(row.folder, row.shard, members)["safetensors"], where)
-        set_a = [f"reference.{picture}" for picture in pairing.set_a]
-        set_b = [
-            f"{'view' if altered else 'reference'}.{picture}"
-            for picture, altered in zip(pairing.set_b, pairing.augment_b, strict=True)
-            if self.feed.paired
-        ]
-        names = {"target", "text", *set_a, *set_b}
-        if missing := sorted(names - set(tensors)):
-            raise DataError(f"{where}: tensors {missing} are missing; encode the corpus again")
-        bucket, text_dim = parse_bucket(row.bucket), self._empty_caption.shape[-1]
-        for name in sorted(names):
-            expected = {"target": bucket.latent_shape, "text": (*tensors["text"].shape[:1], text_dim)}
-            check_tensor(tensors[name], expected.get(name, bucket.reference_shape), f"{where}: {name}")
-        text = self._empty_caption if pairing.text_dropped else tensors["text"]
-        return ReadSample(
-            row, pairing, tensors["target"], text, [tensors[name] for name in set_a], [tensors[name] for name in set_b]
-        )
-
-
-def check_tensor(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
-    """Raises DataError for another shape, or values that are not finite."""
-    if tuple(tensor.shape) != expected:
-        raise DataError(f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; encode the corpus again")
-    if not all_finite(tensor):
-        raise DataError(f"{where} holds NaN or infinity; encode the corpus again")

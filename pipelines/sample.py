@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
@@ -307,19 +307,21 @@ class TensorView:
     buffer: memoryview
 
 
+@dataclass(frozen=True)
+class TensorExtent:
+    """Where one tensor of a safetensors file lies: its name, its safetensors dtype ('BF16'), its shape, and its bytes
+    from `start` to `stop` in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
 _MOST_DIMENSIONS = 8
-_ITEM_SIZES = {
-    "BF16": 2,
-    "F16": 2,
-    "F32": 4,
-    "F64": 8,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "U16": 2,
-    "I32": 4,
-    "I64": 8,
-    "BOOL": 1,
+_ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "I64": 8} | {
+    "BOOL": 1
 }
 
 
@@ -346,13 +348,22 @@ def write_safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
 def tensor_views(data: Buffer, where: str = "safetensors") -> dict[str, TensorView]:
     """The tensors of a safetensors buffer as views of it; a header or an extent that does not fit raises DataError."""
     whole = memoryview(data).cast("B")
-    length = int.from_bytes(whole[:8], "little")
-    if len(whole) < 8 or length > len(whole) - 8:
-        raise DataError(f"{where}: header of {length} bytes in a file of {len(whole)}: cut short or not safetensors")
-    body = whole[8 + length :]
-    views: dict[str, TensorView] = {}
+    extents = tensor_extents(lambda offset, size: whole[offset : offset + size], len(whole), where)
+    return {name: TensorView(one.dtype, one.shape, whole[one.start : one.stop]) for name, one in extents.items()}
+
+
+def tensor_extents(read: Callable[[int, int], Buffer], size: int, where: str) -> dict[str, TensorExtent]:
+    """Where the tensors of a safetensors file of `size` bytes lie, of which `read(offset, size)` gives parts; a header
+    or an extent that does not fit raises DataError."""
+    head = read(0, _USUAL_HEAD)
+    length = int.from_bytes(bytes(head[:8]), "little")
+    if len(head) < 8 or length > size - 8:
+        raise DataError(f"{where}: header of {length} bytes in a file of {size}: cut short or not safetensors")
+    text = bytes(head[8 : 8 + length]) if 8 + length <= len(head) else bytes(read(8, length))
+    begin, body = 8 + length, size - 8 - length
+    extents: dict[str, TensorExtent] = {}
     try:
-        header = json.loads(bytes(whole[8 : 8 + length]))
+        header = json.loads(text)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
@@ -361,17 +372,22 @@ def tensor_views(data: Buffer, where: str = "safetensors") -> dict[str, TensorVi
                     f"{where}: tensor {name!r}: expected at most {_MOST_DIMENSIONS} dimensions, and whole numbers as "
                     "sizes and offsets; the file is corrupt"
                 )
-            size = _ITEM_SIZES[entry["dtype"]] * math.prod(shape)
-            if min(shape, default=0) < 0 or not 0 <= start <= end <= len(body) or end - start != size:
+            # plain integers: numpy's product would wrap around on a hostile shape
+            count = _ITEM_SIZES[entry["dtype"]] * math.prod(shape)
+            if min(shape, default=0) < 0 or not 0 <= start <= end <= body or end - start != count:
                 raise DataError(
-                    f"{where}: tensor {name!r} {entry['dtype']} {list(shape)[:8]} at {start} to {end} of {len(body)}: "
+                    f"{where}: tensor {name!r} {entry['dtype']} {list(shape)[:8]} at {start} to {end} of {body}: "
                     "its extent does not fit; the file is cut short or corrupt"
                 )
-            if max(shape, default=0) > len(body):  # beside a 0, which numpy would refuse
+            if max(shape, default=0) > body:  # beside a 0, which numpy would refuse
                 raise DataError(f"{where}: tensor {name!r} {list(shape)}: larger than the file; it is corrupt")
-            views[name] = TensorView(entry["dtype"], shape, body[start:end])
+            extents[name] = TensorExtent(name, entry["dtype"], shape, begin + start, begin + end)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: unreadable safetensors header ({error!r}); the file is corrupt") from error
-    return views
+    return extents
+
+
+_USUAL_HEAD = 4096
+"""Bytes that hold the header of most samples."""

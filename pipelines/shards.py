@@ -11,11 +11,12 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, DataError, check_extension, check_key
 from domainshuttle.pipelines.storage import is_remote, join, read_ranges, sync_folder
@@ -166,6 +167,7 @@ class ShardWriter:
         self._temporary.rename(final)
         sync_folder(self.folder)
         _open_shards.forget(final)
+        _open_files.forget(final)
         self.shards.append(self._name)
         self.entries.extend(self._pending)
         self._pending = []
@@ -249,3 +251,109 @@ def read_members(folder: str | Path, shard: str, members: Iterable[Member]) -> d
         found = read_ranges(join(folder, check_shard_name(shard)), ranges)
         return {member.extension: data for member, data in zip(wanted, found, strict=True)}
     return _open_shards.read(folder, shard, members)
+
+
+class MemberReader(Protocol):
+    """One member of a shard, of which parts are read."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset` in the member on, fewer at its end."""
+        ...
+
+    def read_into(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fills each buffer from its offset in the member. Raises DataError where the shard was cut short."""
+        ...
+
+
+def open_member(folder: str | Path, shard: str, member: Member) -> MemberReader:
+    """A member to read parts of: of the open shard or, where the folder is a URI, of its bytes, which are read at once.
+
+    Thread-safe; at most 512 shards stay open. Raises DataError where the shard is missing or misnamed, and
+    StorageError where a store fails.
+    """
+    if is_remote(folder):
+        return _HeldMember(read_members(folder, shard, [member])[member.extension])
+    path = os.path.join(folder, check_shard_name(shard))  # noqa: PTH118 - a Path costs more than the read
+    return _LocalMember(path, _open_files.open(path), member)
+
+
+@dataclass(frozen=True)
+class _HeldMember:
+    data: memoryview
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.data[offset : offset + size])
+
+    def read_into(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, buffer in pieces:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+
+
+@dataclass(frozen=True)
+class _LocalMember:
+    path: str
+    file: FileIO
+    """Kept open by whoever holds it, so the number is this file's until the read is done."""
+    member: Member
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self.file.fileno(), min(size, self.member.size - offset), self.member.offset + offset)
+
+    def read_into(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        run: list[memoryview] = []
+        start = end = -1
+        for offset, buffer in sorted(pieces, key=lambda piece: piece[0]):
+            if offset != end:
+                self._read_run(start, run)
+                run, start, end = [], offset, offset
+            run.append(buffer)
+            end += len(buffer)
+        self._read_run(start, run)
+
+    def _read_run(self, start: int, buffers: list[memoryview]) -> None:
+        """Neighbouring pieces by one call, or a few where the kernel gives less."""
+        position = self.member.offset + start
+        while buffers:
+            count = os.preadv(self.file.fileno(), buffers, position)
+            if not count:
+                raise DataError(
+                    f"{self.path}: member {self.member.extension!r} at byte {self.member.offset} with "
+                    f"{self.member.size} bytes is not within the file's {os.fstat(self.file.fileno()).st_size}: the "
+                    "shard was cut short or replaced; copy it again"
+                )
+            position += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][count:]
+
+
+class _OpenFiles:
+    """Shards that are open, the least recently used let go beyond `max_open`. Safe to share between threads."""
+
+    def __init__(self, max_open: int = 512) -> None:
+        self.max_open = max_open
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, path: str) -> FileIO:
+        with self._lock:
+            if (file := self._files.get(path)) is not None:
+                self._files.move_to_end(path)
+                return file
+        try:
+            file = FileIO(path)
+        except OSError as error:
+            raise DataError(f"shard {path} can't be read ({error}): copy it again or index the folder again") from error
+        with self._lock:
+            self._files[path] = file
+            while len(self._files) > self.max_open:
+                self._files.popitem(last=False)
+        return file
+
+    def forget(self, path: Path) -> None:
+        with self._lock:
+            self._files.pop(str(path), None)
+
+
+_open_files = _OpenFiles()

@@ -5,14 +5,14 @@ loads this module into its controllers, so nothing here imports torch, which wou
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray.data
 from ray.train import DataConfig
 
 from domainshuttle.pipelines.feed import Feed
-from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
+from domainshuttle.pipelines.plan_source import Blocks, LivePool, plan_dataset
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.notices import PASSED_OVER, Notices
@@ -25,8 +25,8 @@ from domainshuttle.platform.schedule import Run, Segment
 class Shard:
     """What a rank is given at a start of the worker group: its micro-batches, and where they begin."""
 
-    iterator: ray.data.DataIterator | None
-    """None when all steps are done and only the weights are missing."""
+    blocks: Blocks | tuple[()]
+    """None are left when all steps are done and only the weights are missing."""
     first_step: int
     checkpoint: str | None
     attempt: int
@@ -63,11 +63,11 @@ class PlannedData(DataConfig):
         self._tell_resize()
         newest = choose_start(CheckpointStore.of(config), name, AUTO, config.digest(), note, self.verified)
         first = newest.state.step if newest else 0
-        iterators: list[ray.data.DataIterator | None] = [None] * world_size
+        blocks: Sequence[Blocks | tuple[()]] = [()] * world_size
         if first < steps:
             live = config.encoders.live
             pool = LivePool(**live.model_dump()) if live else None
-            iterators = [*plan_dataset(self.feed, first, steps, world_size, pool)]
+            blocks = plan_dataset(self.feed, first, steps, world_size, pool)
         checkpoint, attempt = newest.where if newest else None, time.time_ns()
         over = frozenset(step for bad in self.run.passed_over(name) for step in bad)
-        return [{"plan": Shard(iterator, first, checkpoint, attempt, over)} for iterator in iterators]
+        return [{"plan": Shard(own, first, checkpoint, attempt, over)} for own in blocks]

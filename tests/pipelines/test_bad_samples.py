@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plan_rows import Rows
 from safetensors.numpy import save as save_numpy
 
 from domainshuttle.pipelines.encode import EMPTY_CAPTION_NAME
@@ -133,7 +132,7 @@ def feed(corpus: Path) -> Feed:
 
 def test_every_kind_of_damage_is_named_and_substituted(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus)
-    loader = Loader(Rows(planned_rows(one, 0, 1, 0, 1)), one, 0, 1, tmp_path / "q", most_bad=1.0)  # type: ignore[arg-type, var-annotated]
+    loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q", most_bad=1.0)  # type: ignore[arg-type, var-annotated]
     (micro,) = list(loader)
     assert micro.batch.batch_size == len(micro.keys) == len(DAMAGE) + 30
     assert micro.batch.latents.isfinite().all() and micro.batch.text.isfinite().all()
@@ -151,7 +150,7 @@ def test_every_kind_of_damage_is_named_and_substituted(corpus: Path, tmp_path: P
 
 def test_more_bad_samples_than_allowed_end_the_run(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus)
-    loader = Loader(Rows(planned_rows(one, 0, 1, 0, 1)), one, 0, 1, tmp_path / "q")  # type: ignore[arg-type, var-annotated]
+    loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q")  # type: ignore[arg-type, var-annotated]
     with pytest.raises(RuntimeError, match=r"samples could not be read, more than 1%: see .*q, then repair"):
         list(loader)
     assert (tmp_path / "q").exists()

@@ -3,31 +3,35 @@
 Run: python -m pytest tests/pipelines/test_encode_and_load.py
 """
 
+import itertools
 import json
+import shutil
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from plan_rows import Rows
 from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.collate import ReadSample
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.encode import EncodingJob, EncodingPool, decode_sample, encode, encode_rows, to_pixels
+from domainshuttle.pipelines.encoded import EncodedReader, Located
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.index import Index, IndexMetadata
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.pairing import choose_references
-from domainshuttle.pipelines.parts import INDEX_NAME, BadSample, Parts
-from domainshuttle.pipelines.plan_source import plan_dataset
-from domainshuttle.pipelines.reading import Drawn, EncodedReader, MicroBatch
+from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, INDEX_NAME, BadSample, Parts
+from domainshuttle.pipelines.plan_source import PlanSource, plan_dataset, unpacked
+from domainshuttle.pipelines.reading import Drawn, MicroBatch, Work
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample, from_bfloat16_bits
 from domainshuttle.pipelines.shards import read_members
 from domainshuttle.pipelines.staging import Staging
@@ -66,8 +70,8 @@ def feed(corpus: Path, **changes: Any) -> Feed:
 
 
 def load(corpus: Path, one: Feed, steps: int, tmp_path: Path, rank: int = 0, world: int = 1) -> list[MicroBatch]:
-    rows = Rows(planned_rows(one, 0, steps, rank, world))
-    return list(Loader(rows, one, rank, world, tmp_path / f"q{rank}.jsonl"))  # type: ignore[arg-type]
+    rows = [planned_rows(one, 0, steps, rank, world)]
+    return list(Loader(rows, one, rank, world, tmp_path / f"q{rank}.jsonl"))
 
 
 def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
@@ -182,8 +186,7 @@ def test_ray_hands_every_rank_its_own_rows_in_order(corpus: Path, ray_cluster: N
 
     @ray.remote(num_cpus=0)
     def consume(shard: Any) -> list[dict[str, Any]]:
-        tables = shard.iter_batches(batch_size=None, batch_format="pyarrow")
-        return [row for table in tables for row in table.to_pylist()]
+        return [row for table in shard for row in table.to_pylist()]
 
     got = ray.get([consume.remote(shard) for shard in shards])
     for rank, rows in enumerate(got):
@@ -236,7 +239,7 @@ def test_reading_ahead_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus, micro_batch=8)
     rows = planned_rows(one, 0, 5, 0, 1)
     loaders = [
-        Loader(Rows(rows), one, 0, 1, tmp_path / "q", read_ahead=size, threads=threads)  # type: ignore[arg-type]
+        Loader([rows], one, 0, 1, tmp_path / "q", read_ahead=size, threads=threads)
         for size, threads in ((0, 1), (1 << 30, 3))
     ]
     for first, second in zip(*loaders, strict=True):
@@ -247,12 +250,12 @@ def test_reading_ahead_changes_nothing(corpus: Path, tmp_path: Path) -> None:
 
 def test_rows_of_another_rank_or_out_of_order_are_refused(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus)
-    wrong = Rows(planned_rows(one, 0, 2, 1, 2))
+    wrong = [planned_rows(one, 0, 2, 1, 2)]
     with pytest.raises(DataError, match="rank 0 was handed step 0, part 0 of rank 1"):
-        list(Loader(wrong, one, 0, 2, tmp_path / "q"))  # type: ignore[arg-type]
-    gap = Rows(planned_rows(one, 0, 1, 0, 1), planned_rows(one, 2, 3, 0, 1))
+        list(Loader(wrong, one, 0, 2, tmp_path / "q"))
+    gap = [planned_rows(one, 0, 1, 0, 1), planned_rows(one, 2, 3, 0, 1)]
     with pytest.raises(DataError, match="the plan's order was lost"):
-        list(Loader(gap, one, 0, 1, tmp_path / "q"))  # type: ignore[arg-type]
+        list(Loader(gap, one, 0, 1, tmp_path / "q"))
 
 
 def test_a_bad_sample_is_quarantined_and_substituted(corpus: Path, tmp_path: Path) -> None:
@@ -262,15 +265,15 @@ def test_a_bad_sample_is_quarantined_and_substituted(corpus: Path, tmp_path: Pat
     victim = index.row(int(broken))
     source = EncodedReader(one, Staging())
 
-    def damaged(drawn: Drawn) -> ReadSample:
+    def damaged(drawn: Drawn) -> Located:
         if drawn.row.key == victim.key:
             members = tuple(replace(m, size=m.size // 2) for m in drawn.row.members)
             drawn = replace(drawn, row=replace(drawn.row, members=members))
-        return source.read_sample(drawn)
+        return source.locate(drawn)
 
     source.read = damaged
-    rows = Rows(planned_rows(one, 0, 1, 0, 1))
-    (micro,) = list(Loader(rows, one, 0, 1, tmp_path / "q.jsonl", source=source))  # type: ignore[arg-type]
+    rows = [planned_rows(one, 0, 1, 0, 1)]
+    (micro,) = list(Loader(rows, one, 0, 1, tmp_path / "q.jsonl", source=source))
     assert micro.batch.batch_size == 48
     assert f"pictures/{victim.key}" not in micro.keys
     (line,) = (tmp_path / "q.jsonl").read_text().splitlines()
@@ -303,3 +306,63 @@ def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_p
     target, _ = decode_sample(original, BUCKETS[0])
     expected = load_video_encoder(str(tmp_path)).encode(to_pixels(target))[0]
     torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(sample.target)), expected, atol=0.02, rtol=0.02)
+
+
+def test_few_tasks_make_the_blocks_of_a_long_run_one_row_each(corpus: Path) -> None:
+    one = feed(corpus)
+    source = PlanSource(one, 7, 100_000, world_size=4)
+    tasks = source.get_read_tasks(1)
+    assert len(tasks) < 30
+    blocks = list(itertools.islice(tasks[0](), 8))
+    assert {len(block) for block in blocks} == {1}
+    for number, block in enumerate(blocks):
+        chunk, rank = divmod(number, 4)
+        first = 7 + 32 * chunk
+        assert unpacked(block).to_pylist() == planned_rows(one, first, first + 32, rank, 4).to_pylist()
+    # an actor of the live encoders takes a micro-batch at a time
+    single = PlanSource(one, 0, 2, world_size=2, steps_per_block=None).get_read_tasks(1)[0]()
+    assert [(row["step"], row["rank"]) for block in single for row in unpacked(block).to_pylist()] == [
+        (step, rank) for step in range(2) for _ in range(one.accumulation(2)) for rank in range(2)
+    ]
+
+
+def test_reading_ahead_holds_the_bytes_it_is_allowed_and_one_batch_more(corpus: Path, tmp_path: Path) -> None:
+    one = feed(corpus, micro_batch=4)
+    reader = EncodedReader(one, Staging())
+    held = most = 0
+
+    class Counted:
+        """Counts the bytes of batches that were made and not yet taken."""
+
+        def works(self, table: Any) -> Iterator[Work[Any]]:
+            for work in reader.works(table):
+                yield replace(work, make=partial(self.make, work))
+
+        def make(self, work: Work[Any]) -> MicroBatch[Any]:
+            nonlocal held, most
+            made = work.make()
+            tensors = [value for value in vars(made.batch).values() if isinstance(value, torch.Tensor)]
+            size = sum(tensor.nbytes for tensor in tensors if tensor.dtype == torch.bfloat16)
+            assert size <= work.size
+            held += work.size
+            most = max(most, held)
+            return made
+
+    size = next(reader.works(planned_rows(one, 0, 1, 0, 1))).size
+    rows = [planned_rows(one, 0, 8, 0, 1)]
+    for _ in Loader(rows, one, 0, 1, tmp_path / "q", read_ahead=3 * size, threads=1, source=Counted()):
+        time.sleep(0.05)  # until what may be read ahead is
+        held -= size
+    assert 3 * size <= most <= 4 * size
+
+
+def test_without_dropout_of_captions_their_empty_one_is_not_needed(corpus: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(corpus / "encoded", copied)
+    (copied / EMPTY_CAPTION_NAME).unlink()
+    one = feed(corpus, indexes=(str(copied / INDEX_NAME),))
+    own = next(iter(Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q")))
+    whole = next(iter(Loader([planned_rows(one, 0, 1, 0, 1)], feed(corpus), 0, 1, tmp_path / "q")))
+    assert own.batch.text.equal(whole.batch.text)
+    with pytest.raises(DataError, match="empty_caption"):
+        Loader([], replace(one, text_dropout=0.1), 0, 1, tmp_path / "q")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plan_rows import Rows
 from ray_books import plasma_bytes, reserved
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,7 +40,7 @@ from domainshuttle.pipelines.media import (
 )
 from domainshuttle.pipelines.pairing import augmented_view
 from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.plan_source import LivePool, plan_dataset
+from domainshuttle.pipelines.plan_source import LivePool, packed, plan_dataset
 from domainshuttle.pipelines.reading import Drawn, MicroBatch
 from domainshuttle.pipelines.retry import StorageError
 from domainshuttle.pipelines.sample import DataError, RawSample
@@ -130,10 +129,10 @@ def load(one: Feed, steps: int, quarantine: Path) -> list[MicroBatch]:
     rows = planned_rows(one, 0, steps, 0, 1)
     if one.encoders:
         encoder = LiveEncoder(one)
-        tables = [encoder(rows.slice(number, 1)) for number in range(len(rows))]
+        tables = [encoder(packed(rows.slice(number, 1))) for number in range(len(rows))]
     else:
         tables = [rows]
-    return list(Loader(Rows(*tables), one, 0, 1, quarantine, most_bad=1.0))  # type: ignore[arg-type]
+    return list(Loader([*tables], one, 0, 1, quarantine, most_bad=1.0))
 
 
 def assert_equal(first: TrainingBatch, second: TrainingBatch) -> None:
@@ -237,7 +236,7 @@ def test_a_broken_reference_is_a_bad_sample(corpora: Path) -> None:
         pairing = one.pair(row, epoch)
         if 0 in {*pairing.set_a, *pairing.set_b}:
             with pytest.raises(DataError, match=r"train-0000003.ref0.jpg: not a readable"):
-                reader.read_sample(Drawn(row, epoch, pairing))
+                reader.read_one(Drawn(row, epoch, pairing))
             return
     raise AssertionError("no epoch shows the broken picture")
 
@@ -274,12 +273,12 @@ def test_what_decoders_raise_is_the_samples_fault_and_what_machines_raise_is_not
     if blamed:
         reason = rf"pictures/{row.key}: decoder error: {type(error).__name__}: "
         with pytest.raises(DataError, match=reason):
-            reader.read_sample(Drawn(row, 0, one.pair(row, 0)))
+            reader.read_one(Drawn(row, 0, one.pair(row, 0)))
         ((_, found),) = encode_one()
         assert isinstance(found, DataError) and re.match(reason, str(found))
     else:
         with pytest.raises(type(error)):
-            reader.read_sample(Drawn(row, 0, one.pair(row, 0)))
+            reader.read_one(Drawn(row, 0, one.pair(row, 0)))
         with pytest.raises(type(error)):
             list(encode_one())
 

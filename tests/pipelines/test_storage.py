@@ -28,7 +28,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
-from plan_rows import Rows
 from safetensors.torch import save_file
 
 from domainshuttle.pipelines import storage
@@ -508,7 +507,7 @@ def loader(place: storage.Place, quarantine: Path, **changes: Any) -> Loader[Any
         text_len=48, references=3, paired=True, **changes,
     )  # fmt: skip
 
-    return Loader(Rows(planned_rows(feed, 0, 3, 0, 1)), feed, 0, 1, quarantine)  # type: ignore[arg-type]
+    return Loader([planned_rows(feed, 0, 3, 0, 1)], feed, 0, 1, quarantine)
 
 
 def same(left: MicroBatch[Any], right: MicroBatch[Any]) -> bool:
