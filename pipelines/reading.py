@@ -118,8 +118,8 @@ class Reader(Generic[T, B]):
             try:
                 batch = self.assemble(cast(list[T], read))
             except BadPlacesError as found:
-                for number, error in found.faults.items():
-                    bad.append(self._substitute(places[number], planned["step"], error))
+                for number, fault in found.faults.items():
+                    bad.append(self._substitute(places[number], planned["step"], fault))
                     read[number] = None
         keys = [f"{place.drawn.row.source}/{place.drawn.row.key}" for place in places]
         kinds: Counter[str] = Counter()

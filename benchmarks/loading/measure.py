@@ -1,7 +1,8 @@
 """How a loader is measured, the same for each. Runs in the peers' environment as well: needs torch and psutil alone.
 
-A loader gives batches, each a list of tensors whose first dimension is the samples. They are copied to a staging
-buffer that is used again, as pinned memory would be. What counts:
+A loader gives batches, each a list of tensors whose first dimension is the samples. What is measured ends where their
+bytes lie in a staging buffer that is used again, as pinned memory is: they are copied to one, unless the loader hands
+them out in such memory already. What counts:
 
 * seconds to the first batch, from where the loader is built in a process that has its imports done;
 * samples a second from the end of the first batch on;
@@ -62,13 +63,16 @@ class Measured:
 
 
 class Staging:
-    """The buffers that batches are copied to, one for each place and shape of tensor."""
+    """The buffers that batches are copied to, one for each place and shape of tensor; none where they are `staged`."""
 
-    def __init__(self) -> None:
+    def __init__(self, staged: bool) -> None:
+        self.staged = staged
         self._buffers: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, batch: Batch) -> int:
-        """Copies a batch; returns its bytes."""
+        """Copies a batch, unless it is staged; returns its bytes."""
+        if self.staged:
+            return sum(tensor.nbytes for tensor in batch)
         size = 0
         for place, tensor in enumerate(batch):
             key = (place, tensor.dtype, *tensor.shape)
@@ -80,16 +84,21 @@ class Staging:
 
 
 def measure(
-    start: Callable[[], Iterable[Batch]], seconds: float, began: float | None = None, root: int | None = None
+    start: Callable[[], Iterable[Batch]],
+    seconds: float,
+    began: float | None = None,
+    root: int | None = None,
+    staged: bool = False,
 ) -> Measured:
     """Builds a loader and takes its batches for `seconds` after the first, or until they end.
 
     `began` is when it was begun to be built, where that was in another process (time.perf_counter() counts the same in
-    all); `root` is the process whose tree counts, by default this one.
+    all); `root` is the process whose tree counts, by default this one. `staged`: the batches lie in memory that is used
+    again.
     """
     torch.set_num_threads(1)
     tree = psutil.Process(root or os.getpid())
-    staging = Staging()
+    staging = Staging(staged)
     began = began or time.perf_counter()
     iterator = iter(start())
     staging.take(next(iterator))

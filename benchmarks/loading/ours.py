@@ -18,7 +18,6 @@ import torch
 from loading.data import REFERENCES, TEXT_LENGTH
 from loading.measure import Batch, Measured, measure, memory_bytes
 from loading.peers import BATCH, shards
-from ray.data import DataIterator
 from torch import Tensor
 
 from domainshuttle.cluster.local import Connection
@@ -26,7 +25,7 @@ from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.media import decode_image
 from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.plan_source import plan_dataset
+from domainshuttle.pipelines.plan_source import Blocks, plan_dataset
 from domainshuttle.pipelines.reading import Drawn, Reader
 from domainshuttle.pipelines.shards import read_members
 from domainshuttle.pipelines.staging import Staging
@@ -72,9 +71,9 @@ class PictureReader(Reader[list[Tensor], Batch]):
         return batch
 
 
-def batches(kind: str, iterator: DataIterator, feed: Feed, rank: int, world_size: int) -> Iterator[Batch]:
+def batches(kind: str, blocks: Blocks, feed: Feed, rank: int, world_size: int) -> Iterator[Batch]:
     """A rank's batches, from where its Loader is made."""
-    place = iterator, feed, rank, world_size, Path(os.devnull)
+    place = blocks, feed, rank, world_size, Path(os.devnull)
     if kind == "pictures":
         for pictures in Loader(*place, source=PictureReader(feed)):
             yield pictures.batch
@@ -91,9 +90,9 @@ class Consumer:
     def ready(self) -> None:
         """Returns when the process runs and its imports are done."""
 
-    def consume(self, shard: tuple[str, DataIterator, Feed, int, int], *clock: Any) -> Measured:
+    def consume(self, shard: tuple[str, Blocks, Feed, int, int], *clock: Any) -> Measured:
         """What `measure` says of this rank's batches."""
-        return measure(lambda: batches(*shard), *clock)
+        return measure(lambda: batches(*shard), *clock, staged=True)
 
 
 def product(kind: str, folder: Path, consumers: int, seconds: float) -> Measured:
@@ -103,11 +102,9 @@ def product(kind: str, folder: Path, consumers: int, seconds: float) -> Measured
     ray.get([actor.ready.remote() for actor in actors])
     own = feed(kind, folder, consumers)
     clock = seconds, time.perf_counter(), os.getpid()
-    ranks = [
-        (kind, iterator, own, rank, consumers) for rank, iterator in enumerate(plan_dataset(own, 0, STEPS, consumers))
-    ]
+    ranks = [(kind, blocks, own, rank, consumers) for rank, blocks in enumerate(plan_dataset(own, 0, STEPS, consumers))]
     others = [actor.consume.remote(shard, *clock) for actor, shard in zip(actors, ranks[1:], strict=True)]
-    first = measure(lambda: batches(*ranks[0]), *clock)
+    first = measure(lambda: batches(*ranks[0]), *clock, staged=True)
     return Measured.together([first, *ray.get(others)])
 
 
