@@ -13,6 +13,7 @@ from domainshuttle.pipelines.mapped_index import mapped_index
 from domainshuttle.pipelines.order import StepPlan
 from domainshuttle.pipelines.pairing import Pairing, choose_references
 from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.selection import load_selected, selected_digest
 from domainshuttle.pipelines.storage import absolute, parent, shown
 
 PLAN_COLUMNS = ("bucket",)
@@ -45,22 +46,29 @@ class Feed:
     paired: bool = False
     encoders: EncoderSources | None = None
     """What encodes raw corpora while they are trained on."""
+    where: tuple[str | None, ...] = ()
+    """The filter of each index (`RowFilter`): its other samples do not exist for this feed. None, or nothing: all."""
 
     def index(self) -> Index:
         """The joint index, mapped from a file that the processes of a node share."""
-        return _mapped(self.indexes)
+        return _mapped(self.indexes, self.where)
 
     def plan(self) -> StepPlan:
         """The step plan; one copy a process."""
         return _plan(self)
 
     def corpora(self) -> Iterator[tuple[str, str, str, int]]:
-        """Name, place, index digest and number of samples of each corpus."""
+        """Name, place, index digest and number of samples of each corpus, of what its filter leaves."""
         index = self.index()
         # column by column and code by code: millions of rows are not held
         counts = {one["values"]: one["counts"] for one in pc.value_counts(index.table.column("corpus")).to_pylist()}
-        for part, path in zip(index.parts, self.indexes, strict=True):
-            yield part.corpus, shown(parent(absolute(path))), part.digest, counts[part.corpus]
+        for part, path, where in zip(index.parts, self.indexes, self.filters, strict=True):
+            yield part.corpus, shown(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
+
+    @property
+    def filters(self) -> tuple[str | None, ...]:
+        """The filter of each index, or None."""
+        return self.where or (None,) * len(self.indexes)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one step; raises DataError where the global batch does not divide."""
@@ -87,21 +95,24 @@ class Feed:
 
 
 @lru_cache(maxsize=4)
-def _mapped(paths: tuple[str, ...]) -> Index:
-    return mapped_index(paths)
+def _mapped(paths: tuple[str, ...], where: tuple[str | None, ...]) -> Index:
+    return mapped_index(paths, where=where)
 
 
 @lru_cache(maxsize=4)
 def _plan(feed: Feed) -> StepPlan:
     # of its own columns: Ray Data's processes, also on nodes without ranks, need no others
-    index = Index.concat([Index.load(path, PLAN_COLUMNS, verify=False) for path in feed.indexes])
+    index = Index.concat(
+        [load_selected(path, PLAN_COLUMNS, where) for path, where in zip(feed.indexes, feed.filters, strict=True)]
+    )
     return StepPlan(index, dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
 
 
 def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:
-    """The micro-batches of a rank (None: of all, in turn) in steps start..stop-1: step, rank, part, and the samples'
-    rows in the index, epochs and slots."""
+    """The micro-batches of a rank (None: of all, in turn) in steps start..stop-1: step, rank, part, the samples' rows
+    in the index, epochs and slots, and the digest of the plan."""
     plan, accumulation = feed.plan(), feed.accumulation(world_size)
+    digest = plan.digest
     rows: list[dict[str, Any]] = []
     for step in range(start, stop):
         parts = plan[step].micro_batches(world_size, accumulation)
@@ -116,6 +127,7 @@ def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size
                         "rows": part.rows.tolist(),
                         "epochs": part.epochs.tolist(),
                         "slots": part.slots.tolist(),
+                        "plan": digest,
                     }
                 )
     return pa.Table.from_pylist(rows, schema=_ROWS)
@@ -129,5 +141,6 @@ _ROWS = pa.schema(
         ("rows", pa.list_(pa.int64())),
         ("epochs", pa.list_(pa.int32())),
         ("slots", pa.list_(pa.int32())),
+        ("plan", pa.string()),
     ]
 )

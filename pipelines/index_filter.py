@@ -20,6 +20,8 @@ _COMPARISONS = {
     ast.Eq: pc.equal,
     ast.NotEq: pc.not_equal,
 }
+_DERIVED = {"references": ("reference_subjects",), "subject_count": ("subjects",), "seconds": ("frames", "fps")}
+"""What is computed of other columns."""
 _ARITHMETIC = {ast.Add: pc.add, ast.Sub: pc.subtract, ast.Mult: pc.multiply, ast.Div: pc.divide}
 
 
@@ -35,6 +37,15 @@ class RowFilter:
     def __init__(self, table: pa.Table, text: str) -> None:
         self.table = table
         self.text = text
+
+    @staticmethod
+    def columns(text: str) -> list[str]:
+        """The columns that a filter reads, by name, also where there are none of such names; raises DataError."""
+        try:
+            names = {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
+        except (SyntaxError, ValueError, RecursionError) as error:
+            raise DataError(f"filter {text!r} can't be evaluated: {error}") from error
+        return sorted({column for name in names for column in _DERIVED.get(name, (name,))})
 
     def mask(self) -> np.ndarray:
         """bool [rows], True for those that stay; raises DataError that shows what is not understood."""
@@ -114,15 +125,12 @@ class RowFilter:
 
     def _name(self, name: str) -> Any:
         if name in ("references", "subject_count"):
-            return pc.list_value_length(self._column("reference_subjects" if name == "references" else "subjects"))
+            return pc.list_value_length(self._column(*_DERIVED[name]))
         if name == "seconds":
             return pc.divide(pc.cast(self._column("frames"), pa.float64()), self._column("fps"))
         if name not in self.table.column_names or pa.types.is_nested(self.table.schema.field(name).type):
             plain = [f.name for f in self.table.schema if not pa.types.is_nested(f.type)]
-            raise DataError(
-                f"filter {self.text!r}: no value {name!r}; there are "
-                f"{[*plain, 'references', 'subject_count', 'seconds']} and scores.NAME"
-            )
+            raise DataError(f"filter {self.text!r}: no value {name!r}; there are {[*plain, *_DERIVED]} and scores.NAME")
         column = self.table.column(name)
         return pc.cast(column, pa.string()) if pa.types.is_dictionary(column.type) else column
 

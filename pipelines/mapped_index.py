@@ -32,6 +32,7 @@ from domainshuttle.pipelines.index import (
     reading_index,
 )
 from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.selection import selected_digest, selected_rows
 from domainshuttle.pipelines.storage import Place, StorageError, absolute, open_parquet, parent, writing
 from domainshuttle.pipelines.table_digest import combined_digest
 
@@ -69,26 +70,30 @@ class MappedIndex(Index):
         return batches, np.cumsum([0, *(len(batch) for batch in batches)])[:-1]
 
 
-def mapped_index(places: Sequence[Place], folder: Path | None = None) -> Index:
+def mapped_index(places: Sequence[Place], folder: Path | None = None, where: Sequence[str | None] = ()) -> Index:
     """What `Index.concat` of these index files would be, unverified, with its rows mapped from a file that the node's
-    processes share; `folder` holds such files.
+    processes share; `folder` holds such files. `where` has the filter of each file's rows (None: all), or nothing.
 
-    Raises DataError as `Index.load` and `Index.concat` do, StorageError where a store or the node's disk fails.
+    Raises DataError as `Index.load`, `Index.concat` and `selected_rows` do, StorageError where a store or the node's
+    disk fails.
     """
     places = [absolute(place) for place in places]
     parts = [read_metadata(place) for place in places]
+    filters = [*where] or [None] * len(places)
     # of no rows: refuses corpora that do not fit together, and knows the joint digest
     empty = SCHEMA.empty_table().select(["bucket"])
-    joint = Index.concat([Index(empty, (part,), part.digest) for part in parts])
+    joint = Index.concat(
+        [Index(empty, (part,), selected_digest(part, one)) for part, one in zip(parts, filters, strict=True)]
+    )
     versions = f"{LAYOUT_VERSION}.{FORMAT_VERSION}"
-    name = combined_digest(versions, *map(str, places), *(part.digest for part in parts))
+    name = combined_digest(versions, *map(str, places), joint.digest)
     folder = cache_folder() if folder is None else folder
     with _explaining(folder), _locked(folder / f"{name}.lock") as lock:
         path = folder / f"{name}.arrow"
         table = _mapped(path, lock)
         if table is None:
             _remove_unused(folder)
-            rows = _make(path, places, parts)
+            rows = _make(path, places, parts, filters)
             _note(lock, _state(path) | {"rows": rows})
             table = _mapped(path, lock)
         os.utime(lock)  # by which it is known when the file was last used
@@ -178,7 +183,7 @@ def _mapped(path: Path, lock: int) -> pa.Table | None:
     return table if table.schema == _SCHEMA and len(table) == noted["rows"] else None
 
 
-def _make(path: Path, places: Sequence[Place], parts: Sequence[IndexMetadata]) -> int:
+def _make(path: Path, places: Sequence[Place], parts: Sequence[IndexMetadata], filters: Sequence[str | None]) -> int:
     """Writes the file, whole or not at all; returns how many rows it has."""
     for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed
         left.unlink(missing_ok=True)
@@ -186,8 +191,8 @@ def _make(path: Path, places: Sequence[Place], parts: Sequence[IndexMetadata]) -
     ids: list[np.ndarray] = []
     with writing(path) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            for place, part in zip(places, parts, strict=True):
-                for table in _tables(place):
+            for place, part, where in zip(places, parts, filters, strict=True):
+                for table in _tables(place, where):
                     batch = _batch(table, part.corpus, str(parent(place)), names)
                     ids.append(batch.column("sample_id").to_numpy().copy())
                     writer.write_batch(batch)
@@ -208,8 +213,9 @@ def _names(places: Sequence[Place]) -> dict[str, pa.Array]:
     return {name: pa.array(list(known), pa.string()) for name, known in found.items()}
 
 
-def _tables(place: Place) -> Iterator[pa.Table]:
-    """The rows of an index file, ROWS_PER_BATCH at a time."""
+def _tables(place: Place, where: str | None) -> Iterator[pa.Table]:
+    """The rows of an index file that a filter leaves, at most ROWS_PER_BATCH at a time."""
+    mask, done = (selected_rows(place, where) if where else None), 0
     with reading_index(place):
         file = open_parquet(place)
     groups: list[int] = []
@@ -219,8 +225,10 @@ def _tables(place: Place) -> Iterator[pa.Table]:
         if rows >= ROWS_PER_BATCH or group == file.num_row_groups - 1:
             with reading_index(place):
                 table = file.read_row_groups(groups, columns=SCHEMA.names)
-            yield from (table.slice(start, ROWS_PER_BATCH) for start in range(0, rows, ROWS_PER_BATCH))
-            groups = []
+            if mask is not None:
+                table = table.filter(mask[done : done + rows])
+            yield from (table.slice(start, ROWS_PER_BATCH) for start in range(0, len(table), ROWS_PER_BATCH))
+            groups, done = [], done + rows
 
 
 def _batch(table: pa.Table, corpus: str, folder: str, names: dict[str, pa.Array]) -> pa.RecordBatch:

@@ -86,15 +86,27 @@ class Reader(Generic[T, B]):
     def __init__(self, feed: Feed, read: Callable[[Drawn], T], assemble: Callable[[list[T]], B]) -> None:
         self.feed, self.read, self.assemble = feed, read, assemble
         self.index, self.plan = feed.index(), feed.plan()
+        self._digest = self.plan.digest
+        self._require_same(self.index.digest, self.plan.index_digest)
 
     def works(self, table: pa.Table) -> Iterator[Work[B]]:
         """The micro-batches of planned rows (`planned_rows`), still to be read."""
         planned = table.to_pylist()
+        for digest in {one["plan"] for one in planned}:
+            self._require_same(digest, self._digest)
         # one look into the index for the whole block: far cheaper than one a micro-batch
         samples = iter(self.index.rows([number for one in planned for number in one["rows"]]))
         for one in planned:
             own = list(itertools.islice(samples, len(one["rows"])))
             yield Work(one["step"], one["part"], one["rank"], self.held_bytes(own), partial(self._make, one, own))
+
+    def _require_same(self, theirs: str, ours: str) -> None:
+        """Row numbers of another index would be other samples."""
+        if theirs != ours:
+            raise DataError(
+                f"an index of {list(self.feed.indexes)} was written anew while the run reads it ({theirs}, not {ours}):"
+                " put the index back that the run began with, or begin a new run"
+            )
 
     def held_bytes(self, samples: list[IndexRow]) -> int:
         """Bytes that a batch of these samples holds, at most: here what they are in their shards."""

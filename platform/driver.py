@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.selection import selected_rows
+from domainshuttle.pipelines.storage import join
 from domainshuttle.platform.build import outline_model
 from domainshuttle.platform.checkpoint import CheckpointStore
 from domainshuttle.platform.config import RunConfig
@@ -51,9 +54,13 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
 def require_trainable(config: RunConfig) -> None:
     """Refuses what can't be trained, before anything is made or a cluster is asked for anything.
 
-    Raises DataError for corpora that are not encoded, ConfigError for a size or pattern that does not fit the model.
+    Raises DataError for corpora that are not encoded and filters that leave nothing, ConfigError for a size or pattern
+    that does not fit the model.
     """
     require_encoded(config)
+    for stage in config.stages:
+        for name, where in stage.where.items():
+            selected_rows(join(config.corpus_folder(name, config.trained_form), INDEX_NAME), where)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
     for expert in experts:
         if (outline := outline_model(config.model_of(expert))) is not None:

@@ -99,7 +99,8 @@ class Attempt:
     ) -> None:
         """`lost` are seconds before `began` that no attempt had the devices for."""
         self.id = uuid.uuid4().hex[:12]
-        self._clock = ledger.clock
+        self._ledger, self._clock = ledger, ledger.clock
+        self._queued: list[dict[str, Any]] = []  # lines that the ledger may not have read yet
         self._devices, self._segment, self._step, self._reached = devices, segment, step, step
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._last = self._clock() if began is None else began
@@ -155,8 +156,10 @@ class Attempt:
         return max(0.0, self._clock() - self._last) * self._devices / 3600
 
     def unwritten(self) -> dict[str, float]:
-        """Device-hours by category that the attempt was told of, and that no line tells of yet."""
-        return {key: seconds * self._devices / 3600 for key, seconds in self._seconds.items()}
+        """Device-hours by category that the attempt was told of and that the ledger had not when it was last read."""
+        self._queued = [line for line in self._queued if not self._ledger.has_read(self.id, line["line"])]
+        told = [self._seconds, *(line["seconds"] for line in self._queued)]
+        return {key: sum(seconds.get(key, 0.0) for seconds in told) * self._devices / 3600 for key in CATEGORIES}
 
     def _line(self, kind: str) -> dict[str, Any]:
         """The line of what happened since the last one; begins the next."""
@@ -174,6 +177,7 @@ class Attempt:
         }
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._last, self._step, self._lines = now, self._reached, self._lines + 1
+        self._queued.append(line)
         return line
 
 
@@ -252,6 +256,10 @@ class Ledger:
         """Device-hours that the attempts at a segment used, whatever for."""
         self._read()
         return self._by_segment.get(segment, 0.0)
+
+    def has_read(self, attempt: str, line: int) -> bool:
+        """Whether a line of an attempt was there when the file was last read."""
+        return (attempt, line) in self._seen
 
     def snapshot(self) -> dict[str, Any]:
         """The account as one small JSON-ready record, to be kept in a checkpoint."""

@@ -8,6 +8,7 @@ from rich.table import Table
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console
+from domainshuttle.platform.corpora import require_encoded
 
 if TYPE_CHECKING:
     from domainshuttle.platform.engine import TrainedParameters
@@ -25,7 +26,7 @@ def print_plan(config: RunConfig) -> None:
     table = Table(title=f"Run {config.name}: {len(config.stages)} stages on {workers} workers")
     for column in ("stage", "steps", "batch", "data", "passes", "tokens a sample", "trained", "frozen", "loss"):
         table.add_column(column, justify="left" if column in ("stage", "data", "loss") else "right")
-    run = Run(config)
+    run, problems = Run(config), {}
     for segment in run.segments():
         stage = segment.stage
         base = segment.expert.base if segment.expert else config.model.base
@@ -33,16 +34,17 @@ def print_plan(config: RunConfig) -> None:
         selected = select_trained(model, stage.trained)
         try:
             described = make_feed(config, segment).plan().describe()
-            passes = f"{stage.steps / described['steps_per_epoch']:.2f}"
+            passes = "by hours" if stage.endless else f"{stage.steps / described['steps_per_epoch']:.2f}"
             tokens = f"{described['mean_video_tokens']:.0f}"
-        except DataError:
-            passes = tokens = "not encoded"
+        except DataError as error:
+            passes = tokens = "?"
+            problems[segment.name] = str(error)
         weight = stage.loss.cross_pair_weight
         table.add_row(
             segment.name,
             str(stage.steps) if stage.gpu_hours is None else f"{stage.gpu_hours:g} GPU-hours",
             str(stage.global_batch),
-            ", ".join(f"{name} {share:g}" for name, share in stage.mixture.items()),
+            stage.shown_mixture,
             passes,
             tokens,
             f"{selected.trained_count / 1e6:.2f} M",
@@ -50,6 +52,12 @@ def print_plan(config: RunConfig) -> None:
             "flow" + (f" + {weight:g} cross-pair ({stage.loss.cross_pair_target})" if weight else ""),
         )
     console.print(table)
+    try:
+        require_encoded(config)
+    except DataError as error:
+        problems = {"": str(error)}
+    for name, problem in problems.items():
+        console.print(f"No data{f' for stage {name}' if name else ''} yet: {problem}", markup=False)
     console.print(f"Next: domainshuttle train; the run's folder will be {run.folder}")
 
 

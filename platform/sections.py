@@ -119,8 +119,13 @@ class StageSection(Section):
     """A segment of the schedule."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        min_length=1, description="corpus name to its weight among the samples of a batch"
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]] | list[str], Field(min_length=1)] = Field(
+        description="corpus name to its weight among the samples of a batch; a list of names: by their sample counts"
+    )
+    where: dict[str, str] = Field(
+        default_factory=dict,
+        description='corpus name to the filter of its samples, such as "seconds >= 2 and scores.aesthetic > 4.5"; '
+        "the others are left out",
     )
     steps: int = Field(gt=0, description="optimiser steps, at most where gpu_hours ends the stage before")
     samples: int | None = Field(None, gt=0, description="instead of steps: samples trained on, rounded up to a step")
@@ -139,6 +144,18 @@ class StageSection(Section):
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their caption")
     flow: FlowSection = FlowSection()
     loss: LossSection = LossSection()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each corpus, in the order of their names; empty: by their sample counts."""
+        return dict(sorted(self.mixture.items())) if isinstance(self.mixture, dict) else {}
+
+    @property
+    def shown_mixture(self) -> str:
+        """The mixture in a line."""
+        if not self.weights:
+            return f"{', '.join(sorted(self.mixture))} by sample counts"
+        return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
 
     @property
     def endless(self) -> bool:
@@ -165,6 +182,10 @@ class StageSection(Section):
             raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
         if self.loss.cross_pair_weight and not self.references:
             raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
+        if len(set(self.mixture)) < len(self.mixture):
+            raise ValueError(f"mixture names a corpus twice: {self.mixture}")
+        if unknown := sorted(set(self.where) - set(self.mixture)):
+            raise ValueError(f"where names {unknown}, which the mixture does not have: {sorted(self.mixture)}")
         if self.flow.low >= self.flow.high:
             raise ValueError(f"flow.low={self.flow.low} must lie below flow.high={self.flow.high}")
         return self

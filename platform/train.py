@@ -208,7 +208,8 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
         indexes=tuple(
             join(config.corpus_folder(name, config.trained_form), INDEX_NAME) for name in sorted(stage.mixture)
         ),
-        mixture=tuple(sorted(stage.mixture.items())),
+        mixture=tuple(stage.weights.items()),
+        where=tuple(stage.where.get(name) for name in sorted(stage.mixture)) if stage.where else (),
         seed=segment.seed,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
@@ -353,6 +354,7 @@ class SegmentParams:
     learning_rate: float
     trained: str
     mixture: str
+    where: str
     cross_pair_weight: float
 
     @classmethod
@@ -365,6 +367,7 @@ class SegmentParams:
             global_batch=stage.global_batch,
             learning_rate=stage.learning_rate,
             trained=", ".join(stage.trained),
-            mixture=", ".join(f"{name}: {weight:g}" for name, weight in stage.mixture.items()),
+            mixture=stage.shown_mixture,
+            where=", ".join(f"{name}: {text}" for name, text in stage.where.items()),
             cross_pair_weight=stage.loss.cross_pair_weight,
         )

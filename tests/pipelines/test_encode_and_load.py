@@ -26,7 +26,7 @@ from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.encode import EncodingJob, EncodingPool, decode_sample, encode, encode_rows, to_pixels
 from domainshuttle.pipelines.encoded import EncodedReader, Located
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
-from domainshuttle.pipelines.index import Index, IndexMetadata
+from domainshuttle.pipelines.index import Index, IndexMetadata, write_index
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, INDEX_NAME, BadSample, Parts
@@ -72,6 +72,20 @@ def feed(corpus: Path, **changes: Any) -> Feed:
 def load(corpus: Path, one: Feed, steps: int, tmp_path: Path, rank: int = 0, world: int = 1) -> list[MicroBatch]:
     rows = [planned_rows(one, 0, steps, rank, world)]
     return list(Loader(rows, one, rank, world, tmp_path / f"q{rank}.jsonl"))
+
+
+def test_an_index_that_is_written_anew_while_a_run_reads_it_is_refused(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoded"
+    shutil.copytree(corpus / "encoded", folder)
+    one = feed(corpus, indexes=(str(folder / INDEX_NAME),))
+    loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q.jsonl")
+    assert len(list(loader)) == 4
+    # as a task of Ray Data would plan that starts after the change, on another node
+    rows = Index.load(folder / INDEX_NAME)
+    write_index(folder / INDEX_NAME, rows.table.slice(1), rows.parts[0])
+    later = replace(one, text_dropout=1e-9)  # another feed: nothing of it is loaded yet
+    with pytest.raises(DataError, match="was written anew while the run reads it"):
+        list(Loader([planned_rows(later, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q.jsonl"))
 
 
 def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:

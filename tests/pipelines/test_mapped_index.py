@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,59 @@ def test_a_feed_maps_its_index_and_names_its_corpora(
     ]
     rows = feed.plan()[3].rows
     assert feed.index().rows(rows) == loaded(list(paths)).rows(rows)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    least=st.integers(0, 8),
+    group=st.integers(1, 12),
+    batch=st.integers(1, 20),
+)
+def test_a_filter_leaves_the_rows_for_which_it_holds_and_no_others_are_planned(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], least: int, group: int, batch: int
+) -> None:
+    folder = tmp_path_factory.mktemp("where")
+    names = [f"c{number}" for number in range(len(counts))]
+    paths = tuple(write(folder, name, count, group) for name, count in zip(names, counts, strict=True))
+    kept = [[n for n in range(count) if n % 4 and n / 3 >= least] for count in counts]
+    where = (f"scores.aesthetic >= {least}", *[None] * (len(counts) - 1))
+    feed = Feed(paths, tuple((name, 1.0) for name in names), 0, 4, 2, 1, 1, where=where)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ROWS_PER_BATCH", batch)
+        patch.setattr(module, "cache_folder", lambda: folder)
+        if not kept[0]:
+            for look in (feed.index, feed.plan):
+                with pytest.raises(DataError, match=r"leaves none of the \d+ samples of corpus 'c0'|has a score"):
+                    look()
+            return
+        index = feed.index()
+    expected = [make_row("c0", n) for n in kept[0]] + [
+        make_row(name, n) for name, count in list(zip(names, counts, strict=True))[1:] for n in range(count)
+    ]
+    assert [row.sample_id for row in index.rows(range(len(index)))] == [row.sample_id for row in expected]
+    # the plan counts the same rows, and refuses to go on with others
+    plan, whole = feed.plan(), replace(feed, where=()).plan()
+    assert index.digest == plan.index_digest != whole.index_digest
+    assert sum(one["samples"] for one in plan.describe()["sources"].values()) == len(expected)
+    planned = {int(row) for step in range(2 * len(expected)) for row in plan[step].rows}
+    assert planned == set(range(len(expected)))
+    assert [count for *_, count in feed.corpora()] == [len(kept[0]), *counts[1:]]
+    assert next(feed.corpora())[2] != Index.load(paths[0]).digest
+    with pytest.raises(DataError, match="index_digest was"):
+        plan.check(whole.state())
+
+
+def test_a_filter_that_is_not_understood_says_what_there_is(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path, "a", 5)
+    for where, answer in (
+        ("second > 1", r"no value 'second'; there are .*'caption_length'.*'seconds'"),
+        ("scores.motion > 1", "no sample has a score 'motion'; there are .*aesthetic"),
+        ("frames >", "can't be evaluated"),
+    ):
+        with pytest.raises(DataError, match=answer):
+            mapped_index([path], cache, [where])
+    assert files(cache) == []
 
 
 def test_what_can_not_be_joined_is_refused_and_leaves_no_file(tmp_path: Path, cache: Path) -> None:

@@ -373,7 +373,7 @@ def test_an_outage_ends_with_one_error(fault: Any, held: str, store: Proxy) -> N
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"failed 4 times in \d+ s.*The store is down") as caught:
         read_ranges(place, [(0, 1000)])
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # not the minutes that the limits of a run allow
     assert not isinstance(caught.value, DataError)
     assert store.count("GET") == (0 if fault == "refused" else 4)
     again = pickle.loads(pickle.dumps(caught.value))

@@ -225,5 +225,5 @@ def test_a_restart_inside_a_fit_says_what_it_passes_over(tmp_path: Path, monkeyp
     assert text.startswith("checkpoint stage1-step00000006 is passed over: state.json has 2 bytes")
     assert starts == [6, 5]
     segment.end_at(5)  # a stage that its hours had ended, whose folder was lost: there is nothing left to train
-    assert [part["plan"].iterator for part in plan.configure({}, 2)] == [None] * 2
+    assert [part["plan"].blocks for part in plan.configure({}, 2)] == [()] * 2
     assert starts == [6, 5]

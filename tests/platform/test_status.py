@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from domainshuttle.platform.config import load_config
+from domainshuttle.platform.console import console
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.lock import RunLock
 from domainshuttle.platform.remaining import remaining, span
@@ -42,7 +43,7 @@ def an_attempt(run: Run, segment: str, first: int, last: int, seconds: float, re
 
 
 def printed(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("COLUMNS", "220")
+    monkeypatch.setattr(console, "width", 220)
     print_status(run.folder)
     return capsys.readouterr().out
 

@@ -179,7 +179,8 @@ def test_a_dead_server_never_delays_and_gets_everything_later(
     assert flush_spool(ids, tmp_path / "spool") == 0  # nothing is sent twice
     assert steps_of(store, child.id) == list(range(1, 201))
     warnings = [record.message for record in caplog.records if "does not answer" in record.message]
-    assert 1 <= len(warnings) <= 3  # one a sender, not one a try
+    # one a sender, not one a try: of both runs, and of what sends the left-overs of each at the start
+    assert 1 <= len(warnings) <= 4
 
 
 def test_events_survive_a_sigkill_while_the_server_hangs(store: str, tmp_path: Path, black_hole: str) -> None:

@@ -19,7 +19,9 @@ import psutil
 import pytest
 from running import CLI, cli, environment, losses, start, wait_for_step, weights, workers_of
 
+from domainshuttle.pipelines.index import Index
 from domainshuttle.pipelines.media import decode_video
+from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.platform.books import check_books
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.config import RunConfig, load_config
@@ -189,6 +191,20 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     printed = cli("plan", tiny)
     assert "stage2" in printed
     assert "0.1 cross-pair" in printed
+    # 24 steps of 8 pass 8 times over 24 clips, and 3 times over them and 40 pictures
+    by_counts = cli("plan", tiny, "--set", "stages.stage2.mixture=[pictures, clips]")
+    assert re.search(r"stage2 +│ +24 │ +8 │ clips, pictures by sample counts +│ +3\.00 │", by_counts)
+    config = load_config(str(tiny))
+    references = Index.load(f"{config.corpus_folder('clips', 'encoded')}/{INDEX_NAME}").column("reference_subjects")
+    left = sum(len(one) >= 3 for one in references)
+    assert 0 < left < 24
+    fewer = cli("plan", tiny, "--set", "stages.stage2.where={clips: references >= 3}")
+    assert f"{24 * 8 / left:.2f} │" in fewer
+    for verb, code in (("plan", 0), ("train", 2)):  # before the first stage is trained, not after it
+        printed = cli(verb, tiny, "--set", "name=none", "--set", "stages.stage2.where={clips: frames > 5}", expect=code)
+        assert "leaves none of the 24 samples of corpus 'clips'" in printed and "Traceback" not in printed
+    nowhere = cli("plan", tiny, "--set", f"data={tmp_path}")
+    assert "No data yet: corpora ['clips', 'pictures'] are not encoded" in nowhere
     folder = load_config(str(tiny)).corpus_folder("clips", "raw")
     sheet = tmp_path / "sheet.png"
     printed = cli("data", "inspect", folder, "--sheet", sheet, "--where", "frames > 1")
