@@ -185,6 +185,10 @@ def _shards(folder: Place, pattern: str, stage: str) -> tuple[dict[str, dict[str
     """The stamp of each shard by its name, in order: what a part says of the shard that it was made of."""
     if not is_remote(folder) and not local_path(folder).is_dir():
         raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
+    if "/" in pattern:
+        raise DataError(
+            f"shards {pattern!r}: expected a pattern of names, of shards that lie in {shown(folder)} itself"
+        )
     files = list_dated(folder)
     found, faults = {}, []
     for name, size, changed in files:

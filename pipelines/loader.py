@@ -5,7 +5,10 @@ shards itself, by offset; of raw ones the rows come with finished batches, which
 made ahead is bounded in bytes.
 """
 
+import errno
 import json
+import logging
+import os
 import queue
 import threading
 from collections import deque
@@ -26,6 +29,8 @@ from domainshuttle.pipelines.reading import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.staging import Staging
 from domainshuttle.pipelines.transfer import on_device
+
+logger = logging.getLogger(__name__)
 
 
 class Loader(Generic[B]):
@@ -57,6 +62,7 @@ class Loader(Generic[B]):
         self.quarantine, self.read_ahead, self.most_bad = quarantine, read_ahead, most_bad
         self.device = device if device is not None and device.type == "cuda" else None
         self.read = self.bad = 0
+        self._unwritten = b""
         # Ray Data takes seconds to start: it does so while the caller builds the model
         self._tables: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=2)
         threading.Thread(target=self._fetch_tables, name="loader-plan", daemon=True).start()
@@ -92,6 +98,8 @@ class Loader(Generic[B]):
                 self._note(micro)
                 yield micro
         finally:
+            if self._unwritten:
+                self._write()
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch_tables(self) -> None:
@@ -124,13 +132,28 @@ class Loader(Generic[B]):
         self.bad += len(micro.bad)
         if not micro.bad:
             return
-        with self.quarantine.open("a") as file:
-            file.writelines(json.dumps(asdict(one)) + "\n" for one in micro.bad)
+        self._unwritten += b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in micro.bad)
+        self._write()
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
             raise RuntimeError(
                 f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "
                 f"{self.quarantine}, then repair the corpus or encode it again"
             )
+
+    def _write(self) -> None:
+        """Adds what is not written yet to the quarantine table, whole lines only; a full disk ends no step."""
+        try:
+            with self.quarantine.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(self._unwritten) < len(self._unwritten):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self._unwritten = b""
+        except OSError as error:
+            logger.warning("%s can not be written; bad samples wait in memory: %s", self.quarantine, error)
 
 
 def _source(feed: Feed, staging: Staging) -> Source[TrainingBatch]:

@@ -136,6 +136,8 @@ def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) 
             break
         if header is None:
             break
+        if header.type == tarfile.DIRTYPE and header.name in (".", "./"):  # as `tar -C folder .` begins
+            continue
         stem, key, extension, fault = _named(header)
         if key is None:  # it can't belong to a sample, so it breaks none
             if stem != stray:
@@ -176,7 +178,7 @@ def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) 
 
 def _named(header: _Header) -> tuple[str, str | None, str, str]:
     """Of a member: its name's stem for people, its key (None: belongs to no sample), its extension, its fault."""
-    folder, slash, base = header.name.rpartition("/")
+    folder, slash, base = header.name.removeprefix("./").rpartition("/")  # `tar -C folder .` writes ./key.jpg
     name, dot, extension = base.partition(".")
     stem = shown(f"{folder}{slash}{name}") or shown(header.name)
     if folder or slash or not KEY_PATTERN.fullmatch(name):

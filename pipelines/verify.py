@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from domainshuttle.pipelines.buckets import frames_at, parse_bucket
+from domainshuttle.pipelines.buckets import Bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.corpora.builder import Progress
 from domainshuttle.pipelines.index import SCHEMA, Index, IndexMetadata, IndexRow
 from domainshuttle.pipelines.indexing import beside
 from domainshuttle.pipelines.media import decode_image, decode_video
-from domainshuttle.pipelines.parts import BadSample
+from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, BadSample
 from domainshuttle.pipelines.sample import Buffer, DataError, RawSample, SampleInfo
 from domainshuttle.pipelines.sample_checks import check_files, check_finite, check_tensors, read_description
 from domainshuttle.pipelines.scan import SampleFault, fault_kind
@@ -30,6 +30,7 @@ from domainshuttle.pipelines.storage import (
     MissingError,
     Place,
     absolute,
+    exists,
     is_remote,
     join,
     list_dated,
@@ -91,6 +92,10 @@ def verify_index(
     bad_shards: set[str] = set()
     work = _by_shard(index, decoded)
     with writing(report) as temporary, temporary.open("w") as lines:
+        if index.parts[0].stage == "encoded" and not exists(join(folder, EMPTY_CAPTION_NAME)):
+            reason = f"missing file: {EMPTY_CAPTION_NAME}, which steps without a caption need; copy it or encode again"
+            lines.write(json.dumps(asdict(BadSample(index.parts[0].corpus, EMPTY_CAPTION_NAME, "", reason))) + "\n")
+            faults[fault_kind(reason)] += 1
         for (table, *_), result in each_result(
             _verify_shard, ((table, index.parts[0], folder, chosen, checksums) for table, chosen in work)
         ):
@@ -208,14 +213,16 @@ def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None
     if bucket.frames > frames or (bucket.frames == 1) != (frames == 1):
         raise SampleFault("wrong bucket", f"{row.key}: {frames} frames do not fill its bucket {bucket}")
     if decode:
-        _decode(RawSample.from_members(row.key, members), bucket.frames, fps)
+        _decode(RawSample.from_members(row.key, members), bucket, fps)
 
 
-def _decode(sample: RawSample, frames: int, fps: float | None) -> None:
+def _decode(sample: RawSample, bucket: Bucket, fps: float | None) -> None:
     info, target = sample.info, f"{sample.key}.{sample.target_extension}"
     try:
         if info.kind == "video":
-            size = decode_video(sample.target, frames, fps, target).shape[1:3]
+            size = decode_video(sample.target, 1, fps, target).shape[1:3]
+            # fitted, as training does: a clip of its full size may be gigabytes
+            decode_video(sample.target, bucket.frames, fps, target, fit=bucket)
         else:
             size = decode_image(sample.target, target).shape[:2]
     except DataError as error:

@@ -154,3 +154,14 @@ def test_more_bad_samples_than_allowed_end_the_run(corpus: Path, tmp_path: Path)
     with pytest.raises(RuntimeError, match=r"samples could not be read, more than 1%: see .*q, then repair"):
         list(loader)
     assert (tmp_path / "q").exists()
+
+
+def test_a_quarantine_table_that_can_not_be_written_ends_no_step(corpus: Path, tmp_path: Path) -> None:
+    one, table = feed(corpus), tmp_path / "full" / "q"
+    loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, table, most_bad=1.0)  # type: ignore[var-annotated]
+    batches = iter(loader)
+    micro = next(batches)
+    assert len(micro.bad) >= len(DAMAGE)
+    table.parent.mkdir()  # there is room again
+    assert list(batches) == []
+    assert [json.loads(line)["key"] for line in table.read_text().splitlines()] == [bad.key for bad in micro.bad]

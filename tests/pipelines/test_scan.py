@@ -96,6 +96,21 @@ def test_tars_joined_with_cat_are_not_taken_for_the_first(
     assert "joined with cat" in faults[0].reason
 
 
+def test_a_tar_of_a_folder_holds_the_same_samples(tmp_path: Path, whole: tuple[bytes, list[ShardEntry]]) -> None:
+    (tmp_path / "of").mkdir()
+    with tarfile.open(fileobj=io.BytesIO(whole[0])) as tar:
+        tar.extractall(tmp_path / "of", filter="data")
+    subprocess.run(["tar", "--sort=name", "-cf", "folder-0.tar", "-C", "of", "."], cwd=tmp_path, check=True)
+    with tarfile.open(tmp_path / "folder-0.tar") as tar:
+        assert tar.getnames()[0] == "." and all(name.startswith("./") for name in tar.getnames()[1:])
+    found, faults = scanned(tmp_path / "folder-0.tar")
+    assert faults == []
+    expected = {entry.key: ({one.extension: one.size for one in entry.members}, entry.checksum) for entry in whole[1]}
+    assert {
+        entry.key: ({one.extension: one.size for one in entry.members}, entry.checksum) for entry in found
+    } == expected
+
+
 def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)
     header.type, header.linkname = kind, target
@@ -107,6 +122,8 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     [
         (("../../escaped.jpg", b"x"), "unsafe name"),
         (("/etc/passwd.jpg", b"x"), "unsafe name"),
+        (("./../escaped.jpg", b"x"), "unsafe name"),
+        (("././k.jpg", b"x"), "unsafe name"),
         (("folder/k.jpg", b"x"), "unsafe name"),
         (("noextension", b"x"), "unsafe name"),
         ((".hidden", b"x"), "unsafe name"),

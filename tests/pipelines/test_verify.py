@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.index import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.media import encode_jpeg
+from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME
 from domainshuttle.pipelines.sample import (
     DataError,
     EncodedSample,
@@ -257,7 +258,11 @@ def test_latents_are_checked_in_full(tmp_path: Path, samples: dict[str, tuple[Me
         "size": "bad tensors",
         "bucket": "wrong bucket",
         "tokens": "index differs",
+        "": "missing file",  # of the empty caption
     }
+    (tmp_path / EMPTY_CAPTION_NAME).write_bytes(b"")
+    verify(tmp_path)
+    assert "" not in faults(tmp_path)
     assert "1 of 256 values of reference.1" in (tmp_path / "verify.jsonl").read_text()
 
 
