@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -367,8 +368,10 @@ def _deepspeed() -> Any:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-    with _quiet():
+    # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start
+    with _quiet(), mock.patch.object(torch, "compile", lambda function, **_: function):
         import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
