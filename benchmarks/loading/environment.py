@@ -17,7 +17,7 @@ SHARED = ("torch", "psutil", "safetensors", "simplejpeg")
 """What reads and measures in both environments, so that nobody wins by another version."""
 STUB = {
     "pyproject.toml": '[build-system]\nrequires = ["setuptools>=77"]\nbuild-backend = "setuptools.build_meta"\n'
-    '[project]\nname = "torchvision"\nversion = "0.99"\n[tool.setuptools]\n'
+    '[project]\nname = "torchvision"\nversion = "0.28.0"\n[tool.setuptools]\n'
     'packages = ["torchvision", "torchvision.transforms"]\n',
     "torchvision/__init__.py": "",
     # the names that mosaicml-streaming imports, for vision classes that are not used here
