@@ -63,14 +63,15 @@ class Loader(Generic[B]):
         self.device = device if device is not None and device.type == "cuda" else None
         self.read = self.bad = 0
         self._unwritten = b""
-        # Ray Data takes seconds to start: it does so while the caller builds the model
-        self._tables: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=2)
-        threading.Thread(target=self._fetch_tables, name="loader-plan", daemon=True).start()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         if source is None:
             staging = Staging(pinned=self.device is not None)
             source = cast(Source[B], _source(feed, staging))
         self.source = source
+        # Ray Data takes seconds to start: it does so while the caller builds the model. Not before the source, whose
+        # plan the first blocks are made with.
+        self._tables: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=2)
+        threading.Thread(target=self._fetch_tables, name="loader-plan", daemon=True).start()
 
     def __iter__(self) -> Iterator[MicroBatch[B]]:
         """Micro-batches in the plan's order. Raises DataError when the rows are not this rank's, in order."""

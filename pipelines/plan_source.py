@@ -2,7 +2,8 @@
 
 Encoded corpora: Ray Data carries the plan, not the samples. A block is one row, some steps of one rank: which samples,
 by their rows in the index, make up its micro-batches. The blocks come in the order rank 0, 1, ..., so `streaming_split`
-with the order preserved hands every rank exactly its own.
+with the order preserved hands every rank exactly its own. Ray Data's processes take seconds to start: for that long a
+rank, which has the plan for its substitutes anyway, plans by itself.
 
 Raw corpora (`Feed.encoders`): a block is one micro-batch, and all go through a pool of actors that decode and encode,
 on whatever nodes have the CPUs or GPUs for it; the rank is handed finished batches.
@@ -16,6 +17,7 @@ cost each of them seconds at every start.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +32,8 @@ from domainshuttle.pipelines.feed import Feed, planned_rows
 READ_AHEAD = 256 << 20
 """Bytes that a rank holds before they are needed."""
 
+_OWN_STEPS = 256
+"""Steps that the ranks plan themselves at most: more than any training makes while Ray Data starts."""
 _STEPS_PER_TASK = 4096
 """Steps whose blocks one task makes: what a lost node costs to be planned again."""
 _PLAN_AHEAD = 1 << 20
@@ -83,12 +87,16 @@ def unpacked(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A rank's share of what Ray Data makes, as tables in their order: planned rows, or what actors made of them."""
+    """A rank's share of the steps, as tables in their order: planned rows, or what actors made of them."""
 
     iterator: DataIterator
     live: bool
+    own: Callable[[], pa.Table] | None = None
+    """What the rank plans itself, before what Ray Data hands over."""
 
     def __iter__(self) -> Iterator[pa.Table]:
+        if self.own is not None:
+            yield self.own()
         # typed loosely, since Ray's annotations lack the None that its documentation names
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 1}
         for table in self.iterator.iter_batches(**whole):
@@ -113,7 +121,8 @@ def plan_dataset(
     store.
     """
     live = feed.encoders is not None
-    source = PlanSource(feed, start, stop, world_size, None if live else 32)
+    first = start if live else start + min(_OWN_STEPS, (stop - start) // 2)
+    source = PlanSource(feed, first, stop, world_size, None if live else 32)
     # no CPU reserved: a task waits nearly all the time, and may live as long as the run
     dataset = ray.data.read_datasource(
         source, override_num_blocks=len(source.tasks), concurrency=1, ray_remote_args={"num_cpus": 0}
@@ -138,4 +147,10 @@ def plan_dataset(
     context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=(read_ahead if live else _PLAN_AHEAD) * world_size
     )
-    return [Blocks(iterator, live) for iterator in dataset.streaming_split(world_size, equal=True)]
+    iterators = dataset.streaming_split(world_size, equal=True)
+    if first == start:
+        return [Blocks(iterator, live) for iterator in iterators]
+    return [
+        Blocks(iterator, live, partial(planned_rows, feed, start, first, rank, world_size))
+        for rank, iterator in enumerate(iterators)
+    ]

@@ -20,12 +20,12 @@ from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
 from domainshuttle.pipelines.reading import MicroBatch
 from domainshuttle.platform.checkpoint_writer import Saved
-from domainshuttle.platform.engine import StepResult, learning_rate
+from domainshuttle.platform.engine import StepResult
 from domainshuttle.platform.ledger import Attempt, Ledger
 from domainshuttle.platform.metrics import LossMetrics
 from domainshuttle.platform.progress import ProgressFile
 from domainshuttle.platform.restarts import tell_error
-from domainshuttle.platform.schedule import Run, Segment
+from domainshuttle.platform.schedule import Run, Segment, learning_rate
 from domainshuttle.platform.spool import Journal, JournalWriter
 from domainshuttle.platform.timeline import Lap, Timeline
 from domainshuttle.platform.tracking import MetricLogger, RunIds

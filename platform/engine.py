@@ -2,13 +2,12 @@
 
 Parameters, gradients and optimiser states are partitioned over the workers; blocks are gathered as a whole, one after
 the other. Frozen parameters are partitioned too, and have neither gradients nor optimiser states. Weights train in
-bf16 with float32 masters in the optimiser.
+bf16, or as a section says in float32, with float32 masters in the optimiser.
 """
 
 import contextlib
 import fnmatch
 import logging
-import math
 import os
 import sys
 import warnings
@@ -29,6 +28,7 @@ from domainshuttle.platform.activations import checkpoint_blocks
 from domainshuttle.platform.build import Blueprint
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.partition import AVERAGE, MASTER, Partition, even_share
+from domainshuttle.platform.schedule import learning_rate
 from domainshuttle.platform.sections import EngineSection, StageSection
 
 
@@ -87,7 +87,7 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
         "train_micro_batch_size_per_gpu": stage.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": stage.gradient_clipping,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": engine.precision == "bf16"},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -114,16 +114,6 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
     if engine.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config
-
-
-def learning_rate(stage: StageSection, step: int) -> float:
-    """The rate of step `step`: linear warm-up, then constant or a cosine to `final_learning_rate`."""
-    warm = min(1.0, (step + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
-    if stage.final_learning_rate is None:
-        return stage.learning_rate * warm
-    along = min(1.0, step / stage.steps)
-    span = stage.learning_rate - stage.final_learning_rate
-    return warm * (stage.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * along)))
 
 
 class Engine:
@@ -170,7 +160,8 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16
+        """Of the weights and products, and of the batches that the model is given."""
+        return _dtype(self.config)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch (its share of the step's mean)."""
@@ -281,7 +272,7 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
     model = blueprint.outline.requires_grad_(False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": section.precision == "bf16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
     }
     _materialise(blueprint, config)
@@ -295,20 +286,20 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
 
 @torch.no_grad()
 def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Gives the outline its weights in bf16, divided over the ranks; returns this rank's parts of the trained ones.
+    """Gives the outline its weights, divided over the ranks; returns this rank's parts of the trained ones.
 
-    They are float32, flat and on the CPU, as the source has them: the bf16 weights have lost their lower bits.
+    They are float32, flat and on the CPU, as the source has them: bf16 weights have lost their lower bits.
     """
-    deepspeed = _deepspeed()
+    deepspeed, dtype = _deepspeed(), _dtype(config)
     with _quiet():
         deepspeed.init_distributed()
-        initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16)
+        initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), initialisation.local_device
     outline = blueprint.outline
     weights = blueprint.weights() if rank == 0 else None
     masters: dict[str, Tensor] = {}
     for name, parameter in list(outline.named_parameters()):
-        whole = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+        whole = torch.empty(parameter.shape, dtype=dtype, device=device)
         value = None
         if weights is not None:
             source, value = next(weights)
@@ -322,6 +313,10 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> dict[str, Tens
         setattr(outline.get_submodule(owner), short, real)
         initialisation._convert_to_zero_parameters([real])  # sends rank 0's to all, and keeps this rank's part
     return masters
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
 
 
 def _scatter(value: Tensor | None, size: int, rank: int, ranks: int, device: torch.device) -> Tensor:

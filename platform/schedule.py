@@ -7,6 +7,7 @@ the next one begins with these.
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -271,3 +272,13 @@ def find_run(folder: str | Path) -> Run:
         )
         raise ConfigError(f"no run in {path}{hint}")
     return Run(RunConfig.model_validate(yaml.safe_load(saved.read_text())))
+
+
+def learning_rate(stage: StageSection, step: int) -> float:
+    """The rate of step `step`: linear warm-up, then constant or a cosine to `final_learning_rate`."""
+    warm = min(1.0, (step + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
+    if stage.final_learning_rate is None:
+        return stage.learning_rate * warm
+    along = min(1.0, step / stage.steps)
+    span = stage.learning_rate - stage.final_learning_rate
+    return warm * (stage.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * along)))

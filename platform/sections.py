@@ -292,6 +292,9 @@ class EngineSection(Section):
     persistent_parameters: int = Field(
         100_000, ge=0, description="parameters of at most this many elements stay whole on every worker"
     )
+    precision: Literal["bf16", "float32"] = Field(
+        "bf16", description="of the weights and products; masters are float32. CPUs may multiply bf16 far slower"
+    )
     offload_optimizer: bool = Field(False, description="masters and optimiser states in the host's memory")
     activations: ActivationSection = ActivationSection()
     ema: float | None = Field(

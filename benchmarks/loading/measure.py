@@ -5,7 +5,7 @@ bytes lie in a staging buffer that is used again, as pinned memory is: they are 
 them out in such memory already. What counts:
 
 * seconds to the first batch, from where the loader is built in a process that has its imports done;
-* samples a second from the end of the first batch on;
+* samples a second, steady: from five seconds after the first batch on, when what else starts has started;
 * CPU milliseconds a sample in that time, of all processes of the tree (Ray's included);
 * the tree's peak memory, looked at after that time while the loader goes on, because looking costs time. It is what
   the kernel names `Pss_Anon` and `Pss_Shmem`: pages of files are left out, of a shard that is mapped as of one that is
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 LOOKS, LOOK_SECONDS = 4, 0.25
+SETTLE_SECONDS = 5.0
 Batch = list[Tensor]
 
 
@@ -90,7 +91,7 @@ def measure(
     root: int | None = None,
     staged: bool = False,
 ) -> Measured:
-    """Builds a loader and takes its batches for `seconds` after the first, or until they end.
+    """Builds a loader and takes its batches for `seconds` of its steady time.
 
     `began` is when it was begun to be built, where that was in another process (time.perf_counter() counts the same in
     all); `root` is the process whose tree counts, by default this one. `staged`: the batches lie in memory that is used
@@ -103,6 +104,9 @@ def measure(
     iterator = iter(start())
     staging.take(next(iterator))
     first = time.perf_counter() - began
+    settled = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < settled:
+        staging.take(next(iterator))
     samples = size = 0
     cpu = -_cpu_seconds(tree)
     started = now = time.perf_counter()

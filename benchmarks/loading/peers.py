@@ -113,7 +113,7 @@ def mds(kind: str, folder: Path) -> Iterator[Batch]:
         def __getitem__(self, at: Any) -> Any:
             return stored(kind, super().__getitem__(at))
 
-    stream = Stream(local=str(folder), repeat=8)
+    stream = Stream(local=str(folder), repeat=64)
     dataset = Decoding(streams=[stream], batch_size=BATCH[kind], shuffle=False)
     return flat(StreamingDataLoader(dataset, batch_size=BATCH[kind], num_workers=WORKERS, drop_last=True))
 
@@ -153,7 +153,7 @@ def ray_webdataset(kind: str, folder: Path) -> Iterator[Batch]:
         plain = [{k: v.view(torch.int16) if v.dtype == torch.bfloat16 else v for k, v in s.items()} for s in samples]
         return {name: np.stack([sample[name].numpy() for sample in plain]) for name in plain[0]}
 
-    dataset = ray.data.read_webdataset(shards(folder), decoder=None).map_batches(decoded, batch_size=BATCH[kind])
+    dataset = ray.data.read_webdataset(shards(folder) * 64, decoder=None).map_batches(decoded, batch_size=BATCH[kind])
     for batch in dataset.iter_torch_batches(batch_size=BATCH[kind], prefetch_batches=2, drop_last=True):
         yield [t.view(torch.bfloat16) if t.dtype == torch.int16 else t for _, t in sorted(batch.items())]
 

@@ -22,7 +22,8 @@ from domainshuttle.platform.activations import checkpoint_blocks
 from domainshuttle.platform.build import blueprint, build_model, outline_model
 from domainshuttle.platform.cli import app
 from domainshuttle.platform.config import ConfigError, load_config
-from domainshuttle.platform.engine import deepspeed_config, learning_rate, select_trained
+from domainshuttle.platform.engine import deepspeed_config, select_trained
+from domainshuttle.platform.schedule import learning_rate
 from domainshuttle.platform.sections import ActivationSection, EngineSection, ModelSection, StageSection
 
 SIZE = {
