@@ -7,6 +7,7 @@ bf16, or as a section says in float32, with float32 masters in the optimiser.
 
 import contextlib
 import fnmatch
+import hashlib
 import logging
 import os
 import sys
@@ -357,7 +358,11 @@ def _choose_attention(model: Any, section: EngineSection) -> None:
 def _deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed compiles with the ninja it finds first; another version of it would compile everything again
+    # what DeepSpeed compiles names the environment's own headers: two environments would compile it again in turns
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{own}-{torch.__version__}"))
+    # it compiles with the ninja that it finds first; another version of it would compile everything again
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
