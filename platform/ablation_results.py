@@ -85,7 +85,9 @@ def report(plan: Plan) -> None:
     heads, lines = _texts(results)
     table = Table(header_style="bold", title=f"{plan.name}: {results[0].clips} clips of held-out subjects a variant")
     for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left")
+        # names and figures stay whole in a narrow terminal; the heads break between their words
+        widest = max(len(part) for part in [*head.split(), *(line[place] for line in lines)])
+        table.add_column(head, justify="right" if place else "left", min_width=widest)
     for line in lines:
         table.add_row(*line)
     console.print(table)
@@ -94,11 +96,11 @@ def report(plan: Plan) -> None:
     rows = compare.compare(uri, [plan.name], done)
     picture = draw(results, plan.folder / "ablation.png")
     losses = curves.plot(uri, rows, plan.folder / "losses.png")
-    note = ""
+    note = f"Chance is {results[0].chance:.1%}."
     if plan.shared is not None:
         hours = Ledger(Run(plan.shared).ledger_path).summary().used
-        note = f"All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} GPU-hours)."
-        console.print(note)
+        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} GPU-hours)."
+    console.print(note)
     lead = (
         f"<h2>Variants</h2>{compare_page.table_of(heads, lines)}<p>{note}</p>"
         f"{compare_page.image(picture.read_bytes(), 'Identity and loss of each variant')}<h2>Runs</h2>"
@@ -110,13 +112,12 @@ def report(plan: Plan) -> None:
 
 
 def _texts(results: list[VariantResult]) -> tuple[list[str], list[list[str]]]:
-    heads = ["variant", "own subject", "other's reference", "chance", "flow loss", "parameters", "trained", "GPU-hours"]
+    heads = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", "GPU-hours"]
     lines = [
         [
             result.name,
             f"{result.own:.1%} ± {result.error:.1%}",
             f"{result.other:.1%}",
-            f"{result.chance:.1%}",
             f"{result.loss:.4f}",
             f"{result.parameters:,}",
             f"{result.trained:,}",
@@ -146,7 +147,7 @@ def draw(results: list[VariantResult], path: Path) -> Path:
         label="with another subject's reference",
     )  # fmt: skip
     identity.axvline(results[0].chance, color="#888888", linestyle=":", label="chance")
-    identity.set_xlim(0, 1)
+    identity.set_xlim(-0.02, 1.02)  # room for the marks at the ends
     identity.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     identity.set_xlabel("clips closest to their own subject")
     loss.plot([result.loss for result in results], places, "s", color=curves.COLOURS[2])
