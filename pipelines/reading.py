@@ -91,14 +91,15 @@ class Reader(Generic[T, B]):
 
     def works(self, table: pa.Table) -> Iterator[Work[B]]:
         """The micro-batches of planned rows (`planned_rows`), still to be read."""
-        planned = table.to_pylist()
-        for digest in {one["plan"] for one in planned}:
-            self._require_same(digest, self._digest)
-        # one look into the index for the whole block: far cheaper than one a micro-batch
-        samples = iter(self.index.rows([number for one in planned for number in one["rows"]]))
-        for one in planned:
-            own = list(itertools.islice(samples, len(one["rows"])))
-            yield Work(one["step"], one["part"], one["rank"], self.held_bytes(own), partial(self._make, one, own))
+        for first in range(0, len(table), _ROWS_AT_ONCE):
+            planned = table.slice(first, _ROWS_AT_ONCE).to_pylist()
+            for digest in {one["plan"] for one in planned}:
+                self._require_same(digest, self._digest)
+            # one look into the index for many: far cheaper than one a micro-batch
+            samples = iter(self.index.rows([number for one in planned for number in one["rows"]]))
+            for one in planned:
+                own = list(itertools.islice(samples, len(one["rows"])))
+                yield Work(one["step"], one["part"], one["rank"], self.held_bytes(own), partial(self._make, one, own))
 
     def _require_same(self, theirs: str, ours: str) -> None:
         """Row numbers of another index would be other samples."""
@@ -171,5 +172,7 @@ class _Place:
     attempts: int = 0
 
 
+_ROWS_AT_ONCE = 32
+"""Micro-batches whose samples are looked up together, and held."""
 _MOST_SUBSTITUTES = 20
 """Tried for one place of a batch: when all of them are bad, the corpus is, or its disk."""

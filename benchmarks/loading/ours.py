@@ -137,6 +137,8 @@ def main() -> None:
     if arguments.what == "raw":
         print(json.dumps(asdict(raw(*given))), flush=True)
         return
+    # this process is a consumer as well: in a training all are Ray's workers, none nicer than another
+    os.environ |= {"RAY_worker_niceness": "0"}
     with Connection():
         print(json.dumps(asdict(product(*given))), flush=True)
         # a thread of the loader still waits for Ray, whose library aborts a process that disconnects in this state;
