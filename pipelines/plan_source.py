@@ -15,6 +15,7 @@ Ray loads this module into its controllers, coordinators and reading tasks, so n
 cost each of them seconds at every start.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 from ray.data import DataIterator, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -38,6 +40,7 @@ _STEPS_PER_TASK = 4096
 """Steps whose blocks one task makes: what a lost node costs to be planned again."""
 _PLAN_AHEAD = 1 << 20
 """Bytes of the plan that Ray Data holds for a rank: thousands of steps."""
+_REST_SECONDS = 0.05
 
 
 class PlanSource(Datasource):
@@ -103,6 +106,20 @@ class Blocks:
             yield table if self.live else unpacked(table)
 
 
+class WaitForConsumers(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest while what its tasks made is still to be taken by the ranks.
+
+    The loop waits until a task has something to hand over. Tasks that have, and may not since enough is held already,
+    and no tasks at all do not keep it waiting: it would turn on most of a core for as long as the ranks train.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called after each turn of the loop."""
+        running = [operator for operator in executor._topology if operator.get_active_tasks()]
+        if all(operator._in_task_output_backpressure for operator in running):
+            time.sleep(_REST_SECONDS)
+
+
 @dataclass(frozen=True)
 class LivePool:
     """The actors that encode raw corpora while they are trained on, and what each reserves (fractions are allowed)."""
@@ -143,6 +160,7 @@ def plan_dataset(
         )
     context = dataset.context
     context.target_max_block_size = 1  # each row is a block as soon as it is made
+    context.custom_execution_callback_classes = [WaitForConsumers]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=(read_ahead if live else _PLAN_AHEAD) * world_size

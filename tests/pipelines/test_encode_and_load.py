@@ -9,9 +9,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from diffusers import AutoencoderKLWan
 from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
+from domainshuttle.pipelines import plan_source
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
@@ -30,7 +32,7 @@ from domainshuttle.pipelines.index import Index, IndexMetadata, write_index
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, INDEX_NAME, BadSample, Parts
-from domainshuttle.pipelines.plan_source import PlanSource, plan_dataset, unpacked
+from domainshuttle.pipelines.plan_source import PlanSource, WaitForConsumers, plan_dataset, unpacked
 from domainshuttle.pipelines.reading import Drawn, MicroBatch, Work
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample, from_bfloat16_bits
 from domainshuttle.pipelines.shards import read_members
@@ -205,6 +207,40 @@ def test_ray_hands_every_rank_its_own_rows_in_order(corpus: Path, ray_cluster: N
     got = ray.get([consume.remote(shard) for shard in shards])
     for rank, rows in enumerate(got):
         assert rows == planned_rows(one, 2, 75, rank, 2).to_pylist()
+
+
+def test_a_plan_that_is_held_back_comes_whole_while_its_loop_rests(
+    corpus: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_source, "_PLAN_AHEAD", 1)
+    one = feed(corpus)
+    (blocks,) = plan_dataset(one, 0, 400, world_size=1)
+    assert blocks.iterator.get_context().custom_execution_callback_classes == [WaitForConsumers]
+    tables = iter(blocks)
+    rows = next(tables).to_pylist()  # the rank's own
+    assert len(rows) == 200 * one.accumulation(1)
+    rows += [row for table in tables for row in table.to_pylist()]
+    assert rows == planned_rows(one, 0, 400, 0, 1).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("operators", "rests"), [([], True), ([(1, True), (0, False)], True), ([(1, True), (2, False)], False)]
+)
+def test_ray_datas_loop_rests_while_no_task_may_hand_over(
+    operators: list[tuple[int, bool]], rests: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Operator:
+        tasks: int
+        _in_task_output_backpressure: bool
+
+        def get_active_tasks(self) -> list[None]:
+            return [None] * self.tasks
+
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    WaitForConsumers().on_execution_step(SimpleNamespace(_topology=dict.fromkeys(Operator(*one) for one in operators)))
+    assert bool(slept) == rests
 
 
 def test_a_batch_has_the_tensors_of_its_samples(corpus: Path, tmp_path: Path) -> None:
