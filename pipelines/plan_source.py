@@ -38,8 +38,9 @@ _OWN_STEPS = 256
 """Steps that the ranks plan themselves at most: more than any training makes while Ray Data starts."""
 _STEPS_PER_TASK = 4096
 """Steps whose blocks one task makes: what a lost node costs to be planned again."""
-_PLAN_AHEAD = 1 << 20
-"""Bytes of the plan that Ray Data holds for a rank: thousands of steps."""
+_PLAN_AHEAD = 64 << 10
+"""Bytes of the plan that Ray Data holds for a rank: hundreds of steps. More would be planned at a start, which has
+better use for its cores."""
 _REST_SECONDS = 0.05
 
 
