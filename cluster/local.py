@@ -109,7 +109,8 @@ def check_port(port: int) -> None:
 def quiet_ray() -> None:
     """Leaves of Ray's own messages only warnings: a short run would print hundreds of lines."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # what Ray gave no GPU sees none: torch and DeepSpeed would take it
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)

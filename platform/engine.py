@@ -95,8 +95,9 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
                 "lr": stage.learning_rate,
                 "betas": list(stage.betas),
                 "weight_decay": stage.weight_decay,
-                # torch's own: without it DeepSpeed compiles a fused kernel on the spot
-                "torch_adam": not on_gpu,
+                # torch's own: DeepSpeed's would be compiled on the spot, for which each node needs CUDA's compiler
+                "torch_adam": True,
+                "fused": on_gpu,
             },
         },
         "zero_allow_untested_optimizer": True,

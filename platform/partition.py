@@ -183,9 +183,9 @@ class Partition:
             for flat in self._optimizer.fp32_partitioned_groups_flat:
                 optimizer.state.pop(flat, None)
                 if shards.steps is not None:
-                    # torch's Adam counts in a tensor, DeepSpeed's in an integer
-                    is_torch = isinstance(optimizer, torch.optim.Adam)
-                    step = torch.tensor(float(shards.steps)) if is_torch else shards.steps
+                    # a fused Adam counts where its parameters are
+                    place = flat.device if optimizer.defaults["fused"] else "cpu"
+                    step = torch.tensor(float(shards.steps), device=place)
                     optimizer.state[flat] = {"step": step} | {kind: torch.zeros_like(flat.detach()) for kind in STATES}
             for kind, flats in self._flats().items():
                 if kind not in shards.kinds:

@@ -6,12 +6,10 @@ This file is also their program. Run: python -m pytest tests/platform/test_engin
 import ctypes
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,21 +18,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import ATTENTION, SIZE, design, engine, everything, free_port, loss_of, same, stage, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
-SIZE = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 3,
-    "ffn_dim": 50,
-    "text_dim": 64,
-    "freq_dim": 32,
-    "text_len": 8,
-}
-ATTENTION = ["blocks.*.attn1.*", "*_ref*"]
 CHECKS: list[Callable[[Path], None]] = []
 PATIENCE = 400.0
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -43,95 +32,6 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
     CHECKS.append(function)
     return function
-
-
-def stage(**changes: Any) -> Any:
-    from domainshuttle.platform.sections import StageSection
-
-    values = {"name": "a", "mixture": {"x": 1}, "steps": 100, "global_batch": 4, "micro_batch": 2}
-    values |= {"learning_rate": 1e-2, "weight_decay": 0.01, "trained": ["*"]}
-    return StageSection(**values | changes)
-
-
-def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any:
-    """A blueprint of the tiny model, or of `origin`, with its trained parameters selected.
-
-    The new model's weights are moved a little: with its output of zeros only the last layer would have gradients.
-    """
-    from domainshuttle.platform.build import Blueprint, blueprint
-    from domainshuttle.platform.engine import select_trained
-    from domainshuttle.platform.sections import ModelSection
-
-    section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE)
-    made = blueprint(section, section.base, seed)
-
-    def moved() -> Iterator[tuple[str, Tensor]]:
-        for name, value in made.weights():
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-            yield name, value + 0.02 * torch.randn(value.shape, generator=generator)
-
-    select_trained(made.outline, trained)
-    return made if origin else Blueprint(made.outline, moved)
-
-
-def engine(trained: list[str], accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
-    from domainshuttle.platform.engine import Engine
-    from domainshuttle.platform.sections import EngineSection
-
-    settings = EngineSection(**{"persistent_parameters": 0} | section)
-    return Engine(design(trained, seed), stage(trained=trained), settings, accumulation)
-
-
-def loss_of(model: Any, step: int, share: int | None = None, snapshot: Any = None, weight: float = 0.1) -> Tensor:
-    """The training loss of two samples that only this share (a rank's, unless named) has."""
-    from domainshuttle.model.batch import TrainingBatch
-    from domainshuttle.model.flow import FlowConfig
-    from domainshuttle.model.objective import training_loss
-
-    batch = TrainingBatch.fake(2, height=4, width=4, seed=100 * step + (dist.get_rank() if share is None else share))
-    target = "snapshot" if snapshot is not None else "stop_gradient"
-    return training_loss(
-        model,
-        batch.to("cpu", model.dtype),
-        run_seed=1,
-        step=step,
-        flow=FlowConfig(),
-        cross_pair_weight=weight,
-        cross_pair_target=target,
-        snapshot_model=snapshot,
-    ).loss
-
-
-def train(model: Any, first: int, last: int, weight: float = 0.1) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        loss = loss_of(model, step, weight=weight)
-        model.backward(loss)
-        assert not model.step(step).skipped
-        losses.append(loss.item())
-    return losses
-
-
-def everything(model: Any) -> dict[str, Tensor]:
-    """Masters, optimiser states and averages, whole, and the bf16 weights that the next forward pass uses."""
-    import deepspeed
-
-    partition = model._partition
-    found = {
-        f"{kind}/{name}": partition.gather(name, kind).clone()
-        for kind in partition._flats()
-        for name in partition.parts
-    }
-    for name, parameter in model._engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            found[f"weight/{name}"] = parameter.detach().clone()
-    return found
-
-
-def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    different = [name for name in one if not torch.equal(one[name], two[name])]
-    assert not different, f"{len(different)} of {len(one)} differ, such as {different[:4]}"
 
 
 def peak_memory() -> int:
@@ -534,12 +434,6 @@ def main(rank: int, ranks: int, port: int, folder: Path) -> None:
     os._exit(0)  # DeepSpeed's and gloo's threads need no farewell
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -547,7 +441,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     ranks = [(0, 2, pair), (1, 2, pair), (0, 1, alone)]
     logs = [folder / f"log-{of}-{rank}.txt" for rank, of, _ in ranks]
     processes: list[subprocess.Popen[bytes]] = []
-    environment = {"OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks need two GPUs, or none
     for (rank, of, port), log in zip(ranks, logs, strict=True):
         command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder)]
         with log.open("w") as sink:

@@ -1,0 +1,117 @@
+"""What tests of the engine share: a tiny model under ZeRO-3, its steps, and all that it holds."""
+
+import socket
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SIZE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 3,
+    "ffn_dim": 50,
+    "text_dim": 64,
+    "freq_dim": 32,
+    "text_len": 8,
+}
+ATTENTION = ["blocks.*.attn1.*", "*_ref*"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stage(**changes: Any) -> Any:
+    from domainshuttle.platform.sections import StageSection
+
+    values = {"name": "a", "mixture": {"x": 1}, "steps": 100, "global_batch": 4, "micro_batch": 2}
+    values |= {"learning_rate": 1e-2, "weight_decay": 0.01, "trained": ["*"]}
+    return StageSection(**values | changes)
+
+
+def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any:
+    """A blueprint of the tiny model, or of `origin`, with its trained parameters selected.
+
+    The new model's weights are moved a little: with its output of zeros only the last layer would have gradients.
+    """
+    from domainshuttle.platform.build import Blueprint, blueprint
+    from domainshuttle.platform.engine import select_trained
+    from domainshuttle.platform.sections import ModelSection
+
+    section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE)
+    made = blueprint(section, section.base, seed)
+
+    def moved() -> Iterator[tuple[str, Tensor]]:
+        for name, value in made.weights():
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+            yield name, value + 0.02 * torch.randn(value.shape, generator=generator)
+
+    select_trained(made.outline, trained)
+    return made if origin else Blueprint(made.outline, moved)
+
+
+def engine(trained: list[str], accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
+    from domainshuttle.platform.engine import Engine
+    from domainshuttle.platform.sections import EngineSection
+
+    settings = EngineSection(**{"persistent_parameters": 0} | section)
+    return Engine(design(trained, seed), stage(trained=trained), settings, accumulation)
+
+
+def loss_of(model: Any, step: int, share: int | None = None, snapshot: Any = None, weight: float = 0.1) -> Tensor:
+    """The training loss of two samples that only this share (a rank's, unless named) has."""
+    from domainshuttle.model.batch import TrainingBatch
+    from domainshuttle.model.flow import FlowConfig
+    from domainshuttle.model.objective import training_loss
+
+    batch = TrainingBatch.fake(2, height=4, width=4, seed=100 * step + (dist.get_rank() if share is None else share))
+    target = "snapshot" if snapshot is not None else "stop_gradient"
+    return training_loss(
+        model,
+        batch.to(model.device, model.dtype),
+        run_seed=1,
+        step=step,
+        flow=FlowConfig(),
+        cross_pair_weight=weight,
+        cross_pair_target=target,
+        snapshot_model=snapshot,
+    ).loss
+
+
+def train(model: Any, first: int, last: int, weight: float = 0.1) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        loss = loss_of(model, step, weight=weight)
+        model.backward(loss)
+        assert not model.step(step).skipped
+        losses.append(loss.item())
+    return losses
+
+
+def everything(model: Any) -> dict[str, Tensor]:
+    """Masters, optimiser states and averages, whole, and the bf16 weights that the next forward pass uses."""
+    import deepspeed
+
+    partition = model._partition
+    found = {
+        f"{kind}/{name}": partition.gather(name, kind).clone()
+        for kind in partition._flats()
+        for name in partition.parts
+    }
+    for name, parameter in model._engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[f"weight/{name}"] = parameter.detach().clone()
+    return found
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different, f"{len(different)} of {len(one)} differ, such as {different[:4]}"
