@@ -68,7 +68,8 @@ def sized(name: str, layers: int | None, text_width: int | None = None) -> dict[
     spec = ModelSpec.preset(name)
     changes = {"num_layers": layers, "text_dim": text_width}
     spec = replace(spec, **{key: value for key, value in changes.items() if value is not None})
-    return spec.transformer_config()
+    # the parts of the method are the model section's own choices
+    return {key: value for key, value in spec.transformer_config().items() if key not in ModelSection().choices}
 
 
 def drawn_on_the_device(design: Blueprint) -> Blueprint:
@@ -121,14 +122,15 @@ def one_engine(options: argparse.Namespace) -> dict[str, float]:
         times.append(time.perf_counter() - began)
     counted.add(batch)
     seconds, peak = median(times[options.warm_up :]), torch.cuda.max_memory_allocated()
-    engine.snapshot()(Path(options.folder) / "first")  # its pinned memory is made once
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    write = engine.snapshot()
-    stall = time.perf_counter() - began
-    began = time.perf_counter()
-    write(Path(options.folder) / "second")
-    writing = time.perf_counter() - began
+    stall = writing = float("nan")
+    if options.checkpoint:
+        write = engine.snapshot()  # its pinned memory is made once, and used again after the write
+        began = time.perf_counter()
+        write(Path(options.folder))
+        writing = time.perf_counter() - began
+        began = time.perf_counter()
+        engine.snapshot()
+        stall = time.perf_counter() - began
     return {
         "first": times[0], "seconds": seconds, "mfu": counted.take(seconds).get("mfu", float("nan")), "peak": peak,
         "stall": stall, "writing": writing, "bytes": engine.checkpoint_bytes(trained.trained_count),
@@ -171,8 +173,8 @@ def whole_run(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKLWan
 
     folder = Path(options.folder).absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    shutil.rmtree(folder / "runs", ignore_errors=True)  # corpora that are there are used again
+    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     torch.manual_seed(0)
     AutoencoderKLWan().save_pretrained(folder / "vae")
@@ -234,6 +236,8 @@ def whole_run(options: argparse.Namespace) -> None:
     )
     for name in ("step_seconds", "mfu", "data_wait_fraction", "checkpoint_stall_seconds", "loss"):
         history = [value for _, value in read_history(config.tracking_uri, records["stage2"].id, name)]
+        if not history:  # of a device whose peak is not known there is no MFU
+            continue
         console.print(f"{name}: median {median(history):.4g}; {', '.join(f'{value:.4g}' for value in history)}")
     for line in run.starts_path.read_text().splitlines():
         console.print("a start:", json.dumps({k: round(v, 1) for k, v in json.loads(line)["seconds"].items()}))
@@ -263,7 +267,7 @@ def main() -> None:
         verb.add_argument("--size", default="wan2.1-t2v-1.3b")
         verb.add_argument("--layers", type=int, default=None, help="fewer than the size has")
         verb.add_argument("--bucket", default="81x480x832")
-        verb.add_argument("--folder", default="build/gpu", help="is removed first")
+        verb.add_argument("--folder", default="build/gpu", help="for what is made")
         verb.add_argument("--steps", type=int, default=24 if name == "run" else 5)
         if name == "run":
             verb.add_argument("--samples", type=int, default=12)
@@ -273,6 +277,7 @@ def main() -> None:
         verb.add_argument("--references", type=int, default=5)
         verb.add_argument("--paired", action=argparse.BooleanOptionalAction, default=True)
         verb.add_argument("--engines", nargs="+", choices=list(ENGINES), default=None)
+        verb.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
         verb.add_argument("--timeout", type=float, default=300)
         verb.add_argument("--verbose", action="store_true")
         verb.add_argument("--one", default=None, help=argparse.SUPPRESS)

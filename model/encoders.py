@@ -96,6 +96,7 @@ class BlockDCTCodec(ModelMixin, ConfigMixin):
                 f"pixels have shape {tuple(pixels.shape)}; expected [b, 3, 4 k + 1, 8 m, 8 n]: "
                 "resize and cut the clip to a bucket first"
             )
+        pixels = pixels.to(self.device)
         parts = [self._analyse(pixels[:, :, :1], 1, self.image_analysis)]
         if frames > 1:
             parts.append(self._analyse(pixels[:, :, 1:], TEMPORAL_STRIDE, self.clip_analysis))
@@ -103,6 +104,7 @@ class BlockDCTCodec(ModelMixin, ConfigMixin):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b,16,f,h,w] to pixels [b,3,4(f-1)+1,8h,8w], clamped to -1..1."""
+        latents = latents.to(self.device)
         parts = [self._synthesise(latents[:, :, :1], 1, self.image_synthesis)]
         if latents.shape[2] > 1:
             parts.append(self._synthesise(latents[:, :, 1:], TEMPORAL_STRIDE, self.clip_synthesis))
@@ -231,6 +233,7 @@ def load_text_encoder(
     """
     if source == BYTE_UMT5:
         model, tokenizer = byte_umt5()
+        model = model.to(dtype)
     else:
         folder, options = _locate(source, "text_encoder")
         model = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, **options)

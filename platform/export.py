@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 
 from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder
@@ -58,18 +59,26 @@ def _networks(segments: list[Segment], averaged: bool) -> tuple[list[Path], floa
     return folders, ordered[0].flow.low if len(ordered) == 2 else None
 
 
-def assemble_pipeline(config: RunConfig, weights: list[Path], boundary: float | None = None) -> DomainShuttlePipeline:
-    """The pipeline of transformers' folders and the run's encoders, on the CPU in float32.
+def network_dtype(device: str) -> torch.dtype:
+    """What the transformers and the text encoder compute in, as Wan's do; its VAE computes in float32 everywhere."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def assemble_pipeline(
+    config: RunConfig, weights: list[Path], boundary: float | None = None, device: str = "cpu"
+) -> DomainShuttlePipeline:
+    """The pipeline of transformers' folders and the run's encoders.
 
     Of two, the first is in charge of the times from `boundary` on.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     encoders = config.encoders
+    dtype = network_dtype(device)
     video = load_video_encoder(encoders.video)
-    text = load_text_encoder(encoders.text, encoders.text_len)
-    first, *others = [DomainShuttleTransformer3DModel.from_pretrained(folder) for folder in weights]
-    return DomainShuttlePipeline(
+    text = load_text_encoder(encoders.text, encoders.text_len, dtype=dtype)
+    first, *others = [DomainShuttleTransformer3DModel.from_pretrained(folder, torch_dtype=dtype) for folder in weights]
+    pipeline: Any = DomainShuttlePipeline(
         transformer=first,
         transformer_2=others[0] if others else None,
         boundary_ratio=boundary,
@@ -78,3 +87,5 @@ def assemble_pipeline(config: RunConfig, weights: list[Path], boundary: float | 
         text_encoder=text.model,
         tokenizer=text.tokenizer,
     )
+    placed: DomainShuttlePipeline = pipeline.to(device)
+    return placed

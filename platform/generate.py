@@ -17,6 +17,7 @@ from domainshuttle.pipelines.media import encode_mp4
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.evaluation.cases import read_cases
+from domainshuttle.platform.export import network_dtype
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Sampling:
 
 
 def load_pipeline(model: str | Path) -> DomainShuttlePipeline:
-    """The exported pipeline, on a GPU in bf16 if there is one, else on the CPU."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    """The exported pipeline, on a GPU if there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = {"default": network_dtype(device), "vae": torch.float32}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:

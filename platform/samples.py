@@ -67,9 +67,7 @@ def generate_samples(config: RunConfig, stage: str, weights: Path, out: Path, de
 
     deadline = time.monotonic() + timeout
     cases, sampling = sample_cases(config), config.generation
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipeline: Any = assemble_pipeline(config, [weights])
-    pipeline.to(device, dtype)
+    pipeline: Any = assemble_pipeline(config, [weights], device=device)
     pipeline.set_progress_bar_config(disable=True)
 
     def in_time(_: int) -> None:
