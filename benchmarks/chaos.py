@@ -45,6 +45,18 @@ PATIENCE = 300.0
 console = Console()
 
 
+def workers_of(driver: int) -> list[psutil.Process]:
+    """The training workers that a driver's cluster runs."""
+    found = []
+    for child in psutil.Process(driver).children(recursive=True):
+        try:
+            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
 @dataclass
 class Entry:
     """One fault and what became of it."""
@@ -144,14 +156,7 @@ class Chaos:
 
     def workers(self) -> list[psutil.Process]:
         assert self.driver
-        found = []
-        for child in psutil.Process(self.driver.pid).children(recursive=True):
-            try:
-                if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
-                    found.append(child)
-            except psutil.Error:
-                continue
-        return found
+        return workers_of(self.driver.pid)
 
     def kill_worker(self) -> None:
         self.given = time.monotonic()

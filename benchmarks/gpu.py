@@ -1,7 +1,7 @@
 """Training at Wan's sizes on one GPU: the engine's choices side by side, and a whole run by the product's commands.
 
     python benchmarks/gpu.py engine --size wan2.1-t2v-1.3b                     # steps of the engine alone
-    python benchmarks/gpu.py engine --size wan2.1-t2v-14b --layers 10          # of the width of 14B, as deep as fits
+    python benchmarks/gpu.py engine --size wan2.1-t2v-14b --layers 8           # of the width of 14B, not as deep
     python benchmarks/gpu.py run --size wan2.1-t2v-1.3b --steps 24             # build, encode, train, kill, resume
 
 Clips are 81 frames of 480x832 unless --bucket says otherwise; weights are random, also the VAE's, which has Wan's
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
+from chaos import workers_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -223,7 +222,9 @@ def whole_run(options: argparse.Namespace) -> None:
     while driver.poll() is None:
         state = run.read_progress()
         if not killed and state and state["state"] == "training" and state["step"] > options.steps * 5 // 8:
-            killed = kill_a_worker(driver.pid)
+            for worker in workers_of(driver.pid):
+                worker.kill()
+                killed = True
         time.sleep(0.1)
     times["train"] = time.monotonic() - began
     if driver.returncode:
@@ -244,18 +245,6 @@ def whole_run(options: argparse.Namespace) -> None:
     console.print(books)
     console.print(Ledger(run.ledger_path).summary().metrics())
     subprocess.run([*CLI, "status", str(run.folder)], check=False)
-
-
-def kill_a_worker(driver: int) -> bool:
-    """SIGKILL to a training worker of a driver; whether there was one."""
-    for child in psutil.Process(driver).children(recursive=True):
-        try:
-            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGKILL)
-                return True
-        except psutil.Error:
-            continue
-    return False
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What tests of the engine share: a tiny model under ZeRO-3, its steps, and all that it holds."""
 
+import os
 import socket
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a program that a test starts: this one's, in which it also finds this module."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def stage(**changes: Any) -> Any:

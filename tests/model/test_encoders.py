@@ -135,3 +135,11 @@ def test_a_folder_that_is_not_there_is_named() -> None:
 def test_pad_text_stacks() -> None:
     out = pad_text([torch.ones(2, 3), torch.ones(4, 3)], 5)
     assert out.sum(dim=(1, 2)).tolist() == [6.0, 12.0]
+
+
+def test_the_codec_takes_what_it_is_given_to_its_own_device() -> None:
+    codec = BlockDCTCodec().to("meta")  # stands for a GPU: other devices' tensors don't mix with its own either
+    latents = codec.encode(torch.zeros(1, 3, 5, 16, 16))
+    assert latents.is_meta
+    assert latents.shape == (1, 16, 2, 2, 2)
+    assert codec.decode(torch.zeros(latents.shape)).is_meta

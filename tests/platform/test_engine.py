@@ -92,9 +92,12 @@ def test_deepspeed_is_told_what_the_stage_says() -> None:
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     assert config["bf16"] == {"enabled": True}
     assert "offload_optimizer" not in config["zero_optimization"]
+    assert config["optimizer"]["params"]["torch_adam"] and not config["optimizer"]["params"]["fused"]
     offloaded = deepspeed_config(one, EngineSection(offload_optimizer=True), accumulation=3, on_gpu=True)
     assert offloaded["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert offloaded["zero_optimization"]["overlap_comm"]
+    # no kernel of DeepSpeed's, which a node without CUDA's compiler could not build
+    assert offloaded["optimizer"]["params"]["torch_adam"] and offloaded["optimizer"]["params"]["fused"]
 
 
 def test_the_plan_prints_deepspeeds_configuration_of_every_stage() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engines import ATTENTION, design, engine, everything, free_port, loss_of, same, train
+from engines import ATTENTION, design, engine, environment, everything, free_port, loss_of, same, train
 from torch import Tensor
 
 pytestmark = [
@@ -169,9 +169,7 @@ def main(port: int, folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("cuda")
     command = [sys.executable, __file__, str(free_port()), str(folder)]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=450, check=False, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=450, check=False, env=environment())
     path = folder / "results.json"
     found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return found | {"log": run.stderr[-3000:]}

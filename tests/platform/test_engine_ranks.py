@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engines import ATTENTION, SIZE, design, engine, everything, free_port, loss_of, same, stage, train
+from engines import ATTENTION, SIZE, design, engine, environment, everything, free_port, loss_of, same, stage, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -441,13 +441,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     ranks = [(0, 2, pair), (1, 2, pair), (0, 1, alone)]
     logs = [folder / f"log-{of}-{rank}.txt" for rank, of, _ in ranks]
     processes: list[subprocess.Popen[bytes]] = []
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # two ranks need two GPUs, or none
+    own = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # two ranks need two GPUs, or none
     for (rank, of, port), log in zip(ranks, logs, strict=True):
         command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder)]
         with log.open("w") as sink:
-            processes.append(subprocess.Popen(command, stdout=sink, stderr=sink, env=os.environ | environment))
+            processes.append(subprocess.Popen(command, stdout=sink, stderr=sink, env=own))
     deadline = time.monotonic() + PATIENCE
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
