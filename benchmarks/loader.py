@@ -1,6 +1,6 @@
 """The loader side by side with its peers, in one run: samples a second, CPU, time to the first batch, memory.
 
-    python benchmarks/loader.py                # everything: 3 rounds, about 15 minutes, 9 GB of disk
+    python benchmarks/loader.py                # everything: 3 rounds, about 30 minutes, 9 GB of disk
     python benchmarks/loader.py --rounds 1 --latents 100 --pictures 200 --keep
 
 Each loader runs in a process of its own, the page cache warm, the rounds interleaved; `loading/measure.py` says what is

@@ -62,7 +62,7 @@ def prepare(folder: Path, steps: int) -> tuple[Path, RunConfig]:
 def recipe(path: Path, config: RunConfig) -> list[float]:
     """Seconds a step, each a mean of ten, of a run that is killed once half way."""
     run = Run(config)
-    log = (run.folder.parent / "train.log").open("w")
+    log = path.with_name("train.log").open("w")
     for attempt in range(2):
         driver = subprocess.Popen([*CLI, "train", str(path)], stdout=log, stderr=log, start_new_session=True)
         while attempt == 0 and run.read_progress().get("step", 0) < config.stages[0].steps // 2:

@@ -52,32 +52,48 @@ def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(data: Buffer, name: str = "image") -> Pixels:
+def decode_image(data: Buffer, name: str = "image", out: Pixels | None = None) -> Pixels:
     """JPEG, PNG or WebP bytes to [h,w,3] uint8, turned as their EXIF says. Transparent pictures are laid on white; of
     16 bits a channel the upper 8 are taken.
 
-    Raises DataError when the bytes are no such picture, are cut short or declare more than 64 million pixels.
+    `out`, contiguous, is where the picture goes, such as its place in a batch: a JPEG is decoded straight into it,
+    which saves a page fault every 4 KiB of fresh memory, and the copy.
+
+    Raises DataError when the bytes are no such picture, are cut short, declare more than 64 million pixels, or are of
+    another size than `out`.
     """
+    if out is not None and not out.flags.c_contiguous:
+        raise ValueError("decode_image needs memory without gaps")
     kind = picture_format(data, name)
     try:
-        if kind != "JPEG" or (pixels := _decode_jpeg(data, name)) is None:
+        if kind != "JPEG" or (pixels := _decode_jpeg(data, name, out)) is None:
             pixels = _decode_with_pillow(data, kind, name)
-        return pixels
+        if out is None or pixels is out:
+            return pixels
+        _check_same_size(pixels.shape, out, name)
+        out[...] = pixels
+        return out
     except (DataError, MemoryError):
         raise
     except Exception as error:
         raise DataError(f"{name}: not a readable {kind} picture ({_reason(error)})") from error
 
 
-def _decode_jpeg(data: Buffer, name: str) -> Pixels | None:
-    """[h,w,3] by libjpeg-turbo; None where its binding does not know the chroma sampling, as of some rare ones."""
+def _decode_jpeg(data: Buffer, name: str, out: Pixels | None) -> Pixels | None:
+    """[h,w,3] by libjpeg-turbo, in `out` unless it is to be turned; None where its binding does not know the chroma
+    sampling, as of some rare ones."""
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
     except (KeyError, ValueError):
         return None
     _check_size(width, height, name)
+    turned = jpeg_orientation(data)
     # strict: a truncated picture is an error, not half a picture with grey below
-    return upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), jpeg_orientation(data))
+    if out is not None and turned == 1:
+        _check_same_size((height, width, 3), out, name)
+        simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out)
+        return out
+    return upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), turned)
 
 
 def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
@@ -100,6 +116,11 @@ def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
 def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: declares {width}x{height} pixels; at most {MAX_PIXELS} are read")
+
+
+def _check_same_size(shape: tuple[int, ...], out: Pixels, name: str) -> None:
+    if shape != out.shape:
+        raise DataError(f"{name}: {shape[0]}x{shape[1]} pixels, expected {out.shape[0]}x{out.shape[1]}")
 
 
 def _reason(error: Exception) -> str:

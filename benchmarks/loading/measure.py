@@ -5,7 +5,8 @@ bytes lie in a staging buffer that is used again, as pinned memory is: they are 
 them out in such memory already. What counts:
 
 * seconds to the first batch, from where the loader is built in a process that has its imports done;
-* samples a second, steady: from five seconds after the first batch on, when what else starts has started;
+* samples a second, steady: from 15 seconds after the first batch on, when what else starts has started (on two
+  cores Ray's own actors take 10 to 12);
 * CPU milliseconds a sample in that time, of all processes of the tree (Ray's included);
 * the tree's peak memory, looked at after that time while the loader goes on, because looking costs time. It is what
   the kernel names `Pss_Anon` and `Pss_Shmem`: pages of files are left out, of a shard that is mapped as of one that is
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 LOOKS, LOOK_SECONDS = 4, 0.25
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 15.0
 Batch = list[Tensor]
 
 

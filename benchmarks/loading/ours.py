@@ -15,18 +15,19 @@ from typing import Any
 import psutil
 import ray
 import torch
-from loading.data import REFERENCES, TEXT_LENGTH
+from loading.data import REFERENCE_SIZE, REFERENCES, TEXT_LENGTH
 from loading.measure import Batch, Measured, measure, memory_bytes
 from loading.peers import BATCH, shards
-from torch import Tensor
 
 from domainshuttle.cluster.local import Connection
+from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.media import decode_image
 from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.pipelines.plan_source import Blocks, plan_dataset
-from domainshuttle.pipelines.reading import Drawn, Reader
+from domainshuttle.pipelines.reading import BadPlacesError, Drawn, Reader
+from domainshuttle.pipelines.sample import DataError
 from domainshuttle.pipelines.shards import read_members
 from domainshuttle.pipelines.staging import Staging
 
@@ -48,26 +49,30 @@ def feed(kind: str, folder: Path, consumers: int) -> Feed:
     )
 
 
-class PictureReader(Reader[list[Tensor], Batch]):
-    """Raw samples, their pictures decoded in the rank's threads."""
+class PictureReader(Reader[Drawn, Batch]):
+    """Raw samples, their pictures decoded straight into the batch by the rank's threads."""
 
     def __init__(self, feed: Feed) -> None:
-        super().__init__(feed, self.decode, self.stack)
+        super().__init__(feed, lambda drawn: drawn, self.decode)
         self.staging = Staging()
 
-    def decode(self, drawn: Drawn) -> list[Tensor]:
-        """All pictures of a sample, [h,w,3] each."""
-        row = drawn.row
-        wanted = [member for member in row.members if member.extension != "json"]
-        members = read_members(row.folder, row.shard, wanted)
-        return [torch.from_numpy(decode_image(data, f"{row.key}.{name}")) for name, data in members.items()]
-
-    def stack(self, samples: list[list[Tensor]]) -> Batch:
-        """The pictures of all samples, one tensor a place."""
-        batch = []
-        for place in zip(*samples, strict=True):
-            tensor = self.staging.empty(len(place), *place[0].shape, dtype=torch.uint8)
-            batch.append(torch.stack(place, out=tensor))
+    def decode(self, samples: list[Drawn]) -> Batch:
+        """All pictures of the samples, one tensor a place; raises BadPlacesError for samples that can't be read."""
+        target = parse_bucket(samples[0].row.bucket)
+        sizes = [(target.height, target.width), *[REFERENCE_SIZE] * REFERENCES]
+        batch = [self.staging.empty(len(samples), *size, 3, dtype=torch.uint8) for size in sizes]
+        faults: dict[int, DataError] = {}
+        for number, one in enumerate(samples):
+            row = one.row
+            wanted = [member for member in row.members if member.extension != "json"]
+            try:
+                members = read_members(row.folder, row.shard, wanted)
+                for (name, data), tensor in zip(members.items(), batch, strict=True):
+                    decode_image(data, f"{row.key}.{name}", out=tensor[number].numpy())
+            except DataError as error:
+                faults[number] = error
+        if faults:
+            raise BadPlacesError(faults)
         return batch
 
 

@@ -85,6 +85,21 @@ def test_clips_are_known_by_their_bytes(kind: str) -> None:
     assert decode_video(buffer.getvalue(), 4, name="named.avi").shape == (4, 48, 64, 3)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turned", [1, 3])
+def test_a_picture_is_decoded_into_its_place_in_a_batch(kind: str, turned: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    data = saved(Image.fromarray(PICTURE), kind, exif=exif.tobytes())
+    batch = np.zeros((3, *PICTURE.shape), np.uint8)
+    assert np.shares_memory(decode_image(data, out=batch[1]), batch)
+    assert np.array_equal(batch[1], decode_image(data)) and not batch[0].any() and not batch[2].any()
+    with pytest.raises(DataError, match=r"k.jpg: 48x64 pixels, expected 64x48"):
+        decode_image(data, "k.jpg", out=np.zeros((64, 48, 3), np.uint8))
+    with pytest.raises(ValueError, match="without gaps"):
+        decode_image(data, out=np.zeros((48, 128, 3), np.uint8)[:, ::2])
+
+
 @pytest.mark.parametrize("factors", [0x14, 0x42, 0x24])
 def test_rare_samplings_of_colour_are_decoded_too(factors: int) -> None:
     """libjpeg-turbo's binding knows no name for them: it raises KeyError and ValueError."""
