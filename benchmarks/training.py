@@ -3,8 +3,9 @@
     python benchmarks/training.py            (a few minutes on two cores; leave the machine alone meanwhile)
 
 * restart: a run of the demo's size is killed and goes on; each start's parts are in the run's `starts.jsonl`.
-* overhead: the same steps by the recipe (loader, guard, agreement, accounts, tracking) and bare (the same engine on one
-  batch, nothing else), two processes each; the difference of the medians is the loop's own work.
+* overhead: of each step after the kill, what passes outside of loss, backward and the engine's step: waiting for data,
+  agreement of the ranks, guard, accounts, tracking, checkpoints. Both are taken in the same step of the same process,
+  since two runs differ by more than the loop's work on a shared machine. On CPUs alone: a GPU's calls return early.
 """
 
 import argparse
@@ -12,35 +13,31 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from domainshuttle.model.flow import FlowConfig
-from domainshuttle.model.objective import training_loss
-from domainshuttle.pipelines.feed import planned_rows
-from domainshuttle.pipelines.loader import Loader
-from domainshuttle.platform.build import blueprint
+from domainshuttle.platform import train
 from domainshuttle.platform.config import RunConfig, load_config
-from domainshuttle.platform.engine import Engine, select_trained
-from domainshuttle.platform.records import read_history, read_runs
+from domainshuttle.platform.driver import train_run
 from domainshuttle.platform.schedule import Run
-from domainshuttle.platform.train import make_feed
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 STAGE = "stage2"
+TIMES = "times.json"
+WARM_UP = 5
+"""Steps after the start that do not count."""
 console = Console()
 
 
@@ -59,13 +56,55 @@ def prepare(folder: Path, steps: int) -> tuple[Path, RunConfig]:
     return path, config
 
 
-def recipe(path: Path, config: RunConfig) -> list[float]:
-    """Seconds a step, each a mean of ten, of a run that is killed once half way."""
-    run = Run(config)
+def timed_segment(job: dict[str, Any]) -> None:
+    """The worker's function, with the time that passes inside of the model and the engine taken apart."""
+    from domainshuttle.platform import train
+    from domainshuttle.platform.engine import Engine
+
+    steps: list[tuple[float, float]] = []
+    inside, ended = 0.0, None
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal inside
+            began = time.perf_counter()
+            result = function(*given, **named)
+            inside += time.perf_counter() - began
+            return result
+
+        return call
+
+    engine_step = timed(Engine.step)
+
+    def step(self: Engine, number: int) -> Any:
+        nonlocal inside, ended
+        result = engine_step(self, number)
+        now = time.perf_counter()
+        if ended is not None:
+            steps.append((now - ended, inside))
+        ended, inside = now, 0.0
+        return result
+
+    train.training_loss, Engine.backward, Engine.step = timed(train.training_loss), timed(Engine.backward), step  # type: ignore[method-assign]
+    train.train_segment(job)
+    if dist.get_rank() == 0:
+        Path(job["config"]["output"], TIMES).write_text(json.dumps(steps))
+
+
+def drive(path: Path) -> int:
+    """The run's driver, whose workers take the time."""
+    train.train_segment = timed_segment
+    return train_run(load_config(path))
+
+
+def train_twice(path: Path, run: Run) -> list[tuple[float, float]]:
+    """Kills a run half way and lets it go on; of its second half, seconds of each step and of these the model's."""
     log = path.with_name("train.log").open("w")
+    half = run.segments()[0].last_step // 2
     for attempt in range(2):
-        driver = subprocess.Popen([*CLI, "train", str(path)], stdout=log, stderr=log, start_new_session=True)
-        while attempt == 0 and run.read_progress().get("step", 0) < config.stages[0].steps // 2:
+        command = [sys.executable, __file__, "--drive", str(path)]
+        driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        while attempt == 0 and run.read_progress().get("step", 0) < half:
             time.sleep(0.5)
             if driver.poll() is not None:
                 raise SystemExit(f"training ended early: see {log.name}")
@@ -73,63 +112,25 @@ def recipe(path: Path, config: RunConfig) -> list[float]:
             for process in [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]:
                 process.kill()
         driver.wait()
-    records = {record.name: record for record in read_runs(config.tracking_uri, [config.tracking.experiment])}
-    history = [value for _, value in read_history(config.tracking_uri, records[STAGE].id, "step_seconds")]
-    return history[2:]  # the first steps warm up
-
-
-def bare(rank: int, port: int, config: RunConfig, steps: int, out: Path) -> None:
-    """One of two processes that do the engine's steps on one batch and nothing else."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
-    os.nice(15)  # as Ray's workers are
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    segment = Run(config).segments()[0]
-    design = blueprint(config.model, None, segment.seed)
-    select_trained(design.outline, segment.stage.trained)
-    feed = make_feed(config, segment)
-    rows = planned_rows(feed, 0, 1, rank, 2)
-
-    loader: Loader[Any] = Loader([rows], feed, rank, 2, out.parent / f"quarantine-{rank}.jsonl")
-    batch = next(iter(loader)).batch
-    engine = Engine(design, segment.stage, config.engine, loader.accumulation)
-    flow, weight = FlowConfig(**segment.flow.model_dump()), segment.stage.loss.cross_pair_weight
-    times = []
-    for _ in range(steps // 10):
-        began = time.perf_counter()
-        for step in range(10):
-            loss = training_loss(
-                engine, batch.to(engine.device, engine.dtype), run_seed=1, step=step, flow=flow,
-                cross_pair_weight=weight, cross_pair_target="stop_gradient",
-            )  # fmt: skip
-            engine.backward(loss.loss)
-            engine.step(step)
-        times.append((time.perf_counter() - began) / 10)
-    if rank == 0:
-        out.write_text(json.dumps(times[2:]))
+    return json.loads(Path(run.config.output, TIMES).read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("build/training-benchmark"), help="is removed first")
+    parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.drive:
+        sys.exit(drive(options.drive))
     folder = options.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path, config = prepare(folder, options.steps)
-    loop = recipe(path, config)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    out = folder / "bare.json"
-    mp.spawn(bare, (port, config, options.steps, out), nprocs=2)
-    alone = json.loads(out.read_text())
+    run = Run(config)
+    steps = train_twice(path, run)[WARM_UP:]
     console.print(f"{date.today()}, {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}")
-    starts = [json.loads(line)["seconds"] for line in Run(config).starts_path.read_text().splitlines()]
+    starts = [json.loads(line)["seconds"] for line in run.starts_path.read_text().splitlines()]
     table = Table(title="A start, in seconds")
     table.add_column("part")
     for number in range(len(starts)):
@@ -143,11 +144,12 @@ def main() -> None:
         table.add_row(words, *(f"{start[part]:.1f}" for start in starts))
     table.add_row("in all", *(f"{sum(start.values()):.1f}" for start in starts))
     console.print(table)
-    for name, times in (("recipe", loop), ("bare", alone)):
-        low, middle, high = (1e3 * value for value in (min(times), median(times), max(times)))
-        console.print(f"A step, {name}: median {middle:.1f} ms ({low:.1f} to {high:.1f})")
-    difference = median(loop) - median(alone)
-    console.print(f"The loop's own work: {difference * 1e3:.1f} ms, {difference:.2%} of a step of one second")
+    own = [whole - model for whole, model in steps]
+    console.print(
+        f"A step: {median(whole for whole, _ in steps):.3f} s (median of {len(steps)}). Outside of model and engine: "
+        f"median {1e3 * median(own):.1f} ms, mean {1e3 * mean(own):.1f} ms with the checkpoints; "
+        f"{mean(own):.2%} of a step of one second"
+    )
 
 
 if __name__ == "__main__":
