@@ -209,6 +209,12 @@ def pad_text(features: list[Tensor], text_len: int) -> Tensor:
     return padded
 
 
+def network_dtype(device: str) -> torch.dtype:
+    """What transformers and text encoders compute in where they are not trained, as Wan's do; its VAE computes in
+    float32 everywhere."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def load_video_encoder(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoEncoder:
     """The video encoder named by `source`: `block-dct`, or a folder or hub id with an `AutoencoderKLWan`.
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
-from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder
+from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder, network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
@@ -57,11 +56,6 @@ def _networks(segments: list[Segment], averaged: bool) -> tuple[list[Path], floa
         for average, segment in zip(averages, ordered, strict=True)
     ]
     return folders, ordered[0].flow.low if len(ordered) == 2 else None
-
-
-def network_dtype(device: str) -> torch.dtype:
-    """What the transformers and the text encoder compute in, as Wan's do; its VAE computes in float32 everywhere."""
-    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def assemble_pipeline(

@@ -12,12 +12,12 @@ from PIL import Image
 
 from domainshuttle.model.batch import domain_id
 from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.encoders import network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.media import encode_mp4
 from domainshuttle.platform.config import ConfigError
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.evaluation.cases import read_cases
-from domainshuttle.platform.export import network_dtype
 
 
 @dataclass(frozen=True)

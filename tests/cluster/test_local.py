@@ -3,6 +3,7 @@
 Run: python -m pytest tests/cluster
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -39,6 +40,26 @@ def test_too_few_resources_say_how_many_and_the_remedy(there: dict[str, float], 
 
 def test_enough_resources_pass() -> None:
     check_resources({"CPU": 2.0, "GPU": 1.0}, Resources(2, 1))
+
+
+def test_what_gets_no_gpu_from_ray_sees_none() -> None:
+    """In a process of its own, whose workers would inherit its devices."""
+    code = (
+        "import os, ray\n"
+        "from domainshuttle.cluster.local import Connection\n"
+        "with Connection():\n"
+        "    print('sees', repr(ray.get(ray.remote(lambda: os.environ.get('CUDA_VISIBLE_DEVICES')).remote())))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"CUDA_VISIBLE_DEVICES": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "sees ''" in run.stdout
 
 
 def test_no_cluster_at_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
