@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 import torch
+from ray.exceptions import RayTaskError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -243,6 +245,13 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return bits
 
 
+def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, str], Tensor]:
+    """What both encoders call themselves, and the empty caption's bf16 states [l,d]. A task with an actor's resources:
+    on the driver's node, which has no room for UMT5-XXL, nothing is loaded."""
+    video, text = load_encoders(sources, device)
+    return {"video": video.identity, "text": text.identity}, SampleEncoder(video, text).caption("")
+
+
 def encode(
     jobs: Sequence[EncodingJob],
     sources: EncoderSources,
@@ -253,18 +262,25 @@ def encode(
 ) -> list[tuple[IndexMetadata, int]]:
     """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
 
-    Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError when too many
-    are bad.
+    Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError for encoders
+    that can't be loaded, and when too many samples are bad.
     """
     pool = pool or EncodingPool()
-    video, text = load_encoders(sources)
-    identity = {"video": video.identity, "text": text.identity, "transform": TRANSFORM}
+    device = "cuda" if pool.gpus else "cpu"
+    describe = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_describe_encoders)
+    try:
+        encoders, empty_caption = ray.get(describe.remote(sources, device))
+    except RayTaskError as error:
+        if isinstance(error.cause, OSError | ValueError):  # not there, or no encoder
+            raise DataError(f"the encoders can't be loaded: {error.cause}") from error
+        raise
+    identity = encoders | {"transform": TRANSFORM}
     works, missing, total, left = [], [], 0, 0
     for number, job in enumerate(jobs):
         raw = Index.load(job.raw_index)
         parts = Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
         parts.begin()
-        save_file({"text": text.encode([""])[0].to(torch.bfloat16).contiguous()}, job.folder / EMPTY_CAPTION_NAME)
+        save_file({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
         metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
         works.append(_Work(job, parts, metadata))
         missing += [{"job": number, "part": part} for part in parts.missing()]
@@ -275,7 +291,7 @@ def encode(
         # one block a part, so that any actor can take the next one
         encoded = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing]).map_batches(
             _EncodingActor,
-            fn_constructor_args=(works, sources, "cuda" if pool.gpus else "cpu", samples_per_part, shard_bytes),
+            fn_constructor_args=(works, sources, device, samples_per_part, shard_bytes),
             batch_size=1,
             # of one that finds no room at once the others do not wait
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),

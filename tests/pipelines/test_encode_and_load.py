@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLWan
 from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
+from domainshuttle.pipelines import encode as encode_module
 from domainshuttle.pipelines import plan_source
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
@@ -28,7 +29,7 @@ from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.encode import EncodingJob, EncodingPool, decode_sample, encode, encode_rows, to_pixels
 from domainshuttle.pipelines.encoded import EncodedReader, Located
 from domainshuttle.pipelines.feed import EncoderSources, Feed, planned_rows
-from domainshuttle.pipelines.index import Index, IndexMetadata, write_index
+from domainshuttle.pipelines.index import Index, IndexMetadata, read_metadata, write_index
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.pairing import choose_references
 from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, INDEX_NAME, BadSample, Parts
@@ -115,6 +116,22 @@ def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: P
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
     assert metadata.encoders["video"].startswith("block-dct:")
+
+
+def test_the_driver_loads_no_encoder_and_names_one_that_is_not_there(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise MemoryError("the head node is small")
+
+    monkeypatch.setattr(encode_module, "load_encoders", refuse)
+    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
+    ((metadata, _),) = encode([job], SOURCES, silent, samples_per_part=16)
+    assert metadata.encoders == read_metadata(corpus / "encoded" / INDEX_NAME).encoders
+    name = EMPTY_CAPTION_NAME
+    assert (tmp_path / "encoded" / name).read_bytes() == (corpus / "encoded" / name).read_bytes()
+    with pytest.raises(DataError, match=r"the encoders can't be loaded: no encoder at \./nowhere"):
+        encode([job], replace(SOURCES, text="./nowhere"), silent)
 
 
 CPUS, GPUS = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
