@@ -85,7 +85,7 @@ def timed_segment(job: dict[str, Any]) -> None:
         ended, inside = now, 0.0
         return result
 
-    train.training_loss, Engine.backward, Engine.step = timed(train.training_loss), timed(Engine.backward), step  # type: ignore[method-assign]
+    train.training_loss, Engine.backward, Engine.step = timed(train.training_loss), timed(Engine.backward), step
     train.train_segment(job)
     if dist.get_rank() == 0:
         Path(job["config"]["output"], TIMES).write_text(json.dumps(steps))

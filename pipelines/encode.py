@@ -122,7 +122,7 @@ class _EncodingActor:
 
 
 def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEncoder, TextEncoder]:
-    """Both encoders, on a device: UMT5-XXL takes 11 GB of a GPU, the VAE computes in float32."""
+    """Both encoders, on a device; the video encoder computes in float32 on each."""
     text = load_text_encoder(sources.text, sources.text_len, device, network_dtype(device))
     return load_video_encoder(sources.video, device), text
 
@@ -246,8 +246,8 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, str], Tensor]:
-    """What both encoders call themselves, and the empty caption's bf16 states [l,d]. A task with an actor's resources:
-    on the driver's node, which has no room for UMT5-XXL, nothing is loaded."""
+    """What both encoders call themselves, and the empty caption's bf16 states [l,d]. A task with an actor's resources,
+    since the driver may have no room for UMT5-XXL."""
     video, text = load_encoders(sources, device)
     return {"video": video.identity, "text": text.identity}, SampleEncoder(video, text).caption("")
 
