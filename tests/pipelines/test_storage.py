@@ -89,6 +89,7 @@ class Proxy:
     faults: dict[str, deque[Any]] = field(default_factory=dict)
     always: Any = None
     port: int = 0
+    over: threading.Event = field(default_factory=threading.Event)
 
     def uri(self, path: str, keys: str = "") -> str:
         return f"s3://{keys}bucket/{path}?endpoint_override=http://127.0.0.1:{self.port}"
@@ -97,6 +98,9 @@ class Proxy:
         self.faults[method] = deque(faults)
 
     def forget(self) -> None:
+        """What is under way of a slow answer ends too: pyarrow makes no file system while a request is under way."""
+        self.over.set()
+        self.over = threading.Event()
         self.requests.clear()
         self.faults.clear()
         self.always = None
@@ -152,8 +156,9 @@ class Proxy:
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
                     return
-                if isinstance(fault, float):
-                    time.sleep(fault)
+                over = proxy.over
+                if isinstance(fault, float) and over.wait(fault):
+                    return
                 if isinstance(fault, threading.Barrier):
                     fault.wait(10)
                 connection = http.client.HTTPConnection(*proxy.upstream)
@@ -170,7 +175,8 @@ class Proxy:
                     for byte in data[:300]:
                         self.wfile.write(bytes([byte]))
                         self.wfile.flush()
-                        time.sleep(0.05)
+                        if over.wait(0.05):
+                            break
                     return
                 self.respond(response.status, headers, length, data)
 
