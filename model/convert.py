@@ -241,19 +241,39 @@ def expert_folders(checkpoint: Path) -> list[Path]:
     )
 
 
-def _open(folder: Path, reader: WeightReader, overrides: Mapping[str, Any]) -> tuple[_Source, dict[str, Any]]:
-    """The source that the files of one transformer are, and our model's config for it."""
+def _described(folder: Path, overrides: Mapping[str, Any]) -> tuple[Callable[[str], str], bool, dict[str, Any]]:
+    """What the ``config.json`` of one transformer says: how its weights name our parameters, whether it has a
+    reference branch, and our model's config for it."""
     config = json.loads((folder / "config.json").read_text())
     kind = config.get("_class_name", "")
     has_references = kind == DomainShuttleTransformer3DModel.__name__ or "reference_num" in config
+    rename: Callable[[str], str] = str
     if kind in ("WanTransformer3DModel", DomainShuttleTransformer3DModel.__name__):
-        rename, ours = str, _config_from_diffusers(config)
+        ours = _config_from_diffusers(config)
     else:
         rename, ours = release_name, config_from_release(config)
         if not has_references:
             ours["reference_gate"] = "own"  # a plain Wan says nothing of references: start as the paper does
+    return rename, has_references, ours | dict(overrides)
+
+
+def _open(folder: Path, reader: WeightReader, overrides: Mapping[str, Any]) -> tuple[_Source, dict[str, Any]]:
+    """The source that the files of one transformer are, and our model's config for it."""
+    rename, has_references, ours = _described(folder, overrides)
     shapes = {name: info.shape for name, info in reader.infos.items()}
-    return _Source(str(folder), shapes, reader.read, rename, has_references), ours | dict(overrides)
+    return _Source(str(folder), shapes, reader.read, rename, has_references), ours
+
+
+def outline_transformer(folder: Path | str, **overrides: Any) -> DomainShuttleTransformer3DModel:
+    """Our model without memory, on the meta device, by the ``config.json`` of one transformer alone.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it describes a model that ours cannot be.
+    """
+    _, _, config = _described(Path(folder), overrides)
+    with torch.device("meta"):
+        return DomainShuttleTransformer3DModel(**config).eval()
 
 
 def load_transformer(folder: Path | str, **overrides: Any) -> DomainShuttleTransformer3DModel:

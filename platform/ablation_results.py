@@ -11,7 +11,7 @@ from rich.table import Table
 from domainshuttle.platform import compare, compare_page, curves
 from domainshuttle.platform.ablation import Plan, result_of
 from domainshuttle.platform.build import outline_model
-from domainshuttle.platform.config import ConfigError, RunConfig
+from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.engine import select_trained
 from domainshuttle.platform.ledger import Ledger
@@ -68,8 +68,6 @@ def read_result(plan: Plan, name: str) -> VariantResult | None:
 def count_parameters(config: RunConfig) -> tuple[int, int]:
     """All parameters of a configuration's model, and those that any of its stages trains."""
     outline = outline_model(config.model)
-    if outline is None:
-        raise ConfigError(f"model.base={config.model.base!r} is not on this disk: its parameters can't be counted")
     sizes = {name: parameter.numel() for name, parameter in outline.named_parameters()}
     trained = {name for stage in config.stages for name in select_trained(outline, stage.trained).trained}
     return sum(sizes.values()), sum(sizes[name] for name in trained)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from domainshuttle.model.convert import expert_folders, stream_transformer
+from domainshuttle.model.convert import outline_transformer, stream_transformer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.config import ConfigError
+from domainshuttle.platform.origins import description_folder, weights_folder
 from domainshuttle.platform.sections import ModelSection
 
 
@@ -36,8 +35,9 @@ class Blueprint:
         return self.outline
 
 
-def blueprint(section: ModelSection, origin: str | None, seed: int) -> Blueprint:
-    """The transformer with the weights in `origin`, or without one a new model of the configured size.
+def blueprint(section: ModelSection, origin: str | None, seed: int, commit: str | None = None) -> Blueprint:
+    """The transformer with the weights in `origin`, or without one a new model of the configured size; `commit` is
+    what an id of the hub meant when the run began.
 
     Raises ConfigError for an origin that is neither a folder nor on the hub or that holds two experts,
     FileNotFoundError and ValueError for one whose files do not make a model.
@@ -48,7 +48,7 @@ def blueprint(section: ModelSection, origin: str | None, seed: int) -> Blueprint
         return Blueprint(outline, lambda: _new_weights(section, seed))
     # of a Wan these are ours to choose; a model that was trained with references knows its own
     overrides: dict[str, Any] = section.choices if origin == section.base else {}
-    return Blueprint(*stream_transformer(_folder(origin), **overrides))
+    return Blueprint(*stream_transformer(weights_folder(origin, commit), **overrides))
 
 
 def build_model(section: ModelSection, origin: str | None, seed: int) -> DomainShuttleTransformer3DModel:
@@ -56,13 +56,16 @@ def build_model(section: ModelSection, origin: str | None, seed: int) -> DomainS
     return blueprint(section, origin, seed).build()
 
 
-def outline_model(section: ModelSection) -> DomainShuttleTransformer3DModel | None:
-    """A model's parameters without their memory, to check a configuration by; None for a base that is not on disk.
+def outline_model(section: ModelSection) -> DomainShuttleTransformer3DModel:
+    """A model's parameters without their memory, to check a configuration by; of a base on the hub only its
+    `config.json` is fetched.
 
-    Raises ConfigError for a size that no model can have.
+    Raises ConfigError for a size that no model can have, and as `blueprint` for a base.
     """
     if section.base is not None:
-        return blueprint(section, section.base, 0).outline if Path(section.base).is_dir() else None
+        if Path(section.base).is_dir():
+            return blueprint(section, section.base, 0).outline
+        return outline_transformer(description_folder(section.base), **section.choices)
     try:
         with torch.device("meta"):
             return _construct(section)
@@ -72,22 +75,6 @@ def outline_model(section: ModelSection) -> DomainShuttleTransformer3DModel | No
 
 def _construct(section: ModelSection) -> DomainShuttleTransformer3DModel:
     return DomainShuttleTransformer3DModel(**section.size, **section.choices)
-
-
-def _folder(origin: str) -> Path:
-    """The folder that holds the transformer of an origin."""
-    found = Path(origin)
-    if not found.is_dir():
-        try:
-            patterns = ["config.json", "diffusion_pytorch_model*", "transformer*/*"]
-            found = Path(snapshot_download(origin, allow_patterns=patterns))
-        except (HFValidationError, HfHubHTTPError, OSError) as error:
-            raise ConfigError(f"base {origin!r} is no folder, and the hub does not give it: {error}") from error
-    folders = expert_folders(found)
-    if len(folders) > 1:
-        names = " and ".join(str(folder) for folder in folders)
-        raise ConfigError(f"base {origin!r} holds two experts: name one of {names}")
-    return folders[0]
 
 
 class _DrawnOnly(TorchDispatchMode):

@@ -263,8 +263,9 @@ def _read(source: str) -> tuple[str, str]:
         return path.read_text(), source
     shipped = resources.files("domainshuttle.configs")
     names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-    if path.stem in names and path.suffix in ("", ".yaml") and str(path.parent) in (".", "configs"):
-        return (shipped / f"{path.stem}.yaml").read_text(), f"{path.stem}.yaml (shipped)"
+    name = path.name.removesuffix(".yaml")  # not its stem: there are dots in names
+    if name in names and str(path.parent) in (".", "configs"):
+        return (shipped / f"{name}.yaml").read_text(), f"{name}.yaml (shipped)"
     raise ConfigError(
         f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(names)}"
     )

@@ -70,11 +70,17 @@ def require_encoded(config: RunConfig) -> None:
     form = config.trained_form
     missing = [name for name in needed if not exists(join(config.corpus_folder(name, form), INDEX_NAME))]
     if missing:
-        lacking = "encoded" if form == "encoded" else "built"
-        then = ", then domainshuttle data encode CONFIG" if form == "encoded" else ""
+        commands = []
+        if any(config.corpora[name].build for name in missing):
+            commands.append("domainshuttle data build CONFIG")
+        if own := [name for name in missing if not config.corpora[name].build]:
+            folder = shown(config.corpus_folder(own[0], "raw"))
+            commands.append(f"domainshuttle data index {folder} --corpus {own[0]} ...")
+        if form == "encoded":
+            commands.append("domainshuttle data encode CONFIG")
         raise DataError(
-            f"corpora {missing} are not {lacking} in {shown(config.data)}. Run: domainshuttle data build CONFIG{then} "
-            "(or point `data` at a folder that has them)"
+            f"corpora {missing} are not {'encoded' if form == 'encoded' else 'built'} in {shown(config.data)}. Run: "
+            f"{', then '.join(commands)} (or point `data` at a folder that has them)"
         )
 
 

@@ -63,9 +63,9 @@ def require_trainable(config: RunConfig) -> None:
             selected_rows(join(config.corpus_folder(name, config.trained_form), INDEX_NAME), where)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
     for expert in experts:
-        if (outline := outline_model(config.model_of(expert))) is not None:
-            for stage in config.stages:
-                select_trained(outline, stage.trained)
+        outline = outline_model(config.model_of(expert))
+        for stage in config.stages:
+            select_trained(outline, stage.trained)
 
 
 def prepare_run(config: RunConfig, fresh: bool = False) -> Run:

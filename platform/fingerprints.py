@@ -11,8 +11,9 @@ from domainshuttle.pipelines.storage import write_bytes
 DIGEST_NAME = "digest.txt"
 
 
-def weights_identity(origin: str | None, seed: int, known: Path | None = None) -> str:
-    """A digest of the weights that a segment begins with: a new model of this seed, one of the hub, or a folder.
+def weights_identity(origin: str | None, seed: int, known: Path | None = None, commit: str | None = None) -> str:
+    """A digest of the weights that a segment begins with: a new model of this seed, a folder, or one of the hub at a
+    commit.
 
     Hashing a folder takes minutes for a large model. `known` is a file that remembers digests by the sizes and times
     of the folder's files; one that can't be written is done without.
@@ -21,7 +22,7 @@ def weights_identity(origin: str | None, seed: int, known: Path | None = None) -
         return f"new:{seed}"
     folder = Path(origin).expanduser()
     if not folder.is_dir():
-        return f"hub:{origin}"
+        return f"hub:{origin.partition('@')[0]}@{commit}"
     noted = folder / DIGEST_NAME
     if noted.exists():
         return noted.read_text().strip()

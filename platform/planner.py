@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def print_plan(config: RunConfig) -> None:
     """Prints the schedule as a table; the data columns are filled where the corpora are encoded."""
-    from domainshuttle.platform.build import blueprint
+    from domainshuttle.platform.build import outline_model
     from domainshuttle.platform.engine import select_trained
     from domainshuttle.platform.schedule import Run
     from domainshuttle.platform.train import make_feed
@@ -29,9 +29,7 @@ def print_plan(config: RunConfig) -> None:
     run, problems = Run(config), {}
     for segment in run.segments():
         stage = segment.stage
-        base = segment.expert.base if segment.expert else config.model.base
-        model = blueprint(config.model_of(segment.expert), base, segment.seed).outline
-        selected = select_trained(model, stage.trained)
+        selected = select_trained(outline_model(config.model_of(segment.expert)), stage.trained)
         try:
             described = make_feed(config, segment).plan().describe()
             passes = "by hours" if stage.endless else f"{stage.steps / described['steps_per_epoch']:.2f}"
@@ -63,14 +61,13 @@ def print_plan(config: RunConfig) -> None:
 
 def print_parameters(config: RunConfig) -> None:
     """Prints which parameters each segment trains."""
-    from domainshuttle.platform.build import blueprint
+    from domainshuttle.platform.build import outline_model
     from domainshuttle.platform.engine import select_trained
     from domainshuttle.platform.schedule import Run
 
     selections = {}
     for segment in Run(config).segments():
-        base = segment.expert.base if segment.expert else config.model.base
-        outline = blueprint(config.model_of(segment.expert), base, segment.seed).outline
+        outline = outline_model(config.model_of(segment.expert))
         selections[segment.name] = select_trained(outline, segment.stage.trained)
     console.print(parameter_table(selections))
 

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
@@ -26,7 +25,7 @@ from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.pipelines.storage import join
 from domainshuttle.platform.account import ROLLED_BACK, UNSAVED, Account, Stop
-from domainshuttle.platform.build import blueprint
+from domainshuttle.platform.build import blueprint, outline_model
 from domainshuttle.platform.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -36,12 +35,13 @@ from domainshuttle.platform.checkpoint import (
 )
 from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.config import ConfigError, RunConfig, differences
-from domainshuttle.platform.engine import Engine, TrainedParameters, frozen_copy, select_trained
+from domainshuttle.platform.engine import Engine, frozen_copy, select_trained
 from domainshuttle.platform.fingerprints import sizes_digest, weights_identity
 from domainshuttle.platform.fit import Fit
 from domainshuttle.platform.guard import LossGuard
 from domainshuttle.platform.ledger import ALLOWANCE, Ledger
 from domainshuttle.platform.notices import PASSED_OVER, Notices
+from domainshuttle.platform.origins import commit_of
 from domainshuttle.platform.planned_data import Shard
 from domainshuttle.platform.planner import parameter_table
 from domainshuttle.platform.randomness import random_snapshot, restore_random
@@ -72,7 +72,7 @@ def train_segment(job: dict[str, Any]) -> None:
     done = shard.first_step
     try:
         # Build
-        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed)
+        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed, job["commit"])
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
         loader: Loader[TrainingBatch] = Loader(
@@ -81,7 +81,7 @@ def train_segment(job: dict[str, Any]) -> None:
         snapshot = None
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(
-                blueprint(config.model_of(segment.expert), segment.origin, segment.seed), config.engine
+                blueprint(config.model_of(segment.expert), segment.origin, segment.seed, job["commit"]), config.engine
             )
         engine = Engine(design, stage, config.engine, loader.accumulation)
         flow = FlowConfig(**segment.flow.model_dump())
@@ -267,8 +267,9 @@ def train(
         require_origin(run, segment)
         tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
         feed = make_feed(run.config, segment)
-        base = weights_identity(segment.origin, segment.seed, run.fingerprints_path)
-        selected = selected_parameters(run.config, segment)
+        commit = commit_of(segment.origin)
+        base = weights_identity(segment.origin, segment.seed, run.fingerprints_path, commit)
+        selected = select_trained(outline_model(run.config.model_of(segment.expert)), segment.stage.trained)
 
         def choose(resume: str, segment: Segment = segment) -> Checkpoint | None:
             note = functools.partial(notices.add, segment.name, PASSED_OVER)
@@ -279,7 +280,7 @@ def train(
 
         start = choose(resume)
         if start:
-            require_fit(start, segment, base, sizes_digest(selected.trained) if selected else None, feed)
+            require_fit(start, segment, base, sizes_digest(selected.trained), feed)
             if start.state.config_digest != digest:
                 before = start.state.config
                 changes = differences(before, run.config.decisive()) if before else "it does not say which"
@@ -291,11 +292,10 @@ def train(
         for corpus, source, index_digest, samples in feed.corpora():
             tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
         run.write_ids(tracker.ids.to_dict())
-        if selected:
-            say(parameter_table({segment.name: selected}))
+        say(parameter_table({segment.name: selected}))
         while not segment.finished:
             say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
-            job = {"base": base, "mlflow": tracker.ids.to_dict()}
+            job = {"base": base, "commit": commit, "mlflow": tracker.ids.to_dict()}
             for _ in Fit(train_segment, run, segment, feed, job, start).running():
                 watch()
                 tell(segment.name)
@@ -311,14 +311,6 @@ def train(
                 refuse_to_go_in_circles(run, segment, say)
                 start = choose(AUTO)
     return "finished"
-
-
-def selected_parameters(config: RunConfig, segment: Segment) -> TrainedParameters | None:
-    """What a segment trains, on the driver; None for a base of the hub, which workers may have and the driver not."""
-    if segment.origin is not None and not Path(segment.origin).is_dir():
-        return None
-    outline = blueprint(config.model_of(segment.expert), segment.origin, segment.seed).outline
-    return select_trained(outline, segment.stage.trained)
 
 
 def require_origin(run: Run, segment: Segment) -> None:
