@@ -1,6 +1,7 @@
 """What tests of whole runs share: the commands of a user, and looks at what a run left."""
 
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -20,6 +22,7 @@ from domainshuttle.pipelines.index import Index
 from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.pipelines.sample import tensor_views
 from domainshuttle.platform.books import check_books
+from domainshuttle.platform.cli import main
 from domainshuttle.platform.config import RunConfig, load_config
 from domainshuttle.platform.records import read_history, read_runs
 from domainshuttle.platform.schedule import Run
@@ -40,6 +43,29 @@ def cli(*arguments: object, expect: int = 0) -> str:
     )
     assert run.returncode == expect, f"{arguments}: {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     return run.stdout + run.stderr
+
+
+def in_process(*arguments: object, expect: int = 0) -> str:
+    """As `cli`, but here, where the imports are done: for verbs that connect to no cluster."""
+    output = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        mock.patch.object(sys, "argv", ["domainshuttle", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"COLUMNS": "160"}),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    printed = output.getvalue()
+    assert code == expect, f"{arguments}: {code}\n{printed[-3000:]}"
+    return printed
 
 
 def weights(config: RunConfig, stage: str) -> dict[str, np.ndarray]:

@@ -118,18 +118,22 @@ def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: P
     assert metadata.encoders["video"].startswith("block-dct:")
 
 
-def test_the_driver_loads_no_encoder_and_names_one_that_is_not_there(
+def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise MemoryError("the head node is small")
 
     monkeypatch.setattr(encode_module, "load_encoders", refuse)
+    before = reserved("_EncodingActor")
     job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
-    ((metadata, _),) = encode([job], SOURCES, silent, samples_per_part=16)
+    ((metadata, _),) = encode([job], SOURCES, silent, EncodingPool(actors=2, cpus=0.25), samples_per_part=12)
+    assert reserved("_EncodingActor") - before == {0.25: 2}
     assert metadata.encoders == read_metadata(corpus / "encoded" / INDEX_NAME).encoders
     name = EMPTY_CAPTION_NAME
     assert (tmp_path / "encoded" / name).read_bytes() == (corpus / "encoded" / name).read_bytes()
+    same = Index.load(corpus / "encoded" / INDEX_NAME).column("checksum").tolist()
+    assert Index.load(tmp_path / "encoded" / INDEX_NAME).column("checksum").tolist() == same
     with pytest.raises(DataError, match=r"the encoders can't be loaded: no encoder at \./nowhere"):
         encode([job], replace(SOURCES, text="./nowhere"), silent)
 
@@ -153,15 +157,6 @@ CPUS, GPUS = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
 )
 def test_the_pool_fills_the_cluster(nodes: Any, asked: Any, expected: EncodingPool) -> None:
     assert EncodingPool.of_nodes(nodes, **asked) == expected
-
-
-def test_encoding_actors_reserve_what_they_are_told(corpus: Path, tmp_path: Path, ray_cluster: None) -> None:
-    before = reserved("_EncodingActor")
-    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
-    encode([job], SOURCES, silent, EncodingPool(actors=3, cpus=0.25), samples_per_part=12)
-    assert reserved("_EncodingActor") - before == {0.25: 3}
-    same = Index.load(corpus / "encoded" / INDEX_NAME).column("checksum").tolist()
-    assert Index.load(tmp_path / "encoded" / INDEX_NAME).column("checksum").tolist() == same
 
 
 def test_parts_of_another_recipe_are_cleared(tmp_path: Path) -> None:

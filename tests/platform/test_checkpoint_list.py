@@ -6,7 +6,7 @@ Run: python -m pytest tests/platform/test_checkpoint_list.py
 import re
 from pathlib import Path
 
-from running import cli
+from running import in_process
 
 from domainshuttle.platform.checkpoint import CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.checkpoint_files import describe
@@ -27,7 +27,7 @@ def put(store: CheckpointStore, segment: str, step: int, loss: float) -> Name:
 def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     rule = ["checkpoint.every=10", "checkpoint.keep=1", "checkpoint.keep_every=20", "checkpoint.keep_best=1"]
     run = Run.open(load_config("demo", [f"output={tmp_path}", *rule]))
-    assert "one is written every 10 steps" in cli("checkpoints", run.folder)
+    assert "one is written every 10 steps" in in_process("checkpoints", run.folder)
     store = CheckpointStore.of(run.config)
     left = put(store, "base", 10, 0.125)
     store.branch("base", str(left))
@@ -36,7 +36,7 @@ def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     flipped = store.place.local("base-step00000040-line1") / "zero" / "a.bin"
     flipped.write_bytes(bytes((3 << 20) - 1) + b"1")
     store.place.write("stage1-step00000010/rank-00001.json", b"{}")
-    printed = cli("checkpoints", run.folder)
+    printed = in_process("checkpoints", run.folder)
     lines = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in printed.splitlines())
     rows = {cells[0]: cells for cells in lines if cells}
     new = {step: rows[f"base-step000000{step}-line1"] for step in (20, 30, 50)}
@@ -47,6 +47,6 @@ def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     assert "stage1-step00000010 is not chosen: it has no manifest" in printed
     assert "here base-step00000050-line1" in printed
     assert "domainshuttle train CONFIG --resume" in printed
-    verified = cli("checkpoints", run.folder, "--verify")
+    verified = in_process("checkpoints", run.folder, "--verify")
     assert "base-step00000040-line1 is not chosen: zero/a.bin was changed since it was written" in verified
-    assert "Being written, or left by a kill: stage1-step00000010" in cli("status", run.folder)
+    assert "Being written, or left by a kill: stage1-step00000010" in in_process("status", run.folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from running import CLI, cli, environment, losses, start, wait_for_step, weights, workers_of
+from running import CLI, cli, environment, in_process, losses, start, wait_for_step, weights, workers_of
 
 from domainshuttle.pipelines.index import Index
 from domainshuttle.pipelines.media import decode_video
@@ -122,13 +122,13 @@ def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConf
 
 
 def test_a_name_of_another_run_is_refused(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
-    printed = cli("train", tiny, "--set", "seed=4", expect=2)
+    printed = in_process("train", tiny, "--set", "seed=4", expect=2)
     assert "seed was 3, now 4" in printed
     assert "--fresh" in printed
 
 
 def test_missing_corpora_are_named_with_the_commands(tiny: Path, tmp_path: Path) -> None:
-    printed = cli("train", tiny, "--set", f"data={tmp_path}", expect=2)
+    printed = in_process("train", tiny, "--set", f"data={tmp_path}", expect=2)
     assert "['clips', 'pictures'] are not encoded" in printed
     assert "domainshuttle data build" in printed
     assert "Traceback" not in printed
@@ -152,7 +152,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     Image.new("RGB", (40, 40), (200, 30, 30)).save(picture)
     clips = tmp_path / "clips"
     size = ("--height", "32", "--width", "32", "--frames", "5", "--steps", "2", "--guidance", "2")
-    printed = cli(
+    printed = in_process(
         "generate", exported, "--prompt", "a star", "--reference", f"{picture}:0:object", "--out", clips, *size
     )
     assert "Wrote 1 clips" in printed
@@ -160,14 +160,14 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     cases = tmp_path / "cases.jsonl"
     case = {"prompts": "a gear", "seg_meta": [{"seg_file": ["reference.jpg"]}], "domain_code": ["Fantasy Domain"]}
     cases.write_text(json.dumps(case) + "\n" + json.dumps({**case, "prompts": "a box"}) + "\n")
-    assert "Wrote 2 clips" in cli("generate", exported, "--cases", cases, "--out", clips, *size)
+    assert "Wrote 2 clips" in in_process("generate", exported, "--cases", cases, "--out", clips, *size)
     first, second = ((clips / f"cases-000{n}.mp4").read_bytes() for n in (1, 2))
     assert first != second
     cases.write_text(json.dumps({**case, "domain_code": ["Fantsy"]}))
-    assert "line 1" in cli("generate", exported, "--cases", cases, expect=2)
+    assert "line 1" in in_process("generate", exported, "--cases", cases, expect=2)
 
     out = tmp_path / "evaluation"
-    cli("evaluate", run.folder, exported, "--out", out)
+    in_process("evaluate", run.folder, exported, "--out", out)
     result = json.loads((out / "identity.json").read_text())
     assert result["clips"] == 8
     assert result["chance"] == 0.25
@@ -178,11 +178,11 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     assert records["stage2"].metrics["evaluation/identity_own"] == result["own"]
 
     page = tmp_path / "compare.html"
-    table = cli("compare", "tiny", "--uri", config.tracking_uri, "--page", page)
+    table = in_process("compare", "tiny", "--uri", config.tracking_uri, "--page", page)
     assert "stage1" in table
     assert "stage2" in table
     assert page.read_text().count("<tr") >= 4
-    status = cli("status", run.folder)
+    status = in_process("status", run.folder)
     assert "24 of 24" in status
     assert "goodput" in status
 
@@ -192,22 +192,24 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     assert "stage2" in printed
     assert "0.1 cross-pair" in printed
     # 24 steps of 8 pass 8 times over 24 clips, and 3 times over them and 40 pictures
-    by_counts = cli("plan", tiny, "--set", "stages.stage2.mixture=[pictures, clips]")
+    by_counts = in_process("plan", tiny, "--set", "stages.stage2.mixture=[pictures, clips]")
     assert re.search(r"stage2 +│ +24 │ +8 │ clips, pictures by sample counts +│ +3\.00 │", by_counts)
     config = load_config(str(tiny))
     lengths = Index.load(f"{config.corpus_folder('clips', 'encoded')}/{INDEX_NAME}").column("caption_length")
     left = int((lengths > np.median(lengths)).sum())
     assert 0 < left < 24
-    fewer = cli("plan", tiny, "--set", f"stages.stage2.where={{clips: caption_length > {np.median(lengths)}}}")
+    fewer = in_process("plan", tiny, "--set", f"stages.stage2.where={{clips: caption_length > {np.median(lengths)}}}")
     assert f"{24 / -(-left // 8):.2f} │" in fewer  # 24 steps by the whole steps that a pass takes
     for verb, code in (("plan", 0), ("train", 2)):  # before the first stage is trained, not after it
-        printed = cli(verb, tiny, "--set", "name=none", "--set", "stages.stage2.where={clips: frames > 5}", expect=code)
+        printed = in_process(
+            verb, tiny, "--set", "name=none", "--set", "stages.stage2.where={clips: frames > 5}", expect=code
+        )
         assert "leaves none of the 24 samples of corpus 'clips'" in printed and "Traceback" not in printed
-    nowhere = cli("plan", tiny, "--set", f"data={tmp_path}")
+    nowhere = in_process("plan", tiny, "--set", f"data={tmp_path}")
     assert "No data yet: corpora ['clips', 'pictures'] are not encoded" in nowhere
     folder = load_config(str(tiny)).corpus_folder("clips", "raw")
     sheet = tmp_path / "sheet.png"
-    printed = cli("data", "inspect", folder, "--sheet", sheet, "--where", "frames > 1")
+    printed = in_process("data", "inspect", folder, "--sheet", sheet, "--where", "frames > 1")
     assert re.search(r"5x32x32 +24", printed)
     from PIL import Image
 
@@ -250,7 +252,7 @@ def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
         head.send_signal(signal.SIGTERM)
         try:
-            head.wait(timeout=30)
+            head.wait(timeout=5)
         except subprocess.TimeoutExpired:
             head.kill()
         for child in children:
