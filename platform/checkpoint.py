@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines import places
+from domainshuttle.pipelines.storage import free_bytes
 from domainshuttle.platform.checkpoint_files import FileEntry, Place, describe, describe_all
-from domainshuttle.platform.config import RunConfig
+from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.lineage import Line, Name, candidates, lines_from, with_new_line
 from domainshuttle.platform.retention import Retention
 from domainshuttle.platform.spool import locked
@@ -165,7 +166,7 @@ class CheckpointStore:
 
         On a file system that is the checkpoint itself. From an object store the files are copied to this node's
         scratch, each once, and their checksums compared: a file that was changed raises CheckpointError, and the
-        checkpoint is marked, so that the next start passes it over.
+        checkpoint is marked, so that the next start passes it over. Raises ConfigError where there is no room for them.
         """
         place = Place(checkpoint.root)
         if not place.remote:
@@ -179,6 +180,14 @@ class CheckpointStore:
             for name, entry in sorted(checkpoint.files.items())
             if ranks is None or entry.get("rank") is None or entry["rank"] in ranks
         ]
+        needed = sum(checkpoint.files[name]["size"] for name in wanted if not (folder / name).exists())
+        free = free_bytes(self.scratch)
+        if free is not None and free < needed:
+            raise ConfigError(
+                f"checkpoint {checkpoint.name} needs {needed / 2**20:,.0f} MiB in {self.scratch}, where "
+                f"{free / 2**20:,.0f} MiB are free: make room there, or name another folder of the nodes with "
+                "--set checkpoint.scratch=FOLDER"
+            )
         # processes that need the same files begin at different ones
         start = os.getpid() % max(1, len(wanted))
         with ThreadPoolExecutor(4) as pool:

@@ -225,6 +225,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{origin} holds {type(content).__name__}, not a mapping of configuration keys")
     for override in overrides or []:
         _override(content, override)
+    _refuse_keys(content, origin)
     for key in ("data", "output"):
         if isinstance(content.get(key), str):
             content[key] = _place(key, content[key], origin)
@@ -238,12 +239,25 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{origin} can't be run:\n{faults}") from None
 
 
+def _refuse_keys(content: Mapping[str, Any], origin: str) -> None:
+    """Raises ConfigError for secrets in places: the configuration is saved with the run, and in MLflow."""
+    aws = "give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the job, or give its machines a role"
+    mlflow = (
+        "give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or of a database in its own way, such as "
+        "PGPASSWORD, to the job"
+    )
+    places = (("data", aws), ("output", aws), ("checkpoint.store", aws), ("checkpoint.scratch", aws))
+    for path, remedy in (*places, ("tracking.uri", mlflow)):
+        *sections, key = path.split(".")
+        section: Any = content.get(sections[0]) if sections else content
+        place = section.get(key) if isinstance(section, dict) else None
+        if isinstance(place, str) and holds_keys(place):
+            raise ConfigError(
+                f"{origin}: {path} has access keys in it, and it is saved with the run and shown in MLflow: {remedy}"
+            )
+
+
 def _place(key: str, place: str, origin: str) -> str:
-    if holds_keys(place):
-        raise ConfigError(
-            f"{origin}: {key} has access keys in it, and it is saved with the run and shown in MLflow: give them as "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the job, or give its machines a role"
-        )
     if key == "output" and is_remote(place):
         raise ConfigError(f"{origin}: output={shown(place)} is in a store: give a folder that all workers share")
     return str(absolute(place))

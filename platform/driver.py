@@ -1,5 +1,6 @@
 """The driver of a training run: opens run and tracking, follows the workers, and turns signals into a clean stop."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,24 +12,25 @@ from pathlib import Path
 from types import FrameType
 
 from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.places import absolute
 from domainshuttle.pipelines.selection import selected_rows
 from domainshuttle.pipelines.storage import join
 from domainshuttle.platform.build import outline_model
 from domainshuttle.platform.checkpoint import CheckpointStore
-from domainshuttle.platform.config import RunConfig
+from domainshuttle.platform.config import ConfigError, RunConfig
 from domainshuttle.platform.connection import connected
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.corpora import require_encoded
 from domainshuttle.platform.engine import select_trained
-from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.lock import RunLock, RunLockedError
 from domainshuttle.platform.planner import deepspeed_configs
 from domainshuttle.platform.recovery import recover_books
 from domainshuttle.platform.resume import AUTO, NONE, begin
-from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.schedule import Run, Segment
 from domainshuttle.platform.sections import ExpertSection
 from domainshuttle.platform.spool import mask_secrets
-from domainshuttle.platform.tracking import RunIds, open_schedule
+from domainshuttle.platform.tracking import RunIds, Tracker, open_schedule
 from domainshuttle.platform.train import train
 
 STOPPED = 3
@@ -38,17 +40,33 @@ STOPPED = 3
 def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, resume: str = AUTO) -> int:
     """Makes or resumes a run and trains what is left of it, as the only driver of it; returns the exit code.
 
-    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Raises RunLockedError when there is
-    another driver.
+    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Nothing is removed for `fresh` before
+    all else is checked and the cluster is there. Raises RunLockedError when there is another driver.
     """
     require_trainable(config)
-    with RunLock(config.run_folder, console.print) as lock:
-        run = prepare_run(config, fresh)
-        run.choose(stage)
-        cluster = config.cluster
-        workers = cluster.least_workers
-        with connected(config, workers * cluster.cpus_per_worker + 1, workers * cluster.gpus_per_worker):
-            return run_training(run, lock, stage, resume)
+    chosen = Run(config).choose(stage)
+    if fresh:
+        _require_nothing_of_it(Run(config), chosen, resume)
+    cluster, workers = config.cluster, config.cluster.least_workers
+    with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
+        run = None if fresh else prepare_run(config)
+        needs = workers * cluster.cpus_per_worker + 1, workers * cluster.gpus_per_worker
+        stack.enter_context(connected(config, *needs))
+        return run_training(run or prepare_run(config, fresh), lock, stage, resume)
+
+
+def _require_nothing_of_it(run: Run, chosen: list[Segment], resume: str) -> None:
+    """Raises ConfigError where a run shall be removed and yet something of it is to be used."""
+    before = [segment.name for segment in run.segments() if chosen[0].origin == str(segment.weights)]
+    if before:
+        raise ConfigError(
+            f"--fresh removes the weights of stage {before[0]}, with which stage {chosen[0].name} begins: leave out "
+            f"--stage, or --fresh (--stage {chosen[0].name} --resume none begins this stage anew)"
+        )
+    place = str(absolute(resume))
+    inside = [str(run.folder), *([run.config.checkpoint.store] if run.config.checkpoint.store else [])]
+    if resume not in (AUTO, NONE) and ("/" not in resume or any(place.startswith(f"{one}/") for one in inside)):
+        raise ConfigError(f"--fresh removes what --resume {resume} is to go on from: give one of them")
 
 
 def require_trainable(config: RunConfig) -> None:
@@ -108,11 +126,12 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
             raise  # ledger and tracking are the other driver's now
         except BaseException as error:
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
+            track_hours(run, tracker)
             tracker.fail(error)
             raise
     whole = outcome == "finished" and all(segment.finished for segment in run.segments())
+    summary = track_hours(run, tracker)
     delivered = tracker.finish("FINISHED" if whole else "KILLED")
-    summary = Ledger(run.ledger_path).summary(config.budget_gpu_hours)
     console.print(
         f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
         f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
@@ -124,21 +143,35 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         )
     if outcome == "budget spent":
         console.print(
-            f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent and a checkpoint is written. To go on, "
-            "raise it: --set budget_gpu_hours=..."
+            f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
+            "with it, raise the budget: --set budget_gpu_hours=..."
         )
         return STOPPED
     if outcome == "stopped":
-        console.print("A checkpoint is written. The same command goes on with it.")
+        console.print("The same command goes on with the newest checkpoint.")
         return STOPPED
     if not whole:
         left = [segment.name for segment in run.segments() if not segment.finished]
         console.print(f"Next: the stages that are left, {', '.join(left)}")
         return 0
     console.print(
-        f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment}"
+        f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment} "
+        f"--uri {mask_secrets(config.tracking_uri)}"
     )
     return 0
+
+
+def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
+    """Tells the tracking of every device-hour, also of those since the last logged step: its segment what the metrics
+    of its steps began, the schedule a point an attempt, and the ledger itself."""
+    ledger = Ledger(run.ledger_path)
+    summary, attempts = ledger.summary(run.config.budget_gpu_hours), ledger.attempts()
+    if attempts:
+        if attempts[-1].segment in [segment.name for segment in run.segments()]:
+            tracker.log(summary.metrics(), None, attempts[-1].segment)
+        tracker.log(summary.metrics(), summary.attempts)
+        tracker.artifact(run.ledger_path)
+    return summary
 
 
 def write_deepspeed_configs(run: Run) -> list[Path]:
@@ -212,4 +245,4 @@ class _StopOnSignal:
         if self.run.stop_path.exists():
             raise KeyboardInterrupt
         self.run.stop_path.touch()
-        console.print("Stopping: the workers write a checkpoint after this step. Again to stop at once.")
+        console.print("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")

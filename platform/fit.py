@@ -10,13 +10,19 @@ import ray.data
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import CheckpointConfig, ScalingConfig
 from ray.train.v2.api.config import RunConfig as RayRunConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from domainshuttle.pipelines.feed import Feed
 from domainshuttle.platform.checkpoint import Checkpoint
+from domainshuttle.platform.ledger import Ledger
+from domainshuttle.platform.notices import FAILED, WAITING, Notices
 from domainshuttle.platform.planned_data import PlannedData
-from domainshuttle.platform.policies import DividingSizes, FailuresInARow, final_error
+from domainshuttle.platform.policies import DividingSizes, FailuresInARow, failed_start, final_error
 from domainshuttle.platform.schedule import Run, Segment
+
+STOP_SECONDS, TELL_SECONDS = 5.0, 120.0
+"""How long no worker is at its work before a stop is not waited for, and before people are told."""
 
 
 class Fit:
@@ -31,19 +37,92 @@ class Fit:
         job: dict[str, Any],
         start: Checkpoint | None,
     ) -> None:
-        cluster = run.config.cluster
-        self._run, self._segment = run, segment
+        self._worker, self._run, self._segment, self._feed = worker, run, segment, feed
+        self._job, self._start = job, start
+        self._notices, self._ledger = Notices(run.notices_path), Ledger(run.ledger_path)
+        self.left = False
+        """Whether it was left because a stop was asked for while there were no workers that could agree on one."""
+
+    def running(self) -> Iterator[None]:
+        """Runs the workers, and yields about twice a second and once at their end. Raises what ended them for good.
+
+        A start at which workers die is made again, `cluster.max_failures` times in a row.
+        """
+        failed_starts, begun = 0, self._ledger.summary().attempts
+        while True:
+            try:
+                yield from self._fitted()
+                return
+            except TrainingFailedError as error:
+                reason = failed_start(error)
+                if self._ledger.summary().attempts > begun:  # others began to train in between
+                    failed_starts, begun = 0, self._ledger.summary().attempts
+                failed_starts += 1
+                most = self._run.config.cluster.max_failures
+                if reason is None or failed_starts > most:
+                    raise final_error(error) or error from error
+            text = " ".join(str(reason).split())[:200]
+            self._notices.add(
+                self._segment.name,
+                FAILED,
+                f"Stage {self._segment.name}: a worker failed while they started ({type(reason).__name__}: {text}); "
+                f"they start again. Failed start {failed_starts} in a row, at most {most}",
+            )
+
+    def _fitted(self) -> Iterator[None]:
+        """The same, with one controller of Ray's."""
+        trainer = self._trainer()
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                failure.append(error)
+
+        # In a thread, so that a signal reaches the driver, which asks the workers for a checkpoint, and not Ray's
+        # handler, which would abort them.
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        worked, told = time.monotonic(), False
+        while thread.is_alive():
+            thread.join(0.5)
+            yield
+            if self._ledger.last_line() is not None:
+                worked, told = time.monotonic(), False
+            idle = time.monotonic() - worked
+            if idle > STOP_SECONDS and self._run.stop_path.exists():
+                self.left = True
+                return
+            if idle > TELL_SECONDS and not told:
+                told = True
+                self._notices.add(self._segment.name, WAITING, self._waiting())
+        yield
+        if failure:
+            raise failure[0]
+
+    def _waiting(self) -> str:
+        cluster = self._run.config.cluster
+        free = ray.available_resources()
+        return (
+            f"Stage {self._segment.name}: waiting for {cluster.least_workers} workers, each with "
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs; the cluster has "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
+        )
+
+    def _trainer(self) -> "_Trainer":
+        run, segment, cluster = self._run, self._segment, self._run.config.cluster
         sizes = run.config.worker_sizes(segment.stage)
-        self._trainer = _Trainer(
-            worker,
+        trainer = _Trainer(
+            self._worker,
             train_loop_config={
-                **job,
+                **self._job,
                 "config": run.config.model_dump(mode="json"),
                 "segment": segment.name,
                 "start": {"command": psutil.Process().create_time(), "asked": time.time()},
             },
             datasets={"plan": ray.data.range(1)},
-            dataset_config=PlannedData(run, segment, feed, start),
+            dataset_config=PlannedData(run, segment, self._feed, self._start),
             torch_config=TorchConfig(
                 backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(run.config.patience)
             ),
@@ -61,29 +140,9 @@ class Fit:
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
             ),
         )
-        self._trainer.failures = FailuresInARow(run, segment.name, cluster.max_failures)
-        self._trainer.sizes = sizes
-
-    def running(self) -> Iterator[None]:
-        """Runs the workers, and yields about twice a second and once at their end. Raises what ended them for good."""
-        failure: list[BaseException] = []
-
-        def fit() -> None:
-            try:
-                self._trainer.fit()
-            except BaseException as error:
-                failure.append(error)
-
-        # In a thread, so that a signal reaches the driver, which asks the workers for a checkpoint, and not Ray's
-        # handler, which would abort them.
-        thread = threading.Thread(target=fit, name="fit", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.5)
-            yield
-        yield
-        if failure:
-            raise final_error(failure[0]) or failure[0]
+        trainer.failures = FailuresInARow(run, segment.name, cluster.max_failures)
+        trainer.sizes = sizes
+        return trainer
 
 
 class _Trainer(TorchTrainer):

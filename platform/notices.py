@@ -9,7 +9,7 @@ from pathlib import Path
 
 from domainshuttle.platform.spool import Journal
 
-PASSED_OVER, FAILED = "passed over", "failed"
+PASSED_OVER, FAILED, WAITING = "passed over", "failed", "waiting"
 
 
 class Notices:
@@ -21,7 +21,7 @@ class Notices:
         self._told: dict[tuple[str, str, str], None] = {}
 
     def add(self, segment: str, kind: str, text: str) -> None:
-        """Notes a line about a segment; `kind` is `passed over`, of a checkpoint, or `failed`, of the workers."""
+        """Notes a line about a segment; `kind` is `passed over`, of a checkpoint, `failed` or `waiting`, of workers."""
         self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time()}])
 
     def new(self) -> Iterator[tuple[str, str, str]]:

@@ -8,12 +8,13 @@ import contextlib
 from collections.abc import Collection
 from typing import Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from domainshuttle.platform.checkpoint import CheckpointError, CheckpointStore
 from domainshuttle.platform.checkpoint_files import STORE_FAULTS
@@ -51,6 +52,8 @@ class FailuresInARow(DefaultFailurePolicy):
         return decision
 
     def _decide(self, error: TrainingFailedError) -> FailureDecision:
+        if failed_start(error):
+            return FailureDecision.RAISE  # `Fit` starts again, with another controller
         if not isinstance(error, WorkerGroupError) or _is_preemption_failure(error):
             return super().make_decision(error)
         if final_error(error):
@@ -95,6 +98,18 @@ class DividingSizes(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         room = super()._count_possible_workers(reserved_resources)
         return max((size for size in self._sizes if size <= room), default=0)
+
+
+def failed_start(error: BaseException) -> BaseException | None:
+    """What a worker died of, or lost another by, before it came to train, if that is what ended a fit.
+
+    Ray's controller would give the run up for some of these, and try others again while it keeps the placement group of
+    the workers it could not start, so that there is never room: only another controller can start again.
+    """
+    found: BaseException | None = error.controller_failure if isinstance(error, ControllerError) else None
+    if isinstance(found, WorkerGroupStartupFailedError):
+        return found.__cause__ or found
+    return found if isinstance(found, RayActorError | RayTaskError) else None
 
 
 def final_error(error: BaseException) -> BaseException | None:

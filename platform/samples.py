@@ -55,8 +55,45 @@ def sample_cases(config: RunConfig) -> "list[Case]":
     return load_cases(Index.load(join(folder, INDEX_NAME)), section.cases, spread=True)
 
 
-def generate_samples(config: RunConfig, stage: str, weights: Path, out: Path, device: str, timeout: float) -> None:
-    """Generates all cases from a transformer's folder into `out`, which appears whole or not at all.
+def networks_beside(run: Run, segment: Segment, weights: Path) -> tuple[list[Path], float | None]:
+    """The folders of the networks to generate with, the one for high noise first, and the time that divides two.
+
+    `weights` are a segment's. Of two experts the other one takes part as it is: with its newest finished stage's
+    weights or, before it has one, with those that it begins with, which are written beside the samples once.
+    """
+    others = [other for other in run.segments() if other.expert not in (None, segment.expert)]
+    if len({other.expert for other in others}) != 1:
+        return [weights], None
+    partner = next((other for other in reversed(others) if other.finished), None)
+    if partner is None:
+        folder = _begun_with(run, others[0])
+    else:
+        folder = partner.averaged_weights if partner.averaged_weights.exists() else partner.weights
+    by_low = {segment.flow.low: weights, others[0].flow.low: folder}
+    return [by_low[low] for low in sorted(by_low, reverse=True)], max(by_low)
+
+
+def _begun_with(run: Run, segment: Segment) -> Path:
+    """The weights that a segment begins with, as a folder of ours; it appears whole or not at all."""
+    from domainshuttle.model.convert import MAX_SHARD_BYTES
+    from domainshuttle.model.weight_files import write_shards
+    from domainshuttle.platform.build import blueprint
+
+    folder = run.folder / "samples" / f"begins-{segment.name}"
+    if not folder.exists():
+        design = blueprint(run.config.model_of(segment.expert), segment.origin, segment.seed)
+        dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
+        order = [(name, tuple(p.shape), dtype) for name, p in design.outline.named_parameters()]
+        stream, partial = design.weights(), folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_shards(partial, order, lambda _: next(stream)[1].to(dtype), MAX_SHARD_BYTES)
+        design.outline.save_config(partial)
+        partial.rename(folder)
+    return folder
+
+
+def generate_samples(config: RunConfig, segment: str, weights: Path, out: Path, device: str, timeout: float) -> None:
+    """Generates all cases from the folder of a segment's transformer into `out`, which appears whole or not at all.
 
     It gets grid.png and grid.mp4, and of each case a still and a clip; beside it the picture over steps is drawn again.
     Cases without a target have the size of the stage's largest bucket. Raises TimeoutError after `timeout` seconds.
@@ -67,14 +104,16 @@ def generate_samples(config: RunConfig, stage: str, weights: Path, out: Path, de
 
     deadline = time.monotonic() + timeout
     cases, sampling = sample_cases(config), config.generation
-    pipeline: Any = assemble_pipeline(config, [weights], device=device)
+    run = Run(config)
+    stage = run.segment(segment).stage
+    pipeline: Any = assemble_pipeline(config, *networks_beside(run, run.segment(segment), weights), device=device)
     pipeline.set_progress_bar_config(disable=True)
 
     def in_time(_: int) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the samples took more than {timeout:g} s: raise sampling.timeout, or ask for fewer")
 
-    buckets = [bucket for corpus in config.stage(stage).mixture for bucket in config.corpora[corpus].parsed_buckets]
+    buckets = [bucket for corpus in stage.mixture for bucket in config.corpora[corpus].parsed_buckets]
     largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
     rows = []
     for number, case in enumerate(cases):
@@ -200,7 +239,7 @@ class Sampler:
                     scheduling_strategy="DEFAULT",  # not within the workers' own placement group
                     name=f"samples of {self.segment.name}, step {step}",
                 )
-                arguments = self.segment.stage.name, str(self.snapshot_folder(step)), str(self._out(step))
+                arguments = self.segment.name, str(self.snapshot_folder(step)), str(self._out(step))
                 found = task.remote(self.config.model_dump(mode="json"), *arguments)
                 self._flight = _Flight(step, found, time.monotonic() + section.timeout)
                 return
@@ -215,7 +254,7 @@ class Sampler:
         device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
         try:
             with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
-                arguments = self.segment.stage.name, self.snapshot_folder(step), self._out(step)
+                arguments = self.segment.name, self.snapshot_folder(step), self._out(step)
                 generate_samples(self.config, *arguments, device, section.timeout)
         finally:
             gc.collect()
@@ -278,13 +317,13 @@ def _free(section: SamplingSection) -> bool:
     return free.get("CPU", 0.0) >= section.cpus and free.get("GPU", 0.0) >= section.gpus and bool(free)
 
 
-def _sample_elsewhere(config: dict[str, Any], stage: str, weights: str, out: str) -> None:
+def _sample_elsewhere(config: dict[str, Any], segment: str, weights: str, out: str) -> None:
     """The Ray task."""
     settings = RunConfig.model_validate(config)
     section = _required(settings)
     torch.set_num_threads(max(1, int(section.cpus)))
     device = "cuda" if section.gpus else "cpu"
-    generate_samples(settings, stage, Path(weights), Path(out), device, section.timeout)
+    generate_samples(settings, segment, Path(weights), Path(out), device, section.timeout)
 
 
 def _required(config: RunConfig) -> SamplingSection:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore, UnfinishedCheckpoint
+from domainshuttle.platform.checkpoint_files import STORE_FAULTS
 from domainshuttle.platform.console import console
 from domainshuttle.platform.ledger import CATEGORIES, AttemptRecord, Ledger
 from domainshuttle.platform.lock import HOLDER_NAME, PATIENCE_SECONDS
@@ -22,6 +23,8 @@ from domainshuttle.platform.spool import Journal
 
 _MOST_ATTEMPTS = 20
 """Attempts that are listed: the newest."""
+_SPOOL_BYTES = 1 << 16
+"""What waits of a run at work when its server answers is less."""
 _MOST_CHARS = 100
 """Of how an attempt ended; the ledger has it in full."""
 
@@ -31,7 +34,11 @@ def print_status(folder: Path) -> None:
     run = find_run(folder)
     state = run.read_progress()
     lives = driver_lives(run)
-    checkpoints = CheckpointStore.of(run.config).list()
+    try:
+        checkpoints = CheckpointStore.of(run.config).list()
+    except STORE_FAULTS as error:  # the rest is in the run's folder
+        checkpoints = []
+        console.print(f"The checkpoints' store does not answer: {escape(str(error))}")
     console.print(_stages(run, state, lives, [found for _, found in checkpoints if isinstance(found, Checkpoint)]))
     ledger = Ledger(run.ledger_path)
     _print_progress(run, state, lives, ledger)
@@ -41,6 +48,9 @@ def print_status(folder: Path) -> None:
             console.print(f"Being written, or left by a kill: {name}")
         elif not isinstance(found, Checkpoint):
             console.print(f"Damaged, never chosen: {name}: {escape(str(found))}")
+    waiting = sum(Journal(path).unread() for path in run.spool.glob("*.jsonl"))
+    if waiting > _SPOOL_BYTES or (waiting and not lives):
+        console.print(f"{waiting} bytes of metrics wait for MLflow: domainshuttle flush {run.folder}")
     # attempts and epochs meet the same sample again
     bad = {(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")}
     if bad:
@@ -64,14 +74,14 @@ def driver_lives(run: Run) -> bool:
 
 def _stages(run: Run, state: dict[str, Any], lives: bool, kept: list[Checkpoint]) -> Table:
     table = Table(title=f"Run {run.config.name} ({run.folder})")
-    for column in ("stage", "state", "steps", "loss", "last checkpoint", "size"):
+    for column in ("stage", "state", "steps", "last losses", "last checkpoint", "size"):
         table.add_column(column)
     for segment in run.segments():
         mine = [checkpoint for checkpoint in kept if checkpoint.state.segment == segment.name]
         last = max(mine, key=lambda checkpoint: (checkpoint.state.line, checkpoint.state.step), default=None)
         here = state if state.get("segment") == segment.name else None
         reached = segment.last_step if segment.finished else here["step"] if here else last.state.step if last else 0
-        loss = here["metrics"].get("loss") if here else None
+        losses = _losses(here["metrics"] if here else {})
         if segment.finished:
             doing = "finished"
         elif here:
@@ -82,11 +92,21 @@ def _stages(run: Run, state: dict[str, Any], lives: bool, kept: list[Checkpoint]
             segment.name,
             escape(doing),
             f"{reached} of {_end(segment)}",
-            f"{loss:.4f}" if loss is not None else "",
+            losses,
             f"step {last.state.step}" if last else "none",
             f"{last.size / 2**20:.1f} MiB" if last else "",
         )
     return table
+
+
+def _losses(metrics: dict[str, float]) -> str:
+    """The whole loss, and its parts where it has more than one."""
+    parts = [f"{name.removeprefix('loss/')} {metrics[name]:.4f}" for name in _LOSSES if name in metrics]
+    whole = f"{metrics['loss']:.4f}" if "loss" in metrics else ""
+    return f"{whole} ({', '.join(parts)})" if len(parts) > 1 else whole
+
+
+_LOSSES = ("loss/flow", "loss/cross_pair")
 
 
 def _end(segment: Segment) -> str:

@@ -325,8 +325,8 @@ class Tracker:
         """Records a dataset of `rows` samples as an input; MLflow keeps 36 characters of its index's digest."""
         return self._put(segment, new_event("input", name=name, digest=digest[:36], path=mask_secrets(path), rows=rows))
 
-    def log(self, metrics: Mapping[str, float], step: int = 0, segment: str | None = None) -> bool:
-        """Logs what the driver measures, such as an evaluation."""
+    def log(self, metrics: Mapping[str, float], step: int | None = 0, segment: str | None = None) -> bool:
+        """Logs what the driver measures, such as an evaluation; `step` None: after the last of each metric."""
         return self._put(segment, metrics_event(step, metrics))
 
     def fail(self, error: BaseException | str, segment: str | None = None) -> bool:

@@ -174,7 +174,7 @@ def train_segment(job: dict[str, Any]) -> None:
             if agreed.stop:
                 break
             with account.measure("sampling"):
-                sampler.after(done, engine.export)
+                sampler.after(done, functools.partial(engine.export, ema=engine.averages))  # what export would take
         with account.checkpointing():
             checkpoints.wait()
         account.saved(checkpoints.ended())
@@ -294,12 +294,17 @@ def train(
         run.write_ids(tracker.ids.to_dict())
         say(parameter_table({segment.name: selected}))
         while not segment.finished:
+            if ledger.summary(run.config.budget_gpu_hours).spent:
+                return "budget spent"
             say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
             job = {"base": base, "commit": commit, "mlflow": tracker.ids.to_dict()}
-            for _ in Fit(train_segment, run, segment, feed, job, start).running():
+            fit = Fit(train_segment, run, segment, feed, job, start)
+            for _ in fit.running():
                 watch()
                 tell(segment.name)
             ledger.end_open("the workers ended without a last line")
+            if fit.left:
+                return "stopped"
             outcome = run.read_progress().get("state", "")
             if outcome == "budget spent":
                 return "budget spent"

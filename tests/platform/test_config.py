@@ -97,11 +97,26 @@ def test_the_digest_follows_what_is_learned_and_nothing_else() -> None:
         assert load_config("demo", [other]).digest() != digest, other
 
 
-def test_what_decides_is_known_by_key_and_holds_no_secret() -> None:
-    decisive = load_config("demo", ["tracking.uri=http://me:secret@host"]).decisive()
+def test_what_decides_is_known_by_key() -> None:
+    decisive = load_config("demo").decisive()
     assert decisive["stages.stage2.learning_rate"] > 0
-    assert not any("secret" in str(value) for value in decisive.values())
     assert not any(key.startswith(("guard", "cluster", "engine.activations")) for key in decisive)
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "remedy"),
+    [
+        ("data", "s3://KEY:hunter2@bucket/x", "AWS_SECRET_ACCESS_KEY"),
+        ("output", "s3://KEY:hunter2@bucket/x", "AWS_SECRET_ACCESS_KEY"),
+        ("checkpoint.store", "s3://KEY:hunter2@bucket/x", "AWS_SECRET_ACCESS_KEY"),
+        ("tracking.uri", "https://anna:hunter2@mlflow", "MLFLOW_TRACKING_PASSWORD"),
+        ("tracking.uri", "postgresql://anna:hunter2@db/mlflow", "PGPASSWORD"),
+    ],
+)
+def test_secrets_are_no_part_of_a_configuration(key: str, place: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} has access keys in it.*{remedy}") as caught:
+        load_config("demo", [f"{key}={place}"])
+    assert "hunter2" not in str(caught.value)
 
 
 def test_folders_of_weights_come_out_absolute_and_ids_of_the_hub_as_they_are(

@@ -127,6 +127,47 @@ def test_a_hanging_worker_is_found(tiny: Path, unbroken: tuple[RunConfig, str]) 
     balanced(config)
 
 
+def test_a_worker_that_dies_while_they_start_is_started_again(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    """At the first start and at one after a fault: before a worker has come to its first line."""
+    config, run, more = run_of(tiny, "starting")
+    skip_stage1(run, unbroken[0])
+    process = start(tiny, *more, log=(log := run.folder / "log.txt"))
+    killed = []
+    for attempts in (0, 1):
+        deadline = time.monotonic() + 200
+        while not (workers := [one for one in workers_of(process) if one.pid not in killed]) or len(workers) < 2:
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        assert Ledger(run.ledger_path).summary().attempts == attempts
+        time.sleep(2)  # into its imports, or the group's set-up
+        killed += [one.pid for one in workers]
+        workers[1].kill()
+        if not attempts:
+            wait_for_step(process, run, "stage2", 4)
+            killed += [one.pid for one in workers_of(process)]
+            workers_of(process)[0].kill()
+    assert process.wait(timeout=300) == 0, log.read_text()
+    same_weights(config, unbroken[0])
+    balanced(config)
+
+
+def test_a_stop_is_not_waited_for_by_nobody(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    """Ctrl-C while there are no workers yet that could write a checkpoint."""
+    config, run, more = run_of(tiny, "nobody")
+    skip_stage1(run, unbroken[0])
+    process = start(tiny, *more, log=(log := run.folder / "log.txt"))
+    deadline = time.monotonic() + 120
+    while "Stage stage2: begins" not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 3, log.read_text()
+    assert "Stopped after" in log.read_text() and "same command goes on" in log.read_text()
+    assert "Finished after" in cli("train", tiny, *more)
+    same_weights(config, unbroken[0])
+    balanced(config)
+
+
 def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
     config, run, more = run_of(tiny, "budget", "budget_gpu_hours=0.012")
     printed = cli("train", tiny, *more, expect=3)
@@ -134,6 +175,9 @@ def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
     assert "budget_gpu_hours" in printed
     assert CheckpointStore(run.checkpoints).newest(run.read_progress()["segment"]) is not None
     assert Ledger(run.ledger_path).summary(0.012).spent
+    attempts = Ledger(run.ledger_path).summary().attempts
+    assert "The budget of 0.012 GPU-hours is spent" in cli("train", tiny, *more, expect=3)
+    assert Ledger(run.ledger_path).summary().attempts == attempts, "devices were asked for"
     assert "Finished after" in cli("train", tiny, *more, "--set", "budget_gpu_hours=5")
     balanced(config)
 

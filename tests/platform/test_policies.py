@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -18,7 +18,7 @@ from domainshuttle.platform.checkpoint import CheckpointStore, TrainingState, wr
 from domainshuttle.platform.config import ConfigError, load_config
 from domainshuttle.platform.lineage import Name
 from domainshuttle.platform.notices import Notices
-from domainshuttle.platform.policies import DividingSizes, FailuresInARow, final_error
+from domainshuttle.platform.policies import DividingSizes, FailuresInARow, failed_start, final_error
 from domainshuttle.platform.resume import IncompatibleError
 from domainshuttle.platform.schedule import Run
 
@@ -80,6 +80,19 @@ def test_a_start_without_room_is_not_counted(run: Run) -> None:
     for _ in range(5):
         assert policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) is RETRY
     assert policy.make_decision(ControllerError(ValueError("a bug"))) is RAISE
+
+
+def test_a_death_while_they_start_needs_another_controller(run: Run) -> None:
+    """Ray's keeps the room of workers that it could not start."""
+    lost = RayTaskError("init_process_group", "traceback", ConnectionError("closed by peer")).as_instanceof_cause()
+    startup = WorkerGroupStartupFailedError("at least one worker failed")
+    startup.__cause__ = RayActorError()
+    for found, reason in ((lost, lost), (RayActorError(), None), (startup, startup.__cause__)):
+        error = ControllerError(found)
+        assert FailuresInARow(run, "stage1", 9).make_decision(error) is RAISE
+        assert failed_start(error) is (reason or found)
+    for error in (ControllerError(WorkerGroupStartupTimeoutError(2)), ControllerError(ValueError("a bug")), fault()):
+        assert failed_start(error) is None
 
 
 def test_people_are_told_and_the_policy_travels_to_rays_controller(run: Run) -> None:

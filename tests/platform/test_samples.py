@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.pipelines.media import decode_video
 from domainshuttle.platform.build import build_model
 from domainshuttle.platform.config import ConfigError, RunConfig, load_config
 from domainshuttle.platform.corpora import build_corpora
 from domainshuttle.platform.records import RunRecord, list_artifacts, read_runs
-from domainshuttle.platform.samples import Sampler, sample_cases
+from domainshuttle.platform.samples import Sampler, generate_samples, networks_beside, sample_cases
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.sections import ExpertSection
 from domainshuttle.platform.tracking import MetricLogger, open_schedule
 
 
@@ -70,6 +72,33 @@ class Training:
 
     def artifacts(self) -> set[str]:
         return set(list_artifacts(self.config.tracking_uri, self.tracked().id, "samples"))
+
+
+def test_of_two_experts_both_generate(config: RunConfig, weights: Callable[[Path], None], tmp_path: Path) -> None:
+    """Each in charge of its times: the one that trains by its snapshot, the other as it is by then."""
+    experts = [ExpertSection(name="high", low=0.4), ExpertSection(name="low", high=0.4)]
+    run = Run.open(config.model_copy(update={"name": "two", "experts": experts}))
+    high, low, _, low2 = run.segments()
+    assert (high.name, low.name, low2.name) == ("stage1-high", "stage1-low", "stage2-low")
+    weights(snapshot := tmp_path / "snapshot")
+    (first, second), boundary = networks_beside(run, high, snapshot)
+    assert (first, boundary) == (snapshot, 0.4)
+    begun = build_model(run.config.model, None, low.seed)
+    loaded = DomainShuttleTransformer3DModel.from_pretrained(second)
+    for (name, one), other in zip(loaded.named_parameters(), begun.parameters(), strict=True):
+        torch.testing.assert_close(one, other.bfloat16().float(), msg=name)
+    assert networks_beside(run, low, snapshot) == ([run.folder / "samples" / "begins-stage1-high", snapshot], 0.4)
+    weights(high.weights)
+    high.finish(4)
+    assert networks_beside(run, low, snapshot) == ([high.weights, snapshot], 0.4)
+    shutil.copytree(high.weights, high.averaged_weights)
+    assert networks_beside(run, low2, snapshot) == ([high.averaged_weights, snapshot], 0.4)
+    out = run.folder / "samples" / "stage2-low" / "step-000002"
+    out.parent.mkdir(parents=True)
+    generate_samples(run.config, "stage2-low", snapshot, out, "cpu", 120)
+    assert (out / "grid.png").exists()
+    alone = run.config.model_copy(update={"experts": []})
+    assert networks_beside(Run(alone), Run(alone).segments()[0], snapshot) == ([snapshot], None)
 
 
 def test_samples_are_made_beside_the_training_and_reach_mlflow(

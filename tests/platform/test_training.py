@@ -56,6 +56,10 @@ def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tupl
         "gpu_hours/used",
     ):
         assert metric in stage2.metrics, f"{metric} is not among {sorted(stage2.metrics)}"
+    # also of what came after the last step, such as the export
+    used = Ledger(Run(config).ledger_path).summary().used
+    for record in (stage2, parents[0]):
+        assert record.metrics["gpu_hours/used"] == pytest.approx(used, rel=1e-6)
 
 
 def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig, str]) -> None:
@@ -125,6 +129,24 @@ def test_a_name_of_another_run_is_refused(tiny: Path, unbroken: tuple[RunConfig,
     printed = in_process("train", tiny, "--set", "seed=4", expect=2)
     assert "seed was 3, now 4" in printed
     assert "--fresh" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resume", "stage2-step00000021"], "--fresh removes what --resume stage2-step00000021 is to go on from"),
+        (["--resume", "CHECKPOINT"], "is to go on from: give one of them"),
+        (["--stage", "stage2"], "--fresh removes the weights of stage stage1, with which stage stage2 begins"),
+        (["--stage", "stge2"], "has no stage 'stge2'"),
+    ],
+)
+def test_nothing_is_removed_for_what_can_not_be(
+    more: list[str], message: str, tiny: Path, unbroken: tuple[RunConfig, str]
+) -> None:
+    run = Run(unbroken[0])
+    more = [str(run.checkpoints / "stage2-step00000021") if part == "CHECKPOINT" else part for part in more]
+    assert message in " ".join(in_process("train", tiny, "--fresh", *more, expect=2).split())
+    assert all(segment.finished for segment in run.segments()) and run.ledger_path.exists()
 
 
 def test_missing_corpora_are_named_with_the_commands(tiny: Path, tmp_path: Path) -> None:
