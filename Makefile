@@ -19,9 +19,9 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/domainshuttle demo
 
-# two at a time; then those that train, which need both cores
+# two files at a time, each with its fixtures made once; then those that train, which need both cores
 test: $(VENV)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not nightly" -n 2 --dist loadgroup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not nightly" -n 2 --dist loadfile
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "slow and not nightly"
 
 # whole trainings, for which a working day has no time

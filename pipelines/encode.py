@@ -32,10 +32,10 @@ from domainshuttle.pipelines.blame import of_sample
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.builder import Progress
 from domainshuttle.pipelines.feed import EncoderSources
-from domainshuttle.pipelines.index import Index, IndexMetadata, IndexRow
+from domainshuttle.pipelines.index import Index, IndexMetadata, IndexRow, read_metadata
 from domainshuttle.pipelines.media import Pixels, apply_view, decode_image, decode_video, fit_reference, fit_target
 from domainshuttle.pipelines.pairing import AugmentedView, augmented_view, single_pictures
-from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, BadSample, Parts
+from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, MOST_BAD_RAW, BadSample, Parts
 from domainshuttle.pipelines.sample import DataError, EncodedSample, RawSample
 from domainshuttle.pipelines.shards import ShardWriter, read_members
 
@@ -259,11 +259,14 @@ def encode(
     pool: EncodingPool | None = None,
     samples_per_part: int = 64,
     shard_bytes: int = 1 << 30,
+    anew: bool = False,
+    most_bad: float = MOST_BAD_RAW,
 ) -> list[tuple[IndexMetadata, int]]:
     """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
 
     Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError for encoders
-    that can't be loaded, and when too many samples are bad.
+    that can't be loaded, for a whole corpus of other encoders or other raw samples unless it is to be made `anew`, and,
+    when all others have their indexes, for those of which more than `most_bad` of the samples are bad.
     """
     pool = pool or EncodingPool()
     device = "cuda" if pool.gpus else "cpu"
@@ -276,9 +279,15 @@ def encode(
         raise
     identity = encoders | {"transform": TRANSFORM}
     works, missing, total, left = [], [], 0, 0
-    for number, job in enumerate(jobs):
-        raw = Index.load(job.raw_index)
-        parts = Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
+    indexes = [Index.load(job.raw_index) for job in jobs]
+    of_each = [
+        Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
+        for job, raw in zip(jobs, indexes, strict=True)
+    ]
+    others = [parts for parts in of_each if parts.index_path.exists() and not parts.complete()]
+    if others and not anew:
+        raise DataError(_would_be_lost(others[0], identity))
+    for number, (job, raw, parts) in enumerate(zip(jobs, indexes, of_each, strict=True)):
         parts.begin()
         save_file({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
         metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
@@ -301,4 +310,22 @@ def encode(
         for result in encoded.iter_batches(batch_size=1, batch_format="numpy"):
             done += int(result["done"].sum())
             progress(done, total)
-    return [work.parts.merge(work.metadata) for work in works]
+    merged, faults = [], []
+    for work in works:
+        try:
+            merged.append(work.parts.merge(work.metadata, most_bad))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("; ".join(faults))
+    return merged
+
+
+def _would_be_lost(parts: Parts, identity: dict[str, str]) -> str:
+    before = read_metadata(parts.index_path).encoders
+    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in identity.items() if before.get(name) != now]
+    return (
+        f"{parts.folder} is a whole encoded corpus, made of other raw samples or by other encoders"
+        f"{' (' + '; '.join(changed) + ')' if changed else ''}. Encoding removes it first: say so (domainshuttle "
+        "data encode CONFIG --anew), or keep it and encode into another `data` folder"
+    )

@@ -111,6 +111,7 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
             "sources": pa.array([micro.batch.sources], pa.list_(pa.string())),
             "pair_kinds": pa.array([json.dumps(micro.pair_kinds)], pa.string()),
             "bad": pa.array([json.dumps([asdict(one) for one in micro.bad])], pa.string()),
+            "replaced": pa.array([json.dumps(micro.replaced)], pa.string()),
             # no copy: the bytes are the column's memory
             "batch": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)]),
         }
@@ -119,7 +120,7 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
 
 def unpack(row: pa.Table, staging: Staging | None = None) -> MicroBatch[TrainingBatch]:
     """The micro-batch of a packed row: its tensors are views of the row's memory, or copies in `staging`."""
-    values = {name: row.column(name)[0].as_py() for name in ("step", "part", "keys", "sources", "pair_kinds", "bad")}
+    values = {name: row.column(name)[0].as_py() for name in row.column_names if name not in ("batch", "rank")}
     tensors: dict[str, Any] = {field.name: None for field in fields(TrainingBatch)}
     for name, view in tensor_views(memoryview(_packed_bytes(row)), "a packed batch").items():
         stored, dtype = _DTYPES[view.dtype]
@@ -133,6 +134,7 @@ def unpack(row: pa.Table, staging: Staging | None = None) -> MicroBatch[Training
         keys=values["keys"],
         pair_kinds=Counter(json.loads(values["pair_kinds"])),
         bad=[BadSample(**one) for one in json.loads(values["bad"])],
+        replaced=[(planned, found) for planned, found in json.loads(values["replaced"])],
     )
 
 

@@ -24,9 +24,8 @@ import torch
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.encoded import EncodedReader
 from domainshuttle.pipelines.feed import Feed
-from domainshuttle.pipelines.plan_source import READ_AHEAD
 from domainshuttle.pipelines.reading import B, MicroBatch, Source, Work
-from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.sample import MOST_BAD, READ_AHEAD, DataError, TooManyBadError
 from domainshuttle.pipelines.staging import Staging
 from domainshuttle.pipelines.transfer import on_device
 
@@ -40,8 +39,8 @@ class Loader(Generic[B]):
     the feed says, from encoded shards or from actors. `read_ahead` bounds the bytes that are held before they are
     needed; at least one micro-batch is.
     Samples that can't be read go to `quarantine` (a JSONL file) and the plan's substitutes take their place; when more
-    than `most_bad` of the samples were bad (and at least 10), RuntimeError ends the run. On a CUDA `device` the batches
-    come out there, copied ahead from pinned memory.
+    than `most_bad` of the samples were bad (and at least 10), TooManyBadError ends the run. On a CUDA `device` the
+    batches come out there, copied ahead from pinned memory.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Loader(Generic[B]):
         quarantine: Path,
         read_ahead: int = READ_AHEAD,
         threads: int = 2,
-        most_bad: float = 0.01,
+        most_bad: float = MOST_BAD,
         device: torch.device | None = None,
         source: Source[B] | None = None,
     ) -> None:
@@ -136,9 +135,10 @@ class Loader(Generic[B]):
         self._unwritten += b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in micro.bad)
         self._write()
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
-            raise RuntimeError(
+            raise TooManyBadError(
                 f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "
-                f"{self.quarantine}, then repair the corpus or encode it again"
+                f"{self.quarantine}, then repair the corpus or encode it again; or accept more with "
+                "--set loader.most_bad=..."
             )
 
     def _write(self) -> None:

@@ -17,6 +17,10 @@ from domainshuttle.pipelines.sample import DataError
 
 INDEX_NAME = "index.parquet"
 QUARANTINE_NAME = "quarantine.jsonl"
+WORK_NAME = ".parts"
+"""The folder, in a corpus's, of what is known of its parts."""
+MOST_BAD_RAW = 0.05
+"""Share of samples that can't be decoded or fitted above which a corpus gets no index, unless a command says more."""
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 """The text encoder's states of an empty caption, beside an encoded corpus's index."""
 
@@ -86,7 +90,7 @@ class Parts:
         self._done(part).touch()
         return len(rows), len(bad)
 
-    def merge(self, metadata: IndexMetadata, most_bad: float = 0.05) -> tuple[IndexMetadata, int]:
+    def merge(self, metadata: IndexMetadata, most_bad: float = MOST_BAD_RAW) -> tuple[IndexMetadata, int]:
         """Makes the corpus's index and quarantine table of the parts'. Returns the index's metadata and the bad count.
 
         Raises DataError when parts are missing or more than `most_bad` of the samples are bad.
@@ -99,8 +103,9 @@ class Parts:
         count = bad.count("\n")
         if count > most_bad * (count + len(table)):
             raise DataError(
-                f"{self.folder}: {count} of {count + len(table)} samples are bad, more than {most_bad:.0%}: "
-                f"see the reasons in {self.quarantine_path}"
+                f"{self.folder}: {count} of {count + len(table)} samples are bad, more than {most_bad:.0%}: see the "
+                f"reasons in {self.quarantine_path}; to accept them say --most-bad with a larger share (nothing is "
+                "made again)"
             )
         return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), count
 
@@ -115,7 +120,7 @@ class Parts:
 
     @property
     def _work(self) -> Path:
-        return self.folder / ".parts"
+        return self.folder / WORK_NAME
 
     def _rows(self, part: int) -> Path:
         return self._work / f"{self.prefix(part)}.parquet"

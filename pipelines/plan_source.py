@@ -30,9 +30,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from domainshuttle.pipelines.feed import Feed, planned_rows
-
-READ_AHEAD = 256 << 20
-"""Bytes that a rank holds before they are needed."""
+from domainshuttle.pipelines.sample import READ_AHEAD
 
 _OWN_STEPS = 256
 """Steps that the ranks plan themselves at most: more than any training makes while Ray Data starts."""

@@ -20,7 +20,7 @@ from domainshuttle.pipelines.feed import Feed
 from domainshuttle.pipelines.index import IndexRow
 from domainshuttle.pipelines.pairing import Pairing
 from domainshuttle.pipelines.parts import BadSample
-from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.sample import DataError, TooManyBadError
 
 T = TypeVar("T")
 B = TypeVar("B", default=TrainingBatch)
@@ -38,6 +38,8 @@ class MicroBatch(Generic[B]):
     pair_kinds: Counter[str]
     bad: list[BadSample] = field(default_factory=list)
     """Samples that could not be read, in whose place others stand."""
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    """`source/key` of each planned sample that is not there, and of the one that stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,16 @@ class Reader(Generic[T, B]):
                 for number, fault in found.faults.items():
                     bad.append(self._substitute(places[number], planned["step"], fault))
                     read[number] = None
-        keys = [f"{place.drawn.row.source}/{place.drawn.row.key}" for place in places]
+        keys = [_name(place.drawn.row) for place in places]
+        replaced = [(_name(row), key) for row, key, p in zip(samples, keys, places, strict=True) if p.attempts]
         kinds: Counter[str] = Counter()
-        for place in places:
+        for place in places if self.feed.paired else ():
             kinds.update(place.drawn.pairing.kinds)
-        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad)
+        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad, replaced)
 
     def read_one(self, drawn: Drawn) -> T:
         """A sample as `read` gives it; whatever else than the machine's failures ends that is a DataError."""
-        with of_sample(f"{drawn.row.source}/{drawn.row.key}"):
+        with of_sample(_name(drawn.row)):
             return self.read(drawn)
 
     def _drawn(self, row: IndexRow, epoch: int) -> Drawn:
@@ -151,16 +154,20 @@ class Reader(Generic[T, B]):
     def _substitute(self, place: "_Place", step: int, error: DataError) -> BadSample:
         """Puts the plan's next substitute in a place, and returns the row of the quarantine table for what was there.
 
-        Raises RuntimeError after too many.
+        Raises TooManyBadError after too many.
         """
         row, epoch = place.drawn.row, place.drawn.epoch
         if place.attempts >= _MOST_SUBSTITUTES:
-            raise RuntimeError(
+            raise TooManyBadError(
                 f"step {step}: {place.attempts + 1} samples in a row can't be read, the last one because: {error}"
             ) from error
         place.drawn = self._drawn(self.index.row(self.plan.substitute(step, place.slot, place.attempts)), epoch)
         place.attempts += 1
         return BadSample(row.source, row.shard, row.key, str(error))
+
+
+def _name(row: IndexRow) -> str:
+    return f"{row.source}/{row.key}"
 
 
 @dataclass

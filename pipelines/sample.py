@@ -28,6 +28,10 @@ ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")
 LATENT_CHANNELS = 16
+READ_AHEAD = 256 << 20
+"""Bytes of batches that a rank holds before they are needed, unless a run says otherwise."""
+MOST_BAD = 0.01
+"""Share of samples that can't be read above which a run ends, unless it says otherwise."""
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
 """Rates of clips, in frames a second: others are mistakes, and no fraction with a small denominator stands for them."""
 
@@ -40,6 +44,10 @@ Size = tuple[Annotated[int, Field(ge=1, le=65536)], Annotated[int, Field(ge=1, l
 
 class DataError(ValueError):
     """Data that breaks its contract: the message says what, where, what was expected and what to do."""
+
+
+class TooManyBadError(DataError):
+    """More bad samples than a run accepts: starting again would meet them again."""
 
 
 def check_key(key: str) -> str:

@@ -114,7 +114,7 @@ def verify_index(
     known = set(whole.codes("shard")[1])
     files = [name for name, *_ in list_dated(folder) if name.endswith(".tar") and not name.startswith(".")]
     unindexed = [name for name in files if name not in known]
-    shards = len(set(index.codes("shard")[1]))
+    shards = len(set(index.column("shard").tolist()))
     return Verified(
         len(index), int(decoded.sum()), shards, read, report, faults, bad_samples, len(bad_shards), tuple(unindexed)
     )

@@ -174,6 +174,8 @@ class Account:
             self._write_progress(step + 1, "training")
 
     def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
+        if micro.replaced:
+            more["replaced"] = micro.replaced
         line = {"step": micro.step, "part": micro.part, "attempt": self.number, "samples": micro.keys, **more}
         self._consumed.put(line)
 

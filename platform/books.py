@@ -20,6 +20,8 @@ class Books:
     """Samples that were trained on a second time because a step was done again after a restore."""
     passed_over: int
     """Samples of steps that were left out after a rollback: consumed, but not trained on."""
+    substituted: int
+    """Samples that could not be read, in whose place, in the same step, the plan's substitutes were trained on."""
 
 
 def check_books(config: RunConfig) -> Books:
@@ -27,15 +29,17 @@ def check_books(config: RunConfig) -> Books:
     from domainshuttle.platform.train import make_feed  # imports Ray and torch, which readers of lines do not need
 
     run = Run(config)
-    planned = trained = lost = repeated = recomputed = passed_over = 0
+    planned = trained = lost = repeated = recomputed = passed_over = substituted = 0
     for segment in run.segments():
         feed = make_feed(config, segment)
         index, plan = feed.index(), feed.plan()
         consumed, again = read_consumed(run, segment.name)
         recomputed += again
         by_step: dict[int, Counter[str]] = {}
+        replaced: dict[int, list[tuple[str, str]]] = {}
         for (step, _, _), part in consumed.items():
             by_step.setdefault(step, Counter()).update(part.samples)
+            replaced.setdefault(step, []).extend(part.replaced)
             passed_over += len(part.samples) if part.passed_over else 0
         for step in range(segment.last_step):
             rows = index.rows(plan[step].rows)
@@ -43,9 +47,13 @@ def check_books(config: RunConfig) -> Books:
             found = by_step.get(step, Counter())
             planned += wanted.total()
             trained += found.total()
+            for sample, substitute in replaced.get(step, ()):
+                wanted[sample] -= 1
+                wanted[substitute] += 1
+                substituted += 1
             lost += (wanted - found).total()
             repeated += (found - wanted).total()
-    return Books(planned, trained - passed_over, lost, repeated, recomputed, passed_over)
+    return Books(planned, trained - passed_over, lost, repeated, recomputed, passed_over, substituted)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class Consumed:
 
     samples: list[str]
     passed_over: bool
+    replaced: list[tuple[str, str]]
+    """Planned samples that could not be read, and what stood in their places."""
 
 
 def read_consumed(run: Run, segment: str) -> tuple[dict[tuple[int, int, int], Consumed], int]:
@@ -68,7 +78,9 @@ def read_consumed(run: Run, segment: str) -> tuple[dict[tuple[int, int, int], Co
         rank = int(path.stem.rsplit("rank", 1)[1])
         for line in Journal(path).read()[0]:
             step, attempt = line["step"], line["attempt"]
-            lines[(step, line["part"], rank), attempt] = Consumed(line["samples"], line.get("passed_over", False))
+            replaced = [(planned, found) for planned, found in line.get("replaced", ())]
+            part = Consumed(line["samples"], line.get("passed_over", False), replaced)
+            lines[(step, line["part"], rank), attempt] = part
             newest[step] = max(newest.get(step, attempt), attempt)
     surviving = {place: found for (place, attempt), found in lines.items() if attempt == newest[place[0]]}
     again = sum(len(found.samples) for (place, attempt), found in lines.items() if attempt != newest[place[0]])

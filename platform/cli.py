@@ -42,29 +42,38 @@ Stage = Annotated[str | None, typer.Option(help="Only this stage, or this segmen
 Resume = Annotated[
     str, typer.Option(help="auto: the newest whole checkpoint. A checkpoint's name or path; none: its beginning.")
 ]
+MostBad = Annotated[float, typer.Option(min=0, max=1, help="Share of bad samples or shards to accept.")]
 Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these corpora; without it all of the file.")]
 
 
 @data.command("build")
-def data_build(config: Config, set_: Set = None, corpus: Corpus = None) -> None:
+def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = 0.05) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
     from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import build_corpora
 
     settings = _load(config, set_)
     with connected(settings, cpus=1):
-        build_corpora(settings, corpus)
+        build_corpora(settings, corpus, most_bad)
 
 
 @data.command("encode")
-def data_encode(config: Config, set_: Set = None, corpus: Corpus = None) -> None:
+def data_encode(
+    config: Config,
+    set_: Set = None,
+    corpus: Corpus = None,
+    most_bad: MostBad = 0.05,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Remove whole encoded corpora of other data or encoders.")
+    ] = False,
+) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
     from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import encode_corpora
 
     settings = _load(config, set_)
     with connected(settings, cpus=1):
-        encode_corpora(settings, corpus)
+        encode_corpora(settings, corpus, anew, most_bad)
 
 
 @data.command("index")
@@ -79,7 +88,7 @@ def data_index(
     fps: Annotated[
         float | None, typer.Option(help="Rate at which clips are sampled; without it each clip's own.")
     ] = None,
-    most_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of bad samples or shards to accept.")] = 0.05,
+    most_bad: MostBad = 0.05,
     shards: Annotated[str, typer.Option(help="Only shards of this pattern, without .tar, such as: 'part-00*'")] = "*",
     name: Annotated[str, typer.Option(help="Name of the index file in the folder.")] = "index.parquet",
     merge: Annotated[

@@ -28,6 +28,7 @@ from domainshuttle.platform.sections import (
     ExpertSection,
     GenerationSection,
     GuardSection,
+    LoaderSection,
     ModelSection,
     SamplingSection,
     Section,
@@ -55,6 +56,7 @@ class RunConfig(Section):
     )
     stages: list[StageSection] = Field(min_length=1)
     budget_gpu_hours: float | None = Field(None, gt=0, description="the run stops, with a checkpoint, when it is spent")
+    loader: LoaderSection = LoaderSection()
     guard: GuardSection = GuardSection()
     cluster: ClusterSection = ClusterSection()
     engine: EngineSection = EngineSection()
@@ -201,7 +203,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 _RESUMABLE_CHANGES: dict[str, Any] = {
     # where and on what machines
-    **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking"), True),
+    **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking", "loader"), True),
     # what is looked at beside the training, and when it stops or goes back
     **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
     # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change

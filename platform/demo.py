@@ -105,7 +105,7 @@ def _print_summary(
         Panel.fit(
             f"[bold]Time[/]\n{parts}\n  {'in all':<34}{seconds:6.0f} s\n\n"
             f"[bold]Samples[/]  planned {books.planned}, trained {books.trained}, lost {books.lost}, repeated "
-            f"{books.repeated}, trained again after a restore {books.recomputed}\n"
+            f"{books.repeated}, trained again after a restore {books.recomputed}, substituted {books.substituted}\n"
             f"[bold]Workers[/]  {hours.attempts} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} device-hours\n"
             f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "

@@ -50,7 +50,12 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
     cluster, workers = config.cluster, config.cluster.least_workers
     with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
         run = None if fresh else prepare_run(config)
-        needs = workers * cluster.cpus_per_worker + 1, workers * cluster.gpus_per_worker
+        # beside the workers: a CPU for the data tasks, and what encodes while they train
+        live = config.encoders.live
+        needs = (
+            workers * cluster.cpus_per_worker + 1 + (live.cpus if live else 0),
+            workers * cluster.gpus_per_worker + (live.gpus if live else 0),
+        )
         stack.enter_context(connected(config, *needs))
         return run_training(run or prepare_run(config, fresh), lock, stage, resume)
 

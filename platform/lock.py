@@ -39,8 +39,14 @@ class RunLock:
     `say` is told when the holder is on another node and has to be watched first.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-        self.folder, self._say = folder, say
+    def __init__(
+        self,
+        folder: Path,
+        say: Callable[[str], None] = lambda _: None,
+        held: Callable[[Path, dict[str, Any]], str] | None = None,
+    ) -> None:
+        """`held` words the error, of the folder and of what the holder says of itself: by default of a run."""
+        self.folder, self._say, self._held = folder, say, held or _held_run
         self._token = uuid.uuid4().hex
         self._taken_by: dict[str, Any] | None = None
         self._ended = threading.Event()
@@ -54,7 +60,7 @@ class RunLock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunLockedError(_held(self.folder, self._holder() or {})) from None
+                raise RunLockedError(self._held(self.folder, self._holder() or {})) from None
             except OSError:  # a file system without locks
                 pass
             self._require_dead(self._holder())
@@ -81,7 +87,7 @@ class RunLock:
     def check(self) -> None:
         """Raises RunLockedError when another driver took the run, since this one did not move for too long."""
         if self._taken_by is not None:
-            raise RunLockedError(_held(self.folder, self._taken_by))
+            raise RunLockedError(self._held(self.folder, self._taken_by))
 
     def _holder(self) -> dict[str, Any] | None:
         """What the holder says of itself; None where there is none, or it died before it could."""
@@ -97,11 +103,10 @@ class RunLock:
             return
         if holder["host"] == socket.gethostname():
             if _lives(holder["pid"], holder["started"]):
-                raise RunLockedError(_held(self.folder, holder))
+                raise RunLockedError(self._held(self.folder, holder))
             return
         self._say(
-            f"The run was last held by process {holder['pid']} on {holder['host']}: waiting {PATIENCE_SECONDS:g} s for "
-            "a sign of life"
+            f"{self.folder} was last held by {holder_named(holder)}: waiting {PATIENCE_SECONDS:g} s for a sign of life"
         )
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
@@ -110,7 +115,7 @@ class RunLock:
             if now is None:  # it has just ended
                 return
             if now != holder:
-                raise RunLockedError(_held(self.folder, now))
+                raise RunLockedError(self._held(self.folder, now))
 
     def _beat(self) -> None:
         process = psutil.Process()
@@ -141,8 +146,13 @@ def _lives(pid: int, started: float) -> bool:
         return False
 
 
-def _held(folder: Path, holder: dict[str, Any]) -> str:
-    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+def holder_named(holder: dict[str, Any]) -> str:
+    """Who holds a lock, by what it says of itself."""
+    return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+
+
+def _held_run(folder: Path, holder: dict[str, Any]) -> str:
+    who = holder_named(holder)
     remedy = f"kill -INT {holder['pid']} there" if holder else "kill -INT it"
     return (
         f"the run in {folder} is being trained by {who}. Look at it with `domainshuttle status {folder}`; stop it with "

@@ -9,6 +9,7 @@ from domainshuttle.pipelines.sample import DataError
 from domainshuttle.platform.config import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.corpora import require_encoded
+from domainshuttle.platform.schedule import Run
 
 if TYPE_CHECKING:
     from domainshuttle.platform.engine import TrainedParameters
@@ -18,7 +19,6 @@ def print_plan(config: RunConfig) -> None:
     """Prints the schedule as a table; the data columns are filled where the corpora are encoded."""
     from domainshuttle.platform.build import outline_model
     from domainshuttle.platform.engine import select_trained
-    from domainshuttle.platform.schedule import Run
     from domainshuttle.platform.train import make_feed
 
     least, most = config.cluster.least_workers, config.cluster.most_workers
@@ -27,6 +27,7 @@ def print_plan(config: RunConfig) -> None:
     for column in ("stage", "steps", "batch", "data", "passes", "tokens a sample", "trained", "frozen", "loss"):
         table.add_column(column, justify="left" if column in ("stage", "data", "loss") else "right")
     run, problems = Run(config), {}
+    plans: dict[str, dict[str, Any]] = {}
     for segment in run.segments():
         stage = segment.stage
         selected = select_trained(outline_model(config.model_of(segment.expert)), stage.trained)
@@ -34,6 +35,7 @@ def print_plan(config: RunConfig) -> None:
             described = make_feed(config, segment).plan().describe()
             passes = "by hours" if stage.endless else f"{stage.steps / described['steps_per_epoch']:.2f}"
             tokens = f"{described['mean_video_tokens']:.0f}"
+            plans[segment.name] = described
         except DataError as error:
             passes = tokens = "?"
             problems[segment.name] = str(error)
@@ -50,6 +52,8 @@ def print_plan(config: RunConfig) -> None:
             "flow" + (f" + {weight:g} cross-pair ({stage.loss.cross_pair_target})" if weight else ""),
         )
     console.print(table)
+    if plans:
+        console.print(_bucket_table(config, plans))
     try:
         require_encoded(config)
     except DataError as error:
@@ -59,11 +63,28 @@ def print_plan(config: RunConfig) -> None:
     console.print(f"Next: domainshuttle train; the run's folder will be {run.folder}")
 
 
+def _bucket_table(config: RunConfig, plans: Mapping[str, dict[str, Any]]) -> Table:
+    """What each segment's steps are made of: a row a bucket, with the tokens of a sample that shows all references."""
+    table = Table(title="Buckets: of a step all samples are of one")
+    for column in ("stage", "bucket", "samples", "of the steps", "video tokens", "with references", ""):
+        table.add_column(column, justify="left" if column in ("stage", "bucket", "") else "right")
+    for name, plan in plans.items():
+        references, shown = Run(config).segment(name).stage.references, name
+        for bucket, one in plan["buckets"].items():
+            whole = one["video_tokens"] + references * one["reference_tokens"]
+            repeats = "[yellow]fewer samples than a batch: repeats within it[/]" if one["repeats_within_batch"] else ""
+            share = f"{one['share_of_steps']:.1%}"
+            table.add_row(
+                shown, bucket, f"{one['samples']:,}", share, f"{one['video_tokens']:,}", f"{whole:,}", repeats
+            )
+            shown = ""  # once
+    return table
+
+
 def print_parameters(config: RunConfig) -> None:
     """Prints which parameters each segment trains."""
     from domainshuttle.platform.build import outline_model
     from domainshuttle.platform.engine import select_trained
-    from domainshuttle.platform.schedule import Run
 
     selections = {}
     for segment in Run(config).segments():

@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from domainshuttle.pipelines.sample import TooManyBadError
 from domainshuttle.platform.checkpoint import CheckpointError, CheckpointStore
 from domainshuttle.platform.checkpoint_files import STORE_FAULTS
 from domainshuttle.platform.config import ConfigError
@@ -24,7 +25,7 @@ from domainshuttle.platform.restarts import cause, tell_restart
 from domainshuttle.platform.resume import IncompatibleError
 from domainshuttle.platform.schedule import Run
 
-FINAL = (ConfigError, IncompatibleError)
+FINAL = (ConfigError, IncompatibleError, TooManyBadError)
 """Errors that starting the workers again does not mend."""
 
 

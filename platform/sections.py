@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.places import absolute
-from domainshuttle.pipelines.sample import LEAST_FPS, MOST_FPS
+from domainshuttle.pipelines.sample import LEAST_FPS, MOST_BAD, MOST_FPS, READ_AHEAD
 
 if TYPE_CHECKING:
     from domainshuttle.pipelines.feed import EncoderSources
@@ -208,6 +208,14 @@ class ExpertSection(Section):
         if self.low >= self.high:
             raise ValueError(f"low={self.low} must lie below high={self.high}")
         return self
+
+
+class LoaderSection(Section):
+    """How each worker reads its samples."""
+
+    most_bad: float = Field(MOST_BAD, ge=0, lt=1, description="share of unreadable samples above which the run ends")
+    read_ahead: int = Field(READ_AHEAD, ge=0, description="bytes of batches that a worker holds before they are needed")
+    threads: int = Field(2, gt=0, description="that read, of each worker")
 
 
 class GuardSection(Section):

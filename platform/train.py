@@ -76,7 +76,13 @@ def train_segment(job: dict[str, Any]) -> None:
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
         loader: Loader[TrainingBatch] = Loader(
-            shard.blocks, feed, rank, world_size, run.quarantine_path(segment.name, rank), device=get_device()
+            shard.blocks,
+            feed,
+            rank,
+            world_size,
+            run.quarantine_path(segment.name, rank),
+            **config.loader.model_dump(),
+            device=get_device(),
         )
         snapshot = None
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":

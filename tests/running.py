@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -114,11 +114,12 @@ def end_started() -> None:
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The Ray Train workers that a driver's own cluster runs."""
-    return [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone, or a zombie
+            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def run_of(tiny: Path, name: str, *more: str) -> tuple[RunConfig, Run, list[str]]:
@@ -150,15 +151,32 @@ def same_weights(ours: RunConfig, theirs: RunConfig, stage: str = "stage2") -> N
 @contextlib.contextmanager
 def poisoned(config: RunConfig, value: float) -> Iterator[str]:
     """One clip whose latents all have a value for the block: finite, so that the loader takes them. Yields its name."""
+    as_bfloat16 = struct.pack("<f", value)[2:]
+
+    def all_alike(member: bytes) -> bytes:
+        body = bytes(tensor_views(memoryview(member))["target"].buffer)
+        return member.replace(body, as_bfloat16 * (len(body) // 2), 1)
+
+    with _changed(config, all_alike) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def unreadable(config: RunConfig) -> Iterator[str]:
+    """One clip that no loader can read for the block. Yields its name."""
+    with _changed(config, lambda member: b"\xff" * len(member)) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def _changed(config: RunConfig, change: Callable[[bytes], bytes]) -> Iterator[str]:
     index = Index.load(config.corpus_folder("clips", "encoded") + "/" + INDEX_NAME)
     row = index.row(5)
     member = next(member for member in row.members if member.extension == "safetensors")
     shard = Path(row.folder) / row.shard
     whole = shard.read_bytes()
-    body = bytes(tensor_views(memoryview(whole)[member.offset : member.offset + member.size])["target"].buffer)
-    at = whole.index(body, member.offset)
-    as_bfloat16 = struct.pack("<f", value)[2:]
-    shard.write_bytes(whole[:at] + as_bfloat16 * (len(body) // 2) + whole[at + len(body) :])
+    end = member.offset + member.size
+    shard.write_bytes(whole[: member.offset] + change(whole[member.offset : end]) + whole[end:])
     try:
         yield f"{row.source}/{row.key}"
     finally:

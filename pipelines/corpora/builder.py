@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.index import IndexMetadata, IndexRow
-from domainshuttle.pipelines.parts import BadSample, Parts
+from domainshuttle.pipelines.parts import MOST_BAD_RAW, BadSample, Parts
 from domainshuttle.pipelines.sample import DataError, RawSample
 from domainshuttle.pipelines.shards import ShardWriter
 
@@ -62,11 +62,13 @@ def build_corpus(
     samples_per_part: int = 128,
     shard_bytes: int = 256 << 20,
     fps: float | None = None,
+    most_bad: float = MOST_BAD_RAW,
 ) -> tuple[IndexMetadata, int]:
     """Builds what is missing of a raw corpus on the Ray cluster that is connected, and its index.
 
     `fps` is the rate at which clips will be sampled, by which buckets are chosen (None: each clip's own).
-    Returns the index's metadata and the number of samples in quarantine. Raises DataError when too many are bad.
+    Returns the index's metadata and the number of samples in quarantine. Raises DataError when more than
+    `most_bad` are.
     """
     import ray
 
@@ -84,4 +86,4 @@ def build_corpus(
         finished, pending = ray.wait(pending)
         done = min(total, done + sum(sum(result) for result in ray.get(finished)))
         progress(done, total)
-    return parts.merge(IndexMetadata(corpus=corpus, stage="raw", fps=fps))
+    return parts.merge(IndexMetadata(corpus=corpus, stage="raw", fps=fps), most_bad)

@@ -16,7 +16,14 @@ from domainshuttle.pipelines.feed import Feed, planned_rows
 from domainshuttle.pipelines.index import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.loader import Loader
 from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.sample import EncodedSample, Reference, SampleInfo, Subject, write_safetensors
+from domainshuttle.pipelines.sample import (
+    EncodedSample,
+    Reference,
+    SampleInfo,
+    Subject,
+    TooManyBadError,
+    write_safetensors,
+)
 from domainshuttle.pipelines.shards import ShardWriter
 
 BUCKET = "5x32x32"
@@ -151,7 +158,7 @@ def test_every_kind_of_damage_is_named_and_substituted(corpus: Path, tmp_path: P
 def test_more_bad_samples_than_allowed_end_the_run(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus)
     loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q")  # type: ignore[arg-type, var-annotated]
-    with pytest.raises(RuntimeError, match=r"samples could not be read, more than 1%: see .*q, then repair"):
+    with pytest.raises(TooManyBadError, match=r"samples could not be read, more than 1%: see .*q, then repair"):
         list(loader)
     assert (tmp_path / "q").exists()
 

@@ -108,7 +108,7 @@ def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
     assert found.text.shape[0] == len(sample.info.caption.encode()) + 1
 
 
-def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: Path) -> None:
+def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unasked(corpus: Path) -> None:
     shard = next((corpus / "encoded").glob("*.tar"))
     before = shard.stat().st_mtime_ns
     job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, corpus / "encoded")
@@ -116,6 +116,10 @@ def test_a_second_run_makes_nothing_anew_and_another_recipe_everything(corpus: P
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
     assert metadata.encoders["video"].startswith("block-dct:")
+    # other encoders would take the whole corpus's place: only when that is wanted
+    with pytest.raises(DataError, match=r"is a whole encoded corpus.*text was .*:48, now .*:40.*--anew"):
+        encode([job], replace(SOURCES, text_len=40), silent, samples_per_part=16)
+    assert shard.stat().st_mtime_ns == before and read_metadata(corpus / "encoded" / INDEX_NAME) == metadata
 
 
 def test_actors_reserve_what_they_are_told_and_alone_load_encoders(

@@ -43,7 +43,7 @@ from domainshuttle.pipelines.parts import INDEX_NAME
 from domainshuttle.pipelines.plan_source import LivePool, packed, plan_dataset
 from domainshuttle.pipelines.reading import Drawn, MicroBatch
 from domainshuttle.pipelines.retry import StorageError
-from domainshuttle.pipelines.sample import DataError, RawSample
+from domainshuttle.pipelines.sample import DataError, RawSample, TooManyBadError
 from domainshuttle.pipelines.shards import ShardWriter, read_members
 from domainshuttle.pipelines.staging import Staging
 
@@ -308,7 +308,9 @@ def test_the_next_sample_is_decoded_while_one_is_encoded(corpora: Path, monkeypa
 def test_a_corpus_of_which_nothing_can_be_read_ends_the_work(tmp_path: Path) -> None:
     damage = {f"train-{number:07d}": "clip" for number in range(24)}
     raw_corpus(tmp_path, "broken", damage, kind="video", frames=5)
-    with pytest.raises(RuntimeError, match=r"21 samples in a row can't be read, the last one because: .*readable clip"):
+    with pytest.raises(
+        TooManyBadError, match=r"21 samples in a row can't be read, the last one because: .*readable clip"
+    ):
         load(feed(tmp_path, "broken", live=True), 1, tmp_path / "q")
 
 

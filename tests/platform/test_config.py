@@ -131,6 +131,10 @@ def test_folders_of_weights_come_out_absolute_and_ids_of_the_hub_as_they_are(
     assert [expert.base for expert in experts] == [str(tmp_path / "wan"), "Wan-AI/low"]
 
 
+def test_how_samples_are_read_may_change_on_resume() -> None:
+    assert load_config("demo", ["loader.most_bad=0.05", "loader.threads=4"]).digest() == load_config("demo").digest()
+
+
 def test_an_elastic_group_needs_only_some_sizes_that_share_the_batch() -> None:
     config = load_config("demo", ["cluster.workers=[1, 3]"])  # three share no batch of 64
     assert config.worker_sizes(config.stage("stage1")) == [1, 2]

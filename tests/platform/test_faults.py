@@ -23,6 +23,7 @@ from running import (
     same_weights,
     skip_stage1,
     start,
+    unreadable,
     wait_for_step,
     weights,
     workers_of,
@@ -33,6 +34,7 @@ from domainshuttle.platform.checkpoint import Checkpoint, CheckpointStore
 from domainshuttle.platform.config import RunConfig, load_config
 from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.train import make_feed
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -166,6 +168,33 @@ def test_a_stop_is_not_waited_for_by_nobody(tiny: Path, unbroken: tuple[RunConfi
     assert "Finished after" in cli("train", tiny, *more)
     same_weights(config, unbroken[0])
     balanced(config)
+
+
+def test_an_unreadable_sample_is_substituted_and_the_books_say_so(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    config, run, more = run_of(tiny, "unreadable")
+    skip_stage1(run, unbroken[0])
+    with unreadable(config) as name:
+        printed = cli("train", tiny, *more)
+    assert "Finished after" in printed
+    feed = make_feed(config, run.segment("stage2"))
+    index, plan = feed.index(), feed.plan()
+    planned = [f"{row.source}/{row.key}" for step in range(24) for row in index.rows(plan[step].rows)]
+    assert check_books(config).substituted == planned.count(name) > 0
+    balanced(config)
+    lines = [json.loads(line) for path in (run.folder / "quarantine").iterdir() for line in path.open()]
+    assert {f"{line['source']}/{line['key']}" for line in lines} == {name}
+
+
+def test_more_unreadable_samples_than_accepted_end_the_run_for_good(
+    tiny: Path, unbroken: tuple[RunConfig, str]
+) -> None:
+    config, run, more = run_of(tiny, "too-many", "loader.most_bad=0.001", "stages.stage2.steps=400")
+    skip_stage1(run, unbroken[0])
+    with unreadable(config):
+        printed = cli("train", tiny, *more, expect=2)
+    assert "samples could not be read, more than 0%" in printed and "loader.most_bad" in printed
+    assert "Traceback" not in printed and "start again" not in printed
+    assert Ledger(run.ledger_path).summary().attempts == 1
 
 
 def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:

@@ -14,6 +14,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from domainshuttle.pipelines.sample import TooManyBadError
 from domainshuttle.platform.checkpoint import CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.config import ConfigError, load_config
 from domainshuttle.platform.lineage import Name
@@ -64,7 +65,9 @@ def test_another_segments_checkpoints_do_not_count(run: Run) -> None:
     assert policy.make_decision(fault()) is RAISE
 
 
-@pytest.mark.parametrize("error", [ConfigError("no such base"), IncompatibleError("other weights")])
+@pytest.mark.parametrize(
+    "error", [ConfigError("no such base"), IncompatibleError("other weights"), TooManyBadError("12 of 500")]
+)
 def test_what_does_not_go_away_ends_the_fit_at_once(run: Run, error: Exception) -> None:
     for raised in (error, RayTaskError("configure", "traceback", error).as_instanceof_cause()):
         failure = fault(raised)
