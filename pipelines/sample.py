@@ -28,10 +28,8 @@ ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")
 LATENT_CHANNELS = 16
-READ_AHEAD = 256 << 20
-"""Bytes of batches that a rank holds before they are needed, unless a run says otherwise."""
-MOST_BAD = 0.01
-"""Share of samples that can't be read above which a run ends, unless it says otherwise."""
+READ_AHEAD, MOST_BAD = 256 << 20, 0.01
+"""Bytes of batches that a rank holds ahead, and the share of unreadable samples above which a run ends, by default."""
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
 """Rates of clips, in frames a second: others are mistakes, and no fraction with a small denominator stands for them."""
 
