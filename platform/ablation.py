@@ -17,11 +17,11 @@ import yaml
 from diffusers import WanTransformer3DModel
 from pydantic import Field, ValidationError
 
-from domainshuttle.platform.config import ConfigError, RunConfig, load_config
+from domainshuttle.platform.config import ConfigError, RunConfig, differences, load_config
 from domainshuttle.platform.console import console
 from domainshuttle.platform.corpora import require_encoded
 from domainshuttle.platform.demo import Timer
-from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.schedule import Run, find_run
 from domainshuttle.platform.sections import AblationSection, Section
 
 _PLAIN = AblationSection(reference_projections="shared", domain_adaln=False)
@@ -139,11 +139,14 @@ def write_base(weights: Path, folder: Path) -> None:
 def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:
     """Trains and evaluates what is left of an ablation, or of the variants named, and compares those that are done.
 
-    Raises ConfigError for a variant that is not there and when a part of it fails.
+    Raises ConfigError for a variant that is not there, for runs that were begun with another configuration, and when a
+    part of it fails.
     """
     plan = load_ablation(source, overrides)
     if unknown := [name for name in only if name not in plan.variants]:
         raise ConfigError(f"no variant {unknown}; the ablation has {list(plan.variants)}")
+    for config in (*([plan.shared] if plan.shared else []), *plan.variants.values()):
+        _require_begun_alike(plan, config)
     timer = Timer({})
     settings = plan.folder / "configs"
     settings.mkdir(parents=True, exist_ok=True)
@@ -168,6 +171,17 @@ def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:
     report(plan)
 
 
+def _require_begun_alike(plan: Plan, config: RunConfig) -> None:
+    """Raises ConfigError where a run is there with another configuration: its figures would be those of the old one."""
+    folder = config.run_folder
+    if (folder / "config.yaml").exists() and (before := find_run(folder).config).digest() != config.digest():
+        raise ConfigError(
+            f"run {config.name!r} of the ablation in {plan.folder} was begun with another configuration: "
+            f"{differences(before.decisive(), config.decisive())}. Restore it, give this one a folder of its own "
+            f"(--set output=...), or remove {plan.folder}"
+        )
+
+
 def _has_corpora(configs: list[RunConfig]) -> bool:
     try:
         for config in configs:
@@ -181,15 +195,17 @@ def _has_corpora(configs: list[RunConfig]) -> bool:
 
 def _run_variant(plan: Plan, name: str, config: RunConfig, timer: Timer) -> None:
     done = result_of(plan, name)
-    if done and done["config"] == config.digest():
+    judged = config.model_dump(mode="json", include={"evaluation", "generation"})
+    if done and (done["config"], done.get("judged")) == (config.digest(), judged):
         console.print(f"Variant [bold]{name}[/] is done: {done['own']:.0%} of its clips show their own subject")
         return
     run, exported, evaluation = Run(config), plan.folder / "exported" / name, plan.folder / "evaluation" / name
-    timer.run(f"Train {name}", "train", str(plan.folder / "configs" / f"{name}.yaml"))
+    settings = str(plan.folder / "configs" / f"{name}.yaml")
+    timer.run(f"Train {name}", "train", settings)  # nothing where it is done; the run then has today's evaluation
     timer.run(f"Export {name}", "export", str(run.folder), str(exported))
     timer.run(f"Evaluate {name}", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
     result = json.loads((evaluation / "identity.json").read_text())
-    (evaluation / "done.json").write_text(json.dumps({**result, "config": config.digest()}))
+    (evaluation / "done.json").write_text(json.dumps({**result, "config": config.digest(), "judged": judged}))
 
 
 def result_of(plan: Plan, name: str) -> dict[str, Any] | None:

@@ -10,10 +10,11 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from running import cli
 
-from domainshuttle.platform.ablation import Plan, load_ablation, write_base
+from domainshuttle.platform.ablation import Plan, load_ablation, run_ablation, write_base
 from domainshuttle.platform.ablation_results import VariantResult, count_parameters, draw, read_result
 from domainshuttle.platform.build import blueprint, build_model
 from domainshuttle.platform.config import ConfigError
+from domainshuttle.platform.ledger import Ledger
 from domainshuttle.platform.schedule import Run
 
 
@@ -102,6 +103,19 @@ def test_a_mistake_in_the_file_is_named(content: dict[str, object], message: str
         load_ablation("dmo")
 
 
+@pytest.mark.parametrize("change", ["stages.base.steps=999", "seed=8"])
+def test_figures_of_another_configuration_are_not_taken(change: str, tmp_path: Path) -> None:
+    place = f"output={tmp_path}/runs"
+    plan = load_ablation("demo", [place])
+    assert plan.shared is not None
+    Run.open(plan.shared)
+    message = (
+        rf"run 'base' of the ablation in {tmp_path} was begun with another configuration: .*{change.split('=')[1]}"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_ablation("demo", [place, change], [])
+
+
 def test_the_picture_has_a_row_a_variant(tmp_path: Path) -> None:
     results = [VariantResult(f"v{n}", 32, 0.2 * n, 0.1, 0.0625, 1.0 / n, 1000, 500, 0.1) for n in (1, 2, 3)]
     assert results[1].error == pytest.approx((0.4 * 0.6 / 32) ** 0.5)
@@ -143,3 +157,10 @@ def test_two_variants_are_trained_compared_and_not_trained_again(tiny_yaml: Path
     for needed in ("shared-qkv", "model.ablation.reference_projections", "Evaluation"):
         assert needed in page
     assert (plan.folder / "ablation.png").exists()
+    # judged anew, and not trained anew
+    attempts = {name: Ledger(Run(variant).ledger_path).summary().attempts for name, variant in plan.variants.items()}
+    assert "Variant full is done" not in cli("ablate", path, "--set", "evaluation.groups=1")
+    plan = load_ablation(str(path), ["evaluation.groups=1"])
+    assert all(read_result(plan, name).clips == 4 for name in plan.variants)  # type: ignore[union-attr]
+    for name, variant in plan.variants.items():
+        assert Ledger(Run(variant).ledger_path).summary().attempts == attempts[name] > 0
