@@ -4,8 +4,10 @@
 
 Each fault is real: signals to the driver or to a worker, damage to the newest checkpoint, a tracking server that goes
 away or hangs, files that can't grow, a sample whose loss is not finite. After each, what a user would do is done (the
-same command again, where the driver is gone), and the time to the first step of the next attempt is measured. At the
-end every planned sample must have been trained on exactly once in the surviving history. Ends with code 1 otherwise.
+same command again, where the driver is gone), and the time to the first step of the next attempt is measured. What a
+fault waits for may not come (a save, a bad sample's step); then it is not counted, and given again later. At the end
+every planned sample must have been trained on exactly once in the surviving history. Ends with code 1 otherwise, and
+when the run was finished before all faults were given.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -111,8 +114,9 @@ class Chaos:
         self.driver: subprocess.Popen[bytes] | None = None
         self.given = 0.0
         """When the fault was given; what it waited for before does not count."""
-        self.faults: dict[str, Callable[[], None]] = {
+        self.faults: dict[str, Callable[[], bool]] = {  # each says whether what it is called happened
             "SIGKILL of a worker": self.kill_worker,
+            "SIGKILL of a worker, and of another while they start again": self.kill_in_start,
             "SIGKILL of a worker while a checkpoint is written": self.kill_in_write,
             "SIGSTOP of a worker (it hangs)": self.freeze_worker,
             "SIGKILL of the driver": self.kill_driver,
@@ -121,7 +125,7 @@ class Chaos:
             "newest checkpoint: one bit flipped, then SIGKILL": self.flip_bit,
             "newest checkpoint: cut short, then SIGKILL": self.cut_short,
             "newest checkpoint: manifest gone, then SIGKILL": self.remove_manifest,
-            "MLflow away, and SIGKILL of a worker": self.server_away,
+            "MLflow away, or back again, and SIGKILL of a worker": self.server_away,
             "MLflow hangs, and SIGKILL of a worker": self.server_hangs,
             "a save fails for want of room, then SIGKILL": self.no_room,
             "a step's loss is not finite, then SIGKILL": self.bad_step,
@@ -158,41 +162,59 @@ class Chaos:
         assert self.driver
         return workers_of(self.driver.pid)
 
-    def kill_worker(self) -> None:
+    def kill_worker(self) -> bool:
         self.given = time.monotonic()
         if workers := self.workers():
             self.dice.choice(workers).kill()
+        return bool(workers)
 
-    def freeze_worker(self) -> None:
+    def kill_in_start(self) -> bool:
+        """The second dies in its imports or while the group is set up: before it could write its first line."""
+        before = {worker.pid for worker in self.workers()}
+        attempts = Ledger(self.run.ledger_path).summary().attempts
+        self.kill_worker()
+        if not self.wait_until(lambda: len([w for w in self.workers() if w.pid not in before]) > 1):
+            return False
+        time.sleep(self.dice.uniform(0.5, 6.0))
+        new = [worker for worker in self.workers() if worker.pid not in before]
+        if not new or Ledger(self.run.ledger_path).summary().attempts > attempts:
+            return False
+        self.given = time.monotonic()
+        self.dice.choice(new).kill()
+        return True
+
+    def freeze_worker(self) -> bool:
         if workers := self.workers():
             self.dice.choice(workers).suspend()
+        return bool(workers)
 
-    def kill_in_write(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not self.finished():
+    def kill_in_write(self) -> bool:
+        def in_write() -> bool:
             folders = self.run.checkpoints.glob("*-step*")
-            if any(not (folder / MANIFEST_NAME).exists() for folder in folders):
-                break
-            time.sleep(0.002)
-        self.kill_worker()
+            return any(not (folder / MANIFEST_NAME).exists() for folder in folders)
 
-    def kill_driver(self) -> None:
+        return self.wait_until(in_write, every=0.002) and self.kill_worker()
+
+    def kill_driver(self) -> bool:
         assert self.driver
         end_tree(self.driver.pid)
         self.driver.wait()
+        return True
 
-    def signal_driver(self, number: signal.Signals) -> None:
+    def signal_driver(self, number: signal.Signals) -> bool:
         assert self.driver
         self.driver.send_signal(number)
         self.driver.wait(timeout=PATIENCE)
+        return True
 
-    def damage(self, act: Callable[[Path], None]) -> None:
+    def damage(self, act: Callable[[Path], None]) -> bool:
         whole = [f for f in self.run.checkpoints.glob("*-step*") if (f / MANIFEST_NAME).exists()]
-        if whole:
-            act(max(whole, key=lambda folder: folder.stat().st_mtime))
-        self.kill_worker()
+        if not whole:
+            return False
+        act(max(whole, key=lambda folder: folder.stat().st_mtime))
+        return self.kill_worker()
 
-    def flip_bit(self) -> None:
+    def flip_bit(self) -> bool:
         def act(folder: Path) -> None:
             path = self.dice.choice([p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 10_000])
             with path.open("r+b") as file:
@@ -202,43 +224,46 @@ class Chaos:
                 file.seek(place)
                 file.write(bytes([byte ^ 1 << self.dice.randrange(8)]))
 
-        self.damage(act)
+        return self.damage(act)
 
-    def cut_short(self) -> None:
+    def cut_short(self) -> bool:
         def act(folder: Path) -> None:
             path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
             os.truncate(path, self.dice.randrange(path.stat().st_size))
 
-        self.damage(act)
+        return self.damage(act)
 
-    def remove_manifest(self) -> None:
-        self.damage(lambda folder: (folder / MANIFEST_NAME).unlink())
+    def remove_manifest(self) -> bool:
+        return self.damage(lambda folder: (folder / MANIFEST_NAME).unlink())
 
-    def server_away(self) -> None:
+    def server_away(self) -> bool:
         if self.server.process:
             self.server.stop()
         else:
             self.server.start()
-        self.kill_worker()
+        return self.kill_worker()
 
-    def server_hangs(self) -> None:
+    def server_hangs(self) -> bool:
         """From here to the next fault."""
+        there = self.server.process is not None
         self.server.hang(True)
-        self.kill_worker()
+        return self.kill_worker() and there
 
-    def no_room(self) -> None:
+    def no_room(self) -> bool:
         """Files of the workers can't grow to the size of a checkpoint's until one has failed."""
         largest = max((f.stat().st_size for f in self.run.checkpoints.rglob("zero/*")), default=0)
         workers = self.workers() if largest else []
         for worker in workers:
             worker.rlimit(psutil.RLIMIT_FSIZE, (largest // 2, psutil.RLIM_INFINITY))
-        self.wait_until(lambda: self.run.read_progress()["metrics"].get("failed_checkpoints", 0) > 0)
+        failed = self.run.failed_checkpoints_path
+        before = failed.stat().st_size if failed.exists() else 0
+        seen = bool(workers) and self.wait_until(lambda: failed.exists() and failed.stat().st_size > before)
         for worker in workers:
             if worker.is_running():
                 worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
-        self.kill_worker()
+        return self.kill_worker() and seen
 
-    def bad_step(self) -> None:
+    def bad_step(self) -> bool:
         """A sample of the stage has latents that are finite, and a loss that is not, until a step was dropped."""
         config, stage = self.run.config, self.run.segment(self.run.read_progress()["segment"]).stage
         index = Index.load(f"{config.corpus_folder(self.dice.choice(sorted(stage.mixture)), 'encoded')}/{INDEX_NAME}")
@@ -257,15 +282,16 @@ class Chaos:
         dropped = self.run.folder / "dropped"
         before = sum(path.stat().st_size for path in dropped.glob("*"))
         overwrite(struct.pack("<f", 4e37)[2:] * (len(body) // 2))
-        self.wait_until(lambda: sum(path.stat().st_size for path in dropped.glob("*")) > before)
+        seen = self.wait_until(lambda: sum(path.stat().st_size for path in dropped.glob("*")) > before)
         overwrite(body)
-        self.kill_worker()
+        return self.kill_worker() and seen
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 60.0, every: float = 0.05) -> bool:
         """Waits, not longer than `seconds` or to the run's end: what a fault waits for may also not come."""
         deadline = time.monotonic() + seconds
-        while not happened() and time.monotonic() < deadline and not self.finished():
-            time.sleep(0.05)
+        while not (came := happened()) and time.monotonic() < deadline and not self.finished():
+            time.sleep(every)
+        return came
 
 
 def end_tree(pid: int) -> None:
@@ -317,22 +343,27 @@ def main() -> None:
     names = list(chaos.faults)
     sequence = [*names, *dice.choices(names, k=max(0, options.faults - len(names)))][: options.faults]
     dice.shuffle(sequence)
+    left = deque(sequence)
     entries: list[Entry] = []
     began = time.monotonic()
     try:
         chaos.start()
         chaos.wait_for_step(0)
-        for number, fault in enumerate(sequence, 1):
+        while left:
+            fault = left.popleft()
             chaos.wait_for_step(0, steps=dice.randint(1, 9))
             if chaos.finished():
-                console.print("The run was finished before all faults were given: raise --faults' steps")
-                break
+                raise SystemExit(f"the run was finished after {len(entries)} of {options.faults} faults")
             before = run.read_progress()
-            console.print(f"{number:3d}  {before['segment']} step {before['step']:3d}: {fault}")
+            console.print(f"{len(entries) + 1:3d}  {before['segment']} step {before['step']:3d}: {fault}")
             server.hang(False)
             chaos.given = time.monotonic()
-            chaos.faults[fault]()
+            seen = chaos.faults[fault]()
             chaos.ensure_driver()
+            if not seen:
+                console.print("     that did not come: again later")
+                left.append(fault)
+                continue
             chaos.wait_for_step(before["attempt"])
             entries.append(Entry(fault, before["segment"], before["step"], time.monotonic() - chaos.given))
         server.hang(False)
