@@ -24,6 +24,7 @@ from domainshuttle.pipelines.sample import tensor_views
 from domainshuttle.platform.books import check_books
 from domainshuttle.platform.cli import main
 from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.console import console, errors
 from domainshuttle.platform.records import read_history, read_runs
 from domainshuttle.platform.schedule import Run
 from domainshuttle.platform.spool import reachable
@@ -53,7 +54,8 @@ def in_process(*arguments: object, expect: int = 0) -> str:
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
         mock.patch.object(sys, "argv", ["domainshuttle", *map(str, arguments)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "160"}),
+        mock.patch.object(console, "_width", 160),
+        mock.patch.object(errors, "_width", 160),
     ):
         try:
             main()
