@@ -49,10 +49,10 @@ Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these c
 @data.command("build")
 def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = 0.05) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
+    settings = _load(config, set_)
     from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import build_corpora
 
-    settings = _load(config, set_)
     with connected(settings, cpus=1):
         build_corpora(settings, corpus, most_bad)
 
@@ -68,10 +68,10 @@ def data_encode(
     ] = False,
 ) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
+    settings = _load(config, set_)
     from domainshuttle.platform.connection import connected
     from domainshuttle.platform.corpora import encode_corpora
 
-    settings = _load(config, set_)
     with connected(settings, cpus=1):
         encode_corpora(settings, corpus, anew, most_bad)
 
@@ -158,10 +158,10 @@ def plan(
     parameters: Annotated[bool, typer.Option(help="Print which parameters each stage trains, by group.")] = False,
     deepspeed: Annotated[bool, typer.Option(help="Print DeepSpeed's derived configuration of each stage.")] = False,
 ) -> None:
-    """Show what a run would train: stages, data, buckets, trained parameters and the cost of a step."""
+    """Show what a run would train: stages, data, buckets with their tokens, trained parameters and losses."""
+    settings = _load(config, set_)
     from domainshuttle.platform.planner import deepspeed_configs, print_parameters, print_plan
 
-    settings = _load(config, set_)
     if parameters:
         print_parameters(settings)
     elif deepspeed:
@@ -177,9 +177,10 @@ def train(config: Config, set_: Set = None, fresh: Fresh = False, stage: Stage =
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
+    settings = _load(config, set_)  # before what takes seconds to import: a mistake is answered at once
     from domainshuttle.platform.driver import train_run
 
-    raise SystemExit(train_run(_load(config, set_), fresh, stage, resume))
+    raise SystemExit(train_run(settings, fresh, stage, resume))
 
 
 @app.command()

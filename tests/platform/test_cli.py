@@ -29,12 +29,14 @@ def test_every_verb_explains_itself(verb: list[str]) -> None:
 
 
 def test_a_mistake_ends_with_one_message_and_code_2() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "domainshuttle.platform.cli", "train", "demo", "--set", "clster.workers=3"],
-        capture_output=True,
-        text=True,
-        check=False,
+    code = (
+        "import sys; from domainshuttle.platform.cli import main\n"
+        "sys.argv = ['domainshuttle', *sys.argv[1:]]\n"
+        f"try: main()\nfinally: print([m for m in {HEAVY[:5]!r} if m in sys.modules])"
     )
+    command = [sys.executable, "-c", code, "train", "demo", "--set", "clster.workers=3"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "did you mean 'cluster'" in run.stderr
     assert "Traceback" not in run.stderr
+    assert run.stdout.strip() == "[]", "it was not answered at once"

@@ -166,7 +166,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     config, _ = unbroken
     run = Run(config)
     exported = tmp_path / "exported"
-    assert "Exported stage2" in cli("export", run.folder, exported)
+    assert "Exported stage2" in in_process("export", run.folder, exported)
     assert (exported / "model_index.json").exists()
     picture = tmp_path / "reference.jpg"
     from PIL import Image
@@ -210,7 +210,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
 
 
 def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
-    printed = cli("plan", tiny)
+    printed = in_process("plan", tiny)
     assert "stage2" in printed
     assert "0.1 cross-pair" in printed
     # two latent frames of 2 x 2 tokens, and two references of as many a frame
