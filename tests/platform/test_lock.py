@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from domainshuttle.platform import lock
+from domainshuttle.platform.corpora import _being_made
 from domainshuttle.platform.lock import HOLDER_NAME, RunLock, RunLockedError
 
 HOLDER = (
@@ -121,3 +122,16 @@ def test_a_driver_that_stood_still_too_long_notices_that_it_lost_the_run(tmp_pat
                 held.check()
                 time.sleep(0.05)
     assert (tmp_path / HOLDER_NAME).exists(), "the other's is left alone"
+
+
+def test_a_corpus_is_made_by_one_command_at_a_time(tmp_path: Path) -> None:
+    with _being_made(tmp_path / "encoded"):
+        with (
+            pytest.raises(RunLockedError, match=rf"encoded is being made by process {os.getpid()} on .*: wait"),
+            _being_made(tmp_path / "encoded"),
+        ):
+            pass
+        with _being_made(tmp_path / "raw"):
+            pass
+    with _being_made(tmp_path / "encoded"):
+        pass
