@@ -13,7 +13,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/python -c 'from domainshuttle.platform.engine import build_cpu_operator; build_cpu_operator()' >/dev/null
+	$(BIN)/python -c 'from domainshuttle.platform.engine.zero3 import build_cpu_operator; build_cpu_operator()' >/dev/null
 	@touch $@
 
 demo: $(VENV)/installed

@@ -33,14 +33,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.sample import tensor_views
-from domainshuttle.platform.books import check_books
-from domainshuttle.platform.checkpoint import MANIFEST_NAME
-from domainshuttle.platform.config import RunConfig, load_config
-from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.schedule import Run
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.shards.tensors import tensor_views
+from domainshuttle.platform.checkpoint.store import MANIFEST_NAME
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.sample_audit import check_books
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 PATIENCE = 300.0

@@ -69,9 +69,9 @@ def measure(options: argparse.Namespace, label: str, trained: list[str]) -> list
     import torch
     import torch.distributed as dist
 
-    from domainshuttle.platform.checkpoint import CheckpointStore, TrainingState
-    from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, gather_objects
-    from domainshuttle.platform.sections import CheckpointSection
+    from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, gather_objects
+    from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingState
+    from domainshuttle.platform.config.schema import CheckpointSection
 
     engine = build(options.layers, trained)
     section = CheckpointSection(every=1, keep=1)
@@ -135,9 +135,10 @@ def measure(options: argparse.Namespace, label: str, trained: list[str]) -> list
 
 def build(layers: int, trained: list[str]) -> Any:
     """A model of the width of 512 under ZeRO-3, of which the patterns are trained."""
-    from domainshuttle.platform.build import blueprint
-    from domainshuttle.platform.engine import Engine, select_trained
-    from domainshuttle.platform.sections import EngineSection, ModelSection, StageSection
+    from domainshuttle.platform.config.schema import EngineSection, ModelSection, StageSection
+    from domainshuttle.platform.engine.initialization import blueprint
+    from domainshuttle.platform.engine.trained_parameters import select_trained
+    from domainshuttle.platform.engine.zero3 import Engine
 
     size = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": layers, "ffn_dim": 2048}
     design = blueprint(ModelSection(size={**size, "text_dim": 64, "text_len": 8}), None, 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import av
 import numpy as np
 
-from domainshuttle.pipelines.media import Pixels, decode_video, encode_mp4
+from domainshuttle.pipelines.media.decode import Pixels, decode_video, encode_mp4
 
 
 def moving_clip(frames: int, height: int, width: int, fps: float) -> bytes:

@@ -36,14 +36,13 @@ from domainshuttle.model.flow import FlowConfig
 from domainshuttle.model.objective import training_loss
 from domainshuttle.model.spec import ModelSpec
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.platform.books import check_books
-from domainshuttle.platform.build import Blueprint, blueprint
-from domainshuttle.platform.config import RunConfig
-from domainshuttle.platform.ledger import Ledger
-from domainshuttle.platform.records import read_history, read_runs
-from domainshuttle.platform.schedule import Run
-from domainshuttle.platform.sections import EngineSection, ModelSection, StageSection
-from domainshuttle.platform.utilization import Utilization
+from domainshuttle.platform.config.schema import EngineSection, ModelSection, RunConfig, StageSection
+from domainshuttle.platform.engine.initialization import Blueprint, blueprint
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.tracking.queries import read_history, read_runs
+from domainshuttle.platform.training.mfu import Utilization
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 STAGE_2 = ["blocks.*.attn1.*", "*_ref*"]
@@ -85,7 +84,8 @@ def one_engine(options: argparse.Namespace) -> dict[str, float]:
     """Steps of one engine on one batch in this process, and the copy that a checkpoint holds the training up for."""
     import torch.distributed as dist
 
-    from domainshuttle.platform.engine import Engine, select_trained
+    from domainshuttle.platform.engine.trained_parameters import select_trained
+    from domainshuttle.platform.engine.zero3 import Engine
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from domainshuttle.pipelines.buckets import standard_buckets
-from domainshuttle.pipelines.feed import PLAN_COLUMNS, Feed
-from domainshuttle.pipelines.index import SCHEMA, Index, IndexMetadata, write_index
-from domainshuttle.pipelines.order import StepPlan
+from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, write_index
+from domainshuttle.pipelines.plan.feed import PLAN_COLUMNS, Feed
+from domainshuttle.pipelines.plan.step_plan import StepPlan
 
 GLOBAL_BATCH = 64
 SEEKS, FARTHEST_STEP = 1000, 10**7

@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from domainshuttle.platform import train
-from domainshuttle.platform.config import RunConfig, load_config
-from domainshuttle.platform.driver import train_run
-from domainshuttle.platform.schedule import Run
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.driver.driver import train_run
+from domainshuttle.platform.run.folder import Run
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 STAGE = "stage2"
@@ -59,7 +60,7 @@ def prepare(folder: Path, steps: int) -> tuple[Path, RunConfig]:
 def timed_segment(job: dict[str, Any]) -> None:
     """The worker's function, with the time that passes inside of the model and the engine taken apart."""
     from domainshuttle.platform import train
-    from domainshuttle.platform.engine import Engine
+    from domainshuttle.platform.engine.zero3 import Engine
 
     steps: list[tuple[float, float]] = []
     inside, ended = 0.0, None

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from domainshuttle.pipelines.sample import LATENT_CHANNELS, LEAST_FPS, MOST_FPS, DataError
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.sample import LATENT_CHANNELS, LEAST_FPS, MOST_FPS
 
 TIME_STRIDE = 4
 SPACE_STRIDE = 8

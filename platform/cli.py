@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
-    from domainshuttle.platform.config import RunConfig
+    from domainshuttle.platform.config.schema import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +50,8 @@ Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these c
 def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = 0.05) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
     settings = _load(config, set_)
-    from domainshuttle.platform.connection import connected
-    from domainshuttle.platform.corpora import build_corpora
+    from domainshuttle.platform.commands.data import build_corpora
+    from domainshuttle.platform.driver.ray_cluster import connected
 
     with connected(settings, cpus=1):
         build_corpora(settings, corpus, most_bad)
@@ -69,8 +69,8 @@ def data_encode(
 ) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
     settings = _load(config, set_)
-    from domainshuttle.platform.connection import connected
-    from domainshuttle.platform.corpora import encode_corpora
+    from domainshuttle.platform.commands.data import encode_corpora
+    from domainshuttle.platform.driver.ray_cluster import connected
 
     with connected(settings, cpus=1):
         encode_corpora(settings, corpus, anew, most_bad)
@@ -106,10 +106,10 @@ def data_index(
     Two jobs can share a folder: each with its own **--shards 'a-*' --name a.parquet**, and at the end
     **--merge a.parquet --merge b.parquet**.
     """
-    from domainshuttle.platform import data_checks
+    from domainshuttle.platform.commands import data_index as data_checks
 
     if merge:
-        from domainshuttle.pipelines.storage import join
+        from domainshuttle.pipelines.storage.uri import join
 
         data_checks.join_indexes([join(folder, path.name) for path in merge], folder, most_bad, name)
         return
@@ -131,7 +131,7 @@ def data_verify(
 
     Every fault is a row of `verify.jsonl` beside the index. The exit code is 1 where there are any.
     """
-    from domainshuttle.platform.data_checks import verify_corpus
+    from domainshuttle.platform.commands.data_index import verify_corpus
 
     with _ray(address):
         whole = verify_corpus(index, checksums, decode, where)
@@ -146,7 +146,7 @@ def data_inspect(
     where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
 ) -> None:
     """Show what a corpus holds: counts by source, bucket, domain and references; and pictures of it."""
-    from domainshuttle.platform.corpora import inspect_corpus
+    from domainshuttle.platform.commands.data import inspect_corpus
 
     inspect_corpus(index, sheet, samples, where)
 
@@ -160,7 +160,8 @@ def plan(
 ) -> None:
     """Show what a run would train: stages, data, buckets with their tokens, trained parameters and losses."""
     settings = _load(config, set_)
-    from domainshuttle.platform.planner import deepspeed_configs, print_parameters, print_plan
+    from domainshuttle.platform.commands.plan import print_parameters, print_plan
+    from domainshuttle.platform.engine.zero3 import deepspeed_configs
 
     if parameters:
         print_parameters(settings)
@@ -178,7 +179,7 @@ def train(config: Config, set_: Set = None, fresh: Fresh = False, stage: Stage =
     before.
     """
     settings = _load(config, set_)  # before what takes seconds to import: a mistake is answered at once
-    from domainshuttle.platform.driver import train_run
+    from domainshuttle.platform.driver.driver import train_run
 
     raise SystemExit(train_run(settings, fresh, stage, resume))
 
@@ -210,7 +211,7 @@ def submit(
 @app.command()
 def status(run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")]) -> None:
     """Show where a run is: stages, progress, last losses, checkpoints, device-hours, quarantine."""
-    from domainshuttle.platform.status import print_status
+    from domainshuttle.platform.commands.status import print_status
 
     print_status(run)
 
@@ -221,7 +222,7 @@ def checkpoints(
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept."""
-    from domainshuttle.platform.checkpoint_list import print_checkpoints
+    from domainshuttle.platform.commands.checkpoints import print_checkpoints
 
     print_checkpoints(run, verify)
 
@@ -233,7 +234,7 @@ def flush(
     timeout: Annotated[float, typer.Option(help="Seconds until it gives up.")] = 600.0,
 ) -> None:
     """Send to MLflow what a run could not send while its server was away. A run that goes on does so by itself."""
-    from domainshuttle.platform.delivery import flush_run
+    from domainshuttle.platform.commands.flush import flush_run
 
     raise SystemExit(0 if flush_run(run, uri, timeout) else 1)
 
@@ -247,14 +248,14 @@ def compare(
     page: Annotated[Path | None, typer.Option(help="Write table, curves and samples as one HTML page here.")] = None,
 ) -> None:
     """Compare the runs of experiments: a table, and curves against steps and device-hours."""
-    from domainshuttle.platform import compare as comparison
+    from domainshuttle.platform.commands import compare as comparison
     from domainshuttle.platform.console import console
 
     store = uri or _nearest_store()
     rows = comparison.compare(store, experiment, run or ())
     comparison.print_table(rows, console)
     if plot or page:
-        from domainshuttle.platform import compare_page, curves
+        from domainshuttle.platform.commands import compare_page, curves
 
         picture = curves.plot(store, rows, plot or page.with_suffix(".png"))  # type: ignore[union-attr]
         console.print(f"Curves: {picture}")
@@ -269,7 +270,7 @@ def ablate(
     only: Annotated[list[str] | None, typer.Option(help="Only this variant; repeat for more.")] = None,
 ) -> None:
     """Train the variants of a configuration one after the other, evaluate and compare them. Goes on after a stop."""
-    from domainshuttle.platform.ablation import run_ablation
+    from domainshuttle.platform.commands.ablation import run_ablation
 
     run_ablation(ablation, set_ or [], only or [])
 
@@ -282,8 +283,8 @@ def export(
 ) -> None:
     """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler."""
     from domainshuttle.platform.console import console
-    from domainshuttle.platform.export import export_run
-    from domainshuttle.platform.schedule import find_run
+    from domainshuttle.platform.generation.export import export_run
+    from domainshuttle.platform.run.folder import find_run
 
     exported = export_run(find_run(run), folder, stage)
     console.print(f"Exported {exported} to {folder}. Next: domainshuttle generate {folder} --help")
@@ -311,7 +312,7 @@ def generate(
     seed: int = 0,
 ) -> None:  # fmt: skip
     """Generate clips with an exported model, from a prompt and reference pictures, or from a file of cases."""
-    from domainshuttle.platform.generate import Sampling, generate_clips
+    from domainshuttle.platform.generation.generate import Sampling, generate_clips
 
     sampling = Sampling(height, width, frames, steps, guidance, reference_guidance, fps, seed)
     generate_clips(model, prompt, reference or [], cases, out, sampling)
@@ -325,7 +326,7 @@ def evaluate(
 ) -> None:
     """Measure on held-out identities whether clips show their own subject; write the table, a grid and clips."""
     from domainshuttle.platform.evaluation.identity import evaluate_run
-    from domainshuttle.platform.schedule import find_run
+    from domainshuttle.platform.run.folder import find_run
 
     evaluate_run(find_run(run), model, out)
 
@@ -337,13 +338,13 @@ def demo(
     keep: Annotated[bool, typer.Option(help="Go on with what an earlier demo left, instead of starting anew.")] = False,
 ) -> None:
     """Run the whole job at desk size: corpora, both stages with a stop and a resume, export, clips, evaluation."""
-    from domainshuttle.platform.demo import run_demo
+    from domainshuttle.platform.commands.demo import run_demo
 
     run_demo(config, set_ or [], keep)
 
 
 def _load(config: str, overrides: list[str] | None) -> "RunConfig":
-    from domainshuttle.platform.config import load_config
+    from domainshuttle.platform.config.loading import load_config
 
     return load_config(config, overrides)
 
@@ -356,7 +357,7 @@ def _ray(address: str | None) -> "Connection":
 
 def _nearest_store() -> str:
     """The sqlite store of the demo in this folder."""
-    from domainshuttle.platform.config import ConfigError
+    from domainshuttle.platform.config.schema import ConfigError
 
     path = Path("demo/runs/mlflow.db")
     if not path.is_file():

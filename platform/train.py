@@ -5,12 +5,9 @@ begin is decided once per start of the worker group (planned_data.py).
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 import torch
@@ -20,42 +17,28 @@ from ray.train.torch import get_device
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig
 from domainshuttle.model.objective import training_loss
-from domainshuttle.pipelines.feed import EncoderSources, Feed
-from domainshuttle.pipelines.loader import Loader
-from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.storage import join
-from domainshuttle.platform.account import ROLLED_BACK, UNSAVED, Account, Stop
-from domainshuttle.platform.build import blueprint, outline_model
-from domainshuttle.platform.checkpoint import (
-    Checkpoint,
+from domainshuttle.pipelines.loading.loader import Loader
+from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
+from domainshuttle.platform.checkpoint.resume import require_fit
+from domainshuttle.platform.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     TrainingState,
     read_checkpoint,
 )
-from domainshuttle.platform.checkpoint_writer import AsyncCheckpointer, SavesFailedError, gather_objects
-from domainshuttle.platform.config import ConfigError, RunConfig, differences
-from domainshuttle.platform.engine import Engine, frozen_copy, select_trained
-from domainshuttle.platform.fingerprints import sizes_digest, weights_identity
-from domainshuttle.platform.fit import Fit
-from domainshuttle.platform.guard import LossGuard
-from domainshuttle.platform.ledger import ALLOWANCE, Ledger
-from domainshuttle.platform.notices import PASSED_OVER, Notices
-from domainshuttle.platform.origins import commit_of
-from domainshuttle.platform.planned_data import Shard
-from domainshuttle.platform.planner import parameter_table
-from domainshuttle.platform.randomness import random_snapshot, restore_random
-from domainshuttle.platform.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
-from domainshuttle.platform.samples import Sampler
-from domainshuttle.platform.schedule import Run, Segment
-from domainshuttle.platform.tracking import Tracker
-from domainshuttle.platform.utilization import Utilization
-
-Outcome = Literal["finished", "stopped", "budget spent"]
-
-
-class DivergedError(RuntimeError):
-    """The loss went wrong again and again, also without the steps that were passed over."""
+from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.engine.initialization import blueprint
+from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.engine.zero3 import Engine, frozen_copy
+from domainshuttle.platform.run.data import make_feed
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.segments import Segment, Shard
+from domainshuttle.platform.run.weights_digest import sizes_digest
+from domainshuttle.platform.training.loss_guard import LossGuard
+from domainshuttle.platform.training.mfu import Utilization
+from domainshuttle.platform.training.monitor import UNSAVED, Account, Stop
+from domainshuttle.platform.training.rng_state import random_snapshot, restore_random
+from domainshuttle.platform.training.sampler import Sampler
 
 
 def train_segment(job: dict[str, Any]) -> None:
@@ -207,27 +190,6 @@ def preemption_announced() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def make_feed(config: RunConfig, segment: Segment) -> Feed:
-    """The data of a segment: encoded corpora, or raw ones that are encoded while they are trained on."""
-    stage = segment.stage
-    return Feed(
-        indexes=tuple(
-            join(config.corpus_folder(name, config.trained_form), INDEX_NAME) for name in sorted(stage.mixture)
-        ),
-        mixture=tuple(stage.weights.items()),
-        where=tuple(stage.where.get(name) for name in sorted(stage.mixture)) if stage.where else (),
-        seed=segment.seed,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        text_len=config.encoders.text_len,
-        references=stage.references,
-        reference_dropout=stage.reference_dropout,
-        text_dropout=stage.text_dropout,
-        paired=stage.loss.cross_pair_weight > 0,
-        encoders=EncoderSources(**config.encoders.model_dump(exclude={"live"})) if config.encoders.live else None,
-    )
-
-
 def export_weights(engine: Engine, segment: Segment, steps: int) -> None:
     """Writes the segment's weights as a diffusers folder, and their moving average beside them where one is kept."""
     engine.export(segment.weights)
@@ -236,141 +198,3 @@ def export_weights(engine: Engine, segment: Segment, steps: int) -> None:
     if dist.get_rank() == 0:
         segment.finish(steps)
     dist.barrier()
-
-
-def train(
-    run: Run,
-    tracker: Tracker,
-    watch: Callable[[], None],
-    say: Callable[[Any], None],
-    stage: str | None = None,
-    resume: str = AUTO,
-) -> Outcome:
-    """Trains what is left of a run's schedule, or of one stage; `watch` is called about twice a second meanwhile.
-
-    `resume` says where the first unfinished segment starts (resume.py). Raises ConfigError for a stage whose weights to
-    begin with are not there yet, CheckpointError, DivergedError, and what ended the workers for good.
-    """
-    ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
-    notices = Notices(run.notices_path)
-    if (last := ledger.last_line()) is not None:
-        heard = max(last, run.heard_from())
-        ledger.end_open("its driver died", until=heard + ALLOWANCE)
-
-    def tell(segment: str) -> None:
-        """Shows what was noted of a segment, here or by Ray's processes; of checkpoints MLflow keeps it too."""
-        for _, kind, text in notices.new():
-            say(text)
-            if kind == PASSED_OVER:
-                tracker.tag({"checkpoints.passed_over": "\n".join(notices.told(segment, kind))}, segment)
-
-    if resume not in (AUTO, NONE):
-        adopt_stages(run, store, resume, say)
-    for segment in run.choose(stage):
-        if segment.finished:
-            say(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
-            continue
-        require_origin(run, segment)
-        tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
-        feed = make_feed(run.config, segment)
-        commit = commit_of(segment.origin)
-        base = weights_identity(segment.origin, segment.seed, run.fingerprints_path, commit)
-        selected = select_trained(outline_model(run.config.model_of(segment.expert)), segment.stage.trained)
-
-        def choose(resume: str, segment: Segment = segment) -> Checkpoint | None:
-            note = functools.partial(notices.add, segment.name, PASSED_OVER)
-            try:
-                return choose_start(store, segment.name, resume, digest, note)
-            finally:
-                tell(segment.name)
-
-        start = choose(resume)
-        if start:
-            require_fit(start, segment, base, sizes_digest(selected.trained), feed)
-            if start.state.config_digest != digest:
-                before = start.state.config
-                changes = differences(before, run.config.decisive()) if before else "it does not say which"
-                say(f"Checkpoint {start.name} was trained with another configuration: {changes}")
-        begin(store, segment.name, resume, start, digest)
-        if resume != AUTO:
-            segment.begin_anew()
-        resume = AUTO
-        for corpus, source, index_digest, samples in feed.corpora():
-            tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
-        run.write_ids(tracker.ids.to_dict())
-        say(parameter_table({segment.name: selected}))
-        while not segment.finished:
-            if ledger.summary(run.config.budget_gpu_hours).spent:
-                return "budget spent"
-            say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
-            job = {"base": base, "commit": commit, "mlflow": tracker.ids.to_dict()}
-            fit = Fit(train_segment, run, segment, feed, job, start)
-            for _ in fit.running():
-                watch()
-                tell(segment.name)
-            ledger.end_open("the workers ended without a last line")
-            if fit.left:
-                return "stopped"
-            outcome = run.read_progress().get("state", "")
-            if outcome == "budget spent":
-                return "budget spent"
-            if outcome.startswith(UNSAVED):
-                raise CheckpointError(f"stage {segment.name}: {outcome.removeprefix(UNSAVED)}")
-            if not segment.finished and outcome != ROLLED_BACK:
-                return "stopped"
-            if outcome == ROLLED_BACK:
-                refuse_to_go_in_circles(run, segment, say)
-                start = choose(AUTO)
-    return "finished"
-
-
-def require_origin(run: Run, segment: Segment) -> None:
-    """Raises ConfigError when the segment begins with the weights of another that is not finished."""
-    for other in run.segments():
-        if segment.origin == str(other.weights) and not other.finished:
-            raise ConfigError(f"stage {segment.name!r} begins with the weights of {other.name!r}: train that one first")
-
-
-def refuse_to_go_in_circles(run: Run, segment: Segment, say: Callable[[str], None]) -> None:
-    """After a rollback: says what is passed over, or raises DivergedError when there were too many."""
-    rollbacks = run.passed_over(segment.name)
-    where = run.dropped_path(segment.name, 0).parent
-    if len(rollbacks) > run.config.guard.most_rollbacks:
-        raise DivergedError(
-            f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
-            f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or guard.most_rollbacks; "
-            "or go on from a checkpoint with a lower learning rate, as a run of its own: --set name=... --set "
-            f"stages.{segment.stage.name}.learning_rate=... --resume PATH; domainshuttle checkpoints {run.folder} lists"
-            " them"
-        )
-    say(f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now passed over (samples in {where})")
-
-
-@dataclass(frozen=True)
-class SegmentParams:
-    """What MLflow shows as the params of a segment's run."""
-
-    stage: str
-    number: int
-    steps: int
-    global_batch: int
-    learning_rate: float
-    trained: str
-    mixture: str
-    where: str
-    cross_pair_weight: float
-
-    @classmethod
-    def of(cls, segment: Segment) -> "SegmentParams":
-        stage = segment.stage
-        return cls(
-            stage=stage.name,
-            number=segment.number,
-            steps=stage.steps,
-            global_batch=stage.global_batch,
-            learning_rate=stage.learning_rate,
-            trained=", ".join(stage.trained),
-            mixture=stage.shown_mixture,
-            where=", ".join(f"{name}: {text}" for name, text in stage.where.items()),
-            cross_pair_weight=stage.loss.cross_pair_weight,
-        )

@@ -36,7 +36,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def stage(**changes: Any) -> Any:
-    from domainshuttle.platform.sections import StageSection
+    from domainshuttle.platform.config.schema import StageSection
 
     values = {"name": "a", "mixture": {"x": 1}, "steps": 100, "global_batch": 4, "micro_batch": 2}
     values |= {"learning_rate": 1e-2, "weight_decay": 0.01, "trained": ["*"]}
@@ -48,9 +48,9 @@ def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any
 
     The new model's weights are moved a little: with its output of zeros only the last layer would have gradients.
     """
-    from domainshuttle.platform.build import Blueprint, blueprint
-    from domainshuttle.platform.engine import select_trained
-    from domainshuttle.platform.sections import ModelSection
+    from domainshuttle.platform.config.schema import ModelSection
+    from domainshuttle.platform.engine.initialization import Blueprint, blueprint
+    from domainshuttle.platform.engine.trained_parameters import select_trained
 
     section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE)
     made = blueprint(section, section.base, seed)
@@ -65,8 +65,8 @@ def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any
 
 
 def engine(trained: list[str], accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
-    from domainshuttle.platform.engine import Engine
-    from domainshuttle.platform.sections import EngineSection
+    from domainshuttle.platform.config.schema import EngineSection
+    from domainshuttle.platform.engine.zero3 import Engine
 
     settings = EngineSection(**{"persistent_parameters": 0} | section)
     return Engine(design(trained, seed), stage(trained=trained), settings, accumulation)

@@ -18,16 +18,17 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.sample import tensor_views
-from domainshuttle.platform.books import check_books
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.shards.tensors import tensor_views
 from domainshuttle.platform.cli import main
-from domainshuttle.platform.config import RunConfig, load_config
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console, errors
-from domainshuttle.platform.records import read_history, read_runs
-from domainshuttle.platform.schedule import Run
-from domainshuttle.platform.spool import reachable
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.tracking.outbox import reachable
+from domainshuttle.platform.tracking.queries import read_history, read_runs
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 

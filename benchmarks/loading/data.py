@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from domainshuttle.pipelines.buckets import Bucket
-from domainshuttle.pipelines.index import IndexMetadata, IndexRow, write_index
-from domainshuttle.pipelines.parts import EMPTY_CAPTION_NAME, INDEX_NAME
-from domainshuttle.pipelines.sample import EncodedSample, RawSample, Reference, SampleInfo, Subject
-from domainshuttle.pipelines.shards import ShardWriter
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
+from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject
+from domainshuttle.pipelines.shards.tar import ShardWriter
+from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 SHARD_BYTES = 64 << 20
 REFERENCES = 4

@@ -21,15 +21,15 @@ from loading.peers import BATCH, shards
 
 from domainshuttle.cluster.local import Connection
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.feed import Feed
-from domainshuttle.pipelines.loader import Loader
-from domainshuttle.pipelines.media import decode_image
-from domainshuttle.pipelines.parts import INDEX_NAME
-from domainshuttle.pipelines.plan_source import Blocks, plan_dataset
-from domainshuttle.pipelines.reading import BadPlacesError, Drawn, Reader
-from domainshuttle.pipelines.sample import DataError
-from domainshuttle.pipelines.shards import read_members
-from domainshuttle.pipelines.staging import Staging
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.loading.buffers import Staging
+from domainshuttle.pipelines.loading.loader import Loader
+from domainshuttle.pipelines.loading.ray_source import Blocks, plan_dataset
+from domainshuttle.pipelines.loading.reader import BadPlacesError, Drawn, Reader
+from domainshuttle.pipelines.media.decode import decode_image
+from domainshuttle.pipelines.plan.feed import Feed
+from domainshuttle.pipelines.shards.tar import read_members
 
 STEPS = 4000
 """More than are reached; with one block of the plan for 32 of them, about a stage's."""

@@ -1,18 +1,18 @@
 """Builds a corpus: samples of any source become raw shards and an index, on Ray tasks, in parts that survive a stop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
-from domainshuttle.pipelines.index import IndexMetadata, IndexRow
-from domainshuttle.pipelines.parts import MOST_BAD_RAW, BadSample, Parts
-from domainshuttle.pipelines.sample import DataError, RawSample
-from domainshuttle.pipelines.shards import ShardWriter
-
-Progress = Callable[[int, int], None]
-"""Called with the samples done and the samples in all."""
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.parts import Parts
+from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
+from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, BadSample
+from domainshuttle.pipelines.ray_tasks import Progress
+from domainshuttle.pipelines.sample import RawSample
+from domainshuttle.pipelines.shards.tar import ShardWriter
 
 
 class CorpusBuilder(Protocol):

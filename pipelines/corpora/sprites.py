@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from domainshuttle.pipelines.corpora.drawing import SCENES, Identity, Pose, draw_scene, identities
-from domainshuttle.pipelines.media import Pixels, encode_jpeg, encode_mp4
+from domainshuttle.pipelines.media.decode import Pixels, encode_jpeg, encode_mp4
 from domainshuttle.pipelines.sample import DOMAINS, RawSample, Reference, SampleInfo, Subject
 
 MOTIONS: dict[str, tuple[float, float, float]] = {

@@ -16,18 +16,18 @@ import numpy as np
 from rich.table import Table
 
 from domainshuttle.model.generation import DomainShuttlePipeline
-from domainshuttle.pipelines.index import Index
-from domainshuttle.pipelines.media import Pixels
-from domainshuttle.pipelines.parts import INDEX_NAME
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.media.decode import Pixels
 from domainshuttle.pipelines.sample import DOMAINS
-from domainshuttle.pipelines.storage import join
-from domainshuttle.platform.config import ConfigError
+from domainshuttle.pipelines.storage.uri import join
+from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
-from domainshuttle.platform.evaluation.cases import Case, generate_cases, load_cases
-from domainshuttle.platform.evaluation.grid import GridRow, write_grid
-from domainshuttle.platform.generate import load_pipeline
-from domainshuttle.platform.schedule import Run
-from domainshuttle.platform.tracking import RunIds, Tracker
+from domainshuttle.platform.generation.cases import Case, generate_cases, load_cases
+from domainshuttle.platform.generation.generate import load_pipeline
+from domainshuttle.platform.generation.grid import GridRow, write_grid
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
 
 HUES = 24
 LEAST_CHROMA = 0.06

@@ -14,8 +14,8 @@ from domainshuttle.pipelines.buckets import (
     parse_bucket,
     standard_buckets,
 )
-from domainshuttle.pipelines.media import decode_video, encode_mp4
-from domainshuttle.pipelines.sample import DataError
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.decode import decode_video, encode_mp4
 
 SIDES = st.integers(1, 5000)
 

@@ -9,21 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.sample import (
-    DataError,
-    EncodedSample,
     RawSample,
     Reference,
     SampleInfo,
     Subject,
     check_extension,
     check_key,
-    from_bfloat16_bits,
     safe_key,
     sample_id,
-    tensor_views,
-    to_bfloat16_bits,
 )
+from domainshuttle.pipelines.shards.tensors import EncodedSample, from_bfloat16_bits, tensor_views, to_bfloat16_bits
 
 
 def make_info(**changes: object) -> SampleInfo:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from running import cli, end_started
 
-from domainshuttle.platform.config import RunConfig, load_config
-from domainshuttle.platform.corpora import build_corpora, encode_corpora
+from domainshuttle.platform.commands.data import build_corpora, encode_corpora
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import RunConfig
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,190 @@
+"""Encoding: raw shards become encoded shards (latents and text features) on a pool of Ray Data actors.
+
+The plan of the work, not the pictures, goes through Ray: an actor holds the encoders, takes a range of index rows,
+reads those samples from their shards itself, and writes the encoded shard itself. So nothing large passes the object
+store. Samples that can't be decoded or fitted go to the quarantine table with their reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.exceptions import RayTaskError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from domainshuttle.pipelines.encoding.sample_encoder import TRANSFORM, SampleEncoder, encode_rows, load_encoders
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, Parts
+from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, read_metadata
+from domainshuttle.pipelines.plan.feed import EncoderSources
+from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, BadSample
+from domainshuttle.pipelines.ray_tasks import Progress
+from domainshuttle.pipelines.shards.tar import ShardWriter
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """One corpus to encode: from its raw index into a folder."""
+
+    corpus: str
+    raw_index: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class EncodingPool:
+    """The actors that encode, and what each reserves (fractions are allowed)."""
+
+    actors: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @classmethod
+    def of_nodes(
+        cls,
+        nodes: Sequence[Mapping[str, float]],
+        actors: int | None = None,
+        cpus: float = 1.0,
+        gpus: float | None = None,
+    ) -> "EncodingPool":
+        """What is asked for; of what is not (None): a GPU an actor where a node has one, and as many actors as fit on
+        the nodes, given by their resources as Ray names them."""
+        if gpus is None:
+            gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
+        if actors is None:
+            needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+            # a hair more, since 0.3 / 0.1 is below 3
+            actors = sum(int(min((node.get(name, 0.0) / need for name, need in needs), default=1) + 1e-6)
+                         for node in nodes)  # fmt: skip
+        return cls(max(actors, 1), cpus, gpus)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A job with its parts, as the actors need it."""
+
+    job: EncodingJob
+    parts: Parts
+    metadata: IndexMetadata
+
+
+class _EncodingActor:
+    """Holds the encoders; each call encodes the part of the job that its row names."""
+
+    def __init__(
+        self, works: list[_Work], sources: EncoderSources, device: str, samples_per_part: int, shard_bytes: int
+    ) -> None:
+        torch.set_num_threads(1)
+        self.works, self.samples_per_part, self.shard_bytes = works, samples_per_part, shard_bytes
+        self.video, self.text = load_encoders(sources, device)
+        self.indexes = [Index.load(work.job.raw_index, verify=False) for work in works]
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        counts = [self.encode_part(int(job), int(part)) for job, part in zip(batch["job"], batch["part"], strict=True)]
+        return {"done": np.array([sum(count) for count in counts])}
+
+    def encode_part(self, number: int, part: int) -> tuple[int, int]:
+        work, index = self.works[number], self.indexes[number]
+        start = part * self.samples_per_part
+        rows = index.rows(range(start, min(start + self.samples_per_part, len(index))))
+        infos, bad = {}, []
+        with ShardWriter(work.parts.folder, work.parts.prefix(part), self.shard_bytes) as writer:
+            for row, sample in encode_rows(rows, self.video, self.text, work.metadata.fps):
+                if isinstance(sample, DataError):
+                    bad.append(BadSample(row.source, row.shard, row.key, str(sample)))
+                    continue
+                writer.write(sample.key, sample.members())
+                infos[sample.key] = sample.info, row.bucket, len(sample.text)
+        return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
+
+
+def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, str], Tensor]:
+    """What both encoders call themselves, and the empty caption's bf16 states [l,d]. A task with an actor's resources,
+    since the driver may have no room for UMT5-XXL."""
+    video, text = load_encoders(sources, device)
+    return {"video": video.identity, "text": text.identity}, SampleEncoder(video, text).caption("")
+
+
+def encode(
+    jobs: Sequence[EncodingJob],
+    sources: EncoderSources,
+    progress: Progress,
+    pool: EncodingPool | None = None,
+    samples_per_part: int = 64,
+    shard_bytes: int = 1 << 30,
+    anew: bool = False,
+    most_bad: float = MOST_BAD_RAW,
+) -> list[tuple[IndexMetadata, int]]:
+    """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
+
+    Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError for encoders
+    that can't be loaded, for a whole corpus of other encoders or other raw samples unless it is to be made `anew`, and,
+    when all others have their indexes, for those of which more than `most_bad` of the samples are bad.
+    """
+    pool = pool or EncodingPool()
+    device = "cuda" if pool.gpus else "cpu"
+    describe = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_describe_encoders)
+    try:
+        encoders, empty_caption = ray.get(describe.remote(sources, device))
+    except RayTaskError as error:
+        if isinstance(error.cause, OSError | ValueError):  # not there, or no encoder
+            raise DataError(f"the encoders can't be loaded: {error.cause}") from error
+        raise
+    identity = encoders | {"transform": TRANSFORM}
+    works, missing, total, left = [], [], 0, 0
+    indexes = [Index.load(job.raw_index) for job in jobs]
+    of_each = [
+        Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
+        for job, raw in zip(jobs, indexes, strict=True)
+    ]
+    others = [parts for parts in of_each if parts.index_path.exists() and not parts.complete()]
+    if others and not anew:
+        raise DataError(_would_be_lost(others[0], identity))
+    for number, (job, raw, parts) in enumerate(zip(jobs, indexes, of_each, strict=True)):
+        parts.begin()
+        save_file({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
+        metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
+        works.append(_Work(job, parts, metadata))
+        missing += [{"job": number, "part": part} for part in parts.missing()]
+        total += len(raw)
+        left += sum(min(samples_per_part, len(raw) - part * samples_per_part) for part in parts.missing())
+    if missing:
+        done, actors = total - left, min(pool.actors, len(missing))
+        # one block a part, so that any actor can take the next one
+        encoded = ray.data.from_arrow([pa.Table.from_pylist([row]) for row in missing]).map_batches(
+            _EncodingActor,
+            fn_constructor_args=(works, sources, device, samples_per_part, shard_bytes),
+            batch_size=1,
+            # of one that finds no room at once the others do not wait
+            compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+        )
+        for result in encoded.iter_batches(batch_size=1, batch_format="numpy"):
+            done += int(result["done"].sum())
+            progress(done, total)
+    merged, faults = [], []
+    for work in works:
+        try:
+            merged.append(work.parts.merge(work.metadata, most_bad))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("; ".join(faults))
+    return merged
+
+
+def _would_be_lost(parts: Parts, identity: dict[str, str]) -> str:
+    before = read_metadata(parts.index_path).encoders
+    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in identity.items() if before.get(name) != now]
+    return (
+        f"{parts.folder} is a whole encoded corpus, made of other raw samples or by other encoders"
+        f"{' (' + '; '.join(changed) + ')' if changed else ''}. Encoding removes it first: say so (domainshuttle "
+        "data encode CONFIG --anew), or keep it and encode into another `data` folder"
+    )

@@ -1,0 +1,117 @@
+"""Work in parts: how building and encoding a corpus survive being stopped.
+
+A corpus is made in numbered parts. A part writes its shards under its own prefix, then its quarantine and, last of all,
+its own index. A part whose index is there is finished and is not made again; when all are, their indexes become the
+corpus's. So a job that was killed goes on where it was, and a corpus has an index only when it is whole.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.table import FORMAT_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME, BadSample
+
+INDEX_NAME = "index.parquet"
+WORK_NAME = ".parts"
+"""The folder, in a corpus's, of what is known of its parts."""
+EMPTY_CAPTION_NAME = "empty_caption.safetensors"
+"""The text encoder's states of an empty caption, beside an encoded corpus's index."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one corpus in `folder`. `recipe` says what makes them; a change of it makes all parts anew."""
+
+    folder: Path
+    count: int
+    recipe: str
+
+    @property
+    def index_path(self) -> Path:
+        """The corpus's index, there when all parts are finished."""
+        return self.folder / INDEX_NAME
+
+    @property
+    def quarantine_path(self) -> Path:
+        return self.folder / QUARANTINE_NAME
+
+    def prefix(self, part: int) -> str:
+        """The beginning of the names of a part's shards."""
+        return f"part-{part:06d}"
+
+    def begin(self) -> None:
+        """Makes the folder, and clears it of parts that another recipe made."""
+        self._work.mkdir(parents=True, exist_ok=True)
+        recipe = self._work / "recipe.json"
+        content = json.dumps(self._made_by)
+        if recipe.exists() and recipe.read_text() == content:
+            return
+        recipe.unlink(missing_ok=True)
+        self.index_path.unlink(missing_ok=True)
+        for pattern in ("part-*.tar", f"{self._work.name}/part-*"):
+            for stale in self.folder.glob(pattern):
+                stale.unlink()
+        recipe.write_text(content)
+
+    def complete(self) -> bool:
+        """Whether the corpus is whole and was made by this recipe."""
+        recipe = self._work / "recipe.json"
+        return self.index_path.exists() and recipe.exists() and json.loads(recipe.read_text()) == self._made_by
+
+    def missing(self) -> list[int]:
+        """The parts that are not finished."""
+        return [part for part in range(self.count) if not self._done(part).exists()]
+
+    def finish(
+        self, part: int, rows: Sequence[IndexRow], bad: Sequence[BadSample], metadata: IndexMetadata
+    ) -> tuple[int, int]:
+        """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine."""
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in bad)
+        self._work.joinpath(f"{self.prefix(part)}.quarantine").write_text(lines)
+        if rows:
+            write_index(self._rows(part), rows, metadata)
+        self._done(part).touch()
+        return len(rows), len(bad)
+
+    def merge(self, metadata: IndexMetadata, most_bad: float = MOST_BAD_RAW) -> tuple[IndexMetadata, int]:
+        """Makes the corpus's index and quarantine table of the parts'. Returns the index's metadata and the bad count.
+
+        Raises DataError when parts are missing or more than `most_bad` of the samples are bad.
+        """
+        if missing := self.missing():
+            raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
+        bad = "".join(self._work.joinpath(f"{self.prefix(p)}.quarantine").read_text() for p in range(self.count))
+        self.quarantine_path.write_text(bad)
+        table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
+        count = bad.count("\n")
+        if count > most_bad * (count + len(table)):
+            raise DataError(
+                f"{self.folder}: {count} of {count + len(table)} samples are bad, more than {most_bad:.0%}: see the "
+                f"reasons in {self.quarantine_path}; to accept them say --most-bad with a larger share (nothing is "
+                "made again)"
+            )
+        return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), count
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for part in range(self.count):
+            if self._rows(part).exists():
+                yield Index.load(self._rows(part), verify=False).table.select(SCHEMA.names)
+
+    @property
+    def _made_by(self) -> dict[str, str | int]:
+        return {"recipe": self.recipe, "parts": self.count, "format": FORMAT_VERSION}
+
+    @property
+    def _work(self) -> Path:
+        return self.folder / WORK_NAME
+
+    def _rows(self, part: int) -> Path:
+        return self._work / f"{self.prefix(part)}.parquet"
+
+    def _done(self, part: int) -> Path:
+        return self._work / f"{self.prefix(part)}.done"

@@ -1,0 +1,43 @@
+"""Which rows of an index are trained on: a corpus as its index has it, or those of its samples that a filter leaves."""
+
+import numpy as np
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.digest import combined_digest
+from domainshuttle.pipelines.index.filter import RowFilter
+from domainshuttle.pipelines.index.table import PLACES, SCHEMA, Index, IndexMetadata
+from domainshuttle.pipelines.storage.uri import Location, absolute, shown
+
+
+def selected_rows(place: Location, where: str) -> np.ndarray:
+    """bool [rows] of an index file, True where the filter `where` (`RowFilter`) holds.
+
+    Only the columns that it reads are loaded. Raises DataError for a filter that is not understood or leaves nothing,
+    and what `Index.load` raises.
+    """
+    columns = RowFilter.columns(where)
+    known = set(columns) <= {*SCHEMA.names, *PLACES}
+    # with all columns, the error of an unknown name can say which there are
+    index = Index.load(place, columns if known else None, verify=False)
+    mask = RowFilter(index.table, where).mask()
+    if not mask.any():
+        corpus, path = index.parts[0].corpus, shown(absolute(place))
+        raise DataError(
+            f"filter {where!r} leaves none of the {len(mask)} samples of corpus {corpus!r}: try it with "
+            f"`domainshuttle data inspect {path} --where`"
+        )
+    return mask
+
+
+def selected_digest(part: IndexMetadata, where: str | None) -> str:
+    """The digest of an index file's rows, or of those that a filter leaves."""
+    return combined_digest("where", part.digest, where) if where else part.digest
+
+
+def load_selected(place: Location, columns: tuple[str, ...], where: str | None) -> Index:
+    """Some columns of an index file, unverified, of the rows that a filter leaves."""
+    index = Index.load(place, columns, verify=False)
+    if not where:
+        return index
+    table = index.table.filter(selected_rows(place, where)).combine_chunks()
+    return Index(table, index.parts, selected_digest(index.parts[0], where))

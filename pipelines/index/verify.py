@@ -1,0 +1,259 @@
+"""Verifying: whether a corpus's shards, on a disk or in a store, are what its index says, on Ray tasks, a task a shard.
+
+Every sample: its shard is there, its members lie within it, their bytes have the index's checksum, its description is
+the row's, its files or tensors are complete and its bucket fits. Some or all samples are also decoded, as training
+would. Every fault is a row of `verify.jsonl` beside the index, its reason 'kind: detail'.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from domainshuttle.pipelines.buckets import Bucket, frames_at, parse_bucket
+from domainshuttle.pipelines.errors import DataError, MissingError
+from domainshuttle.pipelines.index.build import beside
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
+from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, IndexRow
+from domainshuttle.pipelines.media.decode import decode_image, decode_video
+from domainshuttle.pipelines.quarantine import BadSample
+from domainshuttle.pipelines.ray_tasks import Progress, each_result
+from domainshuttle.pipelines.sample import Buffer, RawSample, SampleInfo
+from domainshuttle.pipelines.shards.checks import check_files, check_finite, check_tensors, read_description
+from domainshuttle.pipelines.shards.scan import SampleFault, fault_kind
+from domainshuttle.pipelines.shards.tar import ShardCache, ShardEntry, check_shard_name, sample_checksum
+from domainshuttle.pipelines.storage.files import exists, list_dated, read_ranges, size, writing
+from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, shown
+
+VERIFY_NAME = "verify.jsonl"
+_MOST_BYTES = 64 << 20  # of samples that are asked of a store, and held, at once
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verifying found: faults by kind, in how many samples and shards; `unindexed` names shards of the folder that
+    the index does not have."""
+
+    samples: int
+    decoded: int
+    shards: int
+    read_bytes: int
+    path: Location
+    faults: Counter[str] = field(default_factory=Counter)
+    bad_samples: int = 0
+    bad_shards: int = 0
+    unindexed: tuple[str, ...] = ()
+
+
+def verify_index(
+    path: Location,
+    progress: Progress,
+    checksums: bool = True,
+    decode: int | None = 0,
+    where: str | None = None,
+) -> Verified:
+    """Checks the samples of an index, or those of them for which the filter `where` holds, on the cluster that is
+    connected.
+
+    `checksums`: read and compare every byte; without, only descriptions and headers are read (of a store: all that is
+    in the index). `decode`: how many samples to decode, evenly spread (None: all). `progress` counts samples. Raises
+    DataError where the index itself is not whole, StorageError where a store fails, which is no fault of a sample.
+    """
+    path = absolute(path)
+    whole = Index.load(path)
+    index = whole.filter(where) if where else whole
+    if not len(index):
+        raise DataError(f"{shown(path)}: no sample for which {where!r} holds")
+    count = len(index) if decode is None else min(decode, len(index))
+    decoded = np.zeros(len(index), bool)
+    if count:
+        decoded[np.linspace(0, len(index) - 1, count).astype(np.int64)] = True
+    folder = parent(path)
+    report = beside(path, VERIFY_NAME)
+    faults: Counter[str] = Counter()
+    done = read = bad_samples = 0
+    bad_shards: set[str] = set()
+    work = _by_shard(index, decoded)
+    with writing(report) as temporary, temporary.open("w") as lines:
+        if index.parts[0].stage == "encoded" and not exists(join(folder, EMPTY_CAPTION_NAME)):
+            reason = f"missing file: {EMPTY_CAPTION_NAME}, which steps without a caption need; copy it or encode again"
+            lines.write(json.dumps(asdict(BadSample(index.parts[0].corpus, EMPTY_CAPTION_NAME, "", reason))) + "\n")
+            faults[fault_kind(reason)] += 1
+        for (table, *_), result in each_result(
+            _verify_shard, ((table, index.parts[0], folder, chosen, checksums) for table, chosen in work)
+        ):
+            shard = table.column("shard")[0].as_py()
+            if isinstance(result, Exception):
+                died = f"unreadable shard: the task that read it died ({type(result).__name__})"
+                result = [BadSample(index.parts[0].corpus, shard, "", died)], 0
+            bad, bytes_read = result
+            lines.writelines(json.dumps(asdict(row)) + "\n" for row in bad)
+            faults.update(fault_kind(row.reason) for row in bad)
+            bad_samples += len(table) if any(not row.key for row in bad) else len({row.key for row in bad})
+            bad_shards.update(row.shard for row in bad)
+            read += bytes_read
+            done += len(table)
+            progress(done, len(index))
+    known = set(whole.codes("shard")[1])
+    files = [name for name, *_ in list_dated(folder) if name.endswith(".tar") and not name.startswith(".")]
+    unindexed = [name for name in files if name not in known]
+    shards = len(set(index.column("shard").tolist()))
+    return Verified(
+        len(index), int(decoded.sum()), shards, read, report, faults, bad_samples, len(bad_shards), tuple(unindexed)
+    )
+
+
+def _by_shard(index: Index, decoded: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """The rows of each shard, and which of them are to be decoded."""
+    codes, _ = index.codes("shard")
+    order = np.argsort(codes, kind="stable")
+    table = index.table.select(SCHEMA.names)
+    for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+        yield table.take(pa.array(rows)), decoded[rows]
+
+
+def _verify_shard(
+    table: pa.Table, metadata: IndexMetadata, folder: Location, decoded: np.ndarray, checksums: bool
+) -> tuple[list[BadSample], int]:
+    """The faults of one shard's samples, and the bytes that were read."""
+    rows = Index(table, (metadata,), "").rows(range(len(table)))
+    place = join(folder, rows[0].shard)
+    try:
+        held = size(place)
+    except MissingError:
+        reason = f"missing shard: {shown(place)} is gone, with {len(rows)} samples"
+        return [BadSample(metadata.corpus, rows[0].shard, "", reason)], 0
+    bad: list[BadSample] = []
+    read = 0
+    for (row, members), whole in zip(_contents(rows, folder, held), decoded.tolist(), strict=True):
+        try:
+            if isinstance(members, SampleFault):
+                raise members
+            read += sum(map(len, members.values())) if checksums or whole else len(members.get("json", b""))
+            if checksums and sample_checksum(members) != row.checksum:
+                raise SampleFault("checksum differs", f"{row.key}: its bytes are not those that were indexed")
+            if metadata.stage == "raw":
+                _verify_raw(row, members, metadata.fps, whole)
+            else:
+                _verify_encoded(row, members, whole)
+        except SampleFault as fault:
+            bad.append(BadSample(row.source, row.shard, row.key, str(fault)))
+        except DataError as error:
+            bad.append(BadSample(row.source, row.shard, row.key, f"unreadable sample: {error}"))
+    return bad, read
+
+
+Contents = dict[str, memoryview] | SampleFault
+
+
+def _contents(rows: Sequence[IndexRow], folder: Location, held: int) -> Iterator[tuple[IndexRow, Contents]]:
+    """The bytes of the members of a shard's samples, whose shard has `held` bytes, or why they can't be read."""
+    if is_remote(folder):
+        yield from _stored(rows, join(folder, check_shard_name(rows[0].shard)), held)
+        return
+    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
+    for row in rows:
+        try:
+            yield row, cache.read(folder, row.shard, row.members)
+        except DataError as error:
+            yield row, SampleFault("outside shard", str(error))
+
+
+def _stored(rows: Sequence[IndexRow], place: Location, held: int) -> Iterator[tuple[IndexRow, Contents]]:
+    """The same of a store: samples that lie together are asked for together."""
+    total, groups = 0, []
+    for row in rows:
+        total += sum(member.size for member in row.members if _within(row, held))
+        groups.append(total // _MOST_BYTES)
+    for _, pairs in groupby(zip(rows, groups, strict=True), key=itemgetter(1)):
+        group = [row for row, _ in pairs]
+        ranges = [(one.offset, one.size) for row in group if _within(row, held) for one in row.members]
+        try:
+            found = iter(read_ranges(place, ranges))
+        except DataError as error:  # it was replaced or removed meanwhile
+            yield from ((row, SampleFault("outside shard", str(error))) for row in group)
+            continue
+        for row in group:
+            if _within(row, held):
+                yield row, {member.extension: next(found) for member in row.members}
+            else:
+                yield row, SampleFault("outside shard", f"{shown(place)}: a member is not within its {held} bytes")
+
+
+def _within(row: IndexRow, held: int) -> bool:
+    return all(0 <= one.offset <= one.offset + one.size <= held for one in row.members)
+
+
+def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None, decode: bool) -> None:
+    info = read_description(row.key, members, members.get("json", b""))
+    check_files(row.key, info, members)
+    _compare(row, info, 0)
+    bucket = parse_bucket(row.bucket)
+    try:
+        frames = frames_at(info.frames, info.fps, fps)
+    except DataError as error:
+        raise SampleFault("wrong bucket", f"{row.key}: {error}") from error
+    if bucket.frames > frames or (bucket.frames == 1) != (frames == 1):
+        raise SampleFault("wrong bucket", f"{row.key}: {frames} frames do not fill its bucket {bucket}")
+    if decode:
+        _decode(RawSample.from_members(row.key, members), bucket, fps)
+
+
+def _decode(sample: RawSample, bucket: Bucket, fps: float | None) -> None:
+    info, target = sample.info, f"{sample.key}.{sample.target_extension}"
+    try:
+        if info.kind == "video":
+            size = decode_video(sample.target, 1, fps, target).shape[1:3]
+            # fitted, as training does: a clip of its full size may be gigabytes
+            decode_video(sample.target, bucket.frames, fps, target, fit=bucket)
+        else:
+            size = decode_image(sample.target, target).shape[:2]
+    except DataError as error:
+        raise SampleFault("undecodable target", str(error)) from error
+    _compare_size(target, size, info.size)
+    for reference in info.references:
+        name = f"{sample.key}.{reference.file}"
+        try:
+            size = decode_image(sample.files[reference.file], name).shape[:2]
+        except DataError as error:
+            raise SampleFault("undecodable reference", str(error)) from error
+        _compare_size(name, size, reference.size)
+
+
+def _compare_size(name: str, found: Sequence[int], said: Sequence[int]) -> None:
+    if tuple(found) != tuple(said):
+        raise SampleFault("wrong size", f"{name}: {found[0]}x{found[1]} pixels, key.json says {said[0]}x{said[1]}")
+
+
+def _verify_encoded(row: IndexRow, members: dict[str, memoryview], decode: bool) -> None:
+    info = read_description(row.key, members, members.get("json", b""))
+    data: Buffer = members.get("safetensors", b"")
+    sample, bucket = check_tensors(row.key, info, members, data)
+    _compare(row, info, sample.text.shape[0])
+    if str(bucket) != row.bucket:
+        raise SampleFault("wrong bucket", f"{row.key}: its latents are of {bucket}, the index says {row.bucket}")
+    if decode:
+        check_finite(sample)
+
+
+def _compare(row: IndexRow, info: SampleInfo, text_tokens: int) -> None:
+    """Whether a row says what its sample's description says."""
+    entry = ShardEntry(row.shard, row.key, row.members, row.checksum)
+    there = _comparable(IndexRow.of(entry, info, row.bucket, text_tokens))
+    held = _comparable(row)
+    if wrong := sorted(name for name in there if there[name] != held[name]):
+        name = wrong[0]
+        raise SampleFault(
+            "index differs", f"{row.key}: {name} is {held[name]!r} in the index and {there[name]!r} in the shard"
+        )
+
+
+def _comparable(row: IndexRow) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in SCHEMA.names if name not in ("members", "checksum")}
+    return {**values, "fps": None if row.fps is None else float(np.float32(row.fps))}

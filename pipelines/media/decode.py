@@ -1,0 +1,263 @@
+"""Pictures and clips: bytes to arrays and back, resizing to a bucket.
+
+Arrays are uint8 RGB, [height, width, 3] for pictures and [frames, height, width, 3] for clips. Anything that can't
+be decoded raises `DataError` with the reason, so that a bad sample becomes a row of the quarantine table; whatever a
+decoder raises of a file's bytes is such a reason, since their errors are as many as their formats' corners.
+"""
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+
+import av
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from domainshuttle.pipelines.buckets import Bucket, checked_rate, contain_geometry, cover_geometry
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.file_types import clip_format, picture_format
+from domainshuttle.pipelines.media.orientation import jpeg_orientation, orientation, upright
+from domainshuttle.pipelines.sample import Buffer
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 64_000_000
+"""A picture, or a frame, that declares more is refused before it is decoded (decompression bombs)."""
+MAX_CLIP_PIXELS = 2_000_000_000
+"""Of all frames of a clip that are kept, at their full size: 81 of 6144x3456, or 964 of 1080p."""
+MAX_DECODED_PIXELS = 20_000_000_000
+"""Of all frames that are decoded for them."""
+
+
+def encode_jpeg(picture: Pixels, quality: int = 92) -> bytes:
+    """[h,w,3] uint8 to JPEG bytes, chroma not subsampled."""
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(picture), quality=quality, colorspace="RGB", colorsubsampling="444"
+    )
+
+
+def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
+    """[F,h,w,3] uint8 to an H.264 MP4 (yuv420p, so height and width must be even)."""
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = clip.shape[2], clip.shape[1], "yuv420p"
+        # one thread and no lookahead differences: the same frames always give the same bytes
+        stream.options = {"crf": str(crf), "preset": "fast", "threads": "1"}
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def decode_image(data: Buffer, name: str = "image", out: Pixels | None = None) -> Pixels:
+    """JPEG, PNG or WebP bytes to [h,w,3] uint8, turned as their EXIF says. Transparent pictures are laid on white; of
+    16 bits a channel the upper 8 are taken.
+
+    `out`, contiguous, is where the picture goes, such as its place in a batch: a JPEG is decoded straight into it,
+    which saves a page fault every 4 KiB of fresh memory, and the copy.
+
+    Raises DataError when the bytes are no such picture, are cut short, declare more than 64 million pixels, or are of
+    another size than `out`.
+    """
+    if out is not None and not out.flags.c_contiguous:
+        raise ValueError("decode_image needs memory without gaps")
+    kind = picture_format(data, name)
+    try:
+        if kind != "JPEG" or (pixels := _decode_jpeg(data, name, out)) is None:
+            pixels = _decode_with_pillow(data, kind, name)
+        if out is None or pixels is out:
+            return pixels
+        _check_same_size(pixels.shape, out, name)
+        out[...] = pixels
+        return out
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: not a readable {kind} picture ({_reason(error)})") from error
+
+
+def _decode_jpeg(data: Buffer, name: str, out: Pixels | None) -> Pixels | None:
+    """[h,w,3] by libjpeg-turbo, in `out` unless it is to be turned; None where its binding does not know the chroma
+    sampling, as of some rare ones."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except (KeyError, ValueError):
+        return None
+    _check_size(width, height, name)
+    turned = jpeg_orientation(data)
+    # strict: a truncated picture is an error, not half a picture with grey below
+    if out is not None and turned == 1:
+        _check_same_size((height, width, 3), out, name)
+        simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out)
+        return out
+    return upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), turned)
+
+
+def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
+    with Image.open(io.BytesIO(data), formats=[kind]) as picture:
+        _check_size(picture.width, picture.height, name)
+        turned = jpeg_orientation(data) if kind == "JPEG" else orientation(picture.info.get("exif", b""))
+        if picture.mode.startswith("I"):
+            # grey of 16 bits, which Pillow would cut off at 255
+            levels = np.asarray(picture)
+            grey = (levels >> 8).astype(np.uint8)
+            if (hidden := picture.info.get("transparency")) is not None:
+                grey[levels == hidden] = 255
+            return upright(np.repeat(grey[..., None], 3, axis=2), turned)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            return upright(np.asarray(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")), turned)
+        return upright(np.asarray(picture.convert("RGB")), turned)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: declares {width}x{height} pixels; at most {MAX_PIXELS} are read")
+
+
+def _check_same_size(shape: tuple[int, ...], out: Pixels, name: str) -> None:
+    if shape != out.shape:
+        raise DataError(f"{name}: {shape[0]}x{shape[1]} pixels, expected {out.shape[0]}x{out.shape[1]}")
+
+
+def _reason(error: Exception) -> str:
+    """A decoder's error for the quarantine table: its type says more than its text where that is not for people."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def decode_video(
+    data: Buffer, frames: int, fps: float | None = None, name: str = "video", fit: Bucket | None = None
+) -> Pixels:
+    """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: every frame, in order).
+
+    With `fit` each is brought to the bucket's size as soon as it is decoded, to what `fit_target` gives of them all, so
+    that no more than one is held at its full size. Frame k is the last one shown at time k / fps after the first, by
+    the clip's timestamps, so a variable rate is sampled rightly. Raises DataError when the clip can't be decoded, is
+    too short, or has more pixels than MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
+    """
+    kind = clip_format(data, name)
+    checked_rate(fps, name)
+    try:
+        # some stock footage has tags that are not UTF-8: they must not stop the decoding
+        with av.open(io.BytesIO(data), mode="r", format=kind, metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            _check_clip(stream.width, stream.height, frames, name)
+            stream.thread_type = "NONE"
+            return _collect(_sampled(_bounded(container.decode(stream), name), stream, fps), frames, fps, name, fit)
+    except av.FFmpegError as error:
+        raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
+
+
+def _check_clip(width: int, height: int, frames: int, name: str) -> None:
+    _check_size(width, height, name)
+    if width * height * frames > MAX_CLIP_PIXELS:
+        raise DataError(
+            f"{name}: {frames} frames of {width}x{height} are {width * height * frames} pixels; at most "
+            f"{MAX_CLIP_PIXELS} are read"
+        )
+
+
+def _bounded(decoded: Iterator[av.VideoFrame], name: str) -> Iterator[av.VideoFrame]:
+    """The frames, up to MAX_DECODED_PIXELS: timestamps may be such that a clip has endless ones before the next wanted.
+
+    Raises DataError beyond.
+    """
+    pixels = 0
+    for frame in decoded:
+        pixels += frame.width * frame.height
+        if pixels > MAX_DECODED_PIXELS:
+            raise DataError(f"{name}: more than {MAX_DECODED_PIXELS} pixels would have to be decoded")
+        yield frame
+
+
+def _collect(shown: Iterator[av.VideoFrame], frames: int, fps: float | None, name: str, fit: Bucket | None) -> Pixels:
+    """`frames` frames in one array, which is all that is held of them; raises DataError where there are fewer."""
+    clip: Pixels | None = None
+    count = 0
+    for frame in shown:
+        if clip is None:
+            # the container may have said another size
+            _check_clip(frame.width, frame.height, frames, name)
+            size = frame.height, frame.width
+            clip = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
+        if (frame.height, frame.width) != size:
+            raise DataError(f"{name}: frames of {size[1]}x{size[0]} and of {frame.width}x{frame.height} pixels")
+        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        clip[count] = pixels if fit is None else _covered(pixels, fit)
+        count += 1
+        if count == frames:
+            return clip
+    rate = f"{fps:g} fps" if fps else "its own rate"
+    raise DataError(f"{name}: {count} frames at {rate} could be read; the bucket needs {frames}")
+
+
+def _sampled(decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: float | None) -> Iterator[av.VideoFrame]:
+    """The frames shown at times 0, 1 / fps, 2 / fps ... after the first, until the last one's end."""
+    if fps is None:
+        yield from decoded
+        return
+    period = 1 / (stream.average_rate or stream.guessed_rate or _USUAL_RATE)
+    wanted = 1 / Fraction(fps).limit_denominator(1001)
+    # Timestamps are whole ticks: where a frame does not last a whole number of them, they are rounded, and a frame
+    # that begins up to a tick after the wanted time may be the one that belongs to it.
+    tick = stream.time_base
+    slack = Fraction(0) if not tick or (period / tick).denominator == 1 else min(tick, period / 8)
+    shown: av.VideoFrame | None = None
+    begins, first, count = Fraction(0), None, 0
+    for frame in decoded:
+        stamp = None if frame.pts is None or not frame.time_base else frame.pts * frame.time_base
+        if shown is None:
+            first = stamp
+        else:
+            after = begins + period
+            if stamp is not None and first is not None and stamp - first > begins:
+                after = stamp - first
+            while count * wanted + slack < after:
+                yield shown
+                count += 1
+            begins = after
+        shown = frame
+    while shown is not None and count * wanted + slack < begins + period:
+        yield shown
+        count += 1
+
+
+_USUAL_RATE = Fraction(24)
+"""Frames a second of a clip whose container says nothing of its rate."""
+
+
+def fit_target(frames: Pixels, bucket: Bucket) -> Pixels:
+    """[F,h,w,3] to the bucket's [F,H,W,3]: scaled to cover it, then cut from the centre. Raises DataError for frames so
+    narrow that this takes more than 64 million pixels."""
+    return np.stack([_covered(frame, bucket) for frame in frames])
+
+
+def _covered(frame: Pixels, bucket: Bucket) -> Pixels:
+    size, (top, left, height, width) = cover_geometry((frame.shape[0], frame.shape[1]), bucket)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise DataError(
+            f"a target of {frame.shape[0]}x{frame.shape[1]} pixels would be {size[0]}x{size[1]} to cover {bucket}; at "
+            f"most {MAX_PIXELS} pixels are made: it is too narrow"
+        )
+    return np.asarray(_resize(frame, size).crop((left, top, left + width, top + height)))
+
+
+def fit_reference(picture: Pixels, bucket: Bucket) -> Pixels:
+    """[h,w,3] to the bucket's [H,W,3]: scaled to lie inside it, padded with white (as the release does)."""
+    size, (top, left) = contain_geometry((picture.shape[0], picture.shape[1]), bucket)
+    canvas = Image.new("RGB", (bucket.width, bucket.height), (255, 255, 255))
+    canvas.paste(_resize(picture, size), (left, top))
+    return np.asarray(canvas)
+
+
+def _resize(picture: Pixels, size: tuple[int, int]) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)

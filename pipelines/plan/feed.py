@@ -1,0 +1,146 @@
+"""The feed: what decides the batches of a stage, and the plan's micro-batches as rows of a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.mapped import mapped_index
+from domainshuttle.pipelines.index.selection import load_selected, selected_digest
+from domainshuttle.pipelines.index.table import Index, IndexRow
+from domainshuttle.pipelines.plan.pairing import Pairing, choose_references
+from domainshuttle.pipelines.plan.step_plan import StepPlan
+from domainshuttle.pipelines.storage.uri import absolute, parent, shown
+
+PLAN_COLUMNS = ("bucket",)
+"""What a plan needs of the index, beside which corpus a row is of."""
+
+
+@dataclass(frozen=True)
+class EncoderSources:
+    """Where the encoders come from: names of the built-in ones, folders or hub ids."""
+
+    video: str
+    text: str
+    text_len: int
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Everything that decides the batches of a stage. Two feeds that are equal give the same batches."""
+
+    indexes: tuple[str, ...]
+    """Paths of the corpora's index files: encoded corpora, or raw ones where `encoders` are given."""
+    mixture: tuple[tuple[str, float], ...]
+    seed: int
+    global_batch: int
+    micro_batch: int
+    text_len: int
+    references: int
+    reference_dropout: float = 0.0
+    text_dropout: float = 0.0
+    paired: bool = False
+    encoders: EncoderSources | None = None
+    """What encodes raw corpora while they are trained on."""
+    where: tuple[str | None, ...] = ()
+    """The filter of each index (`RowFilter`): its other samples do not exist for this feed. None, or nothing: all."""
+
+    def index(self) -> Index:
+        """The joint index, mapped from a file that the processes of a node share."""
+        return _mapped(self.indexes, self.where)
+
+    def plan(self) -> StepPlan:
+        """The step plan; one copy a process."""
+        return _plan(self)
+
+    def corpora(self) -> Iterator[tuple[str, str, str, int]]:
+        """Name, place, index digest and number of samples of each corpus, of what its filter leaves."""
+        index = self.index()
+        # column by column and code by code: millions of rows are not held
+        counts = {one["values"]: one["counts"] for one in pc.value_counts(index.table.column("corpus")).to_pylist()}
+        for part, path, where in zip(index.parts, self.indexes, self.filters, strict=True):
+            yield part.corpus, shown(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
+
+    @property
+    def filters(self) -> tuple[str | None, ...]:
+        """The filter of each index, or None."""
+        return self.where or (None,) * len(self.indexes)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one step; raises DataError where the global batch does not divide."""
+        count, rest = divmod(self.global_batch, world_size * self.micro_batch)
+        if rest or not count:
+            raise DataError(
+                f"global_batch={self.global_batch} can't be shared by {world_size} workers x micro_batch="
+                f"{self.micro_batch}: choose a multiple of {world_size * self.micro_batch}"
+            )
+        return count
+
+    def pair(self, row: IndexRow, epoch: int) -> Pairing:
+        """The reference sets of a sample in an epoch; empty where the stage shows no references."""
+        return choose_references(
+            row.reference_subjects if self.references else (),
+            row.reference_origins if self.references else (),
+            self.seed,
+            epoch,
+            row.sample_id,
+            max(self.references, 1),
+            self.reference_dropout,
+            self.text_dropout,
+        )
+
+
+@lru_cache(maxsize=4)
+def _mapped(paths: tuple[str, ...], where: tuple[str | None, ...]) -> Index:
+    return mapped_index(paths, where=where)
+
+
+@lru_cache(maxsize=4)
+def _plan(feed: Feed) -> StepPlan:
+    # of its own columns: Ray Data's processes, also on nodes without ranks, need no others
+    index = Index.concat(
+        [load_selected(path, PLAN_COLUMNS, where) for path, where in zip(feed.indexes, feed.filters, strict=True)]
+    )
+    return StepPlan(index, dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
+
+
+def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:
+    """The micro-batches of a rank (None: of all, in turn) in steps start..stop-1: step, rank, part, the samples' rows
+    in the index, epochs and slots, and the digest of the plan."""
+    plan, accumulation = feed.plan(), feed.accumulation(world_size)
+    digest = plan.digest
+    rows: list[dict[str, Any]] = []
+    for step in range(start, stop):
+        parts = plan[step].micro_batches(world_size, accumulation)
+        for number in range(accumulation):
+            for own in range(world_size) if rank is None else (rank,):
+                part = parts[number * world_size + own]
+                rows.append(
+                    {
+                        "step": step,
+                        "rank": own,
+                        "part": number,
+                        "rows": part.rows.tolist(),
+                        "epochs": part.epochs.tolist(),
+                        "slots": part.slots.tolist(),
+                        "plan": digest,
+                    }
+                )
+    return pa.Table.from_pylist(rows, schema=_ROWS)
+
+
+_ROWS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("rank", pa.int32()),
+        ("part", pa.int32()),
+        ("rows", pa.list_(pa.int64())),
+        ("epochs", pa.list_(pa.int32())),
+        ("slots", pa.list_(pa.int32())),
+        ("plan", pa.string()),
+    ]
+)

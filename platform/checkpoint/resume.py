@@ -1,0 +1,178 @@
+"""Where a segment starts: `--resume auto`, a checkpoint's name or path, or `none`."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.plan.feed import Feed
+from domainshuttle.platform.checkpoint.names import Name, candidates
+from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_digest import DIGEST_NAME
+
+AUTO, NONE = "auto", "none"
+
+
+class IncompatibleError(CheckpointError):
+    """A whole checkpoint that does not fit what is about to be trained on it: trying again changes nothing."""
+
+
+def choose_start(
+    store: CheckpointStore,
+    segment: str,
+    resume: str,
+    config_digest: str,
+    report: Callable[[str], None] = lambda _: None,
+    verified: Checkpoint | None = None,
+) -> Checkpoint | None:
+    """The checkpoint that a segment starts from; None: from its own beginning. Writes nothing.
+
+    `auto` is the newest whole checkpoint of the segment's line (lineage.py). A name in the store, or a path or URI of
+    one elsewhere, is that one, also where it was trained with another configuration: ask `require_fit`. `none` is the
+    beginning. After a choice other than `auto` call `begin` once, before anything is trained: it makes the choice last,
+    so that restarts, which are always `auto`, keep to it: checkpoints of the line that was left are not removed, and
+    never chosen again unless somebody names one. `verified` is a checkpoint whose bytes were compared already.
+
+    Raises CheckpointError when the named one is not whole or of another segment; and, for `auto`, when there were
+    checkpoints and damage has left none: beginning anew is then for people to decide. Raises IncompatibleError for
+    `auto` when the newest was trained with another configuration and nobody has named it. Raises StorageError when the
+    store does not answer.
+    """
+    if resume == NONE:
+        return None
+    if resume == AUTO:
+        chosen = store.newest(segment, report, verified)
+        if chosen is None:
+            _require_never_whole(store, segment)
+            return None
+        named = {line.origin for line in store.lines(segment)}
+        if chosen.state.config_digest != config_digest and not named & {chosen.name, chosen.where}:
+            raise IncompatibleError(
+                f"checkpoint {chosen.name} was trained with another configuration (digest "
+                f"{chosen.state.config_digest}, here {config_digest}): give this run a name of its own (--set "
+                f"name=...), go on from it all the same with --resume {chosen.name}, or begin with --resume none"
+            )
+        return chosen
+    try:
+        chosen = store.read(resume)
+    except CheckpointError as error:
+        there = ", ".join(sorted(str(name) for name in store.names(segment))) or "none"
+        raise CheckpointError(
+            f"--resume {resume}: it is not a whole checkpoint: {error}. Of segment {segment} there are: {there}"
+        ) from error
+    if chosen.state.segment != segment:
+        raise CheckpointError(
+            f"--resume {resume}: it is a checkpoint of segment {chosen.state.segment}, and the run is at {segment}"
+        )
+    return chosen
+
+
+def begin(
+    store: CheckpointStore, segment: str, resume: str, chosen: Checkpoint | None, config_digest: str | None = None
+) -> None:
+    """Makes a choice of `choose_start` last. For one process, before the segment is trained; `auto` changes nothing.
+
+    Where `auto` would start from the same now and later, no further line is begun.
+    """
+    if resume == AUTO:
+        return
+    names = store.names(segment)
+    if chosen is None:
+        if names:
+            store.branch(segment, None)
+        return
+    inside = chosen.root == store.place.root
+    origin = chosen.name if inside else chosen.where
+    foreign = config_digest not in (None, chosen.state.config_digest) and store.lines(segment)[-1].origin != origin
+    if foreign or next(candidates(names, store.lines(segment)), None) != origin:
+        store.branch(segment, origin)
+
+
+def require_fit(checkpoint: Checkpoint, segment: Segment, base: str, trained: str | None, feed: Feed) -> None:
+    """Raises IncompatibleError that says why a checkpoint can't be gone on from; its configuration may be another.
+
+    `base` is the identity of the weights that the segment begins with, `trained` the digest of the parameters that it
+    trains, None where it is not known yet.
+    """
+    state, name = checkpoint.state, checkpoint.name
+    if state.base != base:
+        raise IncompatibleError(
+            f"checkpoint {name} was trained on the weights {state.base}"
+            + (f" (of {state.origin})" if state.origin else "")
+            + f", but segment {segment.name} now begins with {base}: restore model.base, or start anew with --fresh"
+        )
+    if trained and state.trained and state.trained != trained:
+        raise IncompatibleError(
+            f"checkpoint {name} has other trained parameters than segment {segment.name}, whose patterns are "
+            f"{segment.stage.trained}: restore `trained` and the model of the run that wrote it"
+        )
+    if state.step > segment.stage.steps:
+        raise IncompatibleError(
+            f"checkpoint {name} has done {state.step} steps, and segment {segment.name} has only "
+            f"{segment.stage.steps}: raise its `steps`, or name an earlier checkpoint"
+        )
+    try:
+        feed.plan().check(state.plan)
+    except DataError as error:
+        raise IncompatibleError(f"checkpoint {name}: {error}") from error
+
+
+def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[str], None]) -> None:
+    """Gives a run of a new name the finished stages before a checkpoint of another run that it goes on from.
+
+    They are found beside the weights that the checkpoint's segment began with, and need no space on the same disk.
+    Nothing happens where the checkpoint is not whole, is of the run's first segment, or the weights are gone.
+    """
+    try:
+        state = store.read(resume, checksums=False).state
+    except CheckpointError:
+        return  # `choose_start` says so
+    names = [segment.name for segment in run.segments()]
+    if state.segment not in names or state.origin is None:
+        return
+    beside = Path(state.origin).parent
+    for segment in run.segments()[: names.index(state.segment)]:
+        found = beside / segment.name
+        if segment.finished or not (found / DIGEST_NAME).exists():
+            continue
+        for source, target in ((found, segment.weights), (_averaged(found), segment.averaged_weights)):
+            if source.is_dir():
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(source, partial, copy_function=_link)
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+        say(f"Stage {segment.name} is taken over, finished, from {found}")
+
+
+def _averaged(weights: Path) -> Path:
+    return weights.with_name(f"{weights.name}-ema")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk
+        shutil.copyfile(source, target)
+
+
+def _require_never_whole(store: CheckpointStore, segment: str) -> None:
+    for name in candidates(store.names(segment), store.lines(segment)):
+        try:
+            store.read(name)
+        except UnfinishedCheckpoint as error:
+            # what was never whole takes nothing with it; a name that a line goes on from was whole once
+            if Name.parse(name) not in store.names(segment):
+                raise CheckpointError(_nothing_left(segment, name, error)) from error
+        except CheckpointError as error:
+            raise CheckpointError(_nothing_left(segment, name, error)) from error
+
+
+def _nothing_left(segment: str, name: str, error: CheckpointError) -> str:
+    return (
+        f"segment {segment} was trained before, but none of its checkpoints is whole; the newest, {name}: {error}. "
+        "Bring one back, or begin the segment anew with --resume none"
+    )

@@ -1,0 +1,167 @@
+"""What an ablation showed: a table, a picture and a page, of the variants that are done."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+from domainshuttle.platform.commands import compare, compare_page, curves
+from domainshuttle.platform.commands.ablation import Plan, result_of
+from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.console import console
+from domainshuttle.platform.engine.initialization import outline_model
+from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.tracking.queries import read_history
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant that is done."""
+
+    name: str
+    clips: int
+    own: float
+    """Share of clips that are closest to their own subject's reference."""
+    other: float
+    """The same, generated with another subject's reference."""
+    chance: float
+    loss: float
+    """Of flow matching, mean over the last tenth of the last stage's logged points."""
+    parameters: int
+    trained: int
+    """Parameters that any stage trains."""
+    device_hours: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of `own`."""
+        return math.sqrt(self.own * (1 - self.own) / self.clips)
+
+
+def read_result(plan: Plan, name: str) -> VariantResult | None:
+    """The result of a variant; None while it is not done."""
+    found, config = result_of(plan, name), plan.variants[name]
+    if found is None or found["config"] != config.digest():
+        return None
+    parameters, trained = count_parameters(config)
+    run = Run(config)
+    points = read_history(config.tracking_uri, (run.read_ids() or {})["segments"][run.segments()[-1].name], "loss/flow")
+    last = [value for _, value in points if math.isfinite(value)]
+    return VariantResult(
+        name=name,
+        clips=found["clips"],
+        own=found["own"],
+        other=found["other"],
+        chance=found["chance"],
+        loss=fmean(last[-max(1, len(last) // 10) :]) if last else math.nan,
+        parameters=parameters,
+        trained=trained,
+        device_hours=Ledger(run.ledger_path).summary().used,
+    )
+
+
+def count_parameters(config: RunConfig) -> tuple[int, int]:
+    """All parameters of a configuration's model, and those that any of its stages trains."""
+    outline = outline_model(config.model)
+    sizes = {name: parameter.numel() for name, parameter in outline.named_parameters()}
+    trained = {name for stage in config.stages for name in select_trained(outline, stage.trained).trained}
+    return sum(sizes.values()), sum(sizes[name] for name in trained)
+
+
+def report(plan: Plan) -> None:
+    """Prints the table and writes `ablation.png`, `losses.png` and `ablation.html` into the ablation's folder."""
+    results = [result for name in plan.variants if (result := read_result(plan, name)) is not None]
+    left = [name for name in plan.variants if name not in {result.name for result in results}]
+    if not results:
+        console.print(f"No variant is done yet; left: {', '.join(left)}")
+        return
+    heads, lines = _texts(results)
+    table = Table(header_style="bold", title=f"{plan.name}: {results[0].clips} clips of held-out subjects a variant")
+    for place, head in enumerate(heads):
+        # names and figures stay whole in a narrow terminal; the heads break between their words
+        widest = max(len(part) for part in [*head.split(), *(line[place] for line in lines)])
+        table.add_column(head, justify="right" if place else "left", min_width=widest)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    uri = next(iter(plan.variants.values())).tracking_uri
+    done = [result.name for result in results]
+    rows = compare.compare(uri, [plan.name], done)
+    picture = draw(results, plan.folder / "ablation.png")
+    losses = curves.plot(uri, rows, plan.folder / "losses.png")
+    note = f"Chance is {results[0].chance:.1%}."
+    if plan.shared is not None:
+        hours = Ledger(Run(plan.shared).ledger_path).summary().used
+        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} GPU-hours)."
+    console.print(note)
+    lead = (
+        f"<h2>Variants</h2>{compare_page.table_of(heads, lines)}<p>{note}</p>"
+        f"{compare_page.image(picture.read_bytes(), 'Identity and loss of each variant')}<h2>Runs</h2>"
+    )
+    page = compare_page.write_page(uri, rows, losses, plan.folder / "ablation.html", plan.name, lead)
+    console.print(f"Picture: {picture}; curves: {losses}; page: {page}")
+    if left:
+        console.print(f"Left: {', '.join(left)}. The same command without --only goes on with them.")
+
+
+def _texts(results: list[VariantResult]) -> tuple[list[str], list[list[str]]]:
+    heads = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", "GPU-hours"]
+    lines = [
+        [
+            result.name,
+            f"{result.own:.1%} ± {result.error:.1%}",
+            f"{result.other:.1%}",
+            f"{result.loss:.4f}",
+            f"{result.parameters:,}",
+            f"{result.trained:,}",
+            f"{result.device_hours:.3f}",
+        ]
+        for result in results
+    ]
+    return heads, lines
+
+
+def draw(results: list[VariantResult], path: Path) -> Path:
+    """Draws identity (with standard errors, the control and chance) and flow loss, a row a variant, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.6 + 0.45 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    identity, loss = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = range(len(results))
+    own, other = curves.COLOURS[0], curves.COLOURS[1]
+    identity.errorbar(
+        [result.own for result in results], places, xerr=[result.error for result in results],
+        fmt="o", color=own, capsize=3, label="with its own reference (± standard error)",
+    )  # fmt: skip
+    identity.plot(
+        [result.other for result in results], places, "D", color=other, markerfacecolor="none",
+        label="with another subject's reference",
+    )  # fmt: skip
+    identity.axvline(results[0].chance, color="#888888", linestyle=":", label="chance")
+    identity.set_xlim(-0.02, 1.02)  # room for the marks at the ends
+    identity.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    identity.set_xlabel("clips closest to their own subject")
+    loss.plot([result.loss for result in results], places, "s", color=curves.COLOURS[2])
+    loss.set_xlabel("flow loss, last tenth of the last stage")
+    identity.set_yticks(places, [result.name for result in results])
+    identity.set_ylim(len(results) - 0.5, -0.5)  # the first on top
+    loss.ticklabel_format(axis="x", useOffset=False)
+    loss.locator_params(axis="x", nbins=4)
+    for axes in (identity, loss):
+        _plain(axes)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120, facecolor="white")
+    return path
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

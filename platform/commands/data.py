@@ -1,0 +1,122 @@
+"""The data verbs: what a configuration says of its corpora, carried out with progress and an end line."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from domainshuttle.cluster.local import quiet_ray
+from domainshuttle.pipelines.corpora.builder import build_corpus
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.build import beside
+from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME
+from domainshuttle.pipelines.storage.files import exists, read_bytes
+from domainshuttle.pipelines.storage.uri import join, require_local, shown
+from domainshuttle.platform.commands.contact_sheet import draw_sheet
+from domainshuttle.platform.commands.data_index import print_summary
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.run.lock import RunLock, holder_named
+
+
+def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_RAW) -> None:
+    """Builds the raw corpora on the connected Ray cluster."""
+    for name in _chosen(config, only):
+        section, folder = config.corpora[name], require_local(config.corpus_folder(name, "raw"), f"building {name}")
+        if section.build is None:
+            buckets = " ".join(f"--bucket {bucket}" for bucket in section.buckets)
+            rate = f" --fps {section.fps:g}" if section.fps else ""
+            console.print(
+                f"[bold]{name}[/] has no builder: its shards are your own. Index them with: domainshuttle data index "
+                f"{folder} --corpus {name} {buckets}{rate}"
+            )
+            continue
+        began = time.monotonic()
+        with _being_made(folder), progress(f"Building {name}", "samples") as show:
+            metadata, bad = build_corpus(
+                name, section.build, section.parsed_buckets, folder, show, fps=section.fps, most_bad=most_bad
+            )
+        _report("Built", name, folder, metadata.digest, bad, began)
+    console.print("Next: domainshuttle data encode (the same configuration)")
+
+
+def encode_corpora(
+    config: RunConfig, only: list[str] | None = None, anew: bool = False, most_bad: float = MOST_BAD_RAW
+) -> None:
+    """Encodes the raw corpora on the connected Ray cluster; `anew`: also where that removes whole ones."""
+    import ray
+
+    from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, encode
+
+    quiet_ray()  # again: its data library sets its own levels when it is imported
+    names = _chosen(config, only)
+    jobs = []
+    for name in names:
+        raw = require_local(config.corpus_folder(name, "raw"), f"encoding {name}") / INDEX_NAME
+        if not raw.exists():
+            raise DataError(f"corpus {name!r} is not built: {raw} is missing. Run: domainshuttle data build CONFIG")
+        jobs.append(EncodingJob(name, raw, Path(config.corpus_folder(name, "encoded"))))
+    began, wanted = time.monotonic(), config.cluster.encoding
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = EncodingPool.of_nodes(nodes, wanted.actors, wanted.cpus, wanted.gpus)
+    console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs")
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(_being_made(job.folder))
+        show = stack.enter_context(progress("Encoding", "samples"))
+        results = encode(jobs, config.encoders.sources(), show, pool, anew=anew, most_bad=most_bad)
+    for job, (metadata, bad) in zip(jobs, results, strict=True):
+        _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
+    console.print("Next: domainshuttle train (the same configuration)")
+
+
+def _being_made(folder: Path) -> RunLock:
+    """A lock on a corpus, so that two commands do not take each other's parts away."""
+
+    def held(_: Path, holder: dict[str, Any]) -> str:
+        return f"{folder} is being made by {holder_named(holder)}: wait until it has ended, or stop it"
+
+    return RunLock(folder / WORK_NAME, console.print, held)
+
+
+def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: str | None) -> None:
+    """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets.
+
+    Raises DataError where a filter leaves no samples.
+    """
+    place = path if str(path).partition("?")[0].endswith(".parquet") else join(path, INDEX_NAME)
+    whole = Index.load(place)
+    index = whole.filter(where) if where else whole
+    if not len(index):
+        raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {shown(place)}")
+    print_summary(index)
+    quarantine = beside(place, QUARANTINE_NAME)
+    if exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
+        reason = json.loads(lines[0])["reason"]
+        console.print(f"{len(lines)} samples in quarantine ({shown(quarantine)}), such as: {escape(reason)}")
+    if sheet:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(index, samples).save(sheet)
+        console.print(f"Contact sheet: {sheet}")
+
+
+def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
+    unknown = [name for name in only or [] if name not in config.corpora]
+    if unknown:
+        raise ConfigError(f"no corpus {unknown}; the configuration has {list(config.corpora)}")
+    return list(only or config.corpora)
+
+
+def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:
+    count = len(Index.load(folder / INDEX_NAME, verify=False))
+    size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 2**20
+    quarantined = f", {bad} in quarantine" if bad else ""
+    console.print(
+        f"{done} [bold]{name}[/]: {count} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
+        f"{time.monotonic() - began:.0f} s, in {folder}"
+    )

@@ -1,0 +1,197 @@
+"""Indexing, verifying and looking at corpora: the commands' work and what they print."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.columns import Columns
+from rich.markup import escape
+from rich.table import Table
+
+from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, standard_buckets
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.build import Indexed, beside, index_folder, merge_indexes
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata
+from domainshuttle.pipelines.index.verify import verify_index
+from domainshuttle.pipelines.quarantine import QUARANTINE_NAME
+from domainshuttle.pipelines.storage.files import exists
+from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, shown
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import console, progress
+
+_MOST_ROWS = 12
+_CHARACTERS_PER_TOKEN = 4
+
+
+def chosen_buckets(listed: Sequence[str], resolution: str | None, frames: Sequence[int]) -> list[Bucket]:
+    """The buckets that a command line names: listed ones, and those of a resolution class for each length."""
+    if (resolution is None) != (not frames):
+        raise ConfigError("--resolution and --frames go together: --resolution 480p --frames 81 --frames 1")
+    named = standard_buckets(resolution, frames) if resolution else []
+    return sorted({*(parse_bucket(text) for text in listed), *named})
+
+
+def described_as(folder: Location, corpus: str | None, fps: float | None, buckets: Sequence[Bucket]) -> IndexMetadata:
+    """What the index of a folder's shards is to say of itself: of encoded shards, what the index before said.
+
+    Raises ConfigError where the command line says too little, or for encoded shards what is theirs to say.
+    """
+    checked_rate(fps, "--fps")
+    known = None
+    if exists(join(folder, INDEX_NAME)):
+        try:
+            known = read_metadata(join(folder, INDEX_NAME))
+        except DataError as error:
+            console.print(f"The index before can't be used: {escape(str(error))}")
+    name = corpus or (known.corpus if known else None)
+    if name is None:
+        raise ConfigError(
+            f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({shown(folder)})"
+        )
+    if known and known.stage == "encoded":
+        if buckets or fps is not None:
+            raise ConfigError(
+                f"{shown(folder)} holds encoded samples: their latents have a bucket and a rate; leave out --bucket, "
+                "--resolution, --frames and --fps"
+            )
+        return known.model_copy(update={"corpus": name, "digest": ""})
+    if not buckets:
+        raise ConfigError(
+            "which buckets shall samples be fitted to? Give --bucket 81x480x832 (frames x height x width, 1 frame for "
+            "images; repeat for more), or --resolution 480p --frames 81 --frames 1"
+        )
+    return IndexMetadata(corpus=name, stage="raw", fps=fps)
+
+
+def index_shards(
+    folder: Location, metadata: IndexMetadata, buckets: Sequence[Bucket], most_bad: float, shards: str, name: str
+) -> None:
+    """Indexes the shards of a folder or URI on the connected Ray cluster, and prints what was found."""
+    began = time.monotonic()
+    with progress("Indexing", "MiB") as show:
+        made = index_folder(folder, metadata, buckets, show, most_bad, shards, name)
+    seconds = time.monotonic() - began
+    read = f"{made.scanned} read ({made.scanned_bytes / 2**20:.1f} MiB in {seconds:.0f} s)"
+    _report(made, f"{made.shards} shards: {read}, {made.shards - made.scanned} unchanged")
+
+
+def join_indexes(indexes: Sequence[Location], folder: Location, most_bad: float, name: str) -> None:
+    """Makes one index of several of a folder, and prints what it holds."""
+    made = merge_indexes(indexes, join(folder, name), most_bad)
+    _report(made, f"{made.shards} shards of {len(indexes)} indexes")
+
+
+def _report(made: Indexed, shards: str) -> None:
+    index = shown(made.path)
+    console.print(
+        f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {made.samples} samples, {shards}, index "
+        f"{made.metadata.digest[:8]}, in {index}"
+    )
+    _print_faults(made.faults, "left out")
+    if made.faults:
+        console.print(f"What was left out, with shard, key and reason: {shown(beside(made.path, QUARANTINE_NAME))}")
+    raw = made.metadata.stage == "raw"
+    following = "data encode CONFIG (in which the corpus has no `build`)" if raw else "train CONFIG"
+    console.print(f"Next: domainshuttle data verify {index}, then domainshuttle {following}")
+
+
+def verify_corpus(path: Location, checksums: bool, decode: str, where: str | None) -> bool:
+    """Verifies a corpus on the connected Ray cluster and prints what was found; returns whether it is whole."""
+    is_folder = not name_of(path).endswith(".parquet") if is_remote(path) else local_path(path).is_dir()
+    path = join(path, INDEX_NAME) if is_folder else path
+    if decode != "all" and not decode.isdigit():
+        raise ConfigError(f"--decode {decode}: expected a number of samples, or all")
+    began = time.monotonic()
+    with progress("Verifying", "samples") as show:
+        found = verify_index(path, show, checksums, None if decode == "all" else int(decode), where)
+    bytes_read = f"{found.read_bytes / 2**20:.1f} MiB read" + ("" if checksums else ", checksums left out")
+    console.print(
+        f"Verified {shown(path)}: {found.samples} samples in {found.shards} shards, {bytes_read}, {found.decoded} "
+        f"samples decoded, in {time.monotonic() - began:.0f} s"
+    )
+    if found.unindexed:
+        names = ", ".join(found.unindexed[:3]) + (" ..." if len(found.unindexed) > 3 else "")
+        console.print(f"{len(found.unindexed)} shards of the folder are not in the index: {names}")
+    if not found.faults:
+        console.print("[green]No faults.[/] Next: domainshuttle data inspect, data encode or train")
+        return True
+    _print_faults(found.faults, "samples or shards")
+    console.print(
+        f"[red]{found.bad_samples} samples in {found.bad_shards} shards have faults[/]; shard, key and reason of each: "
+        f"{shown(found.path)}\nNext: copy the shards that it names again from their source, then `domainshuttle data "
+        "index` (only changed shards are read) and verify again. Bad samples that stay go to quarantine when they are "
+        "encoded or trained on."
+    )
+    return False
+
+
+def _print_faults(faults: Counter[str], of: str) -> None:
+    if not faults:
+        return
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("fault")
+    table.add_column(of, justify="right")
+    for kind, count in faults.most_common():
+        table.add_row(escape(kind), str(count))
+    console.print(table)
+
+
+def print_summary(index: Index) -> None:
+    """Prints what an index holds, as small tables."""
+    summary = index.summary()
+    rate = f", clips sampled at {summary['fps']:g} fps" if summary["fps"] else ""
+    console.print(
+        f"[bold]{escape(', '.join(summary['corpora']))}[/] ({summary['stage']}): {summary['samples']} samples, "
+        f"{summary['bytes'] / 2**20:.1f} MiB{rate}, index {summary['digest'][:8]}"
+    )
+    subjects = sum(summary["domains"].values())
+    tables = [
+        _counts("source", summary["source"]),
+        _counts("kind", summary["kind"]),
+        _counts("bucket", summary["bucket"]),
+        _counts("subjects a sample", summary["subjects"]),
+        _counts("references a sample", summary["references"]),
+        _counts("domain of subjects", summary["domains"]),
+        _counts("origin of references", summary["origins"]),
+    ]
+    console.print()
+    console.print(Columns([table for table in tables if table.row_count], padding=(0, 4)))
+    quantities = {
+        "seconds": "seconds of clips",
+        "caption_length": "caption, characters",
+        "text_tokens": "caption, tokens",
+    }
+    points = ("min", "p05", "median", "p95", "max")
+    table = Table("", *points, box=None, padding=(0, 2), show_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, title in quantities.items():
+        if values := summary.get(name):
+            table.add_row(title, *(f"{values[point]:.4g}" for point in points))
+    if not summary.get("text_tokens") and (characters := summary["caption_length"]):
+        guess = (f"{characters[point] / _CHARACTERS_PER_TOKEN + 1:.0f}" for point in points)
+        table.add_row("caption, tokens: estimated", *guess)
+    console.print()
+    console.print(table)
+    if not summary.get("text_tokens"):
+        console.print(
+            f"[dim]Tokens are counted when captions are encoded; the estimate is a token every {_CHARACTERS_PER_TOKEN} "
+            "characters, as UMT5 has of English text, and the end's. Seconds are those of whole files.[/]"
+        )
+    if single := summary["single_picture_subjects"]:
+        console.print(
+            f"\n{single} of {subjects} subjects have a single picture: the other of their pair is an altered view of it"
+        )
+
+
+def _counts(title: str, counts: Mapping[Any, int]) -> Table:
+    table = Table(title, "", "", box=None, padding=(0, 1), show_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    whole = sum(counts.values())
+    for name, count in list(counts.items())[:_MOST_ROWS]:
+        table.add_row(escape(str(name)), str(count), f"{count / whole:.0%}")
+    if left := list(counts.values())[_MOST_ROWS:]:
+        table.add_row(f"{len(left)} more", str(sum(left)), f"{sum(left) / whole:.0%}")
+    return table

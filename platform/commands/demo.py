@@ -1,0 +1,122 @@
+"""The demo: the whole job at desk size, by the same commands that a user would type.
+
+Corpora are built and encoded, the schedule is trained, stage 2 is stopped half way by Ctrl-C and started again, the
+model is exported, clips are generated and judged. The books are then checked: every planned sample trained on once.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.panel import Panel
+
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.console import console
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.sample_audit import Books, check_books
+
+
+@dataclass
+class Timer:
+    """Seconds by part of the demo."""
+
+    parts: dict[str, float]
+
+    def run(self, name: str, *arguments: str, expect: int = 0, stop_at: tuple[Run, str, int] | None = None) -> None:
+        """Runs `domainshuttle ARGUMENTS`; with `stop_at`, sends Ctrl-C when a stage has reached a step."""
+        console.rule(f"[bold]{name}")
+        console.print(f"$ domainshuttle {' '.join(arguments)}", style="dim")
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "domainshuttle.platform.cli", *arguments], start_new_session=True
+        )
+        try:
+            if stop_at:
+                _interrupt_at(process, *stop_at)
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+            raise
+        self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - began
+        if code != expect:
+            raise ConfigError(f"`domainshuttle {' '.join(arguments)}` ended with code {code}; its message is above")
+
+
+def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
+    """Runs the demo and prints its summary; raises ConfigError when a part of it fails or the books do not balance."""
+    began = time.monotonic()
+    config = load_config(config_name, overrides)
+    folder = Path(config.output).parent
+    if not keep:
+        for path in (config.output, config.data):
+            shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "config.yaml"
+    source.write_text(config.to_yaml())
+    run, exported, evaluation = Run(config), folder / "exported", folder / "evaluation"
+    last = config.stages[-1]
+    middle = last.steps // 2
+    timer = Timer({})
+    timer.run("Build the corpora", "data", "build", str(source))
+    timer.run("Encode them", "data", "encode", str(source))
+    sheet = folder / "samples.png"
+    first = config.corpus_folder(next(iter(config.corpora)), "raw")
+    timer.run("Look at the data", "data", "inspect", str(first), "--sheet", str(sheet))
+    timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=(run, last.name, middle))
+    timer.run("Train on, from the checkpoint", "train", str(source))
+    timer.run("Export", "export", str(run.folder), str(exported))
+    timer.run("Generate and judge clips", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
+    timer.run("Compare", "compare", config.tracking.experiment, "--uri", config.tracking_uri,
+              "--page", str(folder / "compare.html"))  # fmt: skip
+    books = check_books(config)
+    result = json.loads((evaluation / "identity.json").read_text())
+    _print_summary(config, run, books, result, timer, time.monotonic() - began, evaluation)
+    if not result["learned"]:
+        raise ConfigError(
+            "the clips are not clearly closer to their own references than to others: see the table above"
+        )
+
+
+def _interrupt_at(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
+    """Sends SIGINT, as Ctrl-C would, once the stage has passed a step; returns at once if the process ends before."""
+    while process.poll() is None:
+        state = run.read_progress()
+        if state and state["segment"] == stage and state["step"] >= step:
+            console.print(f"The demo now presses Ctrl-C, at step {state['step']} of {stage}.")
+            os.kill(process.pid, signal.SIGINT)
+            return
+        time.sleep(0.2)
+
+
+def _print_summary(
+    config: RunConfig, run: Run, books: Books, result: dict[str, float], timer: Timer, seconds: float, evaluation: Path
+) -> None:
+    hours = Ledger(run.ledger_path).summary()
+    parts = "\n".join(f"  {name:<34}{spent:6.0f} s" for name, spent in timer.parts.items())
+    console.print(
+        Panel.fit(
+            f"[bold]Time[/]\n{parts}\n  {'in all':<34}{seconds:6.0f} s\n\n"
+            f"[bold]Samples[/]  planned {books.planned}, trained {books.trained}, lost {books.lost}, repeated "
+            f"{books.repeated}, trained again after a restore {books.recomputed}, substituted {books.substituted}\n"
+            f"[bold]Workers[/]  {hours.attempts} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} device-hours\n"
+            f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
+            f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
+            f"{result['chance']:.0%}; real clips {result['target']:.0%}\n\n"
+            f"[bold]Look at[/]  {evaluation / 'grid.png'} and grid.mp4\n"
+            f"[bold]Compare[/]  mlflow ui --backend-store-uri {config.tracking_uri} --port 5000\n"
+            f"[bold]Again[/]    domainshuttle generate {evaluation.parent / 'exported'} --help",
+            title="The demo is done",
+        ),
+        soft_wrap=False,
+    )
+    if books.lost or books.repeated:
+        raise ConfigError(f"the books do not balance: {books}")

@@ -1,0 +1,34 @@
+"""Delivery by hand: what a run's spool still holds for a tracking server that was away."""
+
+from pathlib import Path
+
+from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.platform.console import console
+from domainshuttle.platform.run.folder import find_run
+from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool
+from domainshuttle.platform.tracking.outbox import absolute_uri, reachable
+
+
+def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> bool:
+    """Sends what is left in a run's spool, to its own server or to the one at `uri`; returns whether all was sent.
+
+    Raises ConfigError where there is no run.
+    """
+    run = find_run(folder)
+    ids = run.read_ids()
+    if ids is None:
+        console.print(f"Run {run.config.name} was never started: there is nothing to send.")
+        return True
+    address = absolute_uri(uri or run.config.tracking_uri)
+    shown = mask_secrets(address)
+    known = RunIds.from_dict(ids, address)
+    if not reachable(address) or flush_spool(known, run.spool, timeout):
+        console.print(
+            f"Not all of {run.spool} could be sent: {shown} did not take it within {timeout:g} s. Start the server, or "
+            "name another with --uri, and run this again"
+        )
+        return False
+    if uri is None:
+        run.write_ids(known.to_dict())
+    console.print(f"Nothing is left in {run.spool}: {shown} has it all. Next: domainshuttle compare {known.experiment}")
+    return True

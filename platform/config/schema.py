@@ -1,0 +1,580 @@
+"""The sections of a run's configuration: every field is declared once, here or beside what it configures.
+
+Nothing here imports torch or Ray, so that a typing mistake is answered at once.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from domainshuttle.pipelines.buckets import Bucket, parse_bucket
+from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.sample import LEAST_FPS, MOST_BAD, MOST_FPS, READ_AHEAD
+from domainshuttle.pipelines.storage.uri import absolute, join
+
+if TYPE_CHECKING:
+    from domainshuttle.pipelines.plan.feed import EncoderSources
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be run. The message lists every fault: the key, its value and the remedy."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AblationSection(Section):
+    """Parts of the method that the paper takes away to measure them (docs/comparing.md)."""
+
+    reference_projections: Literal["own", "shared"] = Field(
+        "own", description="patch embedding, query, key and value of references: their own, or the video's"
+    )
+    domain_adaln: bool = Field(True, description="references have their own modulation, with their domain")
+    reference_rope: Literal["dual", "frames"] = Field(
+        "dual", description="DualRoPE, or references follow as frames of the video"
+    )
+
+
+class ModelSection(Section):
+    """Which transformer: the base to start from, or the size of a new one."""
+
+    base: str | None = Field(
+        None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release"
+    )
+    size: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of DomainShuttleTransformer3DModel when there is no base"
+    )
+    reference_gate: Literal["own", "video"] = "own"
+    ablation: AblationSection = AblationSection()
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Arguments of the transformer that are not its size: also of one that begins with a Wan's weights."""
+        return {"reference_gate": self.reference_gate, **self.ablation.model_dump()}
+
+
+class LiveSection(Section):
+    """The actors that encode raw corpora while they are trained on; what each reserves may be a fraction."""
+
+    actors: int = Field(1, gt=0)
+    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, on any node")
+    gpus: float = Field(0.0, ge=0, description="GPUs of an actor: those beside the trainers, or shares of them")
+
+
+class EncodersSection(Section):
+    """What makes latents and text features."""
+
+    video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
+    text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
+    text_len: int = Field(512, gt=0, description="tokens a caption is cut and padded to")
+    live: LiveSection | None = Field(
+        None, description="encode raw corpora while they are trained on; none: they are encoded beforehand"
+    )
+
+    def sources(self) -> "EncoderSources":
+        """Where the encoders come from, as encoding and the loader take it."""
+        from domainshuttle.pipelines.plan.feed import EncoderSources  # brings pyarrow along
+
+        return EncoderSources(self.video, self.text, self.text_len)
+
+
+class CorpusSection(Section):
+    """One corpus: how it is built, and the buckets its samples are fitted to."""
+
+    build: SpritesConfig | None = Field(
+        None, description="its builder; none: the shards are your own, indexed with `domainshuttle data index`"
+    )
+    buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
+    fps: float | None = Field(
+        None, ge=LEAST_FPS, le=MOST_FPS, description="rate at which clips are sampled; none: each clip's own"
+    )
+
+    @property
+    def parsed_buckets(self) -> list[Bucket]:
+        return [parse_bucket(text) for text in self.buckets]
+
+    @model_validator(mode="after")
+    def _buckets_parse(self) -> "CorpusSection":
+        _ = self.parsed_buckets
+        return self
+
+
+class FlowSection(Section):
+    """Timesteps of flow matching (RECIPE.md, "Flow matching")."""
+
+    shift: float = Field(5.0, gt=0)
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    low: float = Field(0.0, ge=0, lt=1, description="an expert's range of shifted t: from")
+    high: float = Field(1.0, gt=0, le=1, description="an expert's range of shifted t: to")
+
+
+class LossSection(Section):
+    """L = L_FM + cross_pair_weight * L_C."""
+
+    cross_pair_weight: float = Field(0.0, ge=0)
+    cross_pair_target: Literal["stop_gradient", "snapshot"] = "stop_gradient"
+
+
+class StageSection(Section):
+    """A segment of the schedule."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]] | list[str], Field(min_length=1)] = Field(
+        description="corpus name to its weight among the samples of a batch; a list of names: by their sample counts"
+    )
+    where: dict[str, str] = Field(
+        default_factory=dict,
+        description='corpus name to the filter of its samples, such as "seconds >= 2 and scores.aesthetic > 4.5"; '
+        "the others are left out",
+    )
+    steps: int = Field(gt=0, description="optimiser steps, at most where gpu_hours ends the stage before")
+    samples: int | None = Field(None, gt=0, description="instead of steps: samples trained on, rounded up to a step")
+    gpu_hours: float | None = Field(None, gt=0, description="ends the stage when it has used so many device-hours")
+    global_batch: int = Field(gt=0, description="samples of one optimiser step over all workers")
+    micro_batch: int = Field(gt=0, description="samples of one forward on one worker")
+    learning_rate: float = Field(1e-5, gt=0)
+    final_learning_rate: float | None = Field(None, gt=0, description="cosine decay to this; none: constant")
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(1.0, gt=0)
+    trained: list[str] = Field(min_length=1, description="patterns of parameter names, such as 'blocks.*.attn1.*'")
+    references: int = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
+    reference_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their references")
+    text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their caption")
+    flow: FlowSection = FlowSection()
+    loss: LossSection = LossSection()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each corpus, in the order of their names; empty: by their sample counts."""
+        return dict(sorted(self.mixture.items())) if isinstance(self.mixture, dict) else {}
+
+    @property
+    def shown_mixture(self) -> str:
+        """The mixture in a line."""
+        if not self.weights:
+            return f"{', '.join(sorted(self.mixture))} by sample counts"
+        return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
+
+    @property
+    def endless(self) -> bool:
+        """Whether only its hours end it."""
+        return self.steps == _ENDLESS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _duration(cls, content: Any) -> Any:
+        """Steps follow from samples; by hours alone a stage has a bound that nobody reaches."""
+        if not isinstance(content, dict) or "steps" in content:
+            return content
+        if isinstance(content.get("samples"), int) and isinstance(batch := content.get("global_batch"), int) and batch:
+            return {**content, "steps": math.ceil(content["samples"] / batch)}
+        return {**content, "steps": _ENDLESS} if content.get("gpu_hours") is not None else content
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StageSection":
+        if self.samples is not None and self.steps != math.ceil(self.samples / self.global_batch):
+            raise ValueError(
+                f"steps={self.steps} and samples={self.samples} with global_batch={self.global_batch} differ: give one"
+            )
+        if self.final_learning_rate is not None and self.endless:
+            raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
+        if self.loss.cross_pair_weight and not self.references:
+            raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
+        if len(set(self.mixture)) < len(self.mixture):
+            raise ValueError(f"mixture names a corpus twice: {self.mixture}")
+        if unknown := sorted(set(self.where) - set(self.mixture)):
+            raise ValueError(f"where names {unknown}, which the mixture does not have: {sorted(self.mixture)}")
+        if self.flow.low >= self.flow.high:
+            raise ValueError(f"flow.low={self.flow.low} must lie below flow.high={self.flow.high}")
+        return self
+
+
+_ENDLESS = 1_000_000
+"""Steps of a stage that only its GPU-hours end."""
+
+
+class ExpertSection(Section):
+    """One of the networks that share the timesteps, such as Wan2.2's for high and for low noise."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    base: str | None = Field(None, description="folder or hub id to start from; none: a new model of model.size")
+    low: float = Field(0.0, ge=0, lt=1, description="its range of shifted t: from")
+    high: float = Field(1.0, gt=0, le=1, description="its range of shifted t: to")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ExpertSection":
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must lie below high={self.high}")
+        return self
+
+
+class LoaderSection(Section):
+    """How each worker reads its samples."""
+
+    most_bad: float = Field(MOST_BAD, ge=0, lt=1, description="share of unreadable samples above which the run ends")
+    read_ahead: int = Field(READ_AHEAD, ge=0, description="bytes of batches that a worker holds before they are needed")
+    threads: int = Field(2, gt=0, description="that read, of each worker")
+
+
+class GuardSection(Section):
+    """What happens to steps that would harm the model, and to workers that hang."""
+
+    spike_factor: float | None = Field(
+        10.0, gt=1, description="a loss above this many times the usual one drops the step; none: only one not finite"
+    )
+    window: int = Field(50, gt=0, description="good steps whose median is the usual loss")
+    rollback_after: int = Field(5, gt=0, description="dropped steps in a row that send the run back to a checkpoint")
+    most_rollbacks: int = Field(3, ge=0, description="of a segment, before the run is given up")
+    hang_seconds: float = Field(1800.0, gt=0, description="without a step for so long, a worker is restarted")
+
+
+class EncodingSection(Section):
+    """The actors with which `data encode` encodes corpora beforehand; what each reserves may be a fraction."""
+
+    actors: int | None = Field(None, gt=0, description="how many; none: as many as the cluster has room for")
+    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, which decodes on one thread and encodes on another")
+    gpus: float | None = Field(None, ge=0, description="GPUs of an actor; none: one where the cluster has any, else 0")
+
+
+class ClusterSection(Section):
+    """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
+
+    address: str | None = Field(None, description="a running Ray cluster; none: start one here")
+    workers: int | tuple[int, int] = Field(
+        2, description="how many, or [least, most]: the run shrinks and grows with the cluster"
+    )
+    resize_seconds: float = Field(
+        60.0, ge=0, description="with [least, most]: between looks for room for more; a resize is a restart"
+    )
+    cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
+    gpus_per_worker: int = Field(0, ge=0, le=1)
+    encoding: EncodingSection = EncodingSection()
+    max_failures: int = Field(3, ge=0, description="faults in a row, without a newer checkpoint between, to survive")
+    dashboard_port: int | None = Field(
+        None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
+    )
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @field_validator("workers")
+    @classmethod
+    def _range(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        if least < 1:
+            raise ValueError("should be greater than 0")
+        if least > most:
+            raise ValueError("should be [least, most]")
+        return workers
+
+
+class ActivationSection(Section):
+    """What is kept of a forward pass for the backward pass; what is not kept is computed again."""
+
+    mode: Literal["none", "full", "every", "attention"] = Field(
+        "none",
+        description="recompute nothing; all blocks; each nth block; or all but what attention returns",
+    )
+    every: int | None = Field(None, gt=0, description="with mode `every`: each nth block is recomputed")
+    offload: bool = Field(False, description="the inputs of recomputed blocks wait in the host's memory")
+
+    @model_validator(mode="after")
+    def _nth(self) -> "ActivationSection":
+        if (self.mode == "every") != (self.every is not None):
+            raise ValueError("`every` goes with mode: every, and only with it")
+        if self.offload and self.mode == "none":
+            raise ValueError("offload needs recomputed blocks: set mode to full, every or attention")
+        return self
+
+
+class EngineSection(Section):
+    """DeepSpeed ZeRO-3. Its own configuration is derived from this and the stage, and saved with the run."""
+
+    persistent_parameters: int = Field(
+        100_000, ge=0, description="parameters of at most this many elements stay whole on every worker"
+    )
+    precision: Literal["bf16", "float32"] = Field(
+        "bf16", description="of the weights and products; masters are float32. CPUs may multiply bf16 far slower"
+    )
+    offload_optimizer: bool = Field(False, description="masters and optimiser states in the host's memory")
+    activations: ActivationSection = ActivationSection()
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay a step of a moving average of the trained parameters; none: no average"
+    )
+    attention_backend: str | None = Field(
+        None, description="of diffusers' attention dispatcher, such as flash or _flash_3; none: torch's own choice"
+    )
+    compile: str | None = Field(
+        None, description="backend of torch.compile for the blocks, such as inductor; none: not compiled"
+    )
+
+
+class CheckpointSection(Section):
+    every: int = Field(gt=0, description="steps between checkpoints")
+    keep: int = Field(2, gt=0, description="newest checkpoints kept of a segment; the last of each segment stays")
+    keep_every: int | None = Field(None, gt=0, description="steps whose multiples are kept for good")
+    keep_best: int = Field(0, ge=0, description="how many of the lowest loss are kept too")
+    store: str | None = Field(None, description="folder or URI, such as s3://bucket/runs; none: the run's folder")
+    scratch: str | None = Field(None, description="a node's folder for copies to and from a store; none: temporary")
+    timeout: float = Field(1800.0, gt=0, description="seconds that all ranks have to write a checkpoint")
+    max_failed: int = Field(3, gt=0, description="checkpoints in a row that may fail before the run ends")
+
+    @field_validator("store", "scratch")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        # workers run in folders of their own
+        return place if place is None else str(absolute(place))
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "CheckpointSection":
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(f"keep_every={self.keep_every} must be a multiple of every={self.every}")
+        return self
+
+
+class TrackingSection(Section):
+    uri: str | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
+    experiment: str = "domainshuttle"
+    every: int = Field(10, gt=0, description="steps between logged metrics")
+
+
+class GenerationSection(Section):
+    """How clips are sampled for evaluation and sample grids."""
+
+    steps: int = Field(50, gt=0)
+    guidance: float = Field(5.0, ge=1)
+    shift: float = Field(5.0, gt=0)
+    fps: float = Field(16.0, gt=0)
+
+
+class EvaluationSection(Section):
+    """The held-out test of the demo: does a clip resemble its own references?"""
+
+    corpus: str
+    candidates: int = Field(16, gt=1, description="references that a clip is compared with")
+    groups: int = Field(2, gt=0, description="disjoint groups of candidates")
+
+
+class SamplingSection(Section):
+    """Clips of fixed cases while a run trains, made from a snapshot of the weights beside the training."""
+
+    every: int = Field(gt=0, description="steps between them; a stage's last step is sampled too")
+    cases: int = Field(4, gt=0, description="held-out samples of evaluation.corpus, evenly spread over it")
+    cases_file: str | None = Field(
+        None, description="instead of them: a JSONL of cases, as `domainshuttle generate --cases` takes"
+    )
+    cpus: float = Field(1.0, gt=0, description="what Ray reserves for it; where that is not free, rank 0 samples")
+    gpus: float = Field(0.0, ge=0, description="share of a GPU, such as 1 or 0.5; 0: on the CPU")
+    timeout: float = Field(600.0, gt=0, description="seconds until it is given up")
+
+    @field_validator("cases_file")
+    @classmethod
+    def _absolute(cls, place: str | None) -> str | None:
+        # workers run in folders of their own
+        return place if place is None else str(absolute(place))
+
+
+class RunConfig(Section):
+    """A complete run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    data: str = Field(description="folder of the corpora")
+    output: str = Field(description="folder of the runs")
+    model: ModelSection
+    encoders: EncodersSection = EncodersSection()
+    corpora: dict[str, CorpusSection] = Field(min_length=1)
+    experts: list[ExpertSection] = Field(
+        default_factory=list, description="two for Wan2.2: each is trained in each stage, as a segment of its own"
+    )
+    stages: list[StageSection] = Field(min_length=1)
+    budget_gpu_hours: float | None = Field(None, gt=0, description="the run stops, with a checkpoint, when it is spent")
+    loader: LoaderSection = LoaderSection()
+    guard: GuardSection = GuardSection()
+    cluster: ClusterSection = ClusterSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection
+    tracking: TrackingSection = TrackingSection()
+    generation: GenerationSection = GenerationSection()
+    evaluation: EvaluationSection | None = None
+    sampling: SamplingSection | None = None
+
+    @model_validator(mode="after")
+    def _names_and_batches(self) -> "RunConfig":
+        faults = []
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            faults.append(f"stages have the same name twice: {names}")
+        for stage in self.stages:
+            for corpus in stage.mixture:
+                if corpus not in self.corpora:
+                    faults.append(f"stages.{stage.name}.mixture names {corpus!r}{nearest(corpus, self.corpora)}")
+            faults += self._sharing_faults(stage)
+        faults += self._origin_faults()
+        if self.model.size and self.model.size.get("text_len") != self.encoders.text_len:
+            faults.append(
+                f"model.size.text_len={self.model.size.get('text_len')} must equal encoders.text_len="
+                f"{self.encoders.text_len}: set both to the tokens of a caption"
+            )
+        if self.evaluation and self.evaluation.corpus not in self.corpora:
+            faults.append(
+                f"evaluation.corpus={self.evaluation.corpus!r} is no corpus"
+                f"{nearest(self.evaluation.corpus, self.corpora)}"
+            )
+        faults += self._sampling_faults()
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _sharing_faults(self, stage: StageSection) -> list[str]:
+        if self.worker_sizes(stage):
+            return []
+        workers, micro = self.cluster.workers, stage.micro_batch
+        fault = f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by cluster.workers={workers} x "
+        fault += f"micro_batch={micro}: use a multiple of {self.cluster.most_workers * micro}"
+        most = stage.global_batch // micro
+        would = [size for size in range(1, most + 1) if stage.global_batch % (size * micro) == 0]
+        if near := sorted(would, key=lambda size: abs(size - self.cluster.most_workers))[:6]:
+            fault += f", or workers of which there are {', '.join(map(str, sorted(near)))}"
+        return [fault]
+
+    def worker_sizes(self, stage: StageSection) -> list[int]:
+        """The numbers of workers, of those that `cluster.workers` allows, by which a stage's batch can be shared."""
+        sizes = range(self.cluster.least_workers, self.cluster.most_workers + 1)
+        return [size for size in sizes if stage.global_batch % (size * stage.micro_batch) == 0]
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a worker has for a save, an export, or to build and restore, before it counts as hanging.
+
+        A save has a limit of its own, and at the next one the save before is waited for.
+        """
+        return max(self.guard.hang_seconds, 2 * self.checkpoint.timeout + 120)
+
+    def _sampling_faults(self) -> list[str]:
+        sampling = self.sampling
+        if sampling is None:
+            return []
+        faults = []
+        if sampling.cases_file is None and self.evaluation is None:
+            faults.append("sampling takes its cases from evaluation.corpus: add `evaluation`, or give cases_file")
+        if 2 * sampling.timeout >= self.guard.hang_seconds:
+            faults.append(
+                f"sampling.timeout={sampling.timeout:g} must be below half of guard.hang_seconds="
+                f"{self.guard.hang_seconds:g}, since a stage may wait at its end for two generations"
+            )
+        return faults
+
+    def _origin_faults(self) -> list[str]:
+        names = [expert.name for expert in self.experts]
+        if len(set(names)) < len(names):
+            return [f"experts have the same name twice: {names}"]
+        if not self.experts and (self.model.base is None) == (not self.model.size):
+            return [
+                "model: give either `base` (weights to start from) or `size` (a new model), not both and not neither"
+            ]
+        if self.experts and self.model.base is not None:
+            return ["model.base: with experts each has its own `base`"]
+        without = [expert.name for expert in self.experts if expert.base is None]
+        return (
+            [f"experts {without} have no `base`, and there is no model.size"] if without and not self.model.size else []
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.tracking.uri or f"sqlite:///{Path(self.output) / 'mlflow.db'}"
+
+    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
+        """Where a corpus is: a folder, or a URI where `data` is one."""
+        return join(self.data, f"{corpus}/{stage}")
+
+    @property
+    def trained_form(self) -> Literal["raw", "encoded"]:
+        """In which form training reads the corpora."""
+        return "raw" if self.encoders.live else "encoded"
+
+    def model_of(self, expert: ExpertSection | None) -> ModelSection:
+        """The model of a segment: of its expert, where there are experts."""
+        return self.model if expert is None else self.model.model_copy(update={"base": expert.base})
+
+    def stage(self, name: str) -> StageSection:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"no stage {name!r}{nearest(name, [s.name for s in self.stages])}")
+
+    def digest(self) -> str:
+        """Of all that decides what is learned: the rest may change on resume."""
+        return hashlib.blake2b(json.dumps(self._decisive(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def decisive(self) -> dict[str, Any]:
+        """What the digest is made of, by dotted keys, JSON-ready."""
+        return dict(_flatten(self._decisive()))
+
+    def _decisive(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude=_RESUMABLE_CHANGES)
+        content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
+        return content
+
+    def flattened(self) -> dict[str, Any]:
+        """Dotted keys to values, as MLflow's params have them."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys of two `decisive` configurations that differ, with their values; empty where none do."""
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
+
+
+_RESUMABLE_CHANGES: dict[str, Any] = {
+    # where and on what machines
+    **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking", "loader"), True),
+    # what is looked at beside the training, and when it stops or goes back
+    **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
+    # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
+    "engine": {"persistent_parameters", "offload_optimizer", "activations", "attention_backend", "compile"},
+    "stages": {"__all__": {"micro_batch"}},
+    "encoders": {"encoding"},
+}
+
+
+def nearest(word: str, known: Any) -> str:
+    options = [str(name) for name in known]
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(options)}"
+
+
+def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(content, list) and content and all(isinstance(item, dict) for item in content):
+        for number, item in enumerate(content):
+            yield from _flatten(item, f"{prefix}.{item.get('name', number)}")
+    else:
+        yield prefix, content

@@ -1,0 +1,231 @@
+"""The driver of a training run: opens run and tracking, follows the workers, and turns signals into a clean stop."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.pipelines.storage.uri import absolute
+from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin
+from domainshuttle.platform.checkpoint.store import CheckpointStore
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.driver.preflight import require_trainable
+from domainshuttle.platform.driver.ray_cluster import connected
+from domainshuttle.platform.driver.recovery import recover_books
+from domainshuttle.platform.driver.schedule_loop import train
+from domainshuttle.platform.engine.zero3 import deepspeed_configs
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
+from domainshuttle.platform.run.lock import RunLock, RunLockedError
+from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule
+
+STOPPED = 3
+"""Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
+
+
+def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, resume: str = AUTO) -> int:
+    """Makes or resumes a run and trains what is left of it, as the only driver of it; returns the exit code.
+
+    `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Nothing is removed for `fresh` before
+    all else is checked and the cluster is there. Raises RunLockedError when there is another driver.
+    """
+    require_trainable(config)
+    chosen = Run(config).choose(stage)
+    if fresh:
+        _require_nothing_of_it(Run(config), chosen, resume)
+    cluster, workers = config.cluster, config.cluster.least_workers
+    with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
+        run = None if fresh else prepare_run(config)
+        # beside the workers: a CPU for the data tasks, and what encodes while they train
+        live = config.encoders.live
+        needs = (
+            workers * cluster.cpus_per_worker + 1 + (live.cpus if live else 0),
+            workers * cluster.gpus_per_worker + (live.gpus if live else 0),
+        )
+        stack.enter_context(connected(config, *needs))
+        return run_training(run or prepare_run(config, fresh), lock, stage, resume)
+
+
+def _require_nothing_of_it(run: Run, chosen: list[Segment], resume: str) -> None:
+    """Raises ConfigError where a run shall be removed and yet something of it is to be used."""
+    before = [segment.name for segment in run.segments() if chosen[0].origin == str(segment.weights)]
+    if before:
+        raise ConfigError(
+            f"--fresh removes the weights of stage {before[0]}, with which stage {chosen[0].name} begins: leave out "
+            f"--stage, or --fresh (--stage {chosen[0].name} --resume none begins this stage anew)"
+        )
+    place = str(absolute(resume))
+    inside = [str(run.folder), *([run.config.checkpoint.store] if run.config.checkpoint.store else [])]
+    if resume not in (AUTO, NONE) and ("/" not in resume or any(place.startswith(f"{one}/") for one in inside)):
+        raise ConfigError(f"--fresh removes what --resume {resume} is to go on from: give one of them")
+
+
+def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
+    """The run on disk, made or resumed; its lock is held. Raises ConfigError for another run of this name."""
+    run = Run.open(config, fresh)
+    if not fresh:
+        recover_books(run, console.print)
+    elif config.checkpoint.store:
+        # in a store of its own the checkpoints outlive the run's folder: nothing goes on from them
+        for segment in run.segments():
+            begin(CheckpointStore.of(config), segment.name, NONE, None)
+    return run
+
+
+def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str = AUTO) -> int:
+    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code."""
+    config = run.config
+    ids = run.read_ids()
+    tracker = open_schedule(
+        config.tracking_uri,
+        config.tracking.experiment,
+        config.name,
+        params=config.flattened(),
+        tags=describe_origin(config),
+        spool=run.spool,
+        artifacts=[run.config_path, *write_deepspeed_configs(run)],
+        ids=RunIds.from_dict(ids, config.tracking_uri) if ids else None,
+    )
+    run.write_ids(tracker.ids.to_dict())
+    began = time.monotonic()
+
+    def watch() -> None:
+        lock.check()
+        _show_progress(run, show)
+
+    with _StopOnSignal(run), progress("Training", "steps") as show:
+        try:
+            outcome = train(run, tracker, watch, console.print, stage, resume)
+        except RunLockedError:
+            raise  # ledger and tracking are the other driver's now
+        except BaseException as error:
+            Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
+            track_hours(run, tracker)
+            tracker.fail(error)
+            raise
+    whole = outcome == "finished" and all(segment.finished for segment in run.segments())
+    summary = track_hours(run, tracker)
+    delivered = tracker.finish("FINISHED" if whole else "KILLED")
+    console.print(
+        f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
+        f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
+    )
+    if not delivered:
+        console.print(
+            f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
+            f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
+        )
+    if outcome == "budget spent":
+        console.print(
+            f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
+            "with it, raise the budget: --set budget_gpu_hours=..."
+        )
+        return STOPPED
+    if outcome == "stopped":
+        console.print("The same command goes on with the newest checkpoint.")
+        return STOPPED
+    if not whole:
+        left = [segment.name for segment in run.segments() if not segment.finished]
+        console.print(f"Next: the stages that are left, {', '.join(left)}")
+        return 0
+    console.print(
+        f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment} "
+        f"--uri {mask_secrets(config.tracking_uri)}"
+    )
+    return 0
+
+
+def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
+    """Tells the tracking of every device-hour, also of those since the last logged step: its segment what the metrics
+    of its steps began, the schedule a point an attempt, and the ledger itself."""
+    ledger = Ledger(run.ledger_path)
+    summary, attempts = ledger.summary(run.config.budget_gpu_hours), ledger.attempts()
+    if attempts:
+        if attempts[-1].segment in [segment.name for segment in run.segments()]:
+            tracker.log(summary.metrics(), None, attempts[-1].segment)
+        tracker.log(summary.metrics(), summary.attempts)
+        tracker.artifact(run.ledger_path)
+    return summary
+
+
+def write_deepspeed_configs(run: Run) -> list[Path]:
+    """What the engine derives for DeepSpeed, for people: a JSON file a stage in the run's folder."""
+    folder = run.folder / "deepspeed"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for stage, content in deepspeed_configs(run.config).items():
+        paths.append(folder / f"{stage}.json")
+        paths[-1].write_text(json.dumps(content, indent=2))
+    return paths
+
+
+def describe_origin(config: RunConfig) -> dict[str, str]:
+    """Tags that say what made a run: code, configuration, job, machines, base."""
+    return {
+        "domainshuttle.version": importlib.metadata.version("domainshuttle"),
+        "mlflow.source.git.commit": _git_commit(),
+        "config.digest": config.digest(),
+        "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
+        "cluster.workers": str(config.cluster.workers),
+        "base": ", ".join(expert.base or "new" for expert in config.experts) or config.model.base or "new",
+    }
+
+
+def _git_commit() -> str:
+    """The commit of the code, where it runs from a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _show_progress(run: Run, show: object) -> None:
+    """Moves the bar to where rank 0 says the segment is."""
+    state = run.read_progress()
+    if not state:
+        return
+    metrics = state["metrics"]
+    note = f"{state['segment']}"
+    if "loss" in metrics:
+        note += f" loss {metrics['loss']:.3f}, {metrics['samples/s']:.0f} samples/s"
+    show(state["step"], state["steps"], note)  # type: ignore[operator]
+
+
+class _StopOnSignal:
+    """While active, the first SIGINT or SIGTERM asks the workers for a checkpoint; a second one ends the driver."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.run.stop_path.exists():
+            raise KeyboardInterrupt
+        self.run.stop_path.touch()
+        console.print("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")

@@ -1,0 +1,52 @@
+"""What a run's folder knew, from its newest checkpoint, when the folder was lost and the store was not."""
+
+import contextlib
+from collections.abc import Callable
+
+from domainshuttle.platform.checkpoint.names import candidates
+from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+
+
+def recover_books(run: Run, say: Callable[[str], None]) -> None:
+    """Gives a run that has no books of its own those of its newest whole checkpoint.
+
+    These are the ledger with the hours used, the ids of the MLflow runs, the steps that are passed over, and after how
+    many steps the finished stages ended: their weights, which were in the folder, are then exported from their last
+    checkpoints. Raises StorageError when the store does not answer.
+    """
+    if run.read_ids() is not None or run.ledger_path.exists():
+        return
+    newest = _newest(run)
+    if newest is None or newest.state.config_digest != run.config.digest():
+        return
+    state = newest.state
+    if state.ledger:
+        Ledger(run.ledger_path).restore(state.ledger)
+    if state.mlflow:
+        run.write_ids(state.mlflow)
+    segments = {segment.name: segment for segment in run.segments()}
+    for name, rollbacks in state.passed_over.items():
+        if rollbacks and name in segments:
+            run.pass_over(name, *rollbacks)
+    for name, steps in state.finished.items():
+        if name in segments:
+            segments[name].end_at(steps)
+    hours = Ledger(run.ledger_path).summary().used
+    say(
+        f"{run.folder} had no books: those of checkpoint {newest.name} are taken, with {hours:.3f} device-hours used. "
+        "Finished stages are exported again from their last checkpoints"
+    )
+
+
+def _newest(run: Run) -> Checkpoint | None:
+    """The checkpoint of any segment that became whole last, of those that may be gone on from."""
+    store = CheckpointStore.of(run.config)
+    found: list[Checkpoint] = []
+    for segment in run.segments():
+        for name in candidates(store.names(segment.name), store.lines(segment.name)):
+            with contextlib.suppress(CheckpointError):
+                found.append(store.read(name, checksums=False))
+                break
+    return max(found, key=lambda checkpoint: checkpoint.written, default=None)

@@ -1,0 +1,371 @@
+"""The engine: DeepSpeed ZeRO-3 behind a small interface. This is the only module that imports deepspeed.
+
+Parameters, gradients and optimiser states are partitioned over the workers; blocks are gathered as a whole, one after
+the other. Frozen parameters are partitioned too, and have neither gradients nor optimiser states. Weights train in
+bf16, or as a section says in float32, with float32 masters in the optimiser.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from domainshuttle.model.convert import MAX_SHARD_BYTES
+from domainshuttle.model.mot import DomainMoTBlock
+from domainshuttle.model.weight_files import write_shards
+from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection
+from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
+from domainshuttle.platform.engine.initialization import Blueprint
+from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition, even_share
+from domainshuttle.platform.run.segments import learning_rate
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimiser step did."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    skipped: bool
+    """Whether the gradients were not finite, so that nothing was changed."""
+
+
+def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours: there is no second file to keep in step."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": stage.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": stage.gradient_clipping,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": stage.learning_rate,
+                "betas": list(stage.betas),
+                "weight_decay": stage.weight_decay,
+                # torch's own: DeepSpeed's would be compiled on the spot, for which each node needs CUDA's compiler
+                "torch_adam": True,
+                "fused": on_gpu,
+            },
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": engine.persistent_parameters,
+            "overlap_comm": on_gpu,
+            "contiguous_gradients": True,
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if not on_gpu:
+        # the defaults zero gigabyte buffers that a small model never fills
+        config["zero_optimization"] |= {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+    if engine.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    return config
+
+
+class Engine:
+    """A model under ZeRO-3. Call it like the model; then `backward`, and after the last micro-batch `step`.
+
+    All ranks must make the same calls. The blueprint's outline, its trained parameters selected, becomes the model:
+    rank 0 reads its weights, and each rank receives its part of one tensor after the other, so that none ever holds
+    the whole. Masters have the weights of the source in float32.
+    """
+
+    def __init__(self, blueprint: Blueprint, stage: StageSection, section: EngineSection, accumulation: int) -> None:
+        deepspeed = _deepspeed()
+        self.config = deepspeed_config(stage, section, accumulation, torch.cuda.is_available())
+        self.stage, self._decay = stage, section.ema
+        self._accumulation, self._pending = accumulation, 0
+        model = blueprint.outline
+        masters = _materialise(blueprint, self.config)
+        checkpoint_blocks(model, section.activations)
+        _choose_attention(model, section)
+        if section.compile is not None:
+            for block in model.blocks:
+                # the forward alone: ZeRO-3's hooks, which gather the weights around it, stay outside
+                block.forward = torch.compile(block.forward, backend=section.compile)
+        _gather_whole_blocks(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        trained = [parameter for parameter in names if parameter.requires_grad]
+        if not any(names[parameter].startswith("patch_embedding.") for parameter in trained):
+            # ZeRO-3 finds its way back through the first block by the gradient of what went in
+            model.patch_embedding.register_forward_hook(_require_gradient)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, model_parameters=trained, config=self.config
+        )
+        self._partition = Partition(self._optimizer, names)
+        self._partition.set_masters(masters)
+        if self._decay is not None:
+            self._partition.start_average()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and products, and of the batches that the model is given."""
+        return _dtype(self.config)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch (its share of the step's mean)."""
+        if self._pending:
+            # the one before was not the step's last: DeepSpeed counts micro-batches by calls of its `step`
+            self._engine.step()
+        self._engine.backward(loss)
+        self._pending += 1
+
+    def step(self, step: int) -> StepResult:
+        """Clips and applies the gradients at the rate of `step`, or, when they are not finite, drops them."""
+        if self._pending != self._accumulation:
+            raise RuntimeError(f"step {step} after {self._pending} micro-batches; expected {self._accumulation}")
+        self._pending = 0
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.stage, step)
+        before = self._engine.skipped_steps
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        skipped = self._engine.skipped_steps > before
+        if self._decay is not None and not skipped:
+            self._partition.update_average(self._decay)
+        return StepResult(float(norm if norm is not None else 0.0), skipped)
+
+    def drop(self, step: int) -> StepResult:
+        """Throws the gradients of a step away, as if they had overflowed: nothing is changed."""
+        # DeepSpeed discards a step by its gradients' norm, after which all its buffers are as after a step
+        self._optimizer._get_norm_groups = lambda: [torch.tensor(float("inf"))]
+        try:
+            return self.step(step)
+        finally:
+            del self._optimizer._get_norm_groups
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self._decay is not None
+
+    def checkpoint_bytes(self, trained: int) -> int:
+        """About how many bytes all ranks write of so many trained parameters: master and two moments, and average."""
+        return trained * 4 * (4 if self.averages else 3)
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's shard (trained parameters, optimiser states and average) into folder/zero.
+
+        Raises OSError when it can't be written.
+        """
+        self._partition.save(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copies what `save` would write; the function returned writes it later, from any thread, to a folder."""
+        return self._partition.snapshot()
+
+    def load(self, folder: Path, own: bool = False) -> None:
+        """Loads this rank's part from the shards of any number of ranks. Frozen parameters stay as they were built.
+
+        With `own`, of as many ranks, its own shard is enough. Raises RuntimeError for shards that are missing, damaged,
+        or of other parameters.
+        """
+        self._partition.load(folder, own)
+
+    def full_parameters(self, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, one after the other, in float32 on the CPU: the masters of those that are trained.
+
+        With `ema`, their moving averages. All ranks must run through it to the end; what is yielded is valid until the
+        next. Raises RuntimeError when no average is kept.
+        """
+        if ema and self._decay is None:
+            raise RuntimeError("no moving average is kept: set engine.ema, such as 0.9999")
+        deepspeed = _deepspeed()
+        for name, parameter in self._engine.module.named_parameters():
+            if parameter.requires_grad:
+                yield name, self._partition.gather(name, AVERAGE if ema else MASTER).cpu()
+            else:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    whole = parameter.detach().float().cpu()
+                yield name, whole
+
+    def export(self, folder: Path, ema: bool = False) -> None:
+        """Writes the whole model as a diffusers folder, float32; rank 0 writes, all ranks must call.
+
+        Raises OSError, on every rank, when it can't be written.
+        """
+        parameters = self.full_parameters(ema)
+        faults: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            module = self._engine.module
+            order = [(name, tuple(p.ds_shape), torch.float32) for name, p in module.named_parameters()]
+            try:
+                write_shards(folder, order, lambda _: next(parameters)[1], MAX_SHARD_BYTES)
+                module.save_config(folder)
+            except OSError as error:
+                faults = [str(error)]
+        for _ in parameters:  # on rank 0 what a fault left: the others wait for it in every gathering
+            pass
+        dist.broadcast_object_list(faults)
+        if faults[0] is not None:
+            raise OSError(f"the weights could not be written to {folder}: {faults[0]}")
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
+    """A model without training under ZeRO-3, built as an engine's, for the `snapshot` target of the cross-pair loss."""
+    deepspeed = _deepspeed()
+    model = blueprint.outline.requires_grad_(False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": section.precision == "bf16"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
+    }
+    _materialise(blueprint, config)
+    _choose_attention(model, section)
+    _gather_whole_blocks(model)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()  # DeepSpeed's returns nothing
+    frozen: nn.Module = engine
+    return frozen
+
+
+@torch.no_grad()
+def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Gives the outline its weights, divided over the ranks; returns this rank's parts of the trained ones.
+
+    They are float32, flat and on the CPU, as the source has them: bf16 weights have lost their lower bits.
+    """
+    deepspeed, dtype = _deepspeed(), _dtype(config)
+    with _quiet():
+        deepspeed.init_distributed()
+        initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
+    rank, ranks, device = dist.get_rank(), dist.get_world_size(), initialisation.local_device
+    outline = blueprint.outline
+    weights = blueprint.weights() if rank == 0 else None
+    masters: dict[str, Tensor] = {}
+    for name, parameter in list(outline.named_parameters()):
+        whole = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value = None
+        if weights is not None:
+            source, value = next(weights)
+            if source != name:
+                raise RuntimeError(f"the weights are out of order: {source} came where {name} was expected")
+            whole.copy_(value)
+        if parameter.requires_grad:
+            masters[name] = _scatter(value, parameter.numel(), rank, ranks, device)
+        owner, _, short = name.rpartition(".")
+        real = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        setattr(outline.get_submodule(owner), short, real)
+        initialisation._convert_to_zero_parameters([real])  # sends rank 0's to all, and keeps this rank's part
+    return masters
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    return torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+
+
+def _scatter(value: Tensor | None, size: int, rank: int, ranks: int, device: torch.device) -> Tensor:
+    """This rank's share of rank 0's `value`, float32 on the CPU."""
+    share = even_share(size, 0, ranks)[1]
+    mine = torch.empty(share, device=device)
+    parts = None
+    if value is not None:
+        flat = value.to(device, torch.float32).flatten()
+        parts = list(nn.functional.pad(flat, (0, share * ranks - size)).chunk(ranks))
+    dist.scatter(mine, parts)
+    first, last = even_share(size, rank, ranks)
+    return mine[: last - first].cpu()
+
+
+def _gather_whole_blocks(model: nn.Module) -> None:
+    """Makes a block the unit that is gathered: a third less time a step than by layers (benchmarks/README.md)."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    with _quiet():
+        set_z3_leaf_modules(model, [DomainMoTBlock])
+
+
+def _choose_attention(model: Any, section: EngineSection) -> None:
+    backend = section.attention_backend
+    if backend is None and not torch.cuda.is_available() and section.activations.mode != "attention":
+        # over the short sequences of a desk, the CPU's flash kernel takes longer than the plain products
+        backend = "_native_math"
+    if backend is None:
+        return
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that backends are experimental
+    model.set_attention_backend(backend)
+    logger.setLevel(level)
+
+
+def _deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # what DeepSpeed compiles names the environment's own headers: two environments would compile it again in turns
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{own}-{torch.__version__}"))
+    # it compiles with the ninja that it finds first; another version of it would compile everything again
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start
+    with _quiet(), mock.patch.object(torch, "compile", lambda function, **_: function):
+        import deepspeed
+        import deepspeed.runtime.zero.muon.original_muon
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what DeepSpeed prints and logs below errors: a hundred lines for a start."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with Path(os.devnull).open("w") as sink, contextlib.redirect_stdout(sink):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def build_cpu_operator() -> None:
+    """Compiles DeepSpeed's shared-memory collective for the CPU, which its first start would do; a no-op elsewhere."""
+    if torch.cuda.is_available():
+        return
+    _deepspeed()
+    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)
+
+
+def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
+    on_gpu, configs = config.cluster.gpus_per_worker > 0, {}
+    for stage in config.stages:
+        accumulation = stage.global_batch // (config.worker_sizes(stage)[-1] * stage.micro_batch)
+        configs[stage.name] = deepspeed_config(stage, config.engine, accumulation, on_gpu)
+    return configs

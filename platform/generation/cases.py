@@ -1,0 +1,124 @@
+"""Cases to generate: held-out samples of a raw corpus, or those of a file in the release's format."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.generation import DomainShuttlePipeline
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.media.decode import Pixels, decode_image
+from domainshuttle.pipelines.sample import DOMAINS, RawSample
+from domainshuttle.pipelines.shards.tar import read_members
+from domainshuttle.platform.config.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated, and what it is compared with: pictures [h,w,3] and clips [F,h,w,3], uint8."""
+
+    key: str
+    caption: str
+    references: tuple[Pixels, ...]
+    subjects: tuple[int, ...]
+    """Subject on each reference."""
+    domains: tuple[int, ...]
+    """Domain id wanted for each reference, -1 for none."""
+    target: Pixels | None = None
+    """The real clip, where there is one."""
+
+    @property
+    def domain(self) -> str:
+        """The domains by name."""
+        names = [DOMAINS[domain] if domain >= 0 else "none" for domain in self.domains]
+        return ", ".join(dict.fromkeys(names)) or "none"
+
+
+def load_cases(index: Index, count: int, spread: bool = False) -> list[Case]:
+    """`count` single-subject samples of a raw corpus, with one cut-out reference each.
+
+    They are the first ones or, with `spread`, evenly spread over the corpus. Raises DataError when there are too few.
+    """
+    from domainshuttle.pipelines.encoding.sample_encoder import decode_sample
+
+    single = index.filter("subject_count == 1")
+    if len(single) < count:
+        raise DataError(f"the held-out corpus has {len(single)} samples with one subject, and {count} are asked for")
+    chosen = np.linspace(0, len(single) - 1, count).round().astype(int) if spread else np.arange(count)
+    cases = []
+    for row in single.rows(chosen):
+        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        target, references = decode_sample(sample, parse_bucket(row.bucket))
+        one = next((n for n, origin in enumerate(row.reference_origins) if origin == "other_clip"), 0)
+        cases.append(Case(row.key, sample.info.caption, (references[one],), (0,), (row.domains[0],), target))
+    return cases
+
+
+def read_cases(path: Path) -> Iterator[tuple[str, GenerationCase]]:
+    """Name and case of each line of a JSONL file; raises ConfigError that names the line that is not understood."""
+    if not path.is_file():
+        raise ConfigError(f"no file {path}: expected a JSONL of cases, one a line")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path.stem}-{number:04d}", GenerationCase.from_release(json.loads(line), path.parent)
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
+
+
+def cases_of_file(path: Path) -> list[Case]:
+    """The cases of a JSONL file with their pictures; raises ConfigError, or DataError for a picture that is none."""
+    cases = []
+    for name, case in read_cases(path):
+        pictures = tuple(decode_image(picture.read_bytes(), str(picture)) for picture in case.references)
+        cases.append(Case(name, case.prompt, pictures, case.subjects, case.domains))
+    if not cases:
+        raise ConfigError(f"{path} has no cases: expected one a line")
+    return cases
+
+
+def generate_cases(
+    pipeline: DomainShuttlePipeline,
+    cases: list[Case],
+    size: tuple[int, int, int],
+    steps: int,
+    guidance: float,
+    seed: int,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> list[Pixels]:
+    """A clip [F,h,w,3] a case, all in one batch; `size` is frames, height, width, and case n has seed `seed` + n.
+
+    `on_step` is called with the number of sampling steps done; what it raises ends the generation.
+    """
+    frames, height, width = size
+
+    def callback(_: object, step: int, __: float, tensors: dict[str, object]) -> dict[str, object]:
+        on_step(step + 1)
+        return tensors
+
+    with_references = any(case.references for case in cases)
+    result: Any = pipeline(
+        prompt=[case.caption for case in cases],
+        negative_prompt="",
+        references=[[Image.fromarray(p) for p in case.references] for case in cases] if with_references else None,
+        reference_subjects=[list(case.subjects) for case in cases] if with_references else None,
+        reference_domains=[list(case.domains) for case in cases] if with_references else None,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        reference_guidance_scale=guidance,
+        seed=[seed + number for number in range(len(cases))],
+        output_type="np",
+        callback_on_step_end=callback,
+    )
+    return [(np.clip(clip, 0, 1) * 255).round().astype(np.uint8) for clip in result.frames]

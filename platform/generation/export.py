@@ -1,0 +1,86 @@
+"""Export: a run's weights and its encoders as one diffusers pipeline folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+
+from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder, network_dtype
+from domainshuttle.model.generation import DomainShuttlePipeline
+from domainshuttle.model.sampling import make_scheduler
+from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.segments import Segment
+
+
+def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool = True) -> str:
+    """Writes the pipeline of a finished stage (the last one unless named) and returns the stage's name.
+
+    With experts it holds all of them. Where a moving average of the weights was kept it is taken, unless `averaged` is
+    False. The folder appears whole or not at all; one that is there is replaced if it is a pipeline. Raises ConfigError
+    when no stage is finished, or for a folder that holds something else.
+    """
+    name, segments = _finished_stage(run, stage)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+        raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
+    pipeline: Any = assemble_pipeline(run.config, *_networks(segments, averaged))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(folder)
+    return name
+
+
+def _finished_stage(run: Run, stage: str | None) -> tuple[str, list[Segment]]:
+    """The last stage, or the named one, of which every segment is finished."""
+    for section in reversed(run.config.stages):
+        segments = [segment for segment in run.segments() if segment.stage.name == section.name]
+        if stage in (None, section.name) and all(segment.finished for segment in segments):
+            return section.name, segments
+    which = f"stage {stage!r}" if stage else "any stage"
+    raise ConfigError(f"run {run.config.name!r} has not finished {which}; see domainshuttle status {run.folder}")
+
+
+def _networks(segments: list[Segment], averaged: bool) -> tuple[list[Path], float | None]:
+    """The folders of the stage's networks, the one for high noise first, and the time that divides two."""
+    if len(segments) > 2:
+        raise ConfigError(f"{len(segments)} experts: a pipeline holds two at most")
+    ordered = sorted(segments, key=lambda segment: -segment.flow.low)
+    averages = [segment.averaged_weights for segment in ordered]
+    folders = [
+        average if averaged and average.exists() else segment.weights
+        for average, segment in zip(averages, ordered, strict=True)
+    ]
+    return folders, ordered[0].flow.low if len(ordered) == 2 else None
+
+
+def assemble_pipeline(
+    config: RunConfig, weights: list[Path], boundary: float | None = None, device: str = "cpu"
+) -> DomainShuttlePipeline:
+    """The pipeline of transformers' folders and the run's encoders.
+
+    Of two, the first is in charge of the times from `boundary` on.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    encoders = config.encoders
+    dtype = network_dtype(device)
+    video = load_video_encoder(encoders.video)
+    text = load_text_encoder(encoders.text, encoders.text_len, dtype=dtype)
+    first, *others = [DomainShuttleTransformer3DModel.from_pretrained(folder, torch_dtype=dtype) for folder in weights]
+    pipeline: Any = DomainShuttlePipeline(
+        transformer=first,
+        transformer_2=others[0] if others else None,
+        boundary_ratio=boundary,
+        scheduler=make_scheduler("euler", config.generation.shift),
+        vae=video.vae if isinstance(video, WanVideoEncoder) else video,  # type: ignore[arg-type]
+        text_encoder=text.model,
+        tokenizer=text.tokenizer,
+    )
+    placed: DomainShuttlePipeline = pipeline.to(device)
+    return placed

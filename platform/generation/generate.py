@@ -1,0 +1,115 @@
+"""`domainshuttle generate`: cases to clips on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from domainshuttle.model.batch import domain_id
+from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.encoders import network_dtype
+from domainshuttle.model.generation import DomainShuttlePipeline
+from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.generation.cases import read_cases
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are sampled; sizes in pixels."""
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance: float
+    reference_guidance: float | None
+    fps: float
+    seed: int
+
+
+def load_pipeline(model: str | Path) -> DomainShuttlePipeline:
+    """The exported pipeline, on a GPU if there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = {"default": network_dtype(device), "vae": torch.float32}
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = DomainShuttlePipeline.from_pretrained(model, dtype=dtype)
+    except OSError as error:
+        raise ConfigError(f"no exported model in {model}: make one with domainshuttle export ({error})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def generate_clips(
+    model: str, prompt: str | None, references: list[str], cases: Path | None, out: Path, sampling: Sampling
+) -> list[Path]:
+    """Generates a clip a case into `out`; returns their paths.
+
+    Raises ConfigError for a case that can't be generated, before anything is.
+    """
+    if (prompt is None) == (cases is None):
+        raise ConfigError("give either --prompt (and --reference for each picture) or --cases FILE.jsonl")
+    todo = list(read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
+    pipeline = load_pipeline(model)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with progress("Generating", "clips") as show:
+        for number, (name, case) in enumerate(todo):
+            result: Any = pipeline(
+                prompt=case.prompt,
+                negative_prompt="",
+                references=[Image.open(path) for path in case.references] or None,
+                reference_subjects=list(case.subjects) or None,
+                reference_domains=list(case.domains) or None,
+                height=sampling.height,
+                width=sampling.width,
+                num_frames=sampling.frames,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                reference_guidance_scale=sampling.reference_guidance,
+                seed=sampling.seed + number,
+                output_type="np",
+            )
+            path = out / f"{name}.{'mp4' if sampling.frames > 1 else 'png'}"
+            save_clip(result.frames[0], path, sampling.fps)
+            written.append(path)
+            per_step = sum(result.seconds_per_step) / len(result.seconds_per_step)
+            show(number + 1, len(todo), f"{per_step:.2f} s a step, peak {result.peak_memory_bytes / 2**30:.2f} GiB")
+    console.print(
+        f"Wrote {len(written)} {'clips' if sampling.frames > 1 else 'pictures'} to {out}; {per_step:.2f} s a step, "
+        f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+    )
+    return written
+
+
+def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
+    """Writes frames [f,h,w,3], floats in 0..1, as MP4, or the first as PNG."""
+    pixels = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    if path.suffix == ".png":
+        Image.fromarray(pixels[0]).save(path)
+    else:
+        path.write_bytes(encode_mp4(pixels, fps))
+
+
+def _case(prompt: str, references: list[str]) -> GenerationCase:
+    """The case of command-line arguments; each reference is PICTURE[:SUBJECT[:DOMAIN]]."""
+    pictures, subjects, domains = [], [], []
+    for number, text in enumerate(references):
+        picture, *rest = text.rsplit(":", 2) if not Path(text).exists() else [text]
+        if not Path(picture).is_file():
+            raise ConfigError(f"--reference {text!r}: no picture {picture}; expected PICTURE[:SUBJECT[:DOMAIN]]")
+        try:
+            subjects.append(int(rest[0]) if rest else number)
+            domains.append(domain_id(rest[1]) if len(rest) > 1 else -1)
+        except ValueError as error:
+            raise ConfigError(f"--reference {text!r}: {error}") from error
+        pictures.append(Path(picture))
+    return GenerationCase(prompt, tuple(pictures), tuple(subjects), tuple(domains))

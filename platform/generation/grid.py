@@ -1,0 +1,97 @@
+"""The pictures people look at: references beside generated clips, a row a case, and the same cases over the steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from domainshuttle.pipelines.media.decode import Pixels, encode_mp4
+
+_SIDE, _GAP, _TEXT, _HEAD = 128, 8, 190, 30
+_PAPER, _INK, _FAINT = (250, 250, 250), (40, 40, 48), (110, 110, 124)
+
+Column = tuple[str, list[Pixels | None]]
+"""A head and a picture [h,w,3] a row; None leaves its place empty."""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One case: pictures [h,w,3] and clips [F,h,w,3], uint8. A column that no row has is left out."""
+
+    caption: str
+    domain: str
+    references: Sequence[Pixels]
+    generated: Pixels
+    target: Pixels | None = None
+    other: Pixels | None = None
+    """Generated from the same noise and caption with another subject's reference."""
+
+    @property
+    def label(self) -> tuple[str, str]:
+        return self.caption, f"domain: {self.domain}"
+
+
+def write_grid(rows: Sequence[GridRow], folder: Path, fps: float) -> list[Path]:
+    """Writes `grid.png` (three frames of each clip) and, of clips, `grid.mp4` (side by side) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [row.label for row in rows]
+    frames, height, width, _ = rows[0].generated.shape
+    middle, last = (frames - 1) // 2, frames - 1
+    picture = folder / "grid.png"
+    stills = _columns(rows, sorted({0, middle, last}), middle)
+    Image.fromarray(draw_table(labels, stills, height / width)).save(picture)
+    if frames == 1:
+        return [picture]
+    clip = folder / "grid.mp4"
+    moving = [draw_table(labels, _columns(rows, [time], time), height / width) for time in range(frames)]
+    clip.write_bytes(encode_mp4(np.stack(moving * 3), fps))  # three times round: a second alone is hard to see
+    return [picture, clip]
+
+
+def _columns(rows: Sequence[GridRow], times: Sequence[int], compared: int) -> list[Column]:
+    """The references, the generated clips at `times`, and what they are compared with at the time `compared`."""
+    most = max(len(row.references) for row in rows)
+    columns: list[Column] = [
+        ("" if place else "reference", [row.references[place] if place < len(row.references) else None for row in rows])
+        for place in range(most)
+    ]
+    columns += [("" if number else "generated", [row.generated[t] for row in rows]) for number, t in enumerate(times)]
+    for head, clips in (
+        ("target", [row.target for row in rows]),
+        ("other reference", [row.other for row in rows]),
+    ):
+        if any(clip is not None for clip in clips):
+            columns.append((head, [None if clip is None else clip[compared] for clip in clips]))
+    return columns
+
+
+def draw_table(labels: Sequence[tuple[str, str]], columns: Sequence[Column], shape: float) -> Pixels:
+    """A page [h,w,3] of pictures of height / width `shape`, each as large as fits; a label (text, note) a row."""
+    wide = max(_SIDE, round(_SIDE / shape))
+    width = _TEXT + len(columns) * (wide + _GAP) + _GAP
+    height = _HEAD + len(labels) * (_SIDE + _GAP) + _GAP
+    canvas = Image.new("RGB", (width + width % 2, height + height % 2), _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    for number, (head, _) in enumerate(columns):
+        pen.text((_TEXT + number * (wide + _GAP), 8), head, fill=_INK, font=font)
+    for row, (text, note) in enumerate(labels):
+        top = _HEAD + row * (_SIDE + _GAP)
+        pen.multiline_text((_GAP, top + 6), _wrapped(text), fill=_INK, font=small, spacing=3)
+        pen.text((_GAP, top + _SIDE - 24), note, fill=_FAINT, font=small)
+        for number, (_, pictures) in enumerate(columns):
+            if (picture := pictures[row]) is not None:
+                tile = ImageOps.contain(Image.fromarray(picture), (wide, _SIDE), Image.Resampling.BICUBIC)
+                canvas.paste(tile, (_TEXT + number * (wide + _GAP), top + (_SIDE - tile.height) // 2))
+    return np.asarray(canvas)
+
+
+def _wrapped(text: str, width: int = 24, lines: int = 5) -> str:
+    wrapped = [""]
+    for word in text.split():
+        if len(wrapped[-1]) + len(word) >= width:
+            wrapped.append("")
+        wrapped[-1] = f"{wrapped[-1]} {word}".strip()
+    return "\n".join(wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], f"{wrapped[lines - 1]} ..."])

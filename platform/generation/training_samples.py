@@ -1,0 +1,155 @@
+"""Samples while a run trains: clips of fixed cases every so many steps, by step in MLflow.
+
+They are made from a snapshot of the whole weights, never by the model that trains: that one is divided over the ranks,
+and all of them would have to take part in each of its forwards. All ranks write the snapshot together; then a Ray task
+generates from it beside the training or, where the cluster has no resources free, rank 0 does between two steps. A
+generation that fails or takes too long is a warning and a tag of the MLflow run, and the training goes on.
+"""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.pipelines.storage.uri import join
+from domainshuttle.platform.config.schema import RunConfig, SamplingSection
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.segments import Segment
+
+if TYPE_CHECKING:
+    from domainshuttle.platform.generation.cases import Case
+    from domainshuttle.platform.generation.grid import Column
+
+# What generates is imported by the functions that do: every worker imports this module, and few generate.
+
+OVER_STEPS_NAME = "over_steps.png"
+_MOST_COLUMNS = 12
+"""Steps on the picture over steps: the first, the last, and those evenly between."""
+
+
+def sample_cases(config: RunConfig) -> "list[Case]":
+    """The fixed cases; raises ConfigError or DataError for those that are not there."""
+    from domainshuttle.platform.generation.cases import cases_of_file, load_cases
+
+    section = required_sampling(config)
+    if section.cases_file is not None:
+        return cases_of_file(Path(section.cases_file))
+    assert config.evaluation is not None  # held by the configuration
+    folder = config.corpus_folder(config.evaluation.corpus, "raw")
+    return load_cases(Index.load(join(folder, INDEX_NAME)), section.cases, spread=True)
+
+
+def networks_beside(run: Run, segment: Segment, weights: Path) -> tuple[list[Path], float | None]:
+    """The folders of the networks to generate with, the one for high noise first, and the time that divides two.
+
+    `weights` are a segment's. Of two experts the other one takes part as it is: with its newest finished stage's
+    weights or, before it has one, with those that it begins with, which are written beside the samples once.
+    """
+    others = [other for other in run.segments() if other.expert not in (None, segment.expert)]
+    if len({other.expert for other in others}) != 1:
+        return [weights], None
+    partner = next((other for other in reversed(others) if other.finished), None)
+    if partner is None:
+        folder = _begun_with(run, others[0])
+    else:
+        folder = partner.averaged_weights if partner.averaged_weights.exists() else partner.weights
+    by_low = {segment.flow.low: weights, others[0].flow.low: folder}
+    return [by_low[low] for low in sorted(by_low, reverse=True)], max(by_low)
+
+
+def _begun_with(run: Run, segment: Segment) -> Path:
+    """The weights that a segment begins with, as a folder of ours; it appears whole or not at all."""
+    from domainshuttle.model.convert import MAX_SHARD_BYTES
+    from domainshuttle.model.weight_files import write_shards
+    from domainshuttle.platform.engine.initialization import blueprint
+
+    folder = run.folder / "samples" / f"begins-{segment.name}"
+    if not folder.exists():
+        design = blueprint(run.config.model_of(segment.expert), segment.origin, segment.seed)
+        dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
+        order = [(name, tuple(p.shape), dtype) for name, p in design.outline.named_parameters()]
+        stream, partial = design.weights(), folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_shards(partial, order, lambda _: next(stream)[1].to(dtype), MAX_SHARD_BYTES)
+        design.outline.save_config(partial)
+        partial.rename(folder)
+    return folder
+
+
+def generate_samples(config: RunConfig, segment: str, weights: Path, out: Path, device: str, timeout: float) -> None:
+    """Generates all cases from the folder of a segment's transformer into `out`, which appears whole or not at all.
+
+    It gets grid.png and grid.mp4, and of each case a still and a clip; beside it the picture over steps is drawn again.
+    Cases without a target have the size of the stage's largest bucket. Raises TimeoutError after `timeout` seconds.
+    """
+    from domainshuttle.platform.generation.cases import generate_cases
+    from domainshuttle.platform.generation.export import assemble_pipeline
+    from domainshuttle.platform.generation.grid import GridRow, write_grid
+
+    deadline = time.monotonic() + timeout
+    cases, sampling = sample_cases(config), config.generation
+    run = Run(config)
+    stage = run.segment(segment).stage
+    pipeline: Any = assemble_pipeline(config, *networks_beside(run, run.segment(segment), weights), device=device)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def in_time(_: int) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the samples took more than {timeout:g} s: raise sampling.timeout, or ask for fewer")
+
+    buckets = [bucket for corpus in stage.mixture for bucket in config.corpora[corpus].parsed_buckets]
+    largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
+    rows = []
+    for number, case in enumerate(cases):
+        size = case.target.shape[:3] if case.target is not None else (largest.frames, largest.height, largest.width)
+        # one at a time, as memory grows with each
+        seed = config.seed + number
+        (clip,) = generate_cases(pipeline, [case], size, sampling.steps, sampling.guidance, seed, in_time)
+        rows.append(GridRow(case.caption, case.domain, case.references, clip, case.target))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_grid(rows, partial, sampling.fps)
+    for number, row in enumerate(rows, 1):
+        Image.fromarray(row.generated[len(row.generated) // 2]).save(partial / f"case-{number:02d}.png")
+        if len(row.generated) > 1:
+            (partial / f"case-{number:02d}.mp4").write_bytes(encode_mp4(row.generated, sampling.fps))
+    (partial / "cases.json").write_text(json.dumps([[case.key, case.caption, case.domain] for case in cases]))
+    partial.rename(out)
+    draw_over_steps(out.parent)
+
+
+def draw_over_steps(folder: Path) -> Path:
+    """Draws `over_steps.png` in a segment's folder of samples: a row a case, a column a step.
+
+    Of steps whose cases were others than those of the last one nothing is shown.
+    """
+    from domainshuttle.platform.generation.grid import draw_table
+
+    steps = sorted(path.parent for path in folder.glob("step-*/cases.json"))
+    cases = json.loads((steps[-1] / "cases.json").read_text())
+    steps = [step for step in steps if json.loads((step / "cases.json").read_text()) == cases]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(_MOST_COLUMNS, len(steps))).round().astype(int))
+    columns: list[Column] = []
+    for step in (steps[place] for place in chosen):
+        stills = [np.asarray(Image.open(step / f"case-{number:02d}.png")) for number in range(1, len(cases) + 1)]
+        columns.append((f"step {int(step.name.removeprefix('step-')):,}", list(stills)))
+    first = columns[0][1][0]
+    assert first is not None
+    page = draw_table([(text, f"domain: {domain}") for _, text, domain in cases], columns, len(first) / len(first[0]))
+    picture = folder / OVER_STEPS_NAME
+    Image.fromarray(page).save(picture)
+    return picture
+
+
+def required_sampling(config: RunConfig) -> SamplingSection:
+    if config.sampling is None:
+        raise ValueError("this run takes no samples: it has no `sampling`")
+    return config.sampling

@@ -1,0 +1,251 @@
+"""The schedule of a run: its folder, its segments, and where each of them starts.
+
+A run is a folder. Everything that survives a stop is in it, and its name is its identity: starting the same
+configuration again goes on with it. A segment (a stage of the configuration) is finished when its weights are exported;
+the next one begins with these.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.config.schema import (
+    ConfigError,
+    ExpertSection,
+    RunConfig,
+    differences,
+)
+from domainshuttle.platform.run.journal import Journal
+from domainshuttle.platform.run.lock import HOLDER_NAME, LOCK_NAME
+from domainshuttle.platform.run.segments import Segment
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A run on disk. `open` makes or resumes it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = config.run_folder
+
+    @classmethod
+    def open(cls, config: RunConfig, fresh: bool = False) -> "Run":
+        """Makes the run's folder, or resumes it.
+
+        Raises ConfigError when a run of this name was made with another configuration, naming the keys that differ.
+        """
+        run = cls(config)
+        if fresh and run.folder.exists():
+            for path in run.folder.iterdir():
+                if path.name in (LOCK_NAME, HOLDER_NAME):
+                    continue  # of the driver that asks for this
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if run.config_path.exists():
+            saved = RunConfig.model_validate(yaml.safe_load(run.config_path.read_text()))
+            if saved.digest() != config.digest():
+                raise ConfigError(
+                    f"run {config.name!r} in {run.folder} was started with another configuration: "
+                    f"{differences(saved.decisive(), config.decisive())}. Give this one a name of its own (--set "
+                    "name=...), to go on from a checkpoint of the other with --resume PATH besides; or start it anew "
+                    "with --fresh"
+                )
+        for part in ("consumed", "quarantine", "dropped", "weights", "checkpoints"):
+            (run.folder / part).mkdir(parents=True, exist_ok=True)
+        content = config.to_yaml()
+        if not run.config_path.exists() or run.config_path.read_text() != content:
+            write_bytes(run.config_path, content.encode())
+        run.stop_path.unlink(missing_ok=True)
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    @property
+    def spool(self) -> Path:
+        """Metrics on their way to MLflow."""
+        return self.folder / "spool"
+
+    @property
+    def progress_path(self) -> Path:
+        """Where the run is, for people: written by rank 0, small, and never needed to resume."""
+        return self.folder / "progress.json"
+
+    @property
+    def starts_path(self) -> Path:
+        """How long the parts of each start of the workers took, a line a start."""
+        return self.folder / "starts.jsonl"
+
+    @property
+    def notices_path(self) -> Path:
+        """What the workers' side has to say to people, a line each; the driver shows it."""
+        return self.folder / "notices.jsonl"
+
+    @property
+    def fingerprints_path(self) -> Path:
+        """Digests of weights, so that they are not read whole at every start."""
+        return self.folder / "fingerprints.json"
+
+    @property
+    def failed_checkpoints_path(self) -> Path:
+        """Checkpoints that could not be written, with the reason, a line each."""
+        return self.folder / "failed_checkpoints.jsonl"
+
+    def plan_path(self, segment: str) -> Path:
+        """What a segment's plan is made of: shares of sources and buckets, passes, tokens."""
+        return self.folder / "plans" / f"{segment}.json"
+
+    @property
+    def stop_path(self) -> Path:
+        """A file that asks the workers to write a checkpoint and stop."""
+        return self.folder / "stop"
+
+    def consumed_path(self, segment: str, rank: int) -> Path:
+        """Which samples a rank trained on, a line a micro-batch."""
+        return self.folder / "consumed" / f"{segment}.rank{rank:05d}.jsonl"
+
+    def dropped_path(self, segment: str, rank: int) -> Path:
+        """Steps that were not applied, with the reason and this rank's samples, a line a step."""
+        return self.folder / "dropped" / f"{segment}.rank{rank:05d}.jsonl"
+
+    def hang_path(self, segment: str, rank: int) -> Path:
+        """Stacks of a worker that hung."""
+        return self.folder / "hangs" / f"{segment}.rank{rank:05d}.txt"
+
+    def quarantine_path(self, segment: str, rank: int) -> Path:
+        return self.folder / "quarantine" / f"{segment}.rank{rank:05d}.jsonl"
+
+    def segments(self) -> list[Segment]:
+        """The schedule in order."""
+        segments: list[Segment] = []
+        experts: list[ExpertSection | None] = [*self.config.experts] or [None]
+        origins = {expert: expert.base if expert else self.config.model.base for expert in experts}
+        for stage in self.config.stages:
+            for expert in experts:
+                number = len(segments)
+                seed = (self.config.seed << 8) + number
+                name = stage.name if expert is None else f"{stage.name}-{expert.name}"
+                weights = self.folder / "weights" / name
+                segments.append(Segment(number, stage, expert, seed, weights, origins[expert]))
+                origins[expert] = str(weights)
+        return segments
+
+    def segment(self, name: str) -> Segment:
+        """The segment of a name; raises ConfigError that lists those there are."""
+        for segment in self.segments():
+            if segment.name == name:
+                return segment
+        raise ConfigError(f"run {self.config.name!r} has no stage {name!r}; it has {[s.name for s in self.segments()]}")
+
+    def choose(self, stage: str | None) -> list[Segment]:
+        """The segments of one stage, or the one of that name; None: all. Raises ConfigError for a name of neither."""
+        if stage is None:
+            return self.segments()
+        chosen = [s for s in self.segments() if stage in (s.name, s.stage.name)]
+        return chosen or [self.segment(stage)]
+
+    def passed_over(self, segment: str) -> list[list[int]]:
+        """The steps of a segment that are not trained on, since they made it diverge: one list a rollback."""
+        path = self.folder / "passed_over" / f"{segment}.json"
+        steps: list[list[int]] = json.loads(path.read_text()) if path.exists() else []
+        return steps
+
+    def pass_over(self, segment: str, *rollbacks: list[int]) -> None:
+        """Adds the steps of a rollback, or of several, to those that are passed over."""
+        path = self.folder / "passed_over" / f"{segment}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_bytes(path, json.dumps([*self.passed_over(segment), *rollbacks]).encode())
+
+    def dropped_steps(self, segment: str) -> set[int]:
+        """The steps of a segment whose gradients were thrown away, in any attempt."""
+        return {line["step"] for line in Journal(self.dropped_path(segment, 0)).read()[0]}
+
+    def heard_from(self) -> float:
+        """When the workers last left a trace, in seconds since 1970; 0: never."""
+        traces = [float(self.read_progress().get("time", 0.0))]
+        for path in (self.folder / "consumed").glob("*.jsonl"):
+            with contextlib.suppress(OSError):
+                traces.append(path.stat().st_mtime)
+        return max(traces)
+
+    def read_progress(self) -> dict[str, Any]:
+        """What rank 0 wrote last of where the run is; empty before it did."""
+        try:
+            state: dict[str, Any] = json.loads(self.progress_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return state
+
+    def read_ids(self) -> dict[str, Any] | None:
+        """The ids of the run's MLflow runs, as they were saved last."""
+        path = self.folder / "mlflow.json"
+        ids: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return ids
+
+    def write_ids(self, ids: Mapping[str, Any]) -> None:
+        write_bytes(self.folder / "mlflow.json", json.dumps(dict(ids), indent=2).encode())
+
+
+def find_run(folder: str | Path) -> Run:
+    """The run in a folder; raises ConfigError where there is none."""
+    path = Path(folder).expanduser().absolute()
+    saved = path / "config.yaml"
+    if not saved.is_file():
+        near = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
+        hint = (
+            f"; runs beside it: {', '.join(near)}"
+            if near
+            else "; a run's folder is <output>/<name> of its configuration"
+        )
+        raise ConfigError(f"no run in {path}{hint}")
+    return Run(RunConfig.model_validate(yaml.safe_load(saved.read_text())))
+
+
+class ProgressFile:
+    """Writes a run's `progress.json`. A full disk is warned about, once until there is room, and ends nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._full = False
+
+    def write(self, content: dict[str, Any], last: bool = False) -> None:
+        """Replaces what was there; `last` says how it ended, for which there is room where the last one was."""
+        text, partial = json.dumps(content), self.path.with_suffix(".partial")
+        with self.suppressed():
+            try:
+                partial.write_text(text)
+                partial.rename(self.path)
+            except OSError:
+                if not last:
+                    raise
+                with self.path.open("r+") as file:
+                    file.write(text)
+                    file.truncate()
+
+    @contextlib.contextmanager
+    def suppressed(self) -> Iterator[None]:
+        """What only people read is no reason to end a step."""
+        try:
+            yield
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                logger.warning("where the run is can not be written: %s", error)
+            self._full = True

@@ -1,0 +1,368 @@
+"""What a worker notes of its own doing: samples consumed, metrics, time, progress. The recipe calls it and reads on."""
+
+import contextlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.objective import LossOutput
+from domainshuttle.pipelines.loading.reader import MicroBatch
+from domainshuttle.platform.checkpoint.async_writer import Saved
+from domainshuttle.platform.engine.zero3 import StepResult
+from domainshuttle.platform.run.folder import ProgressFile, Run
+from domainshuttle.platform.run.journal import Journal, JournalWriter
+from domainshuttle.platform.run.ledger import Attempt, Ledger
+from domainshuttle.platform.run.segments import Segment, learning_rate
+from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
+from domainshuttle.platform.tracking.outbox import tell_error
+from domainshuttle.platform.training.loss_metrics import LossMetrics
+from domainshuttle.platform.training.mfu import Utilization
+from domainshuttle.platform.training.stopwatch import Lap, Timeline
+from domainshuttle.platform.training.watchdog import Watchdog
+
+
+class Stop(IntEnum):
+    """Why all ranks end after this step, if they do."""
+
+    NO = 0
+    REQUESTED = 1
+    BUDGET_SPENT = 2
+    DURATION_REACHED = 3
+    """The stage's own GPU-hours are used: it is finished."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know alike after a step's gradients, by one collective."""
+
+    loss: float
+    """Mean over all ranks and micro-batches; not finite where any is not."""
+    stop: Stop
+    preempted: bool
+    """Whether a node was announced to go since the last step: the time for a checkpoint is now."""
+
+
+class Account:
+    """The books of one rank for one attempt at a segment. Only rank 0 keeps the ledger, the tracking and the progress.
+
+    All ranks must call `agree` and `step` together. `preemption` is asked about once a second, by all ranks at the same
+    step, whether a node is about to go. `start` has the times, since 1970, of what came before this process.
+    """
+
+    def __init__(
+        self, run: Run, segment: Segment, ids: dict[str, Any], first_step: int, attempt: int,
+        start: Mapping[str, float], preemption: Callable[[], bool], clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        config = run.config
+        self.run, self.segment, self.first_step, self.number = run, segment, first_step, attempt
+        self._preemption, self._preempted, self._asked = preemption, False, time.monotonic()
+        self._budget_read, self._stop = 0.0, Stop.NO
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
+        self._keys: list[str] = []
+        hangs = run.hang_path(segment.name, dist.get_rank())
+        self.watchdog = Watchdog(config.guard.hang_seconds, config.patience, hangs)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.main = self.rank == 0
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
+        self._utilization: Utilization | None = None
+        self._consumed = _journal(run.consumed_path(segment.name, self.rank))
+        self._dropped_lines = cache(lambda: _journal(run.dropped_path(segment.name, self.rank)))
+        self._failed_lines = cache(lambda: _journal(run.failed_checkpoints_path))
+        # counted over all attempts
+        self._dropped = run.dropped_steps(segment.name)
+        failed = Journal(run.failed_checkpoints_path).read()[0]
+        self._failed_saves = sum(line["segment"] == segment.name for line in failed)
+        self._progress = ProgressFile(run.progress_path)
+        self._done = first_step
+        self._start = {**start, "process": psutil.Process().create_time(), "imports": clock()}
+        self._due = config.tracking.every
+        self._steps = 0
+        self.last: dict[str, float] = {}
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
+        self.ledger = Ledger(run.ledger_path, clock)
+        self.attempt: Attempt | None = None
+        self.logger: MetricLogger | None = None
+        if self.main:
+            # the devices are held from when the processes start, which Ray may have done in advance
+            began = max(self._start["process"], start["asked"])
+            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, began, since=start["asked"])
+        self._timeline = Timeline("starting", clock)
+        self._interval, self._unwritten = Lap(self._timeline), Lap(self._timeline)
+        if self.main:
+            self.logger = MetricLogger(
+                RunIds.from_dict(ids, config.tracking_uri),
+                segment.name,
+                run.spool,
+                start_step=first_step,
+                system_every=15.0,
+            )
+            self._write_progress(first_step, "training")
+
+    def built(self, plan: Mapping[str, Any], utilization: Utilization) -> None:
+        """Notes that model, engine and loader are there; what the plan is made of goes to the tracking at the end."""
+        self._start["build"] = time.time()
+        self._utilization = utilization
+        if self.main:
+            with self._progress.suppressed():
+                path = self.run.plan_path(self.segment.name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(plan, indent=2))
+
+    def begin(self) -> None:
+        """Notes that the model is built and restored: the time until here was starting."""
+        self._start["restore"] = time.time()
+        self._timeline.switch("productive")  # what is neither waiting nor writing is the work itself
+        self._restart_interval()
+        self.watchdog.alive()
+
+    def measure(self, category: str) -> contextlib.AbstractContextManager[None]:
+        """The time of a block goes to a category of the ledger."""
+        return self._timeline.measure(category)
+
+    @contextlib.contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """The same for saves and exports, with which the watchdog is patient: saves have a limit of their own."""
+        self.watchdog.be_patient()
+        with self.measure("checkpointing"):
+            yield
+        self.watchdog.alive()
+
+    def _tell(self, attempt: Attempt) -> Attempt:
+        """The attempt, told where the time until now went: before every line of it."""
+        for category, seconds in self._unwritten.take().items():
+            attempt.add(category, seconds)
+        return attempt
+
+    def waited(self, batches: Iterator[MicroBatch[TrainingBatch]]) -> Iterator[MicroBatch[TrainingBatch]]:
+        """The same micro-batches; the time until each is there counts as waiting for data."""
+        while True:
+            with self.measure("waiting"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def micro_batch(self, micro: MicroBatch[TrainingBatch], loss: LossOutput) -> None:
+        """Notes which samples a forward and backward pass was made of, and their losses."""
+        self._consume(micro)
+        self.losses.add(micro.batch, loss, micro.pair_kinds)
+        if self._utilization:
+            self._utilization.add(micro.batch)
+        self._keys += micro.keys
+        self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
+        self._loss_count += 1
+
+    def passed_over(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
+        """Notes the samples of a step that is not trained on, because it made the run diverge before."""
+        for micro in parts:
+            self._consume(micro, passed_over=True)
+        self.watchdog.alive()
+        if self.main:
+            self._write_progress(step + 1, "training")
+
+    def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
+        if micro.replaced:
+            more["replaced"] = micro.replaced
+        line = {"step": micro.step, "part": micro.part, "attempt": self.number, "samples": micro.keys, **more}
+        self._consumed.put(line)
+
+    def agree(self) -> Agreement:
+        """One collective a step: the loss of all ranks, and whether they end or save after it."""
+        ask = self.main and time.monotonic() - self._asked >= _ASK_SECONDS
+        stop = self._reason_to_stop() if self.main else Stop.NO
+        mine = torch.stack(
+            [self._loss_sum, *(self._loss_sum.new_tensor(float(v)) for v in (self._loss_count, stop, ask))]
+        )
+        # gloo reduces on the CPU, NCCL on the device
+        mine = mine.cpu() if dist.get_backend() == "gloo" else mine.cuda()
+        dist.all_reduce(mine)
+        total, count, reason, asked = mine.tolist()
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
+        news = False
+        if asked:
+            self._asked = time.monotonic()
+            announced = self._preemption()
+            news, self._preempted = announced and not self._preempted, announced
+        return Agreement(total / count if count else float("nan"), Stop(int(reason)), news)
+
+    def _reason_to_stop(self) -> Stop:
+        if self.run.stop_path.exists():
+            return Stop.REQUESTED
+        budget, hours = self.run.config.budget_gpu_hours, self.segment.stage.gpu_hours
+        if (budget is None and hours is None) or time.monotonic() - self._budget_read < _ASK_SECONDS:
+            return self._stop
+        self._budget_read = time.monotonic()
+        now = self.attempt.hours_since_last_line() if self.attempt else 0.0
+        if budget is not None and self.ledger.summary().used + now >= budget:
+            self._stop = Stop.BUDGET_SPENT
+        elif hours is not None and self.ledger.segment_hours(self.segment.name) + now >= hours:
+            self._stop = Stop.DURATION_REACHED
+        return self._stop
+
+    def dropped(self, step: int, reason: str, loss: float) -> None:
+        """Notes a step whose gradients were thrown away, with this rank's samples."""
+        self._dropped.add(step)
+        self.losses.drop()
+        line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
+        self._dropped_lines().put(line)
+
+    def roll_back(self, step: int, bad: list[int]) -> None:
+        """Ends the attempt: the run goes back to a checkpoint and passes the bad steps over."""
+        if self.main:
+            self.run.pass_over(self.segment.name, bad)
+        self.close(step, ROLLED_BACK)
+
+    def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:
+        """Notes that optimiser step `step` is done; logs when it is due. `saves` are checkpoints that ended."""
+        self.watchdog.alive()
+        if self.main and self._done == self.first_step:
+            self._note_start()
+        self._done = step + 1
+        self.saved(saves)
+        self._steps += 1
+        self._keys = []
+        self.losses.keep()  # nothing, where it was dropped
+        if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
+            return
+        metrics = self.losses.reduce()
+        if not self.main:
+            self._restart_interval()
+            return
+        seconds = self._interval.take()
+        elapsed = max(sum(seconds.values()), 1e-9)
+        self._recent.append((elapsed, self._steps))
+        tokens = metrics.pop("tokens")
+        samples = metrics.pop("samples")
+        self.last = {
+            **metrics,
+            "grad_norm": result.grad_norm,
+            "dropped_steps": float(len(self._dropped)),
+            "learning_rate": learning_rate(self.segment.stage, step),
+            "samples/s": samples / elapsed,
+            "tokens/s/device": tokens / elapsed,
+            "step_seconds": elapsed / self._steps,
+            "data_wait_fraction": seconds.get("waiting", 0.0) / elapsed,
+            "checkpoint_stall_seconds": seconds.get("checkpointing", 0.0),
+            "failed_checkpoints": float(self._failed_saves),
+            **(self._utilization.take(elapsed) if self._utilization else {}),
+        }
+        if self.attempt and self.logger:
+            self._tell(self.attempt).progress(step + 1, every=10.0)
+            summary = self.ledger.summary(self.run.config.budget_gpu_hours)
+            hours, unwritten = summary.metrics(), self.attempt.unwritten()
+            for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
+                hours[f"gpu_hours/{name}"] += value
+            self.logger.log(step + 1, {**self.last, **hours})
+        self._write_progress(step + 1, "training")
+        self._restart_interval()
+
+    def _note_start(self) -> None:
+        """Writes how long each part of this start took, up to the first step, in seconds."""
+        times = {**self._start, "first_step": time.time()}
+        parts = {later: round(times[later] - times[earlier], 3) for earlier, later in pairwise(times)}
+        line = {"segment": self.segment.name, "attempt": self.number, "time": time.time(), "seconds": parts}
+        with self._progress.suppressed():
+            Journal(self.run.starts_path).append([line])
+
+    def _restart_interval(self) -> None:
+        self._interval.take()
+        self._steps = 0
+
+    def saved(self, ended: Sequence[Saved]) -> None:
+        """Notes the checkpoints that became whole, or did not, since the last time."""
+        for checkpoint in ended:
+            if checkpoint.fault is not None:
+                self._failed_saves += 1
+                line = {"segment": self.segment.name, "step": checkpoint.step, "fault": checkpoint.fault}
+                self._failed_lines().put({**line, "time": time.time()})
+            if self.attempt and checkpoint.fault is None:
+                self._tell(self.attempt).progress(self._done)
+
+    def ledger_snapshot(self) -> dict[str, Any]:
+        """The ledger's account, to be kept in the checkpoint."""
+        return self.ledger.snapshot() if self.main else {}
+
+    def close(self, step: int, reason: str) -> None:
+        """Ends the attempt: `reason` is `finished`, `stopped`, `budget spent`, or what went wrong."""
+        self.watchdog.close()
+        self._consumed.close()
+        for lines in (self._dropped_lines, self._failed_lines):
+            if lines.cache_info().currsize:
+                lines().close()
+        expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
+        if self.attempt and not expected:  # at once, as Ray may end this process any moment
+            self._tell(self.attempt).end(reason)
+        elif not self.main and not expected and not reason.startswith(UNSAVED):
+            tell_error(self.run, self.segment.name, self.rank, reason)
+        self._timeline.switch("other")
+        if self.logger:
+            self._hand_in(self.logger)
+            if reason == "finished":
+                self.logger.finish("FINISHED", timeout=_LAST_WORDS)
+            elif expected:
+                self.logger.finish("KILLED", timeout=_LAST_WORDS)
+            else:
+                self.logger.fail(reason)
+        if self.attempt and expected:
+            self._tell(self.attempt).end(reason)
+        if self.main:
+            self._write_progress(step, reason)
+
+    def _hand_in(self, log: MetricLogger) -> None:
+        """Gives the tracking what a segment leaves beside numbers: its plan, and the samples that could not be read."""
+        name = self.segment.name
+        if self.run.plan_path(name).exists():
+            log.artifact(self.run.plan_path(name), "plan")
+        for path in sorted((self.run.folder / "quarantine").glob(f"{name}.rank*.jsonl")):
+            if path.stat().st_size:
+                log.artifact(path, "quarantine")
+
+    def _write_progress(self, step: int, state: str) -> None:
+        content = {
+            "segment": self.segment.name,
+            "step": step,
+            "steps": self.segment.stage.steps,
+            "first_step": self.first_step,
+            "attempt": self.number,
+            "state": state,
+            "time": time.time(),
+            "metrics": self.last,
+        }
+        if self._recent:
+            seconds, steps = map(sum, zip(*self._recent, strict=True))
+            content["recent_step_seconds"] = seconds / steps
+        self._progress.write(content, last=state != "training")
+
+
+def _journal(path: Path) -> JournalWriter:
+    # not synced: what is lost with the machine is done again
+    return JournalWriter(Journal(path), sync=False)
+
+
+ROLLED_BACK = "rolled back"
+"""How an attempt ends that goes back to a checkpoint."""
+
+UNSAVED = "unsaved: "
+"""How an attempt ends, with the reason behind, whose checkpoints could not be written any more."""
+
+_LAST_WORDS = 5.0
+"""Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""
+
+_RECENT = 5
+"""Logged intervals whose mean is the time of a step, for estimates."""
+
+_ASK_SECONDS = 1.0
+"""Between looks at the ledger and questions after preemption."""

@@ -1,0 +1,231 @@
+"""Whether a checkpoint can be gone on from, also one of another run, and what a lost folder gets back.
+
+Run: python -m pytest tests/platform/checkpoint/test_resume.py
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.platform.checkpoint.names import Name
+from domainshuttle.platform.checkpoint.resume import IncompatibleError, adopt_stages, require_fit
+from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointStore, TrainingState, write_manifest
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import RunConfig, differences
+from domainshuttle.platform.driver.recovery import recover_books
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.journal import PASSED_OVER, Notices
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_digest import folder_digest, weights_identity
+
+
+class PlanOf:
+    """As a feed: its plan's state is one number."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def plan(self) -> "PlanOf":
+        return self
+
+    def check(self, saved: dict[str, Any]) -> None:
+        if saved != {"seed": self.seed}:
+            raise DataError(f"the data order is not the one this run began with: seed was {saved['seed']}")
+
+
+def demo(folder: Path, *overrides: str) -> RunConfig:
+    return load_config("demo", [f"output={folder / 'runs'}", f"checkpoint.store={folder / 'store'}", *overrides])
+
+
+def save(run: Run, segment: Segment, step: int, **changes: Any) -> Checkpoint:
+    store = CheckpointStore.of(run.config)
+    name = str(Name(segment.name, step))
+    state = TrainingState(
+        segment.name, step, segment.seed, 2, run.config.digest(), {"seed": 1}, {}, {}, "theirs",
+        config=run.config.decisive(), trained="abc", origin=segment.origin,
+    )  # fmt: skip
+    write_manifest(store.place, dataclasses.replace(state, **changes), name, {})
+    return store.read(name)
+
+
+def finish(segment: Segment, content: bytes = b"w", steps: int = 9) -> None:
+    segment.weights.mkdir(parents=True)
+    (segment.weights / "model.safetensors").write_bytes(content)
+    segment.finish(steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"base": "theirs", "trained": ""}, None),  # of an earlier format
+        ({"base": "others"}, r"weights others \(of /old/weights\), but segment stage1 now begins with theirs"),
+        ({"trained": "more"}, "other trained parameters"),
+        ({"step": 301}, "done 301 steps, and segment stage1 has only 300"),
+        ({"plan": {"seed": 2}}, "data order is not the one"),
+    ],
+)
+def test_a_checkpoint_fits_by_its_weights_its_data_and_its_parameters(
+    tmp_path: Path, changes: dict[str, Any], message: str | None
+) -> None:
+    run = Run.open(demo(tmp_path))
+    segment = run.segment("stage1")
+    found = save(run, segment, changes.pop("step", 5), origin="/old/weights", **changes)
+    feed: Any = PlanOf(1)
+    if message is None:
+        require_fit(found, segment, "theirs", "abc", feed)
+        require_fit(found, segment, "theirs", None, feed)
+        return
+    with pytest.raises(IncompatibleError, match=message):
+        require_fit(found, segment, "theirs", "abc", feed)
+
+
+def test_what_differs_from_a_checkpoints_configuration_is_listed(tmp_path: Path) -> None:
+    run = Run.open(demo(tmp_path))
+    state = save(run, run.segment("stage1"), 5).state
+    new = demo(tmp_path, "name=again", "stages.stage1.learning_rate=1e-6", "guard.spike_factor=3")
+    told = differences(state.config, new.decisive())
+    assert told.startswith("name was 'demo', now 'again'; stages.stage1.learning_rate was 0.00")
+    assert "guard" not in told
+
+
+def test_a_run_of_a_new_name_takes_the_finished_stages_over(tmp_path: Path) -> None:
+    old = Run.open(demo(tmp_path))
+    base, stage1, stage2 = old.segments()
+    finish(base)
+    finish(stage1, b"trained", steps=7)
+    found = save(old, stage2, 5)
+    new = Run.open(demo(tmp_path, "name=again", "stages.stage2.learning_rate=1e-7"))
+    said: list[str] = []
+    adopt_stages(new, CheckpointStore.of(new.config), found.where, said.append)
+    assert [segment.finished for segment in new.segments()] == [True, True, False]
+    assert new.segment("stage1").last_step == 7
+    assert len(said) == 2
+    ours = new.segment("stage2")
+    assert weights_identity(ours.origin, ours.seed) == weights_identity(stage2.origin, stage2.seed)
+    shutil.rmtree(old.folder)
+    assert (new.segment("stage1").weights / "model.safetensors").read_bytes() == b"trained"
+    # and nothing where there is nothing to take
+    adopt_stages(new, CheckpointStore.of(new.config), found.where, said.append)
+    adopt_stages(new, CheckpointStore.of(new.config), "stage2-step00000099", said.append)
+    assert len(said) == 2
+
+
+def lose_folder(tmp_path: Path) -> tuple[Run, str]:
+    """A run that was in stage 2 when its folder was lost, opened again; and what is said of it."""
+    run = Run.open(demo(tmp_path))
+    base, stage1, stage2 = run.segments()
+    now = [1000.0]
+    ledger = Ledger(run.ledger_path, clock=lambda: now[0])
+    attempt = ledger.start(4, "stage1", 0)
+    now[0] += 3600
+    attempt.end("stopped")
+    save(run, stage1, 7)
+    save(
+        run, stage2, 5, ledger=ledger.snapshot(), mlflow={"key": "k", "parent": "p"},
+        finished={base.name: 12, stage1.name: 7}, passed_over={"stage1": [], "stage2": [[3, 4], [9]]},
+    )  # fmt: skip
+    shutil.rmtree(run.folder)
+    again = Run.open(run.config)
+    said: list[str] = []
+    recover_books(again, said.append)
+    return again, " ".join(said)
+
+
+def test_a_lost_folder_gets_its_books_back_from_the_store(tmp_path: Path) -> None:
+    run, said = lose_folder(tmp_path)
+    assert "4.000 device-hours" in said
+    assert "stage2-step00000005" in said
+    assert Ledger(run.ledger_path).summary().used == pytest.approx(4.0)
+    assert run.read_ids() == {"key": "k", "parent": "p"}
+    assert run.passed_over("stage2") == [[3, 4], [9]]
+    stage1 = run.segment("stage1")
+    assert not stage1.finished  # its weights are gone; its last checkpoint, at step 7, has them
+    assert stage1.last_step == 7
+    assert stage1.stage.steps != 7
+    stage1.begin_anew()
+    assert stage1.last_step == stage1.stage.steps
+
+
+def test_a_folder_that_has_books_keeps_its_own(tmp_path: Path) -> None:
+    run, _ = lose_folder(tmp_path)
+    run.write_ids({"key": "ours"})
+    recover_books(run, pytest.fail)
+    assert run.read_ids() == {"key": "ours"}
+    assert run.passed_over("stage2") == [[3, 4], [9]]
+
+
+def test_books_of_another_configuration_are_not_taken(tmp_path: Path) -> None:
+    run, _ = lose_folder(tmp_path)
+    shutil.rmtree(run.folder)
+    other = Run.open(demo(tmp_path, "seed=99"))
+    recover_books(other, pytest.fail)
+    assert other.read_ids() is None
+
+
+def test_large_weights_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, known = tmp_path / "wan", tmp_path / "fingerprints.json"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    first = weights_identity(str(folder), 0, known)
+    assert first == folder_digest(folder) == weights_identity(str(folder), 0)
+    from domainshuttle.platform.run import weights_digest as fingerprints
+
+    hashed: list[Path] = []
+    monkeypatch.setattr(fingerprints, "folder_digest", lambda path: hashed.append(path) or "new")
+    assert weights_identity(str(folder), 0, known) == first
+    assert not hashed
+    (folder / "model.safetensors").write_bytes(b"other")
+    assert weights_identity(str(folder), 0, known) == "new"
+    known.write_text("{")  # torn
+    assert weights_identity(str(folder), 0, known) == "new"
+    assert len(hashed) == 2
+
+
+def test_the_driver_is_told_each_thing_once(tmp_path: Path) -> None:
+    earlier = Notices(tmp_path / "notices.jsonl")
+    earlier.add("stage1", PASSED_OVER, "of another day")
+    driver, controller = (Notices(tmp_path / "notices.jsonl") for _ in range(2))
+    controller.add("stage1", PASSED_OVER, "checkpoint a is passed over: cut")
+    controller.add("stage1", PASSED_OVER, "checkpoint a is passed over: cut")
+    controller.add("stage2", PASSED_OVER, "checkpoint b is passed over: gone")
+    assert [text for _, _, text in driver.new()] == [
+        "checkpoint a is passed over: cut",
+        "checkpoint b is passed over: gone",
+    ]
+    assert list(driver.new()) == []
+    assert driver.told("stage1", PASSED_OVER) == ["checkpoint a is passed over: cut"]
+
+
+def test_a_restart_inside_a_fit_says_what_it_passes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from domainshuttle.platform.driver import planned_data
+
+    run = Run.open(demo(tmp_path))
+    segment = run.segment("stage1")
+    older, newer = save(run, segment, 5), save(run, segment, 6)
+    driver = Notices(run.notices_path)
+    starts: list[int] = []
+
+    def plan_dataset(feed: object, first: int, last: int, ranks: int, pool: object) -> list[None]:
+        starts.append(first)
+        return [None] * ranks
+
+    monkeypatch.setattr(planned_data, "plan_dataset", plan_dataset)
+    feed: Any = PlanOf(1)
+    plan = planned_data.PlannedData(run, segment, feed, newer)
+    assert [part["plan"].checkpoint for part in plan.configure({}, 2)] == [newer.where] * 2
+    assert list(driver.new()) == []
+    (newer.folder / "state.json").write_text("{}")
+    assert [part["plan"].checkpoint for part in plan.configure({}, 2)] == [older.where] * 2
+    ((name, kind, text),) = driver.new()
+    assert (name, kind) == ("stage1", PASSED_OVER)
+    assert text.startswith("checkpoint stage1-step00000006 is passed over: state.json has 2 bytes")
+    assert starts == [6, 5]
+    segment.end_at(5)  # a stage that its hours had ended, whose folder was lost: there is nothing left to train
+    assert [part["plan"].blocks for part in plan.configure({}, 2)] == [()] * 2
+    assert starts == [6, 5]

@@ -1,0 +1,106 @@
+"""The commands that index, verify and show a corpus: what they say and how they end.
+
+Run: python -m pytest tests/platform/commands/test_data_index.py
+"""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.shards.tar import ShardWriter
+from domainshuttle.platform import cli
+from domainshuttle.platform.commands import data_index as data_checks
+from domainshuttle.platform.commands.data import build_corpora
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import console
+
+INDEX = ["data", "index", "raw", "--corpus", "mine", "--bucket", "1x32x32", "--bucket", "5x32x32", "--fps", "4"]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two shards in `raw` of the working folder, on a cluster that is connected already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "width", 100)
+    monkeypatch.setattr(cli, "_ray", lambda address: contextlib.nullcontext())
+    for kind in ("image", "video"):
+        builder = SpritesBuilder(SpritesConfig(kind=kind, samples=4, identities=72, side=48), "sprites")
+        with ShardWriter(tmp_path / "raw", kind, 1 << 20) as writer:
+            for sample in builder.build(0, 4):
+                writer.write(f"{kind}-{sample.key}", sample.members())
+    return tmp_path / "raw"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_shards_to_a_verified_corpus(shards: Path) -> None:
+    code, text = run(*INDEX)
+    assert code == 0 and "8 samples, 2 shards: 2 read" in text and "Next: domainshuttle data verify" in text
+    assert run("data", "verify", "raw", "--decode", "all")[1].count("8 samples decoded") == 1
+    code, text = run("data", "inspect", "raw", "--where", "frames > 1")
+    assert code == 0 and "mine (raw): 4 samples" in text and "clips sampled at 4 fps" in text
+    assert "5x32x32" in text and "1x32x32" not in text
+    tables = [line for line in text.splitlines() if not line.endswith(".")]  # sentences a terminal wraps itself
+    assert max(map(len, tables)) <= 100
+    # cut, it is found, and what is left can be indexed once that is accepted
+    shard = shards / "video-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-40_000])
+    code, text = run("data", "verify", "raw", "--no-checksums", "--decode", "0")
+    assert code == 1 and "outside shard" in text and "verify.jsonl" in text and "copy the shards" in text
+    with pytest.raises(ValueError, match=r"accept them: --most-bad 0\.5"):
+        run(*INDEX)
+    code, text = run(*INDEX, "--most-bad", "0.5")
+    assert code == 0 and "0 read" in text and "2 unchanged" in text and "cut shard" in text  # the one before read it
+    assert run("data", "verify", "raw")[0] == 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_jobs_share_a_folder(shards: Path) -> None:
+    for kind in ("image", "video"):
+        run(*INDEX, "--shards", f"{kind}*", "--name", f"{kind}.parquet")
+    code, text = run("data", "index", "raw", "--merge", "image.parquet", "--merge", "video.parquet")
+    assert code == 0 and "8 samples, 2 shards of 2 indexes" in text
+    assert len(Index.load(shards / "index.parquet")) == 8
+    assert run(*INDEX)[1].count("0 read") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bucket", "1x32x32"], "which corpus is this"),
+        (["--corpus", "mine"], "which buckets"),
+        (["--corpus", "mine", "--resolution", "480p"], "go together"),
+        (["--corpus", "mine", "--frames", "81"], "go together"),
+        (["--corpus", "mine", "--bucket", "3x32x32"], "1 \\+ a multiple of 4"),
+        (["--corpus", "mine", "--resolution", "481p", "--frames", "81"], "expected one of"),
+    ],
+)
+def test_what_is_missing_is_asked_for(shards: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run("data", "index", "raw", *arguments)
+
+
+def test_a_corpus_without_a_builder_is_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("demo", ["corpora.sprites-images.build=null", "corpora.sprites-images.fps=16"])
+    build_corpora(config, ["sprites-images"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sprites-images has no builder: its shards are your own" in said
+    assert "--corpus sprites-images --bucket 1x64x64 --fps 16" in said
+    with pytest.raises(ConfigError, match="fps"):
+        load_config("demo", ["corpora.sprites-images.fps=0"])
+
+
+def test_decode_takes_a_number_or_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a number of samples, or all"):
+        data_checks.verify_corpus(tmp_path, True, "some", None)

@@ -1,0 +1,166 @@
+"""What `domainshuttle status` says of a run, also of one that is damaged, dead, or ends by its hours.
+
+Run: python -m pytest tests/platform/commands/test_status.py
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domainshuttle.platform.commands.status import driver_lives, print_status
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.console import console
+from domainshuttle.platform.run.eta import remaining, span
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.lock import RunLock
+
+
+def a_run(tmp_path: Path, *overrides: str) -> Run:
+    return Run.open(load_config("demo", [f"output={tmp_path}", *overrides]))
+
+
+def progress(run: Run, segment: str, step: int, age: float = 3.0, **more: Any) -> None:
+    content = {"segment": segment, "step": step, "steps": 0, "first_step": 0, "attempt": 1, "state": "training"}
+    content |= {"time": time.time() - age, "metrics": {"loss": 0.25}, "recent_step_seconds": 2.0, **more}
+    run.progress_path.write_text(json.dumps(content))
+
+
+def an_attempt(run: Run, segment: str, first: int, last: int, seconds: float, reason: str | None = "stopped") -> None:
+    now = [time.time() - 10_000 + first]
+    attempt = Ledger(run.ledger_path, lambda: now[0]).start(2, segment, first, began=now[0] - 16)
+    attempt.add("productive", seconds - 6)
+    attempt.add("sampling", 5)
+    now[0] += seconds
+    attempt.progress(last)
+    if reason is not None:
+        attempt.end(reason)
+    attempt._writer.close()
+
+
+def printed(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(console, "width", 220)
+    print_status(run.folder)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"segment": "ba'])
+def test_a_progress_that_is_cut_is_no_crash(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    run.progress_path.write_text(content)
+    assert "not begun" in printed(run, capsys, monkeypatch)
+
+
+def test_each_attempt_has_a_line_and_its_parts_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    an_attempt(run, "base", 0, 57, 100, "RuntimeError: [/gloo/pair.cc:537] a worker died")
+    an_attempt(run, "base", 40, 80, 50, None)
+    shown = printed(run, capsys, monkeypatch)
+    died = next(line for line in shown.splitlines() if "a worker died" in line)
+    cells = [cell.strip() for cell in died.replace("│", "|").split("|")][1:-1]
+    assert cells[:3] == ["base", "0-57", "2"]
+    used, *parts = map(float, cells[4:-1])
+    assert used == pytest.approx(116, abs=0.1)
+    assert sum(parts) == pytest.approx(used, abs=0.5)
+    assert parts[1] == pytest.approx(94 * 17 / 57, abs=0.1)  # lost: what the second one did again
+    assert any("40-80" in line and "no last line" in line for line in shown.splitlines())
+    hours = next(line for line in shown.splitlines() if line.startswith("Device-hours"))
+    used, *parts = [float(value) for value in re.findall(r" (\d+\.\d+)", hours)][:8]
+    assert sum(parts) == pytest.approx(used, abs=0.005)
+    assert "other" in hours and "sampling" in hours
+
+
+def test_a_dead_driver_is_called_so_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    progress(run, "base", 40, age=7200)
+    with RunLock(run.folder):
+        assert driver_lives(run)
+        living = printed(run, capsys, monkeypatch)
+        holder = (run.folder / "driver.json").read_text()
+    assert "training" in living and "probably dead" not in living
+    (run.folder / "driver.json").write_text(json.dumps({**json.loads(holder), "pid": 2**22 - 3}))
+    for dead in (True, False):  # killed, and gone with an error
+        shown = printed(run, capsys, monkeypatch)
+        assert "probably dead" in shown
+        assert "Last heard of 2 h ago" in shown
+        assert f"Next: domainshuttle train {run.config_path}" in shown
+        if dead:
+            (run.folder / "driver.json").unlink()
+    elsewhere = {**json.loads(holder), "host": "another"}
+    (run.folder / "driver.json").write_text(json.dumps({**elsewhere, "beat": time.time() - 5}))
+    assert driver_lives(run)
+    (run.folder / "driver.json").write_text(json.dumps({**elsewhere, "beat": time.time() - 500}))
+    assert not driver_lives(run)
+
+
+def test_what_is_left_of_stage_and_schedule_or_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path, "stages.base.steps=100", "stages.stage1.steps=300", "stages.stage2.steps=50")
+    progress(run, "base", 40)
+    ledger = Ledger(run.ledger_path)
+    left = remaining(run, run.read_progress(), ledger)
+    assert (left.stage, left.known, left.unknown) == (pytest.approx(120), pytest.approx(120), ("stage1", "stage2"))
+    with RunLock(run.folder):
+        shown = printed(run, capsys, monkeypatch)
+    assert "Stage base: about 2 min left; of the whole schedule at least 2 min" in shown
+    assert "how long stage1, stage2 will take is not known" in shown
+    progress(run, "base", 40, recent_step_seconds=None)
+    assert remaining(run, run.read_progress(), ledger).stage is None
+    # stages that were trained on before have shown what a step takes
+    an_attempt(run, "stage1", 0, 100, 500)
+    an_attempt(run, "stage2", 0, 25, 50)
+    progress(run, "base", 40)
+    left = remaining(run, run.read_progress(), Ledger(run.ledger_path))
+    assert left.known == pytest.approx(120 + 200 * 4.99 + 25 * 49 / 25, rel=0.01)
+    assert left.unknown == ()
+
+
+def test_a_stage_that_its_hours_end_has_an_end_in_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_hours = (
+        "{name: base, mixture: {sprites-images: 1}, gpu_hours: 2, global_batch: 4, micro_batch: 2, trained: ['*']}"
+    )
+    run = a_run(tmp_path, f"stages=[{by_hours}]")
+    an_attempt(run, "base", 0, 57, 1800 - 16, None)
+    progress(run, "base", 57)
+    with RunLock(run.folder):
+        shown = printed(run, capsys, monkeypatch)
+    assert "1000000" not in shown
+    assert "57 of those in 2 GPU-hours" in shown
+    assert "about 30 min left" in shown  # one hour of two devices
+
+
+def test_a_sample_is_in_quarantine_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    for rank, keys in ((0, "aba"), (1, "bc")):
+        with run.quarantine_path("base", rank).open("w") as file:
+            file.writelines(json.dumps({"source": "s", "shard": "x.tar", "key": k, "reason": "r"}) + "\n" for k in keys)
+            file.write('{"source": "s", "sh')
+    for step in (7, 8, 7):
+        with run.dropped_path("base", 0).open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+    shown = printed(run, capsys, monkeypatch)
+    assert "3 samples in quarantine" in shown
+    assert "2 steps of base were dropped" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (89, "89 s"), (600, "10 min"), (3600, "1 h"), (12_000, "3 h 20 min"), (187_200, "2 d 4 h")],
+)
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert span(seconds) == text

@@ -1,0 +1,477 @@
+"""The engine under ZeRO-3: two processes over gloo, without Ray, that run every check once, and a third alone.
+
+This file is also their program. Run: python -m pytest tests/platform/engine/test_zero3_ranks.py
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import ATTENTION, SIZE, design, engine, environment, everything, free_port, loss_of, same, stage, train
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+CHECKS: list[Callable[[Path], None]] = []
+PATIENCE = 400.0
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS.append(function)
+    return function
+
+
+def peak_memory() -> int:
+    """Most bytes that this process had in use since the last call."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def in_use() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@check
+def masters_are_the_float32_source(folder: Path) -> None:
+    import deepspeed
+
+    from domainshuttle.platform.config.schema import EngineSection
+    from domainshuttle.platform.engine.zero3 import Engine
+
+    source = dict(design(["*"]).build().named_parameters())
+    base = folder / "base"
+    if dist.get_rank() == 0:
+        from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+
+        whole = DomainShuttleTransformer3DModel(**SIZE)
+        whole.load_state_dict({name: value.detach() for name, value in source.items()})
+        whole.save_pretrained(base, max_shard_size="40KB")
+        assert len(list(base.glob("*.safetensors"))) > 3
+    dist.barrier()
+    for persistent in (0, 10_000):
+        made = design(ATTENTION, origin=base)
+        model = Engine(made, stage(), EngineSection(persistent_parameters=persistent), 1)
+        for name, value in model.full_parameters():
+            trained = "attn1" in name or "_ref" in name
+            expected = source[name].detach()
+            assert value.equal(expected if trained else expected.bfloat16().float()), name
+        for name, parameter in model._engine.module.named_parameters():
+            assert parameter.dtype == parameter.ds_tensor.dtype == torch.bfloat16
+            with deepspeed.zero.GatheredParameters([parameter]):
+                assert parameter.detach().equal(source[name].detach().bfloat16()), name
+        train(model, 0, 1)
+        moved = {name for name, value in model.full_parameters() if not value.equal(source[name].detach())}
+        assert any("attn1.to_q.weight" in name for name in moved)
+        # frozen parameters have neither gradients nor optimiser states
+        held = sum(flat.numel() for flat in model._optimizer.fp32_partitioned_groups_flat)
+        count = sum(p.numel() for n, p in source.items() if "attn1" in n or "_ref" in n)
+        assert count / 2 <= held < count / 2 + len(source)
+        assert len(model._optimizer.optimizer.state) == len(model._optimizer.fp32_partitioned_groups_flat)
+        for name, parameter in model._engine.module.named_parameters():
+            assert parameter.requires_grad == ("attn1" in name or "_ref" in name)
+            assert parameter.grad is None
+
+
+@check
+def no_worker_holds_the_model_whole(folder: Path) -> None:
+    from domainshuttle.platform.config.schema import ModelSection
+    from domainshuttle.platform.engine.initialization import blueprint
+    from domainshuttle.platform.engine.zero3 import _materialise
+
+    size = SIZE | {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 10, "ffn_dim": 1400}
+    made, warm = (blueprint(ModelSection(size=size), None, 3) for _ in range(2))
+    for each in (made, warm):
+        each.outline.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in made.outline.parameters())
+    assert count > 30e6
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+    }
+    _materialise(warm, config)  # the buffers of the collectives, which stay
+    allocator = ctypes.CDLL(None)  # frees at once what it frees, so that what is measured is what is used
+    allocator.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    peak_memory()
+    before = in_use()
+    _materialise(made, config)
+    rise = peak_memory() - before
+    allocator.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    held = sum(parameter.ds_tensor.numel() for parameter in made.outline.parameters())
+    assert count / 2 <= held < count / 2 + len(list(made.outline.parameters()))
+    assert all(parameter.numel() == 0 for parameter in made.outline.parameters())
+    # half of the bf16 weights; whole, they would be 2 bytes a parameter, and 4 in float32
+    assert rise < 1.5 * count, f"{rise / count:.2f} bytes a parameter"
+
+
+@check
+def a_step_is_that_of_plain_adamw(folder: Path) -> None:
+    """Mean over ranks and micro-batches, clipping, AdamW on float32 masters, against torch without DeepSpeed.
+
+    Also where nothing before the blocks is trained, so that no gradient goes into the first of them.
+    """
+    for patterns in (["*"], ["blocks.*.attn1.*"]):
+        compare_step(patterns, "bf16", 0.02)
+        compare_step(patterns, "float32", 1e-3)
+
+
+def compare_step(patterns: list[str], precision: str, tolerance: float) -> None:
+    model = engine(patterns, accumulation=2, precision=precision)
+    plain = design(patterns).build()
+    masters = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    plain.to(model.dtype)
+    for share in range(4):  # of rank 0, then of rank 1
+        (loss_of(plain, 0, share) / 4).backward()
+    gradients = {name: value.grad.float() for name, value in plain.named_parameters() if value.requires_grad}
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients.values()))
+    clipping = norm.item() / 3
+    model._engine._config.gradient_clipping = clipping
+    model._optimizer.clip_grad = clipping
+    for micro in range(2):
+        model.backward(loss_of(model, 0, 2 * dist.get_rank() + micro))
+    result = model.step(0)
+    assert not result.skipped
+    assert abs(result.grad_norm / norm.item() - 1) < tolerance
+    for name, value in model.full_parameters():
+        if name not in gradients:
+            continue
+        moment = model._partition.gather(name, "exp_avg")
+        expected = 0.1 * gradients[name] / 3
+        error = (moment - expected).norm() / (0.1 * norm / 3)
+        assert error < tolerance, (name, error)
+        second = model._partition.gather(name, "exp_avg_sq")
+        update = 1e-2 * (moment / 0.1) / ((second / 0.001).sqrt() + 1e-8) + 1e-2 * 0.01 * masters[name]
+        torch.testing.assert_close(value, masters[name] - update, rtol=1e-4, atol=1e-6)
+
+
+@check
+def checkpointing_changes_no_bit(folder: Path) -> None:
+    def run(**section: Any) -> dict[str, Tensor]:
+        model = engine(ATTENTION, **section)
+        train(model, 0, 2)
+        return everything(model)
+
+    none = run()
+    for activations in (
+        {"mode": "full"},
+        {"mode": "every", "every": 2, "offload": True},
+    ):
+        same(run(activations=activations), none)
+    # a fused attention, whose output can be kept; it rounds otherwise than the plain products
+    fused = run(attention_backend="native")
+    same(run(activations={"mode": "attention", "offload": True}), fused)
+    assert not torch.equal(fused["master/blocks.0.attn1.to_q.weight"], none["master/blocks.0.attn1.to_q.weight"])
+
+
+@check
+def shards_resume_bit_for_bit_and_at_another_size(folder: Path) -> None:
+    """Here 2 -> 2 and 1 -> 2; the process of its own does 1 -> 1 and 2 -> 1."""
+    section = {"ema": 0.9, "persistent_parameters": 600}  # the attention's weights stay gathered, others do not
+    model = engine(ATTENTION, **section)
+    model.save(folder / "empty")
+    first = everything(model)
+    train(model, 0, 3)
+    saved = everything(model)
+    model.save(folder / "two")
+    after = train(model, 3, 5)
+    final = everything(model)
+    fresh = engine(ATTENTION, seed=4, **section)
+    dist.barrier()
+    frozen = {n: v for n, v in everything(fresh).items() if n.startswith("weight/") and not trained(n)}
+    fresh.load(folder / "two")
+    same(everything(fresh), saved | frozen)
+    fresh = engine(ATTENTION, **section)
+    fresh.load(folder / "two")
+    assert train(fresh, 3, 5) == after
+    same(everything(fresh), final)
+    # at the same size a rank's own shard is enough: a node need not fetch those of others
+    own = folder / f"own-{dist.get_rank()}" / "zero"
+    own.mkdir(parents=True)
+    shard = f"rank-{dist.get_rank():05d}-of-00002.safetensors"
+    (own / shard).write_bytes((folder / "two" / "zero" / shard).read_bytes())
+    fresh.load(own.parent, own=True)
+    same(everything(fresh), saved)
+    fresh.load(folder / "empty")  # as a rollback does: the optimiser's states go too
+    same(everything(fresh), first)
+    train(fresh, 0, 3)
+    same(everything(fresh), saved)
+    if dist.get_rank() == 0:
+        save_file(saved, folder / "two-whole.safetensors")
+        (folder / "two-ready").touch()
+    wait_for(folder / "one-ready")
+    model = engine(ATTENTION, ema=0.9, seed=5)
+    model.load(folder / "one")
+    expected = load_file(folder / "one-whole.safetensors")
+    found = everything(model)
+    same(*({n: v for n, v in each.items() if trained(n)} for each in (found, expected)))
+    assert model._partition.steps == 3
+    train(model, 3, 4)
+
+
+def trained(name: str) -> bool:
+    return "attn1" in name or "_ref" in name
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline and not (path.parent / "failed").exists(), f"{path} did not come"
+        time.sleep(0.05)
+
+
+@check
+def wrong_shards_are_refused_by_name(folder: Path) -> None:
+    model = engine(ATTENTION)
+    train(model, 0, 1)
+    before = everything(model)
+
+    def refused(place: Path, *words: str) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            model.load(place)
+        assert all(word in str(caught.value) for word in words), caught.value
+
+    refused(folder / "nothing", "holds no shards")
+    other = engine(["blocks.*.attn2.*"])
+    other.save(folder / "other")
+    good = folder / "good"
+    model.save(good)
+    dist.barrier()
+    refused(folder / "other", "other parameters", "attn2", "`trained`")
+    names = [f"rank-{rank:05d}-of-00002.safetensors" for rank in range(2)]
+    for kind in ("missing", "truncated"):
+        copy = folder / f"{kind}{dist.get_rank()}" / "zero"
+        copy.mkdir(parents=True)
+        (copy / names[0]).write_bytes((good / "zero" / names[0]).read_bytes())
+        if kind == "truncated":
+            (copy / names[1]).write_bytes((good / "zero" / names[1]).read_bytes()[:-100])
+        refused(copy.parent, "1 shards" if kind == "missing" else names[1])
+    same(everything(model), before)
+
+
+@check
+def a_snapshot_is_the_checkpoint_of_its_step(folder: Path) -> None:
+    model = engine(ATTENTION, ema=0.9)
+    train(model, 0, 2)
+    name = f"zero/rank-{dist.get_rank():05d}-of-00002.safetensors"
+    model.save(folder / "now")
+    write = model.snapshot()
+    train(model, 2, 4)
+    second = model.snapshot()  # before the first is written
+    train(model, 4, 5)
+    write(folder / "later")
+    assert (folder / "later" / name).read_bytes() == (folder / "now" / name).read_bytes()
+    third = model.snapshot()
+    second(folder / "second")
+    third(folder / "third")
+    tensors = load_file(folder / "third" / name)
+    assert {key.split("/")[0] for key in tensors} == {"master", "ema", "exp_avg", "exp_avg_sq"}
+    assert all(trained(key) for key in tensors)
+    assert not load_file(folder / "second" / name)["master/blocks.0.attn1.to_q.weight"].equal(
+        tensors["master/blocks.0.attn1.to_q.weight"]
+    )
+    # memory is used again: two snapshots were open at a time
+    assert len(model._partition._spare) == 2
+    model.save(folder / "third-now")
+    assert (folder / "third-now" / name).read_bytes() == (folder / "third" / name).read_bytes()
+
+
+@check
+def the_average_is_that_of_the_masters(folder: Path) -> None:
+    from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+
+    decay = 0.8
+    model = engine(ATTENTION, ema=decay)
+    average = {name: value.double() for name, value in model.full_parameters()}
+    for step in range(4):
+        train(model, step, step + 1)
+        for name, value in model.full_parameters():
+            average[name] = decay * average[name] + (1 - decay) * value.double()
+    masters = dict(model.full_parameters())
+    for name, value in model.full_parameters(ema=True):
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
+        if trained(name) and "norm" not in name:
+            assert not value.equal(masters[name]), name
+    model.export(folder / "average", ema=True)
+    exported = DomainShuttleTransformer3DModel.from_pretrained(folder / "average")
+    for name, value in model.full_parameters(ema=True):
+        assert exported.get_parameter(name).detach().equal(value), name
+    with pytest.raises(RuntimeError, match=r"engine\.ema"):
+        next(engine(ATTENTION).full_parameters(ema=True))
+    (folder / "file").touch()
+    dist.barrier()
+    with pytest.raises(OSError, match="could not be written"):
+        model.export(folder / "file")
+
+
+@check
+def a_step_that_is_not_finite_changes_nothing(folder: Path) -> None:
+    def steps(model: Any, *pairs: tuple[int, int]) -> None:
+        for pair in pairs:
+            for micro in pair:
+                model.backward(loss_of(model, micro))
+            assert not model.step(2).skipped
+
+    for offload, precision in ((False, "bf16"), (True, "bf16"), (False, "float32")):
+        model = engine(ATTENTION, accumulation=2, ema=0.9, offload_optimizer=offload, precision=precision)
+        steps(model, (0, 1), (2, 3))
+        before, count = everything(model), model._partition.steps
+        for bad in (float("nan"), float("inf"), None):
+            scale = bad if bad and dist.get_rank() == 1 else 1.0
+            model.backward(loss_of(model, 10) * scale)
+            model.backward(loss_of(model, 11))
+            assert (model.step(2) if bad else model.drop(2)).skipped
+        same(everything(model), before)
+        assert model._partition.steps == count == 2
+        steps(model, (12, 13))
+        if not offload:  # no gradient of a dropped step is left: a run without them takes the same step
+            other = engine(ATTENTION, accumulation=2, ema=0.9, precision=precision)
+            steps(other, (0, 1), (2, 3), (12, 13))
+            same(everything(other), everything(model))
+
+
+@check
+def the_snapshot_target_stays(folder: Path) -> None:
+    from domainshuttle.platform.config.schema import EngineSection
+    from domainshuttle.platform.engine.zero3 import frozen_copy
+
+    model = engine(["*"])
+    target = frozen_copy(design(["*"]), EngineSection(persistent_parameters=0))
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+    # with one origin the snapshot's prediction is the model's own at first
+    own, other = loss_of(model, 0), loss_of(model, 0, snapshot=target)
+    assert own.item() == other.item()
+    shards = [parameter.ds_tensor.clone() for parameter in target.parameters()]
+    for step in range(3):
+        loss = loss_of(model, step, snapshot=target)
+        model.backward(loss)
+        assert not model.step(step).skipped
+    assert all(p.ds_tensor.equal(shard) for p, shard in zip(target.parameters(), shards, strict=True))
+    assert loss_of(model, 0).item() != loss_of(model, 0, snapshot=target).item()
+    # the reference: plain torch, no partitions
+    plain = design(["*"]).build().bfloat16()
+    moved = design(["*"]).build()
+    with torch.no_grad():
+        for name, value in model.full_parameters():
+            moved.get_parameter(name).copy_(value)
+    expected = loss_of(moved.bfloat16(), 5, snapshot=plain, weight=10.0).item()
+    assert abs(loss_of(model, 5, snapshot=target, weight=10.0).item() / expected - 1) < 0.01
+
+
+@check
+def compiled_blocks_train_alike(folder: Path) -> None:
+    """With all of torch.compile but the last stage, the code generator, which takes minutes here."""
+    from torch._dynamo.utils import counters
+
+    activations = {"mode": "every", "every": 2}
+    plain, compiled = (engine(ATTENTION, activations=activations, compile=name) for name in (None, "aot_eager"))
+    torch.testing.assert_close(train(compiled, 0, 2, weight=0), train(plain, 0, 2, weight=0), rtol=1e-4, atol=0)
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert not counters["graph_break"]
+    expected = dict(plain.full_parameters())
+    for name, value in compiled.full_parameters():
+        assert (value - expected[name]).abs().max() < 1e-3, name
+
+
+def run_pair(folder: Path) -> dict[str, str]:
+    results = {}
+    for function in CHECKS:
+        began = time.monotonic()
+        try:
+            function(folder)
+            results[function.__name__] = "passed"
+        except BaseException:
+            results[function.__name__] = traceback.format_exc()
+            (folder / "failed").touch()
+            break  # the ranks are no longer in step
+        finally:
+            sys.stderr.write(f"{function.__name__}: {time.monotonic() - began:.1f} s\n")
+    return results
+
+
+def run_alone(folder: Path) -> dict[str, str]:
+    model = engine(ATTENTION, ema=0.9)
+    train(model, 0, 3)
+    saved = everything(model)
+    model.save(folder / "one")
+    save_file(saved, folder / "one-whole.safetensors")
+    (folder / "one-ready").touch()
+    after = train(model, 3, 4)
+    fresh = engine(ATTENTION, ema=0.9)
+    fresh.load(folder / "one")
+    same(everything(fresh), saved)
+    assert train(fresh, 3, 4) == after
+    wait_for(folder / "two-ready")
+    fresh = engine(ATTENTION, ema=0.9, seed=6)
+    fresh.load(folder / "two")
+    expected = load_file(folder / "two-whole.safetensors")
+    found = everything(fresh)
+    same(*({n: v for n, v in each.items() if trained(n)} for each in (found, expected)))
+    train(fresh, 3, 4)
+    return {"alone": "passed"}
+
+
+def main(rank: int, ranks: int, port: int, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE))
+    results = run_pair(folder) if ranks == 2 else run_alone(folder)
+    (folder / f"results-{ranks}-{rank}.json").write_text(json.dumps(results))
+    os._exit(0)  # DeepSpeed's and gloo's threads need no farewell
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    pair, alone = free_port(), free_port()
+    ranks = [(0, 2, pair), (1, 2, pair), (0, 1, alone)]
+    logs = [folder / f"log-{of}-{rank}.txt" for rank, of, _ in ranks]
+    processes: list[subprocess.Popen[bytes]] = []
+    own = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # two ranks need two GPUs, or none
+    for (rank, of, port), log in zip(ranks, logs, strict=True):
+        command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder)]
+        with log.open("w") as sink:
+            processes.append(subprocess.Popen(command, stdout=sink, stderr=sink, env=own))
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if any(process.poll() for process in processes):
+                (folder / "failed").touch()
+        found: dict[str, Any] = {"logs": {log.stem: log.read_text()[-3000:] for log in logs}}
+        for rank, of, _ in ranks:
+            path = folder / f"results-{of}-{rank}.json"
+            found[f"{of}-{rank}"] = json.loads(path.read_text()) if path.exists() else {}
+        yield found
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
+def test_on_two_ranks(results: dict[str, Any], name: str) -> None:
+    for rank in ("2-0", "2-1"):
+        assert results[rank].get(name) == "passed", results[rank].get(name) or results["logs"]
+
+
+def test_on_one_rank(results: dict[str, Any]) -> None:
+    assert results["1-0"] == {"alone": "passed"}, results["logs"]["log-1-0"]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,436 @@
+"""The account of one rank: every second in one category, metrics, journals that outlive kills and full disks.
+
+Run: python -m pytest tests/platform/training/test_monitor.py
+"""
+
+import errno
+import itertools
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.objective import LossOutput
+from domainshuttle.model.spec import ModelSpec
+from domainshuttle.pipelines.loading.reader import MicroBatch
+from domainshuttle.platform.checkpoint.async_writer import Saved
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.engine.zero3 import StepResult
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.journal import Journal
+from domainshuttle.platform.run.ledger import CATEGORIES, Ledger
+from domainshuttle.platform.run.sample_audit import read_consumed
+from domainshuttle.platform.tracking.outbox import segment_journal
+from domainshuttle.platform.training import monitor as module
+from domainshuttle.platform.training.loss_metrics import PAIR_KINDS
+from domainshuttle.platform.training.mfu import Utilization, peak_flops
+from domainshuttle.platform.training.monitor import Account
+from domainshuttle.platform.training.stopwatch import Lap, Timeline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Clock:
+    """A clock that moves when it is told to, from now on: processes have really started."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Log:
+    """What would go to MLflow."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.files: list[tuple[Path, str]] = []
+        self.ended: str | None = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def artifact(self, path: Path, to: str) -> None:
+        self.files.append((path, to))
+
+    def finish(self, status: str, timeout: float = 0.0) -> bool:
+        self.ended = status
+        return True
+
+    def fail(self, error: str, timeout: float = 0.0) -> bool:
+        self.ended = f"FAILED: {error}"
+        return True
+
+
+class Kept:
+    """An account of the demo's stage 2, on a clock, with its log."""
+
+    def __init__(self, folder: Path, clock: Clock, every: int = 4, first_step: int = 0) -> None:
+        self.clock = clock
+        config = load_config("demo", [f"output={folder}", f"tracking.every={every}"])
+        self.run = Run.open(config)
+        start = {"command": clock.now, "asked": clock.now}
+        ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "MetricLogger", Log)
+            segment = self.run.segment("stage2")
+            self.account = Account(self.run, segment, ids, first_step, next(_ATTEMPTS), start, lambda: False, clock)
+        log = self.account.logger
+        assert isinstance(log, Log)
+        self.log: Log = log
+        self.done = first_step
+
+    def step(self, seconds: float = 0.0, saves: tuple[Saved, ...] = ()) -> None:
+        self.clock.now += seconds
+        self.account.step(self.done, StepResult(1.0, False), saves)
+        self.done += 1
+
+    def summary(self) -> Any:
+        return Ledger(self.run.ledger_path, self.clock).summary()
+
+
+_ATTEMPTS = itertools.count(1)
+
+
+def test_a_timeline_has_no_gaps_and_no_overlaps() -> None:
+    clock = Clock()
+    began = clock.now
+    timeline = Timeline("productive", clock)
+    lap = Lap(timeline)
+    clock.now += 3
+    with timeline.measure("checkpointing"):
+        clock.now += 2
+        with pytest.raises(OSError), timeline.measure("sampling"):
+            clock.now += 5
+            raise OSError("full")
+        clock.now += 1
+    assert {k: round(v, 3) for k, v in lap.take().items()} == {"productive": 3, "checkpointing": 3, "sampling": 5}
+    clock.now += 4
+    assert lap.take()["productive"] == pytest.approx(4)
+    assert sum(lap.take().values()) == 0
+    assert sum(timeline.totals().values()) == pytest.approx(clock.now - began)
+    clock.now -= 100  # it was set back
+    assert min(lap.take().values()) == 0
+
+
+SECONDS = st.floats(0.0, 400.0).map(lambda seconds: round(seconds, 3))
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["step", "wait", "save", "sample", "export", "nothing"]), SECONDS),
+        st.tuples(st.just("saved"), st.booleans()),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    ACTIONS,
+    SECONDS,
+    SECONDS,
+    st.sampled_from([1, 3, 1000]),
+    st.sampled_from(["finished", "stopped", "RuntimeError: x"]),
+)
+def test_the_parts_add_up_to_the_wall_clock_whatever_is_interleaved(
+    actions: list[tuple[str, float]], imports: float, build: float, every: int, reason: str
+) -> None:
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        began = clock.now
+        kept = Kept(Path(folder), clock, every)
+        account, expected = kept.account, dict.fromkeys(CATEGORIES, 0.0)
+        clock.now += build
+        expected["starting"] += build
+        account.begin()
+        for action, value in actions:
+            if action == "step":
+                kept.step(value)
+                expected["productive"] += value
+            elif action == "saved":
+                account.saved([Saved(kept.done, "x", None if value else "full")])
+            elif action == "nothing":
+                clock.now += value
+                expected["productive"] += value
+            else:
+                category = {"wait": "waiting", "save": "checkpointing", "export": "checkpointing"}.get(
+                    action, "sampling"
+                )
+                block = account.checkpointing() if action == "save" else account.measure(category)
+                with block:
+                    clock.now += value
+                expected[category] += value
+        account.close(kept.done, reason)
+        summary = kept.summary()
+        assert summary.used * 3600 == pytest.approx(clock.now - began, abs=0.01)
+        for category in CATEGORIES:
+            assert getattr(summary, category) * 3600 == pytest.approx(expected[category], abs=0.01), category
+
+
+def test_a_save_between_two_logs_makes_no_time(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=10)
+    kept.account.begin()
+    for _ in range(5):
+        kept.step(100)
+    kept.step(saves=(Saved(5, "x", None),))  # which writes a line
+    for _ in range(4):
+        kept.step(100)
+    kept.step(100)  # after the last log
+    kept.account.close(kept.done, "stopped")
+    summary = kept.summary()
+    assert (summary.used * 3600, summary.other) == (pytest.approx(1000, abs=0.1), pytest.approx(0, abs=1e-4))
+    assert summary.productive * 3600 == pytest.approx(1000, abs=0.1)
+
+
+def test_the_devices_are_held_from_the_processes_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placing the workers and importing what they need is starting, not nothing."""
+
+    class Process:
+        def create_time(self) -> float:
+            return clock.now - 16
+
+    clock = Clock()
+    monkeypatch.setattr(module.psutil, "Process", Process)
+    asked = clock.now - 20
+    config = load_config("demo", [f"output={tmp_path}"])
+    run = Run.open(config)
+    monkeypatch.setattr(module, "MetricLogger", Log)
+    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
+    start = {"command": asked - 1, "asked": asked}
+    account = Account(run, run.segment("stage2"), ids, 0, 1, start, lambda: False, clock)
+    clock.now += 10
+    account.begin()
+    account.close(0, "stopped")
+    assert Ledger(run.ledger_path, clock).summary().starting * 3600 == pytest.approx(26, abs=0.01)
+
+
+def micro_batch(kept: Kept, step: int, keys: list[str], loss: float = 1.0, kinds: dict[str, int] | None = None) -> None:
+    """A forward and backward pass, as the account sees it."""
+    (source,) = kept.account.segment.stage.mixture
+    batch = replace(TrainingBatch.fake(len(keys)), sources=(source,) * len(keys))
+    each = torch.full((len(keys),), loss)
+    output = LossOutput(torch.tensor(loss), each, None, torch.full((len(keys),), 0.5))
+    kept.account.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {})), output)
+
+
+class Disk:
+    """The disk under journals and progress, which may be full."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        append, write_text = Journal.append, Path.write_text
+        patch.setattr(Journal, "append", lambda *values, **named: self._room() or append(*values, **named))
+        patch.setattr(Path, "write_text", lambda *values, **named: self._room() or write_text(*values, **named))
+
+    def _room(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_a_full_disk_ends_no_step_and_loses_no_line(
+    tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Kept(tmp_path, Clock(), every=1)
+    run, account = kept.run, kept.account
+    account.begin()
+    before = run.read_progress()
+    disk.full = True
+    for step in range(3):
+        micro_batch(kept, step, [f"a{step}", f"b{step}"])
+        account.dropped(step, "spike", 7.0)
+        kept.step(1.0)
+    time.sleep(2.5)
+    assert run.read_progress() == before
+    assert read_consumed(run, "stage2") == ({}, 0)
+    disk.full = False
+    micro_batch(kept, 3, ["a3", "b3"])
+    kept.step(1.0)
+    account.close(kept.done, "stopped")
+    consumed, again = read_consumed(run, "stage2")
+    assert {step: part.samples for (step, _, _), part in consumed.items()} == {n: [f"a{n}", f"b{n}"] for n in range(4)}
+    assert again == 0
+    assert [line["step"] for line in Journal(run.dropped_path("stage2", 0)).read()[0]] == [0, 1, 2]
+    assert run.read_progress()["state"] == "stopped"
+    warnings = [message.split(" can not")[0] for message in caplog.messages if "can not be written" in message]
+    assert len(warnings) == len(set(warnings))
+    assert {"where the run is", str(run.consumed_path("stage2", 0))} <= set(warnings)
+
+
+def test_a_line_torn_by_a_kill_does_not_swallow_the_next_one(tmp_path: Path) -> None:
+    first = Kept(tmp_path, Clock())
+    micro_batch(first, 0, ["a0", "b0"])
+    first.account.close(1, "stopped")
+    path = first.run.consumed_path("stage2", 0)
+    with path.open("a") as file:
+        file.write('{"step": 1, "part": 0, "attem')
+    second = Kept(tmp_path, Clock(), first_step=1)
+    micro_batch(second, 1, ["a1", "b1"])
+    second.account.close(2, "stopped")
+    consumed, again = read_consumed(first.run, "stage2")
+    assert {step: part.samples for (step, _, _), part in consumed.items()} == {0: ["a0", "b0"], 1: ["a1", "b1"]}
+    assert again == 0
+
+
+def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
+    Kept(tmp_path, Clock()).run.progress_path.unlink()  # and is killed
+    disk.full = True
+    clock = Clock()
+    run = Run(load_config("demo", [f"output={tmp_path}"]))
+    start = {"command": clock.now, "asked": clock.now}
+    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MetricLogger", Log)
+        account = Account(run, run.segment("stage2"), ids, 0, 99, start, lambda: False, clock)
+    account.begin()
+    clock.now += 10
+    disk.full = False
+    account.close(0, "stopped")
+    summary = Ledger(run.ledger_path, clock).summary()
+    assert summary.attempts == 2
+    assert summary.productive * 3600 == pytest.approx(10, abs=0.01)
+
+
+def test_dropped_steps_are_not_in_the_mean_loss(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=3)
+    kept.account.begin()
+    for loss in (1.0, float("nan"), 3.0):
+        micro_batch(kept, kept.done, ["a", "b"], loss, {"photo+photo": 1} if loss == loss else {"augmented": 5})
+        if loss != loss:
+            kept.account.dropped(kept.done, "not finite", loss)
+        kept.step(2.0)
+    ((step, metrics),) = kept.log.points
+    assert step == 3
+    assert metrics["loss"] == metrics["loss/flow"] == metrics["loss/flow/t_0.50-0.75"] == pytest.approx(2.0)
+    assert metrics["pairs/photo+photo"] == 1.0
+    assert "pairs/augmented" not in metrics
+    assert metrics["samples/s"] == pytest.approx(1.0)  # they were work all the same
+    assert metrics["dropped_steps"] == 1
+    for _ in range(3):  # an interval of which nothing was kept
+        micro_batch(kept, kept.done, ["a"], float("nan"))
+        kept.account.dropped(kept.done, "not finite", float("nan"))
+        kept.step(2.0)
+    assert "loss" not in kept.log.points[-1][1]
+    assert kept.log.points[-1][1]["dropped_steps"] == 4
+
+
+def test_pairs_are_shares_of_all_ranks_in_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept(tmp_path, Clock(), every=1)
+    kept.account.begin()
+
+    def with_another_rank(total: torch.Tensor) -> None:
+        augmented = len(total) - 1 - len(PAIR_KINDS) + PAIR_KINDS.index("augmented")
+        total[augmented] += 6
+
+    monkeypatch.setattr(dist, "all_reduce", with_another_rank)
+    for kinds in ({"augmented": 1, "edited+photo": 1}, {"photo+photo": 2}):
+        micro_batch(kept, kept.done, ["a", "b"], 1.0, kinds)
+        kept.step(1.0)
+    first, second = ({k: v for k, v in point.items() if k.startswith("pairs/")} for _, point in kept.log.points)
+    assert first == {"pairs/augmented": 7 / 8, "pairs/edited+photo": 1 / 8}
+    assert second == {"pairs/augmented": 6 / 8, "pairs/photo+photo": 2 / 8}
+
+
+def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
+    first = Kept(tmp_path, Clock(), every=1)
+    first.account.begin()
+    first.account.dropped(0, "spike", 9.0)
+    first.step(1.0, (Saved(1, "x", "the disk is full"), Saved(1, "x", "the disk is full")))
+    first.account.close(1, "RuntimeError: a worker died")
+    second = Kept(tmp_path, Clock(), every=1)
+    second.account.begin()
+    second.account.dropped(0, "spike", 9.0)  # the same again
+    second.step(1.0)
+    second.account.dropped(1, "spike", 9.0)
+    second.step(1.0, (Saved(2, "x", "the disk is full"),))
+    assert [point["dropped_steps"] for _, point in second.log.points] == [1, 2]
+    assert [point["failed_checkpoints"] for _, point in second.log.points] == [2, 3]
+
+
+def test_sampling_is_no_stall_of_a_checkpoint_and_the_hours_add_up(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=2)
+    kept.account.begin()
+    with kept.account.measure("sampling"):
+        kept.clock.now += 50
+    with kept.account.checkpointing():
+        kept.clock.now += 3
+    kept.step(4.0)
+    kept.step(4.0)
+    ((_, metrics),) = kept.log.points
+    assert metrics["checkpoint_stall_seconds"] == pytest.approx(3)
+    assert metrics["gpu_hours/sampling"] * 3600 == pytest.approx(50)
+    assert metrics["gpu_hours/productive"] * 3600 == pytest.approx(8)
+    assert sum(metrics[f"gpu_hours/{name}"] for name in CATEGORIES) == pytest.approx(metrics["gpu_hours/used"])
+
+
+def test_utilization_is_the_models_flops_against_the_peak(tmp_path: Path) -> None:
+    spec = ModelSpec.preset("tiny")
+    batch = TrainingBatch.fake(2, frames=2, height=8, width=8, references=3, text_tokens=16)
+    trained = ["blocks.*.attn1.*", "*_ref*"]
+    used = Utilization(spec.transformer_config(), trained, peak=1e12)
+    flops = spec.step_flops(
+        (2, 8, 8), batch=2, references=3, paired_references=3, text_tokens=16, trained=trained, recompute=True
+    ).model
+    used.add(batch)
+    used.add(batch)
+    assert used.take(4.0) == {"mfu": pytest.approx(2 * flops / 4.0 / 1e12)}
+    assert used.take(4.0) == {"mfu": 0.0}
+    if peak_flops() is None:  # as on a CPU
+        unknown = Utilization(spec.transformer_config(), trained)
+        unknown.add(batch)
+        assert unknown.take(4.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("Tesla T4", None)],
+)
+def test_peaks_of_devices(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_flops() == peak
+
+
+def test_plan_and_quarantine_are_handed_in_at_the_end(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    utilization = Utilization(ModelSpec.preset("tiny").transformer_config(), ["*"])
+    kept.account.built({"digest": "d", "steps_per_epoch": 3}, utilization)
+    kept.account.begin()
+    kept.run.quarantine_path("stage2", 0).write_text("")
+    kept.run.quarantine_path("stage2", 1).write_text('{"key": "x"}\n')
+    kept.account.close(0, "finished")
+    assert [(path.name, to) for path, to in kept.log.files] == [
+        ("stage2.json", "plan"),
+        ("stage2.rank00001.jsonl", "quarantine"),
+    ]
+    assert json.loads(kept.log.files[0][0].read_text())["steps_per_epoch"] == 3
+
+
+def test_another_ranks_error_reaches_the_spool(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    account = kept.account
+    account.main, account.rank, account.attempt, account.logger = False, 3, None, None
+    account.close(5, "ValueError: the cause")
+    lines, _ = segment_journal(kept.run.spool, "stage2").read()
+    assert [line["values"] for line in lines] == [{"error.rank3": "ValueError: the cause"}]
