@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 
 
-class DataError(ValueError):
+class UserFacingError(Exception):
+    """A mistake of the user's, or a fault of the place, such as a full disk or a store that is away.
+
+    Its text is one message that says what, where and what to do: the command line shows it without a traceback and ends
+    with code 2. Any other exception is a fault of the product's own: a traceback, and code 1.
+    """
+
+
+class DataError(UserFacingError, ValueError):
     """Data that breaks its contract: the message says what, where, what was expected and what to do."""
 
 
@@ -13,7 +21,7 @@ class TooManyBadError(DataError):
     """More bad samples than a run accepts: starting again would meet them again."""
 
 
-class StorageError(OSError):
+class StorageError(UserFacingError, OSError):
     """A store that is down or refuses: nothing is known of the data, so no sample is to blame.
 
     `place` has no access keys in it; `reason` is the last attempt's.

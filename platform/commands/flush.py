@@ -6,13 +6,13 @@ from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import find_run
 from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool
-from domainshuttle.platform.tracking.outbox import absolute_uri, reachable
+from domainshuttle.platform.tracking.outbox import absolute_uri, failed_uploads, reachable
 
 
 def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> bool:
     """Sends what is left in a run's spool, to its own server or to the one at `uri`; returns whether all was sent.
 
-    Raises ConfigError where there is no run.
+    Artifacts that their store does not take are named, and do not count. Raises ConfigError where there is no run.
     """
     run = find_run(folder)
     ids = run.read_ids()
@@ -30,5 +30,16 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
         return False
     if uri is None:
         run.write_ids(known.to_dict())
-    console.print(f"Nothing is left in {run.spool}: {shown} has it all. Next: domainshuttle compare {known.experiment}")
+    failed = failed_uploads(run.spool)
+    for path, error in failed.items():
+        console.print(f"The artifact {run.folder / path} could not be written: {error}", markup=False)
+    if failed:
+        console.print(
+            f"{shown} has all but {len(failed)} artifacts, whose store did not take them: they stay where they are, "
+            "and this command tries them again"
+        )
+    else:
+        console.print(
+            f"Nothing is left in {run.spool}: {shown} has it all. Next: domainshuttle compare {known.experiment}"
+        )
     return True

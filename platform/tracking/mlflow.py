@@ -4,6 +4,15 @@ Every event (metrics, params, tags, artifacts, inputs, status) is a line in a sp
 is sent from there. A server that is down, slow or a black hole therefore costs training nothing: the running worker,
 the next start or `flush_spool` sends the rest. Beside each spool lies what the server has acknowledged.
 
+Artifacts go a way of their own, beside the stream of the other events: their store may be slow, or closed to this
+machine, and metrics, hours and states arrive all the same. One that can't be written is warned about, stays where it is
+and is tried again at the next start, at the end and by `flush_spool`.
+
+A run that is sent later looks as one that was sent at once: it begins with its first event and ends with its last one.
+The schedule's state is told by the driver and by workers, in several spools, which may be sent in any order: so only
+what is newer than the state it shows changes it. The time of that state is a tag of the run. The driver's last word
+holds whatever the workers' clocks say: until a driver begins again, nothing of theirs changes the state.
+
 No point is doubled. An event keeps the time it was logged at, and MLflow's store ignores a point that is equal in key,
 step, time and value, so a batch sent again after a lost answer changes nothing. Steps that are computed again after a
 restore are not sent again: of each metric only steps above the last one sent are. So the curve keeps the first points
@@ -17,19 +26,20 @@ This is the only module that imports mlflow, and it does so when something is fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
 
-from domainshuttle.pipelines.errors import mask_secrets, one_line
+from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
 from domainshuttle.platform.run.journal import locked
 from domainshuttle.platform.tracking.outbox import (
     PARAM_CHARS,
@@ -37,25 +47,39 @@ from domainshuttle.platform.tracking.outbox import (
     BackgroundLog,
     absolute_uri,
     artifact_event,
+    began,
     bounded,
     metrics_event,
     new_event,
     reachable,
     segment_journal,
     segment_of,
+    sqlite_file,
     status_event,
     texts_event,
+    uploads_journal,
 )
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _SCHEDULE, _SEGMENT, PARENT_TAG = "domainshuttle.schedule", "domainshuttle.segment", "mlflow.parentRunId"
+_STATUS_TIME, _ERROR_TIME = "domainshuttle.status_time", "domainshuttle.error_time"
+"""Tags of a schedule's run: when what it shows as its state, and as its error, was said, in ms since 1970; the first
+with `_ENDED` after it when the driver has ended."""
+_ENDED = " ended"
 _BATCH_METRICS, _BATCH_TEXTS = 1000, 100  # MLflow's limits
+_BATCH_CHARS = 200_000
+"""Of params or tags in one request: MLflow takes 1 MB, and so does nginx before it."""
+_ARTIFACTS = "mlartifacts"
+"""Folder beside an sqlite store, with a folder an experiment."""
 _CLIENT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # trying again is the sender's business
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -76,6 +100,32 @@ def connect(uri: str) -> MlflowClient:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+class TrackingError(UserFacingError):
+    """A tracking server or store that can't be read, and why."""
+
+
+def ask(uri: str, question: Callable[[], T]) -> T:
+    """What the server or store at `uri` answers; one that is too busy is asked again, for some seconds.
+
+    Raises TrackingError for what MLflow, or whatever stores its artifacts, raise.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for pause in (*_PAUSES, None):
+        try:
+            return question()
+        except (MlflowException, OSError) as error:
+            if pause is None or getattr(error, "error_code", None) not in _TEMPORARY:
+                raise TrackingError(f"{mask_secrets(uri)} can't be read: {one_line(error)}") from error
+            time.sleep(pause)
+    raise AssertionError
+
+
+_PAUSES = (1.0, 2.0, 4.0)
+"""Seconds before a request that was not answered is made again."""
+_TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
 
 
 @dataclass
@@ -108,6 +158,7 @@ class _Sender:
     def __init__(self, ids: RunIds, folder: Path, segment: str | None) -> None:
         self.ids, self.folder, self.segment = ids, folder, segment
         self.journal = segment_journal(folder, segment)
+        self.uploads = uploads_journal(self.journal)
         self._run_id: str | None = None
         self._failing = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +168,10 @@ class _Sender:
         return connect(self.ids.tracking_uri)
 
     def drain(self, deadline: float = float("inf"), wait: float = 0.0) -> bool:
-        """Sends until nothing is left (True), the server fails, another sends for `wait` seconds or time is over."""
+        """Sends until nothing is left (True), the server fails, another sends for `wait` seconds or time is over.
+
+        Artifacts are left to `upload`.
+        """
         if self._run_id and not self.journal.unread():
             return True
         with locked(self.journal.path.with_suffix(".lock"), wait) as held:
@@ -139,46 +193,97 @@ class _Sender:
                 self._failing = True
         return False
 
+    def upload(self, deadline: float = float("inf"), wait: float = 0.0, again: bool = False) -> bool:
+        """Uploads the artifacts that `drain` has come to, until none waits (True), the server is away or time is over.
+
+        One that can't be written is noted, and stops nothing; such ones of before are tried once more with `again`.
+        """
+        if not self.uploads.unread() and not (again and self.uploads.bookmark().get("failed")):
+            return True
+        with locked(self.uploads.path.with_suffix(".lock"), wait) as held:
+            while held and self._run_id and time.monotonic() < deadline:
+                state = {"failed": [], **self.uploads.bookmark()}
+                events, offset = self.uploads.read(state["offset"], lines=_UPLOADS)
+                # a file that was logged twice is the same file: it is sent once
+                failed = {(event["path"], event["to"]): event for event in state["failed"]}
+                todo = {(event["path"], event["to"]): event for event in events} | (failed if again else {})
+                if not todo:
+                    return True
+                for key, event in todo.items():
+                    failed.pop(key, None)
+                    try:
+                        self._upload(self._run_id, event)
+                    except Exception as error:  # whatever a store of artifacts raises
+                        if time.monotonic() > deadline or not reachable(self.ids.tracking_uri):
+                            return False  # then nothing is known of the store
+                        failed[key] = {**event, "error": one_line(error)}
+                again = False
+                self.uploads.set_bookmark({"offset": offset, "failed": list(failed.values())})
+        return False
+
+    def _upload(self, run_id: str, event: Mapping[str, Any]) -> None:
+        path = self.folder.parent / event["path"]
+        if not path.exists():
+            logger.warning("tracking: the artifact %s is gone: it is passed over", path)
+            return
+        store = artifact_repository(self.ids.tracking_uri, self.client.get_run(run_id))
+        try:
+            (store.log_artifacts if path.is_dir() else store.log_artifact)(str(path), event["to"])
+        except Exception as error:
+            logger.warning("tracking: the artifact %s could not be written: %s", path, one_line(error))
+            raise
+
     def _bind(self, state: dict[str, Any]) -> dict[str, Any]:
         """Finds or creates the run. One that is not the run of `state` gets the spool from its beginning."""
         if self._run_id is None:
-            with locked(self.folder / "runs.lock", wait=15) as held:
-                if not held:
-                    raise TimeoutError("another process has been opening the runs for 15 s")
+            with self._alone():
                 self._run_id = self._open_runs()
         if state.get("run_id") == self._run_id:
             return state
         latest = self.client.get_run(self._run_id).data._metric_objs
         return {"run_id": self._run_id, "offset": 0, "last_step": {metric.key: metric.step for metric in latest}}
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While it lasts no other process opens the runs, or changes the schedule's state."""
+        with locked(self.folder / "runs.lock", wait=15) as held:
+            if not held:
+                raise TimeoutError("another process has been opening the runs for 15 s")
+            yield
+
     def _open_runs(self) -> str:
         uri, name, segment = self.ids.tracking_uri, self.ids.experiment, self.segment
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             # an sqlite store's default is the working directory of whoever creates the experiment
-            beside = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / quote(name, safe="")
-            place = beside.as_uri() if uri.startswith("sqlite:///") else None
+            store = sqlite_file(uri)
+            place = (store.parent / _ARTIFACTS / quote(name, safe="")).as_uri() if store else None
             experiment_id = self.client.create_experiment(name, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":
                 self.client.restore_experiment(experiment_id)
                 logger.warning("tracking: the experiment %r had been deleted and is restored", name)
-        run = self.ids.parent = self._open_run(experiment_id, self.ids.parent, self.ids.name, {_SEGMENT: ""})
+        start = began(segment_journal(self.folder, None)) or began(self.journal)
+        run = self.ids.parent = self._open_run(experiment_id, self.ids.parent, self.ids.name, start, {_SEGMENT: ""})
         if segment is not None:
             tags = {_SEGMENT: segment, PARENT_TAG: run}
-            run = self._open_run(experiment_id, self.ids.segments.get(segment), segment, tags)
+            known, start = self.ids.segments.get(segment), began(self.journal)
+            run = self._open_run(experiment_id, known, segment, start, tags)
             self.ids.segments[segment] = run
         return run
 
-    def _open_run(self, experiment_id: str, known: str | None, name: str, tags: dict[str, str]) -> str:
+    def _open_run(
+        self, experiment_id: str, known: str | None, name: str, start: int | None, tags: dict[str, str]
+    ) -> str:
+        """A run, found or created as one that began at `start` (ms since 1970; None: now)."""
         run = self._active(known) if known else None
         if run is None:
             marks = f"tags.`{_SCHEDULE}` = '{self.ids.key}' and tags.`{_SEGMENT}` = '{tags[_SEGMENT]}'"
             run = next(iter(self.client.search_runs([experiment_id], marks, max_results=1)), None)
         if run is None:
             tags = {**tags, _SCHEDULE: self.ids.key, **({"continues": known} if known else {})}
-            run = self.client.create_run(experiment_id, tags=tags, run_name=name)
+            run = self.client.create_run(experiment_id, start_time=start, tags=tags, run_name=name)
             if known:
                 logger.warning("tracking: the run %s is gone, %s continues it", known, run.info.run_id)
         elif run.data.tags.get(PARENT_TAG) != tags.get(PARENT_TAG):  # the parent was the one deleted
@@ -200,18 +305,31 @@ class _Sender:
     def _send(self, run_id: str, events: Sequence[Mapping[str, Any]], last_step: dict[str, int]) -> None:
         """Sends events in their order; `last_step`, the highest step sent of each metric, grows with them."""
         batch: list[Any] = []
-        for event in [*events, None]:
+        states = [number for number, event in enumerate(events) if event.get("kind") == "status"]
+        for number, event in enumerate([*events, None]):
             if event is not None and event.get("kind") == "metrics":
                 self._attempt(run_id, partial(_add_points, batch, event, last_step))
                 continue
             for first in range(0, len(batch), _BATCH_METRICS):
-                part = batch[first : first + _BATCH_METRICS]
-                if not self._attempt(run_id, partial(self.client.log_batch, run_id, part)):
-                    for point in part:  # one bad point must not take the others with it
-                        self._attempt(run_id, partial(self.client.log_batch, run_id, [point]))
+                self._log_points(run_id, batch[first : first + _BATCH_METRICS])
             batch.clear()
             if event is not None:
-                self._attempt(run_id, partial(self._apply, run_id, event, last_step))
+                self._attempt(run_id, partial(self._apply, run_id, event, last_step, number in states[-1:]))
+
+    def _log_points(self, run_id: str, points: Sequence[Any]) -> None:
+        """Sends points; of those that are refused together, or too much at once for what is before the server, each
+        half. One bad point must not take the others with it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._attempt(run_id, partial(self.client.log_batch, run_id, points)) or len(points) == 1:
+                return
+        except MlflowException:
+            if len(points) == 1 or self._active(run_id) is None:  # which raises where the server is away
+                raise
+        half = len(points) // 2
+        self._log_points(run_id, points[:half])
+        self._log_points(run_id, points[half:])
 
     def _attempt(self, run_id: str, call: Callable[[], Any]) -> bool:
         """Calls. What is damaged, or never accepted, is passed over with a warning (False); other errors are raised."""
@@ -220,22 +338,22 @@ class _Sender:
         try:
             call()
             return True
-        except (MlflowException, FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        except (MlflowException, KeyError, TypeError, ValueError) as error:
             temporary = isinstance(error, MlflowException) and error.error_code not in _REFUSALS
             if temporary or self._active(run_id) is None:
                 raise
             logger.warning("tracking: refused and passed over: %s", one_line(error))
             return False
 
-    def _apply(self, run_id: str, event: Mapping[str, Any], last_step: Mapping[str, int]) -> None:
+    def _apply(self, run_id: str, event: Mapping[str, Any], last_step: Mapping[str, int], last_word: bool) -> None:
+        """Applies an event that is no metric; `last_word`: no state comes after it in what is known of the spool."""
         kind = event["kind"]
         if kind == "params":
             self._set_params(run_id, event["values"])
         elif kind == "tags":
             self._set_tags(run_id, event["values"])
         elif kind == "artifact":
-            send = self.client.log_artifacts if Path(event["path"]).is_dir() else self.client.log_artifact
-            send(run_id, event["path"], event["to"])
+            self.uploads.append([{"path": str(event["path"]), "to": event["to"]}])
         elif kind == "input":
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -250,31 +368,70 @@ class _Sender:
         elif kind == "status":
             if event.get("if_running") and self.client.get_run(run_id).info.status != "RUNNING":
                 return
-            for run in {run_id, self.ids.parent or run_id} if event["parent"] else {run_id}:
-                if event["error"]:
-                    self._set_tags(run, {"error": event["error"]})
-                if event["status"] == "RUNNING":
-                    self.client.update_run(run, status="RUNNING")
-                else:
-                    self.client.set_terminated(run, event["status"], event["time"])
+            if self.segment is None:
+                self._set_schedule_status(run_id, event, last_word)
+                return
+            self._set_status(self.client.get_run(run_id), event, event["error"])
+            if event["parent"] and self.ids.parent:
+                self._set_schedule_status(self.ids.parent, event)
+
+    def _set_schedule_status(self, run_id: str, event: Mapping[str, Any], last_word: bool = False) -> None:
+        """Changes the schedule's state and error, each where the one it shows was said before this."""
+        with self._alone():
+            run = self.client.get_run(run_id)
+            time_of_state, ended, _ = run.data.tags.get(_STATUS_TIME, "0").partition(_ENDED)
+            ends = self.segment is None and last_word and event["status"] != "RUNNING"
+            newest = ends or (event["time"] > int(time_of_state) and not (ended and self.segment is not None))
+            error = event["error"] if event["time"] > int(run.data.tags.get(_ERROR_TIME, 0)) else ""
+            said = {_STATUS_TIME: f"{event['time']}{_ENDED if ends else ''}"} if newest else {}
+            if error:
+                said[_ERROR_TIME] = str(event["time"])
+            self._set_tags(run_id, said)
+            self._set_status(run, event, error, newest)
+
+    def _set_status(self, run: MlflowRun, event: Mapping[str, Any], error: str, newest: bool = True) -> None:
+        """Sets the error, where there is one, and, where the event is the `newest`, its state."""
+        run_id = run.info.run_id
+        if error:
+            self._set_tags(run_id, {"error": error})
+        if newest and event["status"] == "RUNNING":
+            self.client.update_run(run_id, status="RUNNING")
+        elif newest:  # clocks of two machines may differ
+            self.client.set_terminated(run_id, event["status"], max(event["time"], run.info.start_time))
 
     def _set_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Sets params; one that has another value, which MLflow would refuse, becomes the tag `changed.<param>`."""
         from mlflow.entities import Param
 
         old = self.client.get_run(run_id).data
-        new = [Param(key, value) for key, value in params.items() if key not in old.params]
-        for first in range(0, len(new), _BATCH_TEXTS):
-            self.client.log_batch(run_id, params=new[first : first + _BATCH_TEXTS])
+        for batch in _text_batches({key: value for key, value in params.items() if key not in old.params}):
+            self.client.log_batch(run_id, params=[Param(key, value) for key, value in batch])
         tags = {key: old.tags.get(f"changed.{key}", old.params.get(key, value)) for key, value in params.items()}
         self._set_tags(run_id, {f"changed.{key}": params[key] for key, value in tags.items() if value != params[key]})
 
     def _set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        items = [RunTag(key, value) for key, value in tags.items()]
-        for first in range(0, len(items), _BATCH_TEXTS):
-            self.client.log_batch(run_id, tags=items[first : first + _BATCH_TEXTS])
+        for batch in _text_batches(tags):
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in batch])
+
+
+_UPLOADS = 50
+"""Artifacts that are looked at together."""
+
+
+def _text_batches(texts: Mapping[str, str]) -> Iterator[list[tuple[str, str]]]:
+    """Params or tags in groups that one request may have."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for key, value in texts.items():
+        size += len(key) + len(value)
+        if batch and (len(batch) == _BATCH_TEXTS or size > _BATCH_CHARS):
+            yield batch
+            batch, size = [], len(key) + len(value)
+        batch.append((key, value))
+    if batch:
+        yield batch
 
 
 def _add_points(batch: list[Any], event: Mapping[str, Any], last_step: dict[str, int]) -> None:
@@ -288,6 +445,10 @@ def _add_points(batch: list[Any], event: Mapping[str, Any], last_step: dict[str,
             last_step[key] = step
 
 
+_HURRY = 60.0
+"""Seconds for which a driver does not wait for a server that did not take events."""
+
+
 class Tracker:
     """The driver's side: a schedule's run and its segments' runs.
 
@@ -298,11 +459,18 @@ class Tracker:
         self.ids, self.folder, self.timeout = ids, Path(spool), timeout
         self._opened: str | None = None
         self._sender = cache(lambda segment: _Sender(ids, self.folder, segment))
+        self._missed, self._hurries_until = 0, 0.0
 
     def _put(self, segment: str | None, *events: Mapping[str, Any]) -> bool:
         sender = self._sender(segment)
         sender.journal.append(events)
-        return bounded(lambda: sender.drain(wait=self.timeout), self.timeout)
+        # a server that did not take two events in a row is not waited for again with every other one
+        timeout = self.timeout if time.monotonic() > self._hurries_until else 0.0
+        sent = bounded(lambda: sender.drain(wait=self.timeout) and sender.upload(), timeout)
+        self._missed = 0 if sent else self._missed + 1
+        if self._missed > 1 and timeout:
+            self._hurries_until = time.monotonic() + _HURRY
+        return sent
 
     def open_segment(
         self, name: str, params: Mapping[str, Any] | None = None, tags: Mapping[str, Any] | None = None
@@ -318,7 +486,7 @@ class Tracker:
 
     def artifact(self, path: Path | str, artifact_path: str | None = None, segment: str | None = None) -> bool:
         """Uploads a file or folder, which has to stay where it is until it was sent."""
-        return self._put(segment, artifact_event(path, artifact_path))
+        return self._put(segment, artifact_event(path, artifact_path, self.folder))
 
     def log_dataset(self, name: str, digest: str, path: str, rows: int, segment: str | None = None) -> bool:
         """Records a dataset of `rows` samples as an input; MLflow keeps 36 characters of its index's digest."""
@@ -363,7 +531,9 @@ def open_schedule(
     uri = absolute_uri(uri)
     tracker = Tracker(RunIds.from_dict(ids.to_dict(), uri) if ids else RunIds(uri, experiment, name), spool, timeout)
     texts = texts_event("params", params, PARAM_CHARS), texts_event("tags", tags, TAG_CHARS)
-    tracker._put(None, status_event("RUNNING"), *texts, *(artifact_event(path, None) for path in artifacts))
+    tracker._put(
+        None, status_event("RUNNING"), *texts, *(artifact_event(path, None, tracker.folder) for path in artifacts)
+    )
     # what earlier attempts left is sent beside the training
     bounded(lambda: flush_spool(tracker.ids, spool, timeout=3600) == 0, timeout=0)
     return tracker
@@ -386,12 +556,47 @@ class MetricLogger(BackgroundLog):
         Both intervals are in seconds. Raises OSError when `spool` can not be made.
         """
         self._sender = _Sender(ids, Path(spool), segment)
-        super().__init__(self._sender.journal, self._sender.drain, start_step, send_every, system_every)
+        sender = self._sender
+        super().__init__(sender.journal, sender.drain, sender.upload, start_step, send_every, system_every)
 
 
 def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:
-    """Sends what earlier attempts could not, for at most `timeout` seconds; returns how many bytes are still unsent."""
+    """Sends what earlier attempts could not, for at most `timeout` seconds; returns how many bytes are still unsent.
+
+    A server that answers is asked again until all is sent. Artifacts that their store did not take are tried once more;
+    what is left of these is no part of the count (outbox.failed_uploads).
+    """
     senders = [_Sender(ids, path.parent, segment_of(path)) for path in sorted(Path(spool).glob("*.jsonl"))]
     deadline = time.monotonic() + timeout
-    bounded(lambda: [sender.drain(deadline, wait=deadline - time.monotonic()) for sender in senders], timeout)
-    return sum(sender.journal.unread() for sender in senders)
+
+    def send() -> bool:
+        pause = 1.0
+        while left := [sender for sender in senders if not sender.drain(deadline, wait=deadline - time.monotonic())]:
+            if time.monotonic() + pause > deadline or not reachable(ids.tracking_uri):
+                break
+            time.sleep(pause)
+            pause = min(30.0, 2 * pause)
+        for sender in senders:
+            sender.upload(deadline, wait=deadline - time.monotonic(), again=True)
+        return not left
+
+    bounded(send, timeout)
+    return sum(sender.journal.unread() + sender.uploads.unread() for sender in senders)
+
+
+def artifact_place(uri: str, run: MlflowRun) -> str:
+    """Where a run's artifacts are: as the server says, but of an sqlite store that was moved, or copied, with its
+    folder of artifacts, in the one beside it."""
+    store, said = sqlite_file(uri), run.info.artifact_uri
+    parts = Path(unquote(urlsplit(said).path)).parts[-4:]  # the folder, the experiment, the run, "artifacts"
+    if store is None or len(parts) < 4 or parts[0] != _ARTIFACTS or urlsplit(said).scheme not in ("", "file"):
+        return said
+    there, beside = Path(unquote(urlsplit(said).path)).parents[1], store.parent.joinpath(*parts[:2])
+    return store.parent.joinpath(*parts).as_uri() if beside.is_dir() or not there.is_dir() else said
+
+
+def artifact_repository(uri: str, run: MlflowRun) -> ArtifactRepository:
+    """Reads and writes a run's artifacts."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(artifact_place(uri, run), tracking_uri=uri)

@@ -52,26 +52,54 @@ def segment_of(path: Path) -> str | None:
     return None if path.stem == "schedule" else unquote(path.stem.removeprefix("segment-"))
 
 
+def uploads_journal(journal: Journal) -> Journal:
+    """The artifacts of a spool that are to be uploaded, beside the stream of its other events."""
+    return Journal(journal.path.parent / "uploads" / journal.path.name)
+
+
+def failed_uploads(folder: Path) -> dict[str, str]:
+    """Of the spools in a folder, the artifacts that their store did not take, with the reason."""
+    states = [Journal(path).bookmark() for path in sorted((folder / "uploads").glob("*.jsonl"))]
+    return {event["path"]: event["error"] for state in states for event in state.get("failed", [])}
+
+
+def began(journal: Journal) -> int | None:
+    """When the first event of a journal was logged, in ms since 1970; None where there is none."""
+    events, _ = journal.read(lines=_FIRST_LINES)
+    return next((event["time"] for event in events if isinstance(event.get("time"), int)), None)
+
+
+_FIRST_LINES = 20
+"""Among so many lines one is whole."""
+_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(\?.*)?")
+
+
 def absolute_uri(uri: str) -> str:
     """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is."""
-    path = uri.removeprefix("sqlite:///")
-    return uri if path in ("", uri) else f"sqlite:///{Path(path).expanduser().resolve()}"
+    match = _SQLITE.fullmatch(uri)
+    return f"{match[1]}{Path(match[2]).expanduser().resolve()}{match[3] or ''}" if match else uri
 
 
-def reachable(uri: str, timeout: float = 2.0) -> bool:
-    """Whether a server answers, in about 2 x `timeout` seconds; True for what is not a plain HTTP server."""
+def sqlite_file(uri: str) -> Path | None:
+    """The database of an sqlite URI; None for any other."""
+    match = _SQLITE.fullmatch(uri)
+    return Path(match[2]) if match else None
+
+
+def reachable(uri: str, timeout: float = 10.0) -> bool:
+    """Whether a server answers, in at most 2 x `timeout` seconds; True for what is not a plain HTTP server."""
     address = urlsplit(uri)
     host, tls = address.hostname, address.scheme == "https"
     if address.scheme not in ("http", "https") or not host:
         return True
-    if address.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+    if {address.scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(host):
         return True  # a connection of our own says nothing about a server behind a proxy
     try:
         with socket.create_connection((host, address.port or (443 if tls else 80)), timeout) as connection:
             if tls:  # only the client knows the certificates
                 return True
-            path = address.path.rstrip("/") + "/health"
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            path, name = address.path.rstrip("/") + "/health", address.netloc.rpartition("@")[2]
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
             return connection.recv(1) != b""
     except OSError:
         return False
@@ -97,8 +125,10 @@ def metrics_event(step: int | None, values: Mapping[str, float]) -> dict[str, An
     return new_event("metrics", step=step, values={clean(key): float(value) for key, value in values.items()})
 
 
-def artifact_event(path: Path | str, to: str | None) -> dict[str, Any]:
-    return new_event("artifact", path=str(Path(path).resolve()), to=to)
+def artifact_event(path: Path | str, to: str | None, spool: Path) -> dict[str, Any]:
+    """What lies in the folder of the run, which may be moved before it is sent, is named relative to that."""
+    place, run = Path(path).resolve(), spool.resolve().parent
+    return new_event("artifact", path=str(place.relative_to(run) if place.is_relative_to(run) else place), to=to)
 
 
 def status_event(
@@ -114,19 +144,23 @@ def status_event(
 class BackgroundLog:
     """Logs to one run without ever delaying the caller.
 
-    One thread writes events to the spool, another sends them and samples the system.
+    One thread writes events to the spool, another sends them and samples the system, a third one uploads artifacts,
+    which may take long.
     """
 
     def __init__(
         self,
         journal: Journal,
         drain: Callable[[float], bool],
+        upload: Callable[[float], bool],
         start_step: int | None,
         send_every: float,
         system_every: float | None,
     ) -> None:
-        """`drain` sends what is in the journal until the given time.monotonic(), True when all is sent."""
-        self._journal, self._drain = journal, drain
+        """`drain` sends what is in the journal until the given time.monotonic(), True when all is sent; `upload` does
+        the same with the artifacts that `drain` has come to."""
+        self._journal, self._drain, self._upload = journal, drain, upload
+        self._uploads, self._uploader = uploads_journal(journal), threading.Thread()
         self._writer = JournalWriter(journal, sync=False)
         self._send_every, self._system_every = send_every, system_every
         self._closing, self._deadline = threading.Event(), float("inf")
@@ -149,7 +183,7 @@ class BackgroundLog:
 
     def artifact(self, path: Path | str, artifact_path: str | None = None) -> None:
         """Uploads a file or folder, which has to stay where it is until it was sent."""
-        self._writer.put(artifact_event(path, artifact_path))
+        self._writer.put(artifact_event(path, artifact_path, self._journal.path.parent))
 
     def fail(self, error: BaseException | str, timeout: float = 10.0) -> bool:
         """Marks the segment's and the schedule's run as FAILED, with the error as a tag, and closes."""
@@ -167,7 +201,7 @@ class BackgroundLog:
         written = self._writer.close(timeout)
         self._closing.set()
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
-        return written and self._journal.unread() == 0
+        return written and self._journal.unread() == 0 and self._uploads.unread() == 0
 
     def _deliver(self) -> None:
         now, pause = time.monotonic(), self._send_every
@@ -178,9 +212,20 @@ class BackgroundLog:
                 self._writer.put(metrics_event(None, system_metrics()))
             if time.monotonic() >= send:
                 pause = self._send_every if self._drain(float("inf")) else min(30.0, 2 * pause + 0.5)
+                self._begin_upload()
                 send = time.monotonic() + pause
         while not self._drain(self._deadline) and time.monotonic() + 1 < self._deadline:
             time.sleep(0.5)
+        for _ in range(2):  # once more for what came while an upload ended
+            self._begin_upload()
+            if self._uploader.is_alive():
+                self._uploader.join(max(0.0, self._deadline - time.monotonic()))
+
+    def _begin_upload(self) -> None:
+        """Starts the upload of artifacts that wait for one; what comes while it is under way waits for the next."""
+        if self._uploads.unread() and not self._uploader.is_alive():
+            self._uploader = threading.Thread(target=self._upload, args=(float("inf"),), name="uploads", daemon=True)
+            self._uploader.start()
 
 
 def system_metrics() -> dict[str, float]:

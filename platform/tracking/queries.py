@@ -1,15 +1,27 @@
-"""What the tracking server has: the runs of experiments, and the points of a metric."""
+"""What the tracking server has: the runs of experiments, points of a metric, and artifacts; each read to its end."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
-from domainshuttle.platform.tracking.mlflow import PARENT_TAG, connect
-from domainshuttle.platform.tracking.outbox import absolute_uri, reachable
+from domainshuttle.platform.tracking.mlflow import PARENT_TAG, TrackingError, artifact_repository, ask, connect
+from domainshuttle.platform.tracking.outbox import absolute_uri, reachable, sqlite_file
+
+_MOST_NAMES = 20
+
+
+class UnknownRecordError(TrackingError, LookupError):
+    """A store, an experiment or a run that is not there."""
+
+
+class ServerAwayError(TrackingError, ConnectionError):
+    """A server that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -32,64 +44,81 @@ class RunRecord:
 def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
     """All runs of the experiments, oldest first, without deleted ones.
 
-    Raises ConnectionError when the server does not answer, and LookupError for an experiment it does not have.
+    Raises ServerAwayError when the server does not answer, and UnknownRecordError for an experiment it does not have.
     """
     uri = absolute_uri(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise LookupError(f"there is no store {uri}; train first, or set tracking.uri")
+    store = sqlite_file(uri)
+    if store and not store.exists():
+        raise UnknownRecordError(f"there is no store {uri}; train first, or set tracking.uri")
     if not reachable(uri):
-        raise ConnectionError(f"the tracking server {mask_secrets(uri)} does not answer: start it or set tracking.uri")
-    client = connect(uri)
-    known = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+        raise ServerAwayError(f"the tracking server {mask_secrets(uri)} does not answer: start it or set tracking.uri")
+    client = ask(uri, lambda: connect(uri))
+    known: dict[str, str] = {}
     for name in experiments:
-        if name not in known.values():
-            there = ", ".join(sorted(known.values()))
-            raise LookupError(f"no experiment {name!r} in {mask_secrets(uri)}; it has: {there}")
-    chosen = [key for key, name in known.items() if name in experiments]
-    records: list[RunRecord] = []
-    token = None
-    while token or not records:
-        page = client.search_runs(chosen, order_by=["attributes.start_time ASC"], page_token=token)
-        for run in page:
-            info, data = run.info, run.data
-            records.append(
-                RunRecord(
-                    id=info.run_id,
-                    parent=data.tags.get(PARENT_TAG),
-                    experiment=known[info.experiment_id],
-                    name=info.run_name,
-                    status=info.status,
-                    start=info.start_time / 1000,
-                    end=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
-                    params=data.params,
-                    tags=data.tags,
-                    metrics=data.metrics,
-                    steps={metric.key: metric.step for metric in data._metric_objs},
-                )
+        found = ask(uri, partial(client.get_experiment_by_name, name))
+        if found is None or found.lifecycle_stage == "deleted":
+            there = sorted(one.name for one in _pages(uri, client.search_experiments))
+            more = f" and {len(there) - _MOST_NAMES} more" if len(there) > _MOST_NAMES else ""
+            raise UnknownRecordError(
+                f"no experiment {name!r} in {mask_secrets(uri)}; it has: {', '.join(there[:_MOST_NAMES])}{more}"
             )
-        token = page.token
-        if not token:
-            break
-    return records
+        known[found.experiment_id] = found.name
+    runs = _pages(uri, partial(client.search_runs, list(known), order_by=["attributes.start_time ASC"]))
+    return [_record(run, known) for run in runs]
+
+
+def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
+    info, data = run.info, run.data
+    return RunRecord(
+        id=info.run_id,
+        parent=data.tags.get(PARENT_TAG),
+        experiment=experiments[info.experiment_id],
+        name=info.run_name,
+        status=info.status,
+        start=info.start_time / 1000,
+        end=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
+        params=data.params,
+        tags=data.tags,
+        metrics=data.metrics,
+        steps={metric.key: metric.step for metric in data._metric_objs},
+    )
 
 
 def read_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     """The (step, value) points of a metric, by step."""
-    points = connect(absolute_uri(uri)).get_metric_history(run_id, key)
+    points = ask(uri, lambda: connect(absolute_uri(uri)).get_metric_history(run_id, key))
     return sorted((point.step, point.value) for point in points)
 
 
 def list_artifacts(uri: str, run_id: str, folder: str = "") -> list[str]:
-    """Paths of the files that a run has in a folder and below it, sorted."""
-    client, todo = connect(absolute_uri(uri)), [folder]
+    """Paths of the files that a run has in a folder and below it, sorted. Raises TrackingError where they can't be
+    listed, for example by a client that has no access to their store."""
+    store, todo = _artifacts(uri, run_id), [folder]
     found: list[str] = []
     while todo:
-        for entry in client.list_artifacts(run_id, todo.pop() or None):
+        for entry in ask(uri, partial(store.list_artifacts, todo.pop() or None)):
             (todo if entry.is_dir else found).append(entry.path)
     return sorted(found)
 
 
 def read_artifact(uri: str, run_id: str, path: str) -> bytes:
-    """A file of a run, whole. Raises OSError when it is not there, or not on this machine's disk as the server says."""
+    """A file of a run, whole. Raises TrackingError when it is not there, or not where this machine can read it."""
+    store = _artifacts(uri, run_id)
     with tempfile.TemporaryDirectory() as folder:
-        return Path(connect(absolute_uri(uri)).download_artifacts(run_id, path, folder)).read_bytes()
+        return Path(ask(uri, lambda: store.download_artifacts(path, folder))).read_bytes()
+
+
+def _artifacts(uri: str, run_id: str) -> Any:
+    uri = absolute_uri(uri)
+    return ask(uri, lambda: artifact_repository(uri, connect(uri).get_run(run_id)))
+
+
+def _pages(uri: str, search: Callable[..., Any]) -> Iterator[Any]:
+    """The entries of all pages of a search; a page may be empty and yet not be the last."""
+    token: str | None = None
+    while True:
+        page = ask(uri, partial(search, page_token=token))
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -25,20 +25,6 @@ from domainshuttle.platform.tracking import queries as records
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds, Tracker, flush_spool, open_schedule
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One sqlite store for all tests, as its first use takes seconds; each test has its own experiment."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-
-
-@pytest.fixture
-def refused() -> str:
-    """The address of a port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
-
-
 @pytest.fixture
 def black_hole(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server that accepts connections and never answers, for which the sender waits 0.5 s here."""
