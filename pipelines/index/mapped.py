@@ -33,6 +33,7 @@ from domainshuttle.pipelines.index.table import (
     check_unique,
     read_metadata,
     reading_index,
+    upgraded,
 )
 from domainshuttle.pipelines.storage.files import open_parquet, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, parent
@@ -225,7 +226,7 @@ def _tables(place: Location, where: str | None) -> Iterator[pa.Table]:
         rows = sum(file.metadata.row_group(one).num_rows for one in groups)
         if rows >= ROWS_PER_BATCH or group == file.num_row_groups - 1:
             with reading_index(place):
-                table = file.read_row_groups(groups, columns=SCHEMA.names)
+                table = upgraded(file.read_row_groups(groups, columns=SCHEMA.names), SCHEMA.names, rows)
             if mask is not None:
                 table = table.filter(mask[done : done + rows])
             yield from (table.slice(start, ROWS_PER_BATCH) for start in range(0, len(table), ROWS_PER_BATCH))

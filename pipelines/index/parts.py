@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.table import FORMAT_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.index.table import OLDEST_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME, BadSample
 
 INDEX_NAME = "index.parquet"
@@ -104,7 +104,8 @@ class Parts:
 
     @property
     def _made_by(self) -> dict[str, str | int]:
-        return {"recipe": self.recipe, "parts": self.count, "format": FORMAT_VERSION}
+        # the oldest: parts of every version that is read can be joined
+        return {"recipe": self.recipe, "parts": self.count, "format": OLDEST_VERSION}
 
     @property
     def _work(self) -> Path:

@@ -20,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.digest import combined_digest, table_digest
-from domainshuttle.pipelines.index.filter import RowFilter
+from domainshuttle.pipelines.index.filter import RowFilter, as_written
 from domainshuttle.pipelines.index.summary import summarise
 from domainshuttle.pipelines.sample import DOMAINS, SampleInfo, sample_id
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.pipelines.storage.files import open_parquet, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, parent, shown
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, OLDEST_VERSION = 3, 2
+"""Of index files that are written, and the oldest that are read."""
 METADATA_KEY = b"domainshuttle.index"
 ROWS_PER_BLOCK = 65536
 
@@ -43,7 +44,7 @@ SCHEMA = pa.schema(
         ("frames", pa.int32()),
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("fps", pa.float32()),
+        ("fps", pa.float64()),
         ("bucket", _NAMES),
         ("subjects", pa.list_(pa.string())),
         ("domains", pa.list_(pa.int8())),
@@ -51,10 +52,22 @@ SCHEMA = pa.schema(
         ("reference_origins", pa.list_(pa.string())),
         ("caption_length", pa.int32()),
         ("text_tokens", pa.int32()),
+        ("caption_tokens", pa.int32()),
         ("scores", pa.map_(pa.string(), pa.float64())),
         ("checksum", pa.uint64()),
     ]
 )
+_SCHEMAS = {
+    FORMAT_VERSION: SCHEMA,
+    2: pa.schema(
+        [
+            field.with_type(pa.float32()) if field.name == "fps" else field
+            for field in SCHEMA
+            if field.name != "caption_tokens"
+        ]
+    ),
+}
+"""What the columns of an index file are, by its format version."""
 # Added on loading: where a row comes from, so that several corpora can stand in one index.
 PLACES = ("corpus", "folder")
 
@@ -62,7 +75,8 @@ PLACES = ("corpus", "folder")
 @dataclass(frozen=True, slots=True)
 class IndexRow:
     """One sample. Sizes in pixels, `frames` and `fps` (None for images) those of the file, `caption_length` in
-    characters, `text_tokens` the rows of an encoded sample's `text` (0 for raw), `domains` one a subject,
+    characters, `text_tokens` the rows of an encoded sample's `text` (0 for raw), `caption_tokens` what its whole
+    caption has (0 where nobody counted: more than `text_tokens` where it was cut), `domains` one a subject,
     `reference_subjects` and `reference_origins` one a reference. `corpus` and `folder` are set on loading."""
 
     source: str
@@ -84,11 +98,14 @@ class IndexRow:
     scores: dict[str, float]
     checksum: int
     text_tokens: int = 0
+    caption_tokens: int = 0
     corpus: str = ""
     folder: str = ""
 
     @classmethod
-    def of(cls, entry: ShardEntry, info: SampleInfo, bucket: Bucket | str, text_tokens: int = 0) -> "IndexRow":
+    def of(
+        cls, entry: ShardEntry, info: SampleInfo, bucket: Bucket | str, text_tokens: int = 0, caption_tokens: int = 0
+    ) -> "IndexRow":
         """The row of a sample that was written or scanned as `entry`, described by `info`, and trained in `bucket`."""
         return cls(
             source=info.source,
@@ -110,6 +127,7 @@ class IndexRow:
             scores=dict(info.scores),
             checksum=entry.checksum,
             text_tokens=text_tokens,
+            caption_tokens=caption_tokens,
         )
 
 
@@ -184,13 +202,13 @@ def write_index(place: Location, rows: Iterable[IndexRow] | pa.Table, metadata: 
     return metadata
 
 
-def _blocks(rows: Iterable[IndexRow] | pa.Table) -> Iterator[pa.Table]:
+def _blocks(rows: Iterable[IndexRow] | pa.Table, schema: pa.Schema = SCHEMA) -> Iterator[pa.Table]:
     """Tables of ROWS_PER_BLOCK rows, each column in one chunk: the unit in which the digest is taken."""
     if isinstance(rows, pa.Table):
-        absent = sorted(set(SCHEMA.names) - set(rows.column_names))
+        absent = sorted(set(schema.names) - set(rows.column_names))
         if absent:
-            raise DataError(f"a table of index rows without {absent}: expected the columns {SCHEMA.names}")
-        table = rows.select(SCHEMA.names).cast(SCHEMA)
+            raise DataError(f"a table of index rows without {absent}: expected the columns {schema.names}")
+        table = rows.select(schema.names).cast(schema)
         for start in range(0, len(table), ROWS_PER_BLOCK):
             yield table.slice(start, ROWS_PER_BLOCK).combine_chunks()
         return
@@ -281,15 +299,17 @@ class Index:
         with reading_index(place):
             file = open_parquet(place)
             metadata = _described(file.metadata, path)
-            if metadata.format_version != FORMAT_VERSION:
+            if (schema := _SCHEMAS.get(metadata.format_version)) is None:
                 raise DataError(
                     f"index {path}: format version {metadata.format_version}, this code reads {FORMAT_VERSION}; "
                     "index the shards again"
                 )
             table = file.read(columns=list(columns or SCHEMA.names)).replace_schema_metadata(None)
             table = table.unify_dictionaries().combine_chunks()
-            if verify and columns is None and table_digest(_blocks(table), metadata.identity()) != metadata.digest:
+            whole = verify and columns is None
+            if whole and table_digest(_blocks(table, schema), metadata.identity()) != metadata.digest:
                 raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
+            table = upgraded(table, columns or SCHEMA.names, file.metadata.num_rows)
         return cls(_with_place(table, metadata.corpus, str(parent(place))), (metadata,), metadata.digest)
 
     @classmethod
@@ -380,6 +400,18 @@ class Index:
         of = {"corpora": [part.corpus for part in self.parts], "stage": first.stage, "fps": first.fps}
         held = pa.table({name: self._column(name) for name in SCHEMA.names})
         return {**of, "digest": self.digest, **summarise(held)}
+
+
+def upgraded(table: pa.Table, columns: Sequence[str], rows: int) -> pa.Table:
+    """So many rows of an index file of any version that is read, of which `columns` were asked for, as of the newest:
+    rates in float64, and no tokens counted where none were."""
+    if "fps" in table.column_names and pa.types.is_float32((fps := table.column("fps")).type):
+        table = table.set_column(table.column_names.index("fps"), "fps", as_written(_single(fps)))
+    if "caption_tokens" in columns and "caption_tokens" not in table.column_names:
+        held = {name: table.column(name) for name in table.column_names}
+        held["caption_tokens"] = pa.array(np.zeros(rows, np.int32))
+        table = pa.table({name: held[name] for name in SCHEMA.names if name in held})
+    return table
 
 
 def _single(column: pa.ChunkedArray) -> pa.Array:
