@@ -186,5 +186,7 @@ def _write_file(
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {dtype} {list(shape)}")
             if tensor.numel():
                 file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # else the name can outlive a loss of power, and the bytes not
     os.replace(partial, path)  # noqa: PTH105 - atomic also over an older file
     return offset

@@ -15,6 +15,7 @@ import pyarrow as pa
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import OLDEST_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME, BadSample
+from domainshuttle.pipelines.storage.files import write_bytes
 
 INDEX_NAME = "index.parquet"
 WORK_NAME = ".parts"
@@ -56,7 +57,7 @@ class Parts:
         for pattern in ("part-*.tar", f"{self._work.name}/part-*"):
             for stale in self.folder.glob(pattern):
                 stale.unlink()
-        recipe.write_text(content)
+        write_bytes(recipe, content.encode())
 
     def complete(self) -> bool:
         """Whether the corpus is whole and was made by this recipe."""
@@ -72,7 +73,7 @@ class Parts:
     ) -> tuple[int, int]:
         """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine."""
         lines = "".join(json.dumps(asdict(row)) + "\n" for row in bad)
-        self._work.joinpath(f"{self.prefix(part)}.quarantine").write_text(lines)
+        write_bytes(self._work / f"{self.prefix(part)}.quarantine", lines.encode())
         if rows:
             write_index(self._rows(part), rows, metadata)
         self._done(part).touch()
@@ -86,7 +87,7 @@ class Parts:
         if missing := self.missing():
             raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
         bad = "".join(self._work.joinpath(f"{self.prefix(p)}.quarantine").read_text() for p in range(self.count))
-        self.quarantine_path.write_text(bad)
+        write_bytes(self.quarantine_path, bad.encode())
         table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
         count = bad.count("\n")
         if count > most_bad * (count + len(table)):

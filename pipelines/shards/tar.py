@@ -5,6 +5,7 @@ notes each member's offset, so the index is made without a second read; the read
 views. Tars of others are taken in by `scan`.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -20,7 +21,8 @@ from typing import BinaryIO, Protocol, Self
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, check_extension, check_key
-from domainshuttle.pipelines.storage.files import read_ranges, sync_folder
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.pipelines.storage.files import read_ranges
 from domainshuttle.pipelines.storage.uri import is_remote, join
 
 BLOCK = tarfile.BLOCKSIZE
@@ -95,6 +97,7 @@ class ShardWriter:
         self._pending: list[ShardEntry] = []
         self._keys: set[str] = set()
         self._file: BinaryIO | None = None
+        self._unfinished = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ class ShardWriter:
         if kind is None:
             self._finish()
         else:
-            self._discard()
+            self._unfinished.__exit__(kind, error, traceback)
 
     def write(self, key: str, members: Mapping[str, Buffer]) -> None:
         """Append one sample: extension -> bytes, `json` first and the others by name.
@@ -148,12 +151,9 @@ class ShardWriter:
     def _name(self) -> str:
         return f"{self.prefix}-{len(self.shards):06d}.tar"
 
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / f".{self._name}.{os.getpid()}.partial"
-
     def _start(self) -> BinaryIO:
-        self._file = self._temporary.open("wb")
+        aside = self._unfinished.enter_context(atomic_file(self.folder / self._name))
+        self._file = self._unfinished.enter_context(aside.open("wb"))
         return self._file
 
     def _finish(self) -> None:
@@ -161,24 +161,13 @@ class ShardWriter:
             return
         self._file.write(bytes(2 * BLOCK))
         self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
         self._file = None
+        self._unfinished.close()
         final = self.folder / self._name
-        self._temporary.rename(final)
-        sync_folder(self.folder)
         _open_shards.forget(final)
         _open_files.forget(final)
         self.shards.append(self._name)
         self.entries.extend(self._pending)
-        self._pending = []
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._temporary.unlink(missing_ok=True)
         self._pending = []
 
 

@@ -27,6 +27,7 @@ from pyarrow import fs
 
 from domainshuttle.pipelines.errors import DataError, MissingError
 from domainshuttle.pipelines.sample import Buffer
+from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.filesystems import opened
 from domainshuttle.pipelines.storage.retry import Limits, explained, is_missing, is_unclear, retried
 from domainshuttle.pipelines.storage.uri import (
@@ -343,26 +344,8 @@ def writing(place: Location) -> Iterator[Path]:
             yield Path(folder) / "file"
             write_file(Path(folder) / "file", place)
         return
-    path = local_path(place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with atomic_file(local_path(place)) as aside:
+        yield aside
 
 
 def delete(place: Location) -> None:

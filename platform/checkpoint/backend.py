@@ -16,6 +16,7 @@ from typing import NotRequired, TypedDict
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage import files as storage
 from domainshuttle.pipelines.storage import uri as places
+from domainshuttle.pipelines.storage.atomic import atomic_file, sync_folder
 
 STORE_FAULTS = (OSError, DataError)
 """What reading and writing files of a place may raise when disk, network or store fail, or the place is none."""
@@ -88,15 +89,16 @@ class CheckpointDir:
         if not self.remote:
             folders = {parent for name in names for parent in PurePosixPath(name).parents}
             for folder in folders:
-                storage.sync_folder(self.local(str(folder)))
+                sync_folder(self.local(str(folder)))
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies a file to a local path, where it appears whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        with storage.open_file(self.where(name)) as source, temporary.open("wb") as target:
+        with (
+            storage.open_file(self.where(name)) as source,
+            atomic_file(path, sync=False) as aside,
+            aside.open("wb") as target,
+        ):
             shutil.copyfileobj(source, target, _PIECE)
-        temporary.replace(path)
 
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that is in it; nothing to do when there is none."""

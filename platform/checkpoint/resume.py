@@ -7,6 +7,7 @@ from pathlib import Path
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.plan.feed import Feed
+from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.checkpoint.names import Name, candidates
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
 from domainshuttle.platform.run.folder import Run
@@ -140,11 +141,8 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
             continue
         for source, target in ((found, segment.weights), (_averaged(found), segment.averaged_weights)):
             if source.is_dir():
-                partial = target.with_name(f".{target.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(source, partial, copy_function=_link)
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
+                with atomic_folder(target) as aside:
+                    shutil.copytree(source, aside, copy_function=_link, dirs_exist_ok=True)
         say(f"Stage {segment.name} is taken over, finished, from {found}")
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from domainshuttle.pipelines.storage import uri as places
 from domainshuttle.pipelines.storage.files import free_bytes
+from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.platform.checkpoint.backend import CheckpointDir, FileEntry, describe, describe_all
 from domainshuttle.platform.checkpoint.names import Line, Name, candidates, lines_from, with_new_line
 from domainshuttle.platform.checkpoint.retention import Retention
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
-from domainshuttle.platform.run.journal import locked
 
 MANIFEST_NAME, STATE_NAME, DAMAGED_NAME = "manifest.json", "state.json", "damaged.json"
 VERSION = 3

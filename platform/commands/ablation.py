@@ -17,6 +17,7 @@ import yaml
 from diffusers import WanTransformer3DModel
 from pydantic import Field, ValidationError
 
+from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.commands.demo import Timer
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import AblationSection, ConfigError, RunConfig, Section, differences
@@ -122,18 +123,15 @@ def write_base(weights: Path, folder: Path) -> None:
 
     The folder appears whole or not at all.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in [*weights.glob("*.safetensors"), *weights.glob("*.index.json")]:
-        shutil.copyfile(path, partial / path.name)
     ours = json.loads((weights / "config.json").read_text())
     wans = set(inspect.signature(WanTransformer3DModel.__init__).parameters)
     # Wan does not say how long its captions are, and ours need not be as long as its own
     kept = {key: value for key, value in ours.items() if key in wans or key == "text_len"}
-    (partial / "config.json").write_text(json.dumps({"_class_name": WanTransformer3DModel.__name__, **kept}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with atomic_folder(folder) as aside:
+        for path in [*weights.glob("*.safetensors"), *weights.glob("*.index.json")]:
+            shutil.copyfile(path, aside / path.name)
+        config = {"_class_name": WanTransformer3DModel.__name__, **kept}
+        (aside / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:

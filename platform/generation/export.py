@@ -1,6 +1,5 @@
 """Export: a run's weights and its encoders as one diffusers pipeline folder."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, loa
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
@@ -27,12 +27,8 @@ def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool 
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
     pipeline: Any = assemble_pipeline(run.config, *_networks(segments, averaged))
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
+    with atomic_folder(folder) as aside:
+        pipeline.save_pretrained(aside)
     return name
 
 

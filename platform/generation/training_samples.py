@@ -7,7 +7,6 @@ generation that fails or takes too long is a warning and a tag of the MLflow run
 """
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from PIL import Image
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import RunConfig, SamplingSection
 from domainshuttle.platform.run.folder import Run
@@ -76,11 +76,10 @@ def _begun_with(run: Run, segment: Segment) -> Path:
         design = blueprint(run.config.model_of(segment.expert), segment.origin, segment.seed)
         dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
         order = [(name, tuple(p.shape), dtype) for name, p in design.outline.named_parameters()]
-        stream, partial = design.weights(), folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_shards(partial, order, lambda _: next(stream)[1].to(dtype), MAX_SHARD_BYTES)
-        design.outline.save_config(partial)
-        partial.rename(folder)
+        stream = design.weights()
+        with atomic_folder(folder) as aside:
+            write_shards(aside, order, lambda _: next(stream)[1].to(dtype), MAX_SHARD_BYTES)
+            design.outline.save_config(aside)
     return folder
 
 
@@ -114,15 +113,13 @@ def generate_samples(config: RunConfig, segment: str, weights: Path, out: Path, 
         seed = config.seed + number
         (clip,) = generate_cases(pipeline, [case], size, sampling.steps, sampling.guidance, seed, in_time)
         rows.append(GridRow(case.caption, case.domain, case.references, clip, case.target))
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_grid(rows, partial, sampling.fps)
-    for number, row in enumerate(rows, 1):
-        Image.fromarray(row.generated[len(row.generated) // 2]).save(partial / f"case-{number:02d}.png")
-        if len(row.generated) > 1:
-            (partial / f"case-{number:02d}.mp4").write_bytes(encode_mp4(row.generated, sampling.fps))
-    (partial / "cases.json").write_text(json.dumps([[case.key, case.caption, case.domain] for case in cases]))
-    partial.rename(out)
+    with atomic_folder(out) as aside:
+        write_grid(rows, aside, sampling.fps)
+        for number, row in enumerate(rows, 1):
+            Image.fromarray(row.generated[len(row.generated) // 2]).save(aside / f"case-{number:02d}.png")
+            if len(row.generated) > 1:
+                (aside / f"case-{number:02d}.mp4").write_bytes(encode_mp4(row.generated, sampling.fps))
+        (aside / "cases.json").write_text(json.dumps([[case.key, case.caption, case.domain] for case in cases]))
     draw_over_steps(out.parent)
 
 

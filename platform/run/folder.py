@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import (
     ConfigError,
@@ -227,11 +228,11 @@ class ProgressFile:
 
     def write(self, content: dict[str, Any], last: bool = False) -> None:
         """Replaces what was there; `last` says how it ended, for which there is room where the last one was."""
-        text, partial = json.dumps(content), self.path.with_suffix(".partial")
+        text = json.dumps(content)
         with self.suppressed():
             try:
-                partial.write_text(text)
-                partial.rename(self.path)
+                with atomic_file(self.path, sync=False) as aside:
+                    aside.write_text(text)
             except OSError:
                 if not last:
                     raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -15,27 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
+from domainshuttle.pipelines.storage.atomic import atomic_file
+
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: float = 0.0) -> Iterator[bool]:
-    """Holds a lock file for the block; yields False when another holder keeps it for more than `wait` seconds."""
-    deadline = time.monotonic() + wait
-    with path.open("a") as file:
-        held = True
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if held := time.monotonic() < deadline:
-                    time.sleep(0.02)
-                    continue
-                break
-            except OSError:  # a file system without locks: that there is one writer is then the caller's care
-                break
-        yield held
 
 
 class Journal:
@@ -52,7 +35,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+", buffering=0) as file:
             with contextlib.suppress(OSError):  # released by closing; not every file system has locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_descriptor(file.fileno(), poll_interval=0.001)
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a torn line must not swallow this one
@@ -97,9 +80,8 @@ class Journal:
 
     def set_bookmark(self, state: Mapping[str, Any]) -> None:
         """Saves `state`, which has the `offset` to go on from, in a file beside the journal; never half."""
-        path = self.path.with_suffix(".read.json")
-        path.with_suffix(".tmp").write_text(json.dumps(state))
-        path.with_suffix(".tmp").replace(path)
+        with atomic_file(self.path.with_suffix(".read.json"), sync=False) as aside:
+            aside.write_text(json.dumps(state))
 
     def unread(self) -> int:
         """Bytes behind the bookmark."""

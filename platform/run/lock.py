@@ -7,7 +7,6 @@ compared.
 """
 
 import contextlib
-import fcntl
 import json
 import socket
 import threading
@@ -16,11 +15,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import psutil
 
 from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.pipelines.storage.locks import locked
 
 LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.json"
 
@@ -50,24 +50,17 @@ class RunLock:
         self._token = uuid.uuid4().hex
         self._taken_by: dict[str, Any] | None = None
         self._ended = threading.Event()
-        self._file: IO[bytes] | None = None
+        self._locks = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / LOCK_NAME).open("ab")
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunLockedError(self._held(self.folder, self._holder() or {})) from None
-            except OSError:  # a file system without locks
-                pass
+        with contextlib.ExitStack() as locks:
+            if not locks.enter_context(locked(self.folder / LOCK_NAME)):
+                raise RunLockedError(self._held(self.folder, self._holder() or {}))
             self._require_dead(self._holder())
             self._beat()
-        except BaseException:
-            self._file.close()
-            raise
+            self._locks = locks.pop_all()
         self._thread = threading.Thread(target=self._keep, name="lock", daemon=True)
         self._thread.start()
         return self
@@ -81,8 +74,7 @@ class RunLock:
         if (self._holder() or {}).get("token") == self._token:
             with contextlib.suppress(OSError):
                 (self.folder / HOLDER_NAME).unlink()
-        if self._file:
-            self._file.close()  # which gives the kernel's lock back
+        self._locks.close()
 
     def check(self) -> None:
         """Raises RunLockedError when another driver took the run, since this one did not move for too long."""

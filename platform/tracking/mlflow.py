@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
-from domainshuttle.platform.run.journal import locked
+from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.platform.tracking.outbox import (
     PARAM_CHARS,
     TAG_CHARS,
