@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from domainshuttle.pipelines.errors import DataError
@@ -57,18 +57,52 @@ def choose_start(
                 f"name=...), go on from it all the same with --resume {chosen.name}, or begin with --resume none"
             )
         return chosen
-    try:
-        chosen = store.read(resume)
-    except CheckpointError as error:
-        there = ", ".join(sorted(str(name) for name in store.names(segment))) or "none"
-        raise CheckpointError(
-            f"--resume {resume}: it is not a whole checkpoint: {error}. Of segment {segment} there are: {there}"
-        ) from error
+    chosen = _read_named(store, resume, segment)
     if chosen.state.segment != segment:
         raise CheckpointError(
             f"--resume {resume}: it is a checkpoint of segment {chosen.state.segment}, and the run is at {segment}"
         )
     return chosen
+
+
+def require_resumable(run: Run, store: CheckpointStore, resume: str, chosen: Sequence[Segment]) -> None:
+    """Refuses a `--resume` of which nothing would come in the `chosen` segments, before a cluster is asked for.
+
+    Raises CheckpointError, with what to do instead, for a checkpoint that is not there or not whole, and where what it
+    is to begin is finished. Raises StorageError when the store does not answer.
+    """
+    if resume == AUTO:
+        return
+    finished = [segment.name for segment in chosen if segment.finished]
+    of_run = f"of run {run.config.name} in {run.folder}"
+    if resume == NONE:
+        if len(finished) == len(chosen):
+            raise CheckpointError(
+                f"--resume none: {_stages(finished)} {of_run} finished, so nothing is left to begin anew: give the run "
+                "a name of its own (--set name=...), or remove all that it has made with --fresh"
+            )
+        return
+    checkpoint = _read_named(store, resume)
+    if checkpoint.state.segment in finished or len(finished) == len(chosen):
+        raise CheckpointError(
+            f"--resume {resume}: {_stages([n for n in finished if n == checkpoint.state.segment] or finished)} "
+            f"{of_run} finished, so there is nothing to go on with: to train on from this checkpoint, give the run "
+            f"that does a name of its own: --set name={run.next_name()} --resume {checkpoint.where}"
+        )
+
+
+def _stages(names: Sequence[str]) -> str:
+    return f"stage {names[0]} is" if len(names) == 1 else f"stages {', '.join(names)} are"
+
+
+def _read_named(store: CheckpointStore, resume: str, segment: str | None = None) -> Checkpoint:
+    """The whole checkpoint of a name, path or URI. Raises CheckpointError that lists those there are."""
+    try:
+        return store.read(resume, checksums=None if segment else False)
+    except CheckpointError as error:
+        there = ", ".join(sorted(str(name) for name in store.names(segment))) or "none"
+        of = f"Of segment {segment} there" if segment else "There"
+        raise CheckpointError(f"--resume {resume}: it is not a whole checkpoint: {error}. {of} are: {there}") from error
 
 
 def begin(
@@ -128,13 +162,14 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
     Nothing happens where the checkpoint is not whole, is of the run's first segment, or the weights are gone.
     """
     try:
-        state = store.read(resume, checksums=False).state
+        checkpoint = store.read(resume, checksums=False)
     except CheckpointError:
         return  # `choose_start` says so
+    state = checkpoint.state
     names = [segment.name for segment in run.segments()]
     if state.segment not in names or state.origin is None:
         return
-    beside = Path(state.origin).parent
+    beside = _weights_beside(checkpoint, Path(state.origin))
     for segment in run.segments()[: names.index(state.segment)]:
         found = beside / segment.name
         if segment.finished or not (found / DIGEST_NAME).exists():
@@ -144,6 +179,12 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
                 with atomic_folder(target) as aside:
                     shutil.copytree(source, aside, copy_function=_link, dirs_exist_ok=True)
         say(f"Stage {segment.name} is taken over, finished, from {found}")
+
+
+def _weights_beside(checkpoint: Checkpoint, origin: Path) -> Path:
+    """The folder of weights that `origin` is in: that of the checkpoint's own run, wherever it was moved to."""
+    own = checkpoint.folder.parent.parent / origin.parent.name
+    return own if (own / origin.name).is_dir() else origin.parent
 
 
 def _averaged(weights: Path) -> Path:

@@ -105,10 +105,12 @@ class CheckpointStore:
         self.scratch = scratch or Path(tempfile.gettempdir()) / f"domainshuttle-{os.getuid()}"
 
     @classmethod
-    def of(cls, config: RunConfig) -> "CheckpointStore":
-        """The store of a run: in its folder, or where `checkpoint.store` says, under the run's name."""
+    def of(cls, config: RunConfig, folder: Path | None = None) -> "CheckpointStore":
+        """The store of a run: in its `folder`, which was perhaps moved, or where `checkpoint.store` says, under its
+        name."""
         section = config.checkpoint
-        root = places.join(section.store, config.name) if section.store else config.run_folder / "checkpoints"
+        inside = (folder or config.run_folder) / "checkpoints"
+        root = places.join(section.store, config.name) if section.store else inside
         scratch = Path(section.scratch) if section.scratch else Path(tempfile.gettempdir())
         return cls(root, scratch / f"domainshuttle-{os.getuid()}" / config.name)
 

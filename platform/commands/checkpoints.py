@@ -19,7 +19,7 @@ _WORDS = {"last": "last", "every": "every {every}th step", "best": "best loss"}
 def print_checkpoints(folder: Path, verify: bool = False) -> None:
     """Prints a table of a run's checkpoints; with `verify`, every byte is compared with the manifests."""
     run = find_run(folder)
-    store = CheckpointStore.of(run.config)
+    store = CheckpointStore.of(run.config, run.folder)
     found = store.list(checksums=verify)
     if not found:
         every = run.config.checkpoint.every
@@ -31,7 +31,7 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
     for column in ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept"):
         table.add_column(column, justify="right" if column in ("step", "loss", "size", "workers") else "left")
     notes = []
-    newest: Checkpoint | None = None
+    in_line: list[Checkpoint] = []
     for text, entry in found:
         name = Name.parse(text)
         assert name is not None
@@ -41,8 +41,8 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
             if any(line.origin == text for line in lines[name.segment]):
                 why += "; a later line began here"
             table.add_row(text, *_cells(entry), "whole" if verify else "whole (sizes)", why)
-            if not left and (newest is None or entry.written >= newest.written):
-                newest = entry
+            if not left:
+                in_line.append(entry)
             continue
         unfinished = isinstance(entry, UnfinishedCheckpoint)
         state = "unfinished" if unfinished else "[red]damaged[/]"
@@ -52,13 +52,30 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
     console.print(table)
     for note in notes:
         console.print(note)
-    if newest:
-        console.print(
-            f"A restart goes on from the newest whole one of its segment, here {newest.name}. To go on from another: "
-            f"domainshuttle train CONFIG --resume {found[0][0]}"
-        )
+    whole = [entry for _, entry in found if isinstance(entry, Checkpoint)]
+    if whole:
+        console.print(_how_to_go_on(run, whole, in_line), markup=False)
     if not verify:
         console.print("Sizes were compared; checksums too with --verify.")
+
+
+def _how_to_go_on(run: Run, whole: list[Checkpoint], in_line: list[Checkpoint]) -> str:
+    """What a restart of the run does, and the command to go on from a checkpoint of one's choice."""
+    current = next((segment.name for segment in run.segments() if not segment.finished), None)
+    mine = [one for one in in_line if one.state.segment == current]
+    if not mine:
+        newest = max(whole, key=lambda checkpoint: checkpoint.written)
+        restart = f"A restart begins stage {current}. " if current else "The run is finished. "
+        return (
+            f"{restart}To go on from a checkpoint, in a run of its own: domainshuttle train CONFIG --set "
+            f"name={run.next_name()} --resume {newest.where}"
+        )
+    newest = max(mine, key=lambda checkpoint: checkpoint.state.step)
+    others = [one for one in whole if one.state.segment == current and one != newest] or [newest]
+    return (
+        f"A restart goes on from the newest whole one of its segment, here {newest.name}. To go on from another: "
+        f"domainshuttle train CONFIG --resume {others[-1].name}"
+    )
 
 
 def _cells(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def print_status(folder: Path) -> None:
     state = run.read_progress()
     lives = driver_lives(run)
     try:
-        checkpoints = CheckpointStore.of(run.config).list()
+        checkpoints = CheckpointStore.of(run.config, run.folder).list()
     except STORE_FAULTS as error:  # the rest is in the run's folder
         checkpoints = []
         console.print(f"The checkpoints' store does not answer: {escape(str(error))}")
@@ -124,7 +124,7 @@ def _print_progress(run: Run, state: dict[str, Any], lives: bool, ledger: Ledger
     if not lives:
         if state["state"] == "training":
             heard += "; its driver is gone without a word, so it is probably dead"
-        console.print(f"{heard}. Next: domainshuttle train {run.config_path}")
+        console.print(f"{heard}. Next: {run.train_command}")
         return
     left = remaining(run, state, ledger)
     stage = f"about {span(left.stage)} left" if left.stage is not None else "how long it takes is not known yet"

@@ -13,7 +13,7 @@ from types import FrameType
 
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
-from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin
+from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
 from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
@@ -42,6 +42,8 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
     chosen = Run(config).choose(stage)
     if fresh:
         _require_nothing_of_it(Run(config), chosen, resume)
+    else:
+        require_resumable(Run(config), CheckpointStore.of(config), resume, chosen)
     cluster, workers = config.cluster, config.cluster.least_workers
     with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
         run = None if fresh else prepare_run(config)

@@ -6,8 +6,10 @@ the next one begins with these.
 """
 
 import contextlib
+import itertools
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,11 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A run on disk. `open` makes or resumes it."""
+    """A run on disk. `open` makes or resumes it, `find_run` finds one in a folder."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+        """`folder` is where it lies, if that is not where its configuration says."""
         self.config = config
-        self.folder = config.run_folder
+        self.folder = folder or config.run_folder
 
     @classmethod
     def open(cls, config: RunConfig, fresh: bool = False) -> "Run":
@@ -70,6 +73,20 @@ class Run:
     def config_path(self) -> Path:
         """The resolved configuration."""
         return self.folder / "config.yaml"
+
+    @property
+    def train_command(self) -> str:
+        """The command line that goes on with it, where it lies; its folder must have its name, by which it is known."""
+        there = self.folder.with_name(self.config.name)
+        rename = "" if there == self.folder else f"mv {shlex.quote(str(self.folder))} {shlex.quote(str(there))} && "
+        output = str(there.parent)
+        moved = "" if output == _saved(self.config_path).output else f" --set output={shlex.quote(output)}"
+        return f"{rename}domainshuttle train {shlex.quote(str(there / 'config.yaml'))}{moved}"
+
+    def next_name(self) -> str:
+        """A name for a run beside it that goes on from it: the first of `name-2`, `name-3` and so on that is free."""
+        names = (f"{self.config.name}-{number}" for number in itertools.count(2))
+        return next(name for name in names if not self.folder.with_name(name).exists())
 
     @property
     def checkpoints(self) -> Path:
@@ -205,7 +222,10 @@ class Run:
 
 
 def find_run(folder: str | Path) -> Run:
-    """The run in a folder; raises ConfigError where there is none."""
+    """The run in a folder, wherever that was moved or copied to; raises ConfigError where there is none.
+
+    What its configuration says to lie in the folder, or beside it in `output`, is meant where the folder is now.
+    """
     path = Path(folder).expanduser().absolute()
     saved = path / "config.yaml"
     if not saved.is_file():
@@ -216,7 +236,39 @@ def find_run(folder: str | Path) -> Run:
             else "; a run's folder is <output>/<name> of its configuration"
         )
         raise ConfigError(f"no run in {path}{hint}")
-    return Run(RunConfig.model_validate(yaml.safe_load(saved.read_text())))
+    config = _saved(saved)
+    if config.run_folder.exists() and config.run_folder.samefile(path):
+        return Run(config)
+    path = path.resolve()
+    return Run(_moved(config, path), path)
+
+
+def _saved(path: Path) -> RunConfig:
+    return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+
+
+def _moved(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration of a run that was moved, or copied, to `folder`."""
+    inside, beside = f"{config.run_folder}/", f"{config.output}/"
+
+    def place(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: place(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [place(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        scheme = _SQLITE if value.startswith(_SQLITE) else ""
+        path = value.removeprefix(scheme)
+        if path.startswith(inside):
+            return f"{scheme}{folder / path.removeprefix(inside)}"
+        along = folder.parent / path.removeprefix(beside)  # moved along with it
+        return f"{scheme}{along}" if path.startswith(beside) and along.exists() else value
+
+    return RunConfig.model_validate({**place(config.model_dump(mode="json")), "output": str(folder.parent)})
+
+
+_SQLITE = "sqlite:///"
 
 
 class ProgressFile:

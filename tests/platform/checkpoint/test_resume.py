@@ -4,6 +4,7 @@ Run: python -m pytest tests/platform/checkpoint/test_resume.py
 """
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,14 @@ import pytest
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.platform.checkpoint.names import Name
-from domainshuttle.platform.checkpoint.resume import IncompatibleError, adopt_stages, require_fit
-from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointStore, TrainingState, write_manifest
+from domainshuttle.platform.checkpoint.resume import IncompatibleError, adopt_stages, require_fit, require_resumable
+from domainshuttle.platform.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    TrainingState,
+    write_manifest,
+)
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig, differences
 from domainshuttle.platform.driver.recovery import recover_books
@@ -229,3 +236,36 @@ def test_a_restart_inside_a_fit_says_what_it_passes_over(tmp_path: Path, monkeyp
     segment.end_at(5)  # a stage that its hours had ended, whose folder was lost: there is nothing left to train
     assert [part["plan"].blocks for part in plan.configure({}, 2)] == [()] * 2
     assert starts == [6, 5]
+
+
+def test_a_resume_of_which_nothing_would_come_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    run = Run.open(demo(tmp_path))
+    base, stage1, stage2 = run.segments()
+    store = CheckpointStore.of(run.config)
+    of_base, of_stage1 = save(run, base, 5), save(run, stage1, 4)
+    require_resumable(run, store, of_stage1.name, run.segments())
+    finish(base)
+    for resume, chosen, message in (
+        ("stage1-step00000099", run.segments(), "not a whole checkpoint: there is nothing at .* There are: base-step0"),
+        (str(tmp_path / "nowhere" / "stage1-step00000001"), run.segments(), "there is nothing at"),
+        (of_base.name, run.segments(), "stage base is|stage base of run demo"),
+        (of_stage1.name, [base], "stage base"),
+        ("none", [base], "--resume none: stage base is of run demo"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            require_resumable(run, store, resume, chosen)
+    for resume in ("auto", "none", of_stage1.name, of_stage1.where):
+        require_resumable(run, store, resume, run.segments())
+    require_resumable(run, store, "auto", [base])
+    finish(stage1)
+    finish(stage2)
+    with pytest.raises(CheckpointError, match="--fresh"):
+        require_resumable(run, store, "none", run.segments())
+    with pytest.raises(CheckpointError) as raised:
+        require_resumable(run, store, of_stage1.name, run.segments())
+    name, path = re.findall(r"--set name=(\S+) --resume (\S+)", str(raised.value))[0]
+    new = Run.open(demo(tmp_path, f"name={name}"))
+    require_resumable(new, CheckpointStore.of(new.config), path, new.segments())
+    adopt_stages(new, CheckpointStore.of(new.config), path, lambda _: None)
+    assert [segment.finished for segment in new.segments()] == [True, False, False]
+    assert run.next_name() == "demo-3"

@@ -6,11 +6,13 @@ Run: python -m pytest tests/platform/commands/test_checkpoints.py
 import re
 from pathlib import Path
 
+import pytest
 from running import in_process
 
 from domainshuttle.platform.checkpoint.backend import describe
 from domainshuttle.platform.checkpoint.names import Name
-from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingState, write_manifest
+from domainshuttle.platform.checkpoint.resume import require_resumable
+from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.run.folder import Run
 
@@ -50,3 +52,33 @@ def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     verified = in_process("checkpoints", run.folder, "--verify")
     assert "base-step00000040-line1 is not chosen: zero/a.bin was changed since it was written" in verified
     assert "Being written, or left by a kill: stage1-step00000010" in in_process("status", run.folder)
+
+
+def test_what_is_proposed_can_be_done(tmp_path: Path) -> None:
+    run = Run.open(load_config("demo", [f"output={tmp_path}"]))
+    store = CheckpointStore.of(run.config)
+
+    def proposed() -> tuple[list[str], str]:
+        printed = in_process("checkpoints", run.folder)
+        name, resume = re.findall(r"train CONFIG (?:--set name=(\S+) )?--resume (\S+)", printed)[0]
+        return [name] if name else [], resume
+
+    def finish(segment: str) -> None:
+        run.segment(segment).weights.mkdir(parents=True, exist_ok=True)
+        run.segment(segment).finish(50)
+
+    for segment, steps in (("base", (10, 20)), ("stage1", (10, 20))):
+        for step in steps:
+            put(store, segment, step, 0.5)
+    assert proposed() == ([], "base-step00000010")
+    finish("base")
+    assert proposed() == ([], "stage1-step00000010")
+    finish("stage1")  # a restart begins stage2, of which there is none
+    assert proposed() == (["demo-2"], store.place.where("stage1-step00000020"))
+    finish("stage2")
+    names, resume = proposed()
+    assert "The run is finished" in in_process("checkpoints", run.folder)
+    with pytest.raises(CheckpointError):
+        require_resumable(run, store, resume, run.segments())
+    new = Run.open(load_config("demo", [f"output={tmp_path}", f"name={names[0]}"]))
+    require_resumable(new, CheckpointStore.of(new.config), resume, new.segments())
