@@ -1,13 +1,11 @@
-"""The recipe: how a segment is trained, read from top to bottom.
+"""The recipe: what one worker does, from top to bottom.
 
-`train` runs a schedule on the driver; for each segment Ray Train starts workers that run `train_segment`. Where they
-begin is decided once per start of the worker group (planned_data.py).
+Ray Train calls `train_schedule` on every rank, with what the driver decided for this start.
 """
 
 import contextlib
 import functools
 from itertools import groupby
-from typing import Any
 
 import ray.train
 import torch
@@ -20,46 +18,50 @@ from domainshuttle.model.objective import training_loss
 from domainshuttle.pipelines.loading.loader import Loader
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.checkpoint.resume import require_fit
-from domainshuttle.platform.checkpoint.store import (
-    CheckpointError,
-    CheckpointStore,
-    TrainingState,
-    read_checkpoint,
-)
+from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, read_checkpoint
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.trained_parameters import select_trained
 from domainshuttle.platform.engine.zero3 import Engine, frozen_copy
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.segments import Segment, Shard
-from domainshuttle.platform.run.weights_digest import sizes_digest
+from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
+from domainshuttle.platform.run.weights_digest import sizes_digest, weights_identity
 from domainshuttle.platform.training.loss_guard import LossGuard
 from domainshuttle.platform.training.mfu import Utilization
-from domainshuttle.platform.training.monitor import UNSAVED, Account, Stop
+from domainshuttle.platform.training.monitor import Monitor, Stop
+from domainshuttle.platform.training.plan_stream import shared_blocks
 from domainshuttle.platform.training.rng_state import random_snapshot, restore_random
 from domainshuttle.platform.training.sampler import Sampler
 
 
-def train_segment(job: dict[str, Any]) -> None:
-    """The worker: trains one segment from where its shard says to its end, or until all ranks agree to stop."""
-    config = RunConfig.model_validate(job["config"])
-    run = Run(config)
-    segment = run.segment(job["segment"])
-    stage, base, last_step = segment.stage, job["base"], segment.last_step
-    shard: Shard = ray.train.get_dataset_shard("plan")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def train_schedule(job: WorkerJob) -> SegmentEnd:
+    """The worker: trains segment after segment until one does not finish. Returns how the last one ended."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    account = Account(run, segment, job["mlflow"], shard.first_step, shard.attempt, job["start"], preemption_announced)
-    done = shard.first_step
+    run = Run(RunConfig.model_validate(job.config))
+    for number, start in enumerate(job.starts):
+        end = train_segment(run, job, start, first=number == 0)
+        if end.kind is not End.FINISHED or end.asked:
+            break
+    return end
+
+
+def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> SegmentEnd:
+    """Trains one segment from its start point to its end, or until all ranks agree to stop."""
+    config, segment = run.config, run.segment(start.segment)
+    stage, last_step, commit = segment.stage, segment.last_step, job.commits[segment.name]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    monitor = Monitor(run, segment, job, start, preempted_nodes, first)
+    engine: Engine | None = None
     try:
         # Build
-        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed, job["commit"])
+        base = identity_of_origin(run, segment, commit)
+        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed, commit)
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
         loader: Loader[TrainingBatch] = Loader(
-            shard.blocks,
+            shared_blocks(feed, start.first_step, last_step, config),
             feed,
             rank,
             world_size,
@@ -70,11 +72,19 @@ def train_segment(job: dict[str, Any]) -> None:
         snapshot = None
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(
-                blueprint(config.model_of(segment.expert), segment.origin, segment.seed, job["commit"]), config.engine
+                blueprint(config.model_of(segment.expert), segment.origin, segment.seed, commit), config.engine
             )
         engine = Engine(design, stage, config.engine, loader.accumulation)
-        flow = FlowConfig(**segment.flow.model_dump())
-        guard = LossGuard(config.guard, passed_over=shard.passed_over)
+        loss_of = functools.partial(
+            training_loss,
+            engine,
+            run_seed=segment.seed,
+            flow=FlowConfig(**segment.flow.model_dump()),
+            cross_pair_weight=stage.loss.cross_pair_weight,
+            cross_pair_target=stage.loss.cross_pair_target,
+            snapshot_model=snapshot,
+        )
+        guard = LossGuard(config.guard, skipped=start.skipped)
         store = CheckpointStore.of(config)
         checkpoints = AsyncCheckpointer(
             store,
@@ -85,12 +95,12 @@ def train_segment(job: dict[str, Any]) -> None:
             ray.train.get_context().get_local_world_size(),
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )
-        sampler = Sampler(run, segment, account.logger)
-        account.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained))
+        sampler = Sampler(run, segment, monitor.logger)
+        monitor.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained))
 
         # Restore
-        if shard.checkpoint:
-            saved = read_checkpoint(shard.checkpoint, checksums=False)
+        if start.checkpoint:
+            saved = read_checkpoint(start.checkpoint, checksums=False)
             require_fit(saved, segment, base, sizes_digest(selected.trained), feed)
             as_before = saved.state.world_size == world_size
             folder = store.fetch(saved, {rank} if as_before else None)
@@ -98,10 +108,10 @@ def train_segment(job: dict[str, Any]) -> None:
             restore_random(folder, rank)
             dist.barrier()
             store.release(saved)
-            guard = LossGuard(config.guard, saved.state.guard, shard.passed_over)
+            guard = LossGuard(config.guard, saved.state.guard, start.skipped)
 
         def save(step: int) -> None:
-            with account.checkpointing():
+            with monitor.checkpointing():
                 state = TrainingState(
                     segment=segment.name,
                     step=step,
@@ -109,85 +119,98 @@ def train_segment(job: dict[str, Any]) -> None:
                     world_size=world_size,
                     config_digest=config.digest(),
                     plan=feed.plan().state(),
-                    ledger=account.ledger_snapshot(),
+                    ledger=monitor.ledger_snapshot(),
                     mlflow=run.read_ids() or {},
                     base=base,
-                    loss=guard.usual(),
+                    loss=guard.median_loss(),
                     guard=guard.state(),
                     config=config.decisive(),
                     trained=sizes_digest(selected.trained),
                     origin=segment.origin,
                     finished={other.name: other.last_step for other in run.segments() if other.finished},
-                    passed_over={other.name: run.passed_over(other.name) for other in run.segments()},
+                    passed_over={other.name: run.skipped(other.name) for other in run.segments()},
                 )
                 checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
 
         # Train
-        account.begin()
-        for step, parts in groupby(account.waited(iter(loader)), key=lambda micro: micro.step):
-            if step in shard.passed_over:
-                account.passed_over(step, parts)
-                agreed = account.agree()
+        monitor.begin()
+        done, stop = start.first_step, Stop.NO
+        last_trained = max((step + 1 for step in range(done, last_step) if step not in start.skipped), default=0)
+        for step, parts in groupby(monitor.waited(iter(loader)), key=lambda micro: micro.step):
+            if step in start.skipped:
+                monitor.skipped(step, parts)
+                agreed = monitor.agree()
             else:
                 for micro in parts:
-                    loss = training_loss(
-                        engine,
-                        micro.batch.to(engine.device, engine.dtype),
-                        run_seed=segment.seed,
-                        step=step,
-                        flow=flow,
-                        cross_pair_weight=stage.loss.cross_pair_weight,
-                        cross_pair_target=stage.loss.cross_pair_target,
-                        snapshot_model=snapshot,
-                    )
+                    loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=step)
                     engine.backward(loss.loss)
-                    account.micro_batch(micro, loss)
-                agreed = account.agree()
+                    monitor.micro_batch(micro, loss)
+                agreed = monitor.agree()
                 verdict = guard.judge(agreed.loss)
                 result = engine.step(step) if verdict == "good" else engine.drop(step)
                 if not result.skipped:
                     guard.applied(agreed.loss)
                 else:
-                    account.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)
-                    if guard.dropped(step):
+                    monitor.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)
+                    if guard.dropped(step) or step + 1 == last_trained:
                         with contextlib.suppress(CheckpointError):
                             checkpoints.wait()  # what is being written may be what the run goes back to
-                        account.roll_back(step, guard.bad_in_a_row)
-                        return
-                account.step(step, result, checkpoints.ended())
+                        return monitor.roll_back(step, guard.bad_in_a_row)
+                monitor.step(step, result, checkpoints.ended())
 
             done = step + 1
+            # a stage does not end with steps that were bad
+            stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and guard.bad_in_a_row else agreed.stop
+            if done == last_trained or stop is Stop.DURATION_REACHED:
+                # what the last update made of the weights, no later loss would tell
+                with torch.no_grad():
+                    loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=step)
+                if guard.judge(monitor.mean_loss(loss)) != "good":
+                    return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
-            if due or agreed.stop or agreed.preempted or done == last_step:
+            if due or stop or done == last_step:
                 save(done)
-            if agreed.stop:
+            if stop:
                 break
-            with account.measure("sampling"):
+            with monitor.measure("sampling"):
                 sampler.after(done, functools.partial(engine.export, ema=engine.averages))  # what export would take
-        with account.checkpointing():
+        with monitor.checkpointing():
             checkpoints.wait()
-        account.saved(checkpoints.ended())
-        with account.measure("sampling"):
+        monitor.saved(checkpoints.ended())
+        with monitor.measure("sampling"):
             sampler.finish(0.0 if done < last_step else None)
 
         # Stop, or hand over to the next segment
-        if done < last_step and agreed.stop is not Stop.DURATION_REACHED:
-            account.close(done, "budget spent" if agreed.stop is Stop.BUDGET_SPENT else "stopped")
-            return
-        with account.checkpointing():
+        if done < last_step and stop is not Stop.DURATION_REACHED:
+            return monitor.close(done, stop.end)
+        with monitor.checkpointing():
             export_weights(engine, segment, done)
-        account.close(done, "finished")
+        return monitor.close(done, End.FINISHED, asked=stop.end if stop is not Stop.DURATION_REACHED else None)
     except SavesFailedError as error:
-        # no failure to Ray, which would start the workers again, into the same full disk
-        account.close(done, f"{UNSAVED}{error}")
+        # no failure to Ray, since another start would meet the same full disk
+        return monitor.close(done, End.UNSAVED, str(error))
     except BaseException as error:
-        account.close(done, f"{type(error).__name__}: {error}")
+        monitor.fail(error)
         raise
+    finally:
+        if engine is not None:
+            engine.close()
 
 
-def preemption_announced() -> bool:
-    """Whether a node of the group is about to go; all ranks ask together."""
-    return ray.train.get_preemption_info() is not None
+def identity_of_origin(run: Run, segment: Segment, commit: str | None) -> str:
+    """The identity of the weights that a segment begins with: rank 0 reads them, all ranks are told."""
+    identity: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        identity = [weights_identity(segment.origin, segment.seed, run.fingerprints_path, commit)]
+    dist.broadcast_object_list(identity)
+    assert identity[0] is not None
+    return identity[0]
+
+
+def preempted_nodes() -> list[str]:
+    """The nodes of the group that are about to go; all ranks ask together."""
+    announced = ray.train.get_preemption_info()
+    return announced.preempted_node_ids if announced else []
 
 
 def export_weights(engine: Engine, segment: Segment, steps: int) -> None:

@@ -460,6 +460,12 @@ class RunConfig(Section):
         sizes = range(self.cluster.least_workers, self.cluster.most_workers + 1)
         return [size for size in sizes if stage.global_batch % (size * stage.micro_batch) == 0]
 
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for a worker."""
+        cluster = self.cluster
+        gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
+        return {"CPU": cluster.cpus_per_worker, **gpus}
+
     @property
     def patience(self) -> float:
         """Seconds that a worker has for a save, an export, or to build and restore, before it counts as hanging.

@@ -20,7 +20,7 @@ from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.driver.preflight import require_trainable
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_books
-from domainshuttle.platform.driver.schedule_loop import train
+from domainshuttle.platform.driver.schedule_loop import Schedule
 from domainshuttle.platform.engine.zero3 import deepspeed_configs
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
@@ -106,7 +106,7 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
 
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
-            outcome = train(run, tracker, watch, console.print, stage, resume)
+            outcome = Schedule(run, tracker, watch, console.print).train(stage, resume)
         except RunLockedError:
             raise  # ledger and tracking are the other driver's now
         except BaseException as error:

@@ -12,7 +12,7 @@ from domainshuttle.platform.run.ledger import Ledger
 def recover_books(run: Run, say: Callable[[str], None]) -> None:
     """Gives a run that has no books of its own those of its newest whole checkpoint.
 
-    These are the ledger with the hours used, the ids of the MLflow runs, the steps that are passed over, and after how
+    These are the ledger with the hours used, the ids of the MLflow runs, the steps that are skipped, and after how
     many steps the finished stages ended: their weights, which were in the folder, are then exported from their last
     checkpoints. Raises StorageError when the store does not answer.
     """
@@ -29,7 +29,7 @@ def recover_books(run: Run, say: Callable[[str], None]) -> None:
     segments = {segment.name: segment for segment in run.segments()}
     for name, rollbacks in state.passed_over.items():
         if rollbacks and name in segments:
-            run.pass_over(name, *rollbacks)
+            run.skip(name, *rollbacks)
     for name, steps in state.finished.items():
         if name in segments:
             segments[name].end_at(steps)

@@ -1,86 +1,59 @@
-"""How Ray Train decides about failures and sizes of the worker group.
+"""What ended a worker group, in plain words, and whether another one is started.
 
-Ray loads this module into its controller, so nothing here imports torch. Ray has no public interface for either
-decision: this follows its own classes of version 2.60, which pyproject.toml pins.
+Whatever it was, a worker, a node, or one of Ray's own processes, it is one kind of event: the run goes back to its
+newest whole checkpoint and goes on, until too many faults came in a row without a newer checkpoint between them.
 """
 
 import contextlib
-import logging
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
-from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from domainshuttle.pipelines.errors import TooManyBadError
 from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import FAILED, Notices
-from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.tracking.outbox import tag_segment
-
-logger = logging.getLogger(__name__)
 
 FINAL = (ConfigError, IncompatibleError, TooManyBadError)
 """Errors that starting the workers again does not mend."""
 
 
-class FailuresInARow(DefaultFailurePolicy):
-    """Gives a segment up after `most` failures between which no checkpoint became whole.
+@dataclass(frozen=True)
+class Fault:
+    """What ended a worker group."""
 
-    Ray's own count is of a whole fit, so that a segment of days would end at its fourth fault. Preemptions and starts
-    that found no room are not counted, as Ray does it. An error that will not go away ends the fit at once.
+    what: str
+    """What died and why, and what to do about it: one line."""
+    report: str
+    """Ray's own words, of many lines."""
+    final: BaseException | None = None
+    """An error that another start would meet again."""
+    counted: bool = True
+    """Whether it counts as a failure: nodes that were taken away and groups that found no room do not."""
+
+
+class FaultsInARow:
+    """Counts the faults of a segment between which no checkpoint became whole.
+
+    A count of the whole run would end a segment of days at its fourth fault.
     """
 
-    def __init__(self, run: Run, segment: str, most: int) -> None:
-        super().__init__(FailureConfig(max_failures=-1))
-        self._store, self._segment, self._most = CheckpointStore.of(run.config), segment, most
-        self._run, self._notices = run, Notices(run.notices_path)
-        self._in_a_row, self._newest = 0, 0.0
+    def __init__(self, store: CheckpointStore, segment: str) -> None:
+        self._store, self._segment = store, segment
+        self.count, self._newest = 0, 0.0
         self._newest = self._written()
 
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Whether the workers start again; the tracking and the ledger are told why."""
-        decision, error = self._decide(training_failed_error), training_failed_error
-        if decision is FailureDecision.RETRY:
-            failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-            reason = cause(failures) if failures else f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            tell_restart(self._run, self._segment, reason)
-        return decision
-
-    def _decide(self, error: TrainingFailedError) -> FailureDecision:
-        if failed_start(error):
-            return FailureDecision.RAISE  # `Fit` starts again, with another controller
-        if not isinstance(error, WorkerGroupError) or _is_preemption_failure(error):
-            return super().make_decision(error)
-        if final_error(error):
-            return FailureDecision.RAISE
+    def add(self) -> int:
+        """Counts a fault; returns how many there were in a row."""
         written = self._written()
         if written > self._newest:
-            self._newest, self._in_a_row = written, 0
-        self._in_a_row += 1
-        left = self._most - self._in_a_row
-        self._notices.add(
-            self._segment,
-            FAILED,
-            f"Stage {self._segment}: the workers failed ({cause(error.worker_failures)}); "
-            + (
-                f"they start again. Failure {self._in_a_row} in a row without a newer checkpoint, at most {self._most}"
-                if left >= 0
-                else f"failure {self._in_a_row} in a row without a newer checkpoint, and cluster.max_failures is "
-                f"{self._most}"
-            ),
-        )
-        return FailureDecision.RETRY if left >= 0 else FailureDecision.RAISE
+            self._newest, self.count = written, 0
+        self.count += 1
+        return self.count
 
     def _written(self) -> float:
         """When the newest checkpoint became whole; as long as the store does not answer, what was known before."""
@@ -94,79 +67,116 @@ class FailuresInARow(DefaultFailurePolicy):
             return self._newest
 
 
-class DividingSizes(ElasticScalingPolicy):
-    """An elastic group that only has sizes by which the global batch can be shared."""
-
-    def __init__(self, scaling_config: Any, sizes: Collection[int]) -> None:
-        super().__init__(scaling_config)
-        self._sizes = sorted(sizes)
-
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        room = super()._count_possible_workers(reserved_resources)
-        return max((size for size in self._sizes if size <= room), default=0)
-
-
-def failed_start(error: BaseException) -> BaseException | None:
-    """What a worker died of, or lost another by, before it came to train, if that is what ended a fit.
-
-    Ray's controller would give the run up for some of these, and try others again while it keeps the placement group of
-    the workers it could not start, so that there is never room: only another controller can start again.
-    """
-    found: BaseException | None = error.controller_failure if isinstance(error, ControllerError) else None
-    if isinstance(found, WorkerGroupStartupFailedError):
-        return found.__cause__ or found
-    return found if isinstance(found, RayActorError | RayTaskError) else None
+def explain(error: BaseException) -> Fault:
+    """The fault behind what Ray Train raised."""
+    report = f"{type(error).__name__}: {error}"
+    if isinstance(error, WorkerGroupError):
+        return _of_workers(error.worker_failures, report)
+    if isinstance(error, PreemptionError):
+        nodes = ", ".join(node[:8] for node in error.preemption_info.preempted_node_ids)
+        return Fault(f"node {nodes} was taken away before the workers had ended", report, counted=False)
+    if isinstance(error, ControllerError):
+        inner = _innermost(error.controller_failure)
+        name = type(error.controller_failure).__name__
+        if name in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
+            return Fault("there was no room for the workers", report, counted=False)
+        if name == "WorkerGroupStartupFailedError":
+            return Fault(f"a worker died while they started ({_words(inner, 'a worker')})", report)
+        return Fault(_words(inner, "Ray Train's controller"), report)
+    if isinstance(error, RayActorError):
+        return Fault(_words(error, "Ray Train's controller"), report)
+    return Fault(_words(_innermost(error), "Ray"), report)
 
 
-def final_error(error: BaseException) -> BaseException | None:
-    """The error among those of the workers that starting again does not mend, if there is one."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    for failure in failures:
-        found: BaseException | None = failure.cause if isinstance(failure, RayTaskError) else failure
-        while found is not None:
-            if isinstance(found, FINAL):
-                return found
-            found = found.__cause__
-    return None
-
-
-def tell_restart(run: Run, segment: str, reason: str) -> None:
-    """The tag `restart.<n>` of the segment, after its nth attempt, which ends here in the ledger if it has not yet."""
-    try:
-        ledger = Ledger(run.ledger_path)
-        ledger.end_open(reason)
-        attempts = [one for one in ledger.attempts() if one.segment == segment and one.devices]
-    except OSError as error:
-        logger.warning("the ledger can not be written: %s", error)
-        return
-    if attempts:  # none where the workers never came to their first line
-        tag_segment(run, segment, f"restart.{len(attempts)}", f"{reason} (step {attempts[-1].last} was reached)")
-
-
-def cause(failures: Mapping[int, BaseException]) -> str:
-    """Rank and error that most likely came first: a death before an error, both before connections that were lost."""
+def _of_workers(failures: Mapping[int, BaseException], report: str) -> Fault:
+    """Of several the one that most likely came first: a death, then an error, then connections that were lost."""
     if not failures:
-        return "no worker said why"
+        return Fault("the workers ended, and none said why", report)
+    found = [one for failure in failures.values() for one in _chain(failure) if isinstance(one, FINAL)]
+    report += "".join(f"\n\nworker {rank}: {failure}" for rank, failure in failures.items())
     rank, failure = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
-    return f"rank {rank}: {_describe(failure)}"
+    inner = _innermost(failure)
+    taken = isinstance(inner, RayActorError) and inner.preempted
+    return Fault(_words(inner, f"worker {rank}"), report, found[-1] if found else None, counted=not taken)
 
 
-def _follows(failure: BaseException) -> int:
-    """0: a process died; 1: an error of its own; 2: what the others see of either."""
-    inner = getattr(failure, "health_check_failure", failure)
-    if isinstance(inner, RayActorError) and not isinstance(inner, RayTaskError):
-        return 0
-    return 2 if _CONSEQUENCE.search(str(failure)) else 1
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised from, also behind Ray's wrappers."""
+    while error is not None:
+        yield error
+        wrapped = getattr(error, "health_check_failure", None)
+        if wrapped is None and isinstance(error, RayTaskError):
+            wrapped = error.cause
+        error = wrapped if isinstance(wrapped, BaseException) else error.__cause__
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What Ray's wrappers hold: the death of an actor, or the error that was raised first."""
+    found = error
+    for one in _chain(error):
+        found = one
+        if isinstance(one, RayActorError | OutOfMemoryError | NodeDiedError) and not isinstance(one, RayTaskError):
+            return one
+    return found
 
 
 _CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|closed by peer|gloo|NCCL|ProcessGroup|Broken pipe")
 
 
-def _describe(failure: BaseException) -> str:
-    inner = getattr(failure, "health_check_failure", failure)
-    found = inner.cause if isinstance(inner, RayTaskError) else inner
-    lines = [line.strip() for line in str(found).strip().splitlines() if line.strip()]
-    kind = type(found).__name__
-    # of an actor's death the first line says it; of an error with its traceback the last one
-    line = (lines[0] if isinstance(inner, RayActorError) else lines[-1]) if lines else ""
-    return f"{kind}: {line[:200]}"
+def _follows(failure: BaseException) -> int:
+    """0: a process died; 1: an error of its own; 2: what the others see of either."""
+    inner = _innermost(failure)
+    if isinstance(inner, RayActorError | OutOfMemoryError | NodeDiedError):
+        return 0
+    return 2 if _CONSEQUENCE.search(str(failure)) else 1
+
+
+_NAMES = {
+    "TrainController": "Ray Train's controller",
+    "SplitCoordinator": "Ray Data's coordinator",
+    "_StatsActor": "Ray Data's statistics",
+    "AutoscalingRequester": "Ray Data's autoscaler",
+}
+
+
+def _words(error: BaseException, who: str) -> str:
+    """A line that says what happened to `who`, and what helps."""
+    text = str(error)
+    if named := re.search(r"class_name: (?:ray::)?(\w+)", text):
+        who = _NAMES.get(named[1], who)
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text or "out of memory" in text.lower():
+        return _memory(text, who) if isinstance(error, RayError) else f"{who}: {_last_line(error)}"
+    if isinstance(error, NodeDiedError) or "node has died" in text or "node was terminated" in text:
+        return f"the node of {who} is gone"
+    if isinstance(error, ActorDiedError | RayActorError) and not isinstance(error, RayTaskError):
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            return f"{who} could not start: {_last_line(error)}"
+        process = re.search(r"pid: (\d+)", text)
+        return f"{who} died{f' (process {process[1]})' if process else ''}: it was killed, or crashed"
+    return f"{who} failed: {_last_line(error)}"
+
+
+def _memory(report: str, who: str) -> str:
+    """Of Ray's report on a node without memory: who was ended, what it held, and what helps."""
+    held = re.search(r"memory used[^=\d]*=?\s*([\d.]+)\s*GB", report) or re.search(
+        r"\bUSED_MEMORY[^\d]*([\d.]+)", report
+    )
+    total = re.search(r"([\d.]+)\s*GB\s*/\s*([\d.]+)\s*GB", report)
+    holds = f"; it held {float(held[1]):.1f} GB" if held else ""
+    of = f" ({float(total[1]):.1f} of {float(total[2]):.1f} GB were used)" if total else ""
+    return (
+        f"the node ran out of memory{of}, and Ray ended {who}{holds}: lower micro_batch, recompute activations "
+        "(engine.activations.mode=full), or give the node fewer workers"
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    kind = type(error).__name__
+    line = lines[-1] if lines else ""
+    return line[:400] if line.startswith(kind) else f"{kind}: {line[:400]}"
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error is of the workers or of Ray, and not the driver's own."""
+    return isinstance(error, TrainingFailedError | RayError)

@@ -1,141 +1,299 @@
-"""The schedule on the driver: segment after segment, start after start, until all is trained or a stop is asked for."""
+"""The schedule on the driver: worker group after worker group, until all is trained or a stop is asked for.
+
+Each start is decided here once, for weights and data alike: at the newest whole checkpoint, with the largest number of
+workers that fits the cluster then. Whatever ends a group, a fault, a roll-back, more room, a node that is about to go,
+is followed by the next start.
+"""
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
+
+from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, differences
-from domainshuttle.platform.driver.worker_group import Fit
+from domainshuttle.platform.driver.group_size import group_size
+from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
+from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import commit_of
 from domainshuttle.platform.engine.initialization import outline_model
-from domainshuttle.platform.engine.trained_parameters import parameter_table, select_trained
+from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, select_trained
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import PASSED_OVER, Notices
+from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
 from domainshuttle.platform.run.ledger import ALLOWANCE, Ledger
-from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.run.weights_digest import sizes_digest, weights_identity
 from domainshuttle.platform.tracking.mlflow import Tracker
-from domainshuttle.platform.train import train_segment
-from domainshuttle.platform.training.monitor import ROLLED_BACK, UNSAVED
+from domainshuttle.platform.tracking.outbox import tag_segment
 
 Outcome = Literal["finished", "stopped", "budget spent"]
 
+WAITING_SECONDS = 120.0
+"""How long no worker is at its work before people are told."""
+
 
 class DivergedError(RuntimeError):
-    """The loss went wrong again and again, also without the steps that were passed over."""
+    """The loss went wrong, and going back did not help."""
 
 
-def train(
-    run: Run,
-    tracker: Tracker,
-    watch: Callable[[], None],
-    say: Callable[[Any], None],
-    stage: str | None = None,
-    resume: str = AUTO,
-) -> Outcome:
-    """Trains what is left of a run's schedule, or of one stage; `watch` is called about twice a second meanwhile.
+class WorkersFailedError(RuntimeError):
+    """The workers died too often between two checkpoints."""
 
-    `resume` says where the first unfinished segment starts (resume.py). Raises ConfigError for a stage whose weights to
-    begin with are not there yet, CheckpointError, DivergedError, and what ended the workers for good.
+
+class Schedule:
+    """What is left of a run's schedule, or of one stage.
+
+    `watch` is called about twice a second while workers train; `echo` shows a line, or a table, to people.
     """
-    ledger, store, digest = Ledger(run.ledger_path), CheckpointStore.of(run.config), run.config.digest()
-    notices = Notices(run.notices_path)
-    if (last := ledger.last_line()) is not None:
-        heard = max(last, run.heard_from())
-        ledger.end_open("its driver died", until=heard + ALLOWANCE)
 
-    def tell(segment: str) -> None:
-        """Shows what was noted of a segment, here or by Ray's processes; of checkpoints MLflow keeps it too."""
-        for _, kind, text in notices.new():
-            say(text)
-            if kind == PASSED_OVER:
-                tracker.tag({"checkpoints.passed_over": "\n".join(notices.told(segment, kind))}, segment)
+    def __init__(self, run: Run, tracker: Tracker, watch: Callable[[], None], echo: Callable[[Any], None]) -> None:
+        self.run, self._tracker, self._watch, self._echo = run, tracker, watch, echo
+        self._config, self._digest = run.config, run.config.digest()
+        self._ledger, self._store = Ledger(run.ledger_path), CheckpointStore.of(run.config)
+        self._notices = Notices(run.notices_path, echo)
+        made = {str(segment.weights) for segment in run.segments()}
+        self._commits = {
+            segment.name: None if segment.origin in made else commit_of(segment.origin) for segment in run.segments()
+        }
+        self._faults: dict[str, FaultsInARow] = {}
+        self._leaving: set[str] = set()
+        self._opened: set[str] = set()
+        self._selections: dict[str, TrainedParameters] = {}
+        self._verified: Checkpoint | None = None
 
-    if resume not in (AUTO, NONE):
-        adopt_stages(run, store, resume, say)
-    for segment in run.choose(stage):
-        if segment.finished:
-            say(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
-            continue
-        require_origin(run, segment)
-        tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
-        feed = make_feed(run.config, segment)
-        commit = commit_of(segment.origin)
-        base = weights_identity(segment.origin, segment.seed, run.fingerprints_path, commit)
-        selected = select_trained(outline_model(run.config.model_of(segment.expert)), segment.stage.trained)
+    def train(self, stage: str | None = None, resume: str = AUTO) -> Outcome:
+        """Trains until all is finished, a stop is asked for or the budget is spent.
 
-        def choose(resume: str, segment: Segment = segment) -> Checkpoint | None:
-            note = functools.partial(notices.add, segment.name, PASSED_OVER)
-            try:
-                return choose_start(store, segment.name, resume, digest, note)
-            finally:
-                tell(segment.name)
+        `resume` says where the first unfinished segment starts (checkpoint/resume.py). Raises ConfigError for a stage
+        whose weights to begin with are not there yet, CheckpointError, DivergedError, WorkersFailedError, and errors
+        that starting again does not mend.
+        """
+        if (last := self._ledger.last_line()) is not None:
+            heard = max(last, self.run.heard_from())
+            self._ledger.end_open("its driver died", until=heard + ALLOWANCE)
+        if resume not in (AUTO, NONE):
+            adopt_stages(self.run, self._store, resume, self._echo)
+        chosen = self.run.choose(stage)
+        for segment in chosen:
+            if segment.finished:
+                self._echo(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
+        while left := [segment for segment in chosen if not segment.finished]:
+            if self._ledger.summary(self._config.budget_gpu_hours).spent:
+                return "budget spent"
+            outcome, resume = self._start(left, resume), AUTO
+            if outcome is not None and any(not segment.finished for segment in chosen):
+                return outcome
+        return "finished"
 
-        start = choose(resume)
-        if start:
-            require_fit(start, segment, base, sizes_digest(selected.trained), feed)
-            if start.state.config_digest != digest:
-                before = start.state.config
-                changes = differences(before, run.config.decisive()) if before else "it does not say which"
-                say(f"Checkpoint {start.name} was trained with another configuration: {changes}")
-        begin(store, segment.name, resume, start, digest)
+    def _start(self, left: list[Segment], resume: str) -> Outcome | None:
+        """One worker group, for as many of the segments as can follow each other in it; None: another may follow."""
+        first = left[0]
+        start = self._start_point(first, resume)
+        self._open(first)
+        starts = [start]
+        for segment in left[1:]:
+            if self._store.names(segment.name):
+                break  # it has been trained before: where it starts is decided when its turn comes
+            starts.append(dataclasses.replace(start, segment=segment.name, first_step=0, checkpoint=None,
+                                              skipped=self._skipped(segment)))  # fmt: skip
+        self.run.regroup_path.unlink(missing_ok=True)
+        job = WorkerJob(
+            config=self._config.model_dump(mode="json"),
+            starts=tuple(starts),
+            commits=self._commits,
+            mlflow=self._tracker.ids.to_dict(),
+            times={"command": psutil.Process().create_time(), "asked": time.time()},
+        )
+        group = WorkerGroup(self.run, job, self._size(first))
+        self._echo(
+            f"Stage {first.name}: "
+            + (f"goes on after step {start.first_step}" if start.checkpoint else "begins")
+            + f", with {group.size} worker{'s' if group.size > 1 else ''}"
+        )
+        self._follow(group, first)
+        self._ledger.end_open("the workers ended without a last line")
+        if group.error is not None:
+            self._handle_fault(group.error)
+            return None
+        return "stopped" if group.end is None else self._handle_end(group.end)
+
+    def _start_point(self, segment: Segment, resume: str = AUTO) -> StartPoint:
+        """Where the workers begin: the one decision, checked against the configuration, the weights and the data."""
+        self._require_origin(segment)
+        feed = make_feed(self._config, segment)
+        base = weights_identity(segment.origin, segment.seed, self.run.fingerprints_path, self._commits[segment.name])
+        checkpoint = self._choose(segment, resume)
+        if checkpoint:
+            require_fit(checkpoint, segment, base, sizes_digest(self._selected(segment).trained), feed)
+            if checkpoint.state.config_digest != self._digest:
+                before = checkpoint.state.config
+                changes = differences(before, self._config.decisive()) if before else "it does not say which"
+                self._echo(f"Checkpoint {checkpoint.name} was trained with another configuration: {changes}")
+        begin(self._store, segment.name, resume, checkpoint, self._digest)
         if resume != AUTO:
             segment.begin_anew()
-        resume = AUTO
-        for corpus, source, index_digest, samples in feed.corpora():
-            tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
-        run.write_ids(tracker.ids.to_dict())
-        say(parameter_table({segment.name: selected}))
-        while not segment.finished:
-            if ledger.summary(run.config.budget_gpu_hours).spent:
-                return "budget spent"
-            say(f"Stage {segment.name}: " + (f"goes on after step {start.state.step}" if start else "begins"))
-            job = {"base": base, "commit": commit, "mlflow": tracker.ids.to_dict()}
-            fit = Fit(train_segment, run, segment, feed, job, start)
-            for _ in fit.running():
-                watch()
-                tell(segment.name)
-            ledger.end_open("the workers ended without a last line")
-            if fit.left:
-                return "stopped"
-            outcome = run.read_progress().get("state", "")
-            if outcome == "budget spent":
-                return "budget spent"
-            if outcome.startswith(UNSAVED):
-                raise CheckpointError(f"stage {segment.name}: {outcome.removeprefix(UNSAVED)}")
-            if not segment.finished and outcome != ROLLED_BACK:
-                return "stopped"
-            if outcome == ROLLED_BACK:
-                refuse_to_go_in_circles(run, segment, say)
-                start = choose(AUTO)
-    return "finished"
-
-
-def require_origin(run: Run, segment: Segment) -> None:
-    """Raises ConfigError when the segment begins with the weights of another that is not finished."""
-    for other in run.segments():
-        if segment.origin == str(other.weights) and not other.finished:
-            raise ConfigError(f"stage {segment.name!r} begins with the weights of {other.name!r}: train that one first")
-
-
-def refuse_to_go_in_circles(run: Run, segment: Segment, say: Callable[[str], None]) -> None:
-    """After a rollback: says what is passed over, or raises DivergedError when there were too many."""
-    rollbacks = run.passed_over(segment.name)
-    where = run.dropped_path(segment.name, 0).parent
-    if len(rollbacks) > run.config.guard.most_rollbacks:
-        raise DivergedError(
-            f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
-            f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or guard.most_rollbacks; "
-            "or go on from a checkpoint with a lower learning rate, as a run of its own: --set name=... --set "
-            f"stages.{segment.stage.name}.learning_rate=... --resume PATH; domainshuttle checkpoints {run.folder} lists"
-            " them"
+        first = checkpoint.state.step if checkpoint else 0
+        start = StartPoint(
+            segment.name, first, checkpoint.where if checkpoint else None, time.time_ns(), self._skipped(segment)
         )
-    say(f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now passed over (samples in {where})")
+        if first < segment.last_step and not start.trains(segment.last_step):
+            raise DivergedError(
+                f"stage {segment.name}: every step after step {first} was bad, so the weights of step {first} are "
+                f"suspect: {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+            )
+        return start
+
+    def _choose(self, segment: Segment, resume: str) -> Checkpoint | None:
+        note = functools.partial(self._notices.add, segment.name, SKIPPED)
+        try:
+            chosen = choose_start(self._store, segment.name, resume, self._digest, note, self._verified)
+            self._verified = chosen or self._verified
+            return chosen
+        finally:
+            if texts := self._notices.given(segment.name, SKIPPED):
+                self._tracker.tag({"checkpoints.skipped": "\n".join(texts)}, segment.name)
+
+    def _skipped(self, segment: Segment) -> frozenset[int]:
+        return frozenset(step for bad in self.run.skipped(segment.name) for step in bad)
+
+    def _selected(self, segment: Segment) -> TrainedParameters:
+        if segment.name not in self._selections:
+            outline = outline_model(self._config.model_of(segment.expert))
+            self._selections[segment.name] = select_trained(outline, segment.stage.trained)
+        return self._selections[segment.name]
+
+    def _require_origin(self, segment: Segment) -> None:
+        for other in self.run.segments():
+            if segment.origin == str(other.weights) and not other.finished:
+                raise ConfigError(
+                    f"stage {segment.name!r} begins with the weights of {other.name!r}: train that one first"
+                )
+
+    def _open(self, segment: Segment) -> None:
+        """Opens a segment's MLflow run, with its data, and shows what it trains; once."""
+        if segment.name in self._opened:
+            return
+        self._opened.add(segment.name)
+        self._tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
+        for corpus, source, index_digest, samples in make_feed(self._config, segment).corpora():
+            self._tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
+        self.run.write_ids(self._tracker.ids.to_dict())
+        self._echo(parameter_table({segment.name: self._selected(segment)}))
+
+    def _size(self, segment: Segment, held: int = 0) -> int:
+        sizes = self._config.worker_sizes(segment.stage)
+        if len(sizes) == 1:
+            return sizes[0]  # Ray Train waits until there is room
+        return group_size(sizes, self._config.worker_resources(), self._leaving, held)
+
+    def _follow(self, group: WorkerGroup, segment: Segment) -> None:
+        """Follows the workers to their end, segment after segment, and asks them to end when more would fit."""
+        looked = time.monotonic()
+        for _ in group.running():
+            self._watch()
+            at = self.run.read_progress().get("segment", segment.name)
+            if at != segment.name and at not in self._opened:
+                segment = self.run.segment(at)
+                self._open(segment)
+            if group.idle_seconds > WAITING_SECONDS:
+                self._notices.add(segment.name, WAITING, f"Stage {segment.name}: {group.waits_for()}")
+            if group.idle_seconds == 0 and time.monotonic() - looked > self._config.cluster.resize_seconds:
+                looked = time.monotonic()
+                if (size := self._size(segment, held=group.size)) > group.size and not self.run.regroup_path.exists():
+                    self._echo(f"Stage {segment.name}: there is room for {size} workers; a checkpoint, then they start")
+                    write_bytes(self.run.regroup_path, str(size).encode())
+
+    def _handle_end(self, end: SegmentEnd) -> Outcome | None:
+        """What follows from an end that all workers agreed on; None: another start. Raises what ends the run."""
+        segment = self.run.segment(end.segment)
+        self._leaving.update(end.nodes)
+        if end.kind is End.UNSAVED:
+            raise CheckpointError(f"stage {end.segment}: {end.reason}")
+        if end.kind is End.DIVERGED:
+            raise DivergedError(
+                f"stage {end.segment}: the update of step {end.step} left weights whose loss is not finite or far "
+                f"above the median: {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+            )
+        if end.kind is End.ROLLED_BACK:
+            self._refuse_to_go_in_circles(segment)
+        if end.kind is End.PREEMPTED:
+            nodes = ", ".join(node[:8] for node in end.nodes)
+            self._echo(f"Stage {end.segment}: node {nodes} is about to go; step {end.step} is saved, the workers move")
+        if End.STOPPED in (end.kind, end.asked):
+            return "stopped"
+        return "budget spent" if End.BUDGET_SPENT in (end.kind, end.asked) else None
+
+    def _refuse_to_go_in_circles(self, segment: Segment) -> None:
+        """After a roll-back: says what is skipped. Raises DivergedError when there were too many."""
+        rollbacks = self.run.skipped(segment.name)
+        where = self.run.dropped_path(segment.name, 0).parent
+        if len(rollbacks) > self._config.guard.most_rollbacks:
+            raise DivergedError(
+                f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
+                f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or "
+                f"guard.most_rollbacks; or {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+            )
+        self._echo(
+            f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now skipped (samples in {where})"
+        )
+
+    def _handle_fault(self, error: BaseException) -> None:
+        """Records what ended the workers. Returns where another start may follow, else raises."""
+        if not is_fault(error):
+            raise error
+        fault = explain(error)
+        at = self.run.read_progress().get("segment")
+        segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)
+        segment = segment or next(one for one in self.run.segments() if not one.finished)
+        report = self._write_report(fault)
+        self._record_restart(segment, fault)
+        if fault.final is not None:
+            raise fault.final from error
+        most = self._config.cluster.max_failures
+        faults = self._faults.setdefault(segment.name, FaultsInARow(self._store, segment.name))
+        count = faults.add() if fault.counted else faults.count
+        tail = f"Ray's report: {report}"
+        if fault.counted and count > most:
+            raise WorkersFailedError(
+                f"stage {segment.name}: {fault.what}. That was fault {count} in a row without a newer checkpoint, and "
+                f"cluster.max_failures is {most}. {tail}"
+            ) from error
+        counts = f" (fault {count} of at most {most} in a row without a newer checkpoint)" if fault.counted else ""
+        self._notices.add(
+            segment.name, FAILED, f"Stage {segment.name}: {fault.what}. The workers start again{counts}. {tail}"
+        )
+
+    def _write_report(self, fault: Fault) -> str:
+        number = 1
+        while (path := self.run.report_path(number)).exists():
+            number += 1
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_bytes(path, fault.report.encode())
+        except OSError as error:
+            return f"it can't be written: {error}"
+        return str(path)
+
+    def _record_restart(self, segment: Segment, fault: Fault) -> None:
+        """Ends the attempt in the ledger, and gives the segment's MLflow run the tag `restart.<n>`."""
+        self._ledger.end_open(fault.what)
+        attempts = [one for one in self._ledger.attempts() if one.segment == segment.name and one.devices]
+        if attempts:  # none where the workers never came to their first line
+            text = f"{fault.what} (step {attempts[-1].last} was reached)"
+            tag_segment(self.run, segment.name, f"restart.{len(attempts)}", text)
+
+
+_GO_ON = (
+    "go on from an earlier checkpoint with a lower learning rate, as a run of its own: --set name=... --set "
+    "stages.{stage}.learning_rate=... --resume PATH; domainshuttle checkpoints {run} lists them"
+)
 
 
 @dataclass(frozen=True)

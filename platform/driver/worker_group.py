@@ -1,159 +1,93 @@
-"""A fit: Ray Train's workers for one segment, started again after faults, until they end for good."""
+"""A worker group: Ray Train's workers for the rest of a schedule, from their start to their end, whatever ends them.
+
+Ray Train restarts nothing (`max_failures=0`): the driver does (schedule_loop.py).
+"""
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import psutil
-import ray.data
-from ray.train.torch import TorchConfig
-from ray.train.v2.api.config import CheckpointConfig, ScalingConfig
-from ray.train.v2.api.config import RunConfig as RayRunConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.platform.checkpoint.store import Checkpoint
-from domainshuttle.platform.driver.planned_data import PlannedData
-from domainshuttle.platform.driver.restarts import DividingSizes, FailuresInARow, failed_start, final_error
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import FAILED, WAITING, Notices
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
 
-STOP_SECONDS, TELL_SECONDS = 5.0, 120.0
-"""How long no worker is at its work before a stop is not waited for, and before people are told."""
+# Ray's annotations are those of its version 1
+_NO_RESTARTS: dict[str, Any] = {"controller_failure_limit": 0, "max_preemption_failures": 0}
+
+STOP_SECONDS = 5.0
+"""How long no worker is at its work before a stop is not waited for."""
 
 
-class Fit:
-    """The workers of a segment, each of which runs `worker` with a job. `start` is what the driver has verified."""
+def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
+    # imported by the workers alone: torch, DeepSpeed and the model take seconds
+    from domainshuttle.platform.train import train_schedule
 
-    def __init__(
-        self,
-        worker: Callable[[dict[str, Any]], None],
-        run: Run,
-        segment: Segment,
-        feed: Feed,
-        job: dict[str, Any],
-        start: Checkpoint | None,
-    ) -> None:
-        self._worker, self._run, self._segment, self._feed = worker, run, segment, feed
-        self._job, self._start = job, start
-        self._notices, self._ledger = Notices(run.notices_path), Ledger(run.ledger_path)
-        self.left = False
-        """Whether it was left because a stop was asked for while there were no workers that could agree on one."""
+    return train_schedule(config["job"])
 
-    def running(self) -> Iterator[None]:
-        """Runs the workers, and yields about twice a second and once at their end. Raises what ended them for good.
 
-        A start at which workers die is made again, `cluster.max_failures` times in a row.
-        """
-        failed_starts, begun = 0, self._ledger.summary().attempts
-        while True:
-            try:
-                yield from self._fitted()
-                return
-            except TrainingFailedError as error:
-                reason = failed_start(error)
-                if self._ledger.summary().attempts > begun:  # others began to train in between
-                    failed_starts, begun = 0, self._ledger.summary().attempts
-                failed_starts += 1
-                most = self._run.config.cluster.max_failures
-                if reason is None or failed_starts > most:
-                    raise final_error(error) or error from error
-            text = " ".join(str(reason).split())[:200]
-            self._notices.add(
-                self._segment.name,
-                FAILED,
-                f"Stage {self._segment.name}: a worker failed while they started ({type(reason).__name__}: {text}); "
-                f"they start again. Failed start {failed_starts} in a row, at most {most}",
-            )
+class WorkerGroup:
+    """One start of the workers. `running` follows them; then `end` or `error` says how they ended, or neither when a
+    stop was asked for while there was nobody who could agree on it."""
 
-    def _fitted(self) -> Iterator[None]:
-        """The same, with one controller of Ray's."""
-        trainer = self._trainer()
-        failure: list[BaseException] = []
-
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:
-                failure.append(error)
-
-        # In a thread, so that a signal reaches the driver, which asks the workers for a checkpoint, and not Ray's
-        # handler, which would abort them.
-        thread = threading.Thread(target=fit, name="fit", daemon=True)
-        thread.start()
-        worked, told = time.monotonic(), False
-        while thread.is_alive():
-            thread.join(0.5)
-            yield
-            if self._ledger.last_line() is not None:
-                worked, told = time.monotonic(), False
-            idle = time.monotonic() - worked
-            if idle > STOP_SECONDS and self._run.stop_path.exists():
-                self.left = True
-                return
-            if idle > TELL_SECONDS and not told:
-                told = True
-                self._notices.add(self._segment.name, WAITING, self._waiting())
-        yield
-        if failure:
-            raise failure[0]
-
-    def _waiting(self) -> str:
-        cluster = self._run.config.cluster
-        free = ray.available_resources()
-        return (
-            f"Stage {self._segment.name}: waiting for {cluster.least_workers} workers, each with "
-            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs; the cluster has "
-            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs free"
-        )
-
-    def _trainer(self) -> "_Trainer":
-        run, segment, cluster = self._run, self._segment, self._run.config.cluster
-        sizes = run.config.worker_sizes(segment.stage)
-        trainer = _Trainer(
-            self._worker,
-            train_loop_config={
-                **self._job,
-                "config": run.config.model_dump(mode="json"),
-                "segment": segment.name,
-                "start": {"command": psutil.Process().create_time(), "asked": time.time()},
-            },
-            datasets={"plan": ray.data.range(1)},
-            dataset_config=PlannedData(run, segment, self._feed, self._start),
+    def __init__(self, run: Run, job: WorkerJob, size: int) -> None:
+        self.size = size
+        self.end: SegmentEnd | None = None
+        self.error: BaseException | None = None
+        self.idle_seconds = 0.0
+        """How long no worker has been at its work."""
+        self._run, self._ledger = run, Ledger(run.ledger_path)
+        cluster = run.config.cluster
+        self._trainer = TorchTrainer(
+            _work,  # type: ignore[arg-type]
+            train_loop_config={"job": job},
             torch_config=TorchConfig(
                 backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(run.config.patience)
             ),
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers if isinstance(cluster.workers, int) else (sizes[0], sizes[-1]),
-                elastic_resize_monitor_interval_s=cluster.resize_seconds,
+                num_workers=size,
                 use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker={"CPU": cluster.cpus_per_worker}
-                | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+                resources_per_worker=run.config.worker_resources(),
             ),
-            run_config=RayRunConfig(
+            run_config=RunConfig(
                 # Ray's own bookkeeping of this start; ours is the run's folder
-                name=f"{run.config.name}-{segment.name}-{time.time_ns()}",
+                name=f"{run.config.name}-{time.time_ns()}",
                 storage_path=str(run.folder / "ray"),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
+                failure_config=FailureConfig(max_failures=0, **_NO_RESTARTS),
             ),
         )
-        trainer.failures = FailuresInARow(run, segment.name, cluster.max_failures)
-        trainer.sizes = sizes
-        return trainer
 
+    def running(self) -> Iterator[None]:
+        """Runs the workers, and yields about twice a second and once at their end."""
+        # In a thread, so that a signal reaches the driver, which asks the workers for a checkpoint, and not Ray's
+        # handler, which would abort them.
+        thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+        thread.start()
+        worked = time.monotonic()
+        while thread.is_alive():
+            thread.join(0.5)
+            if self._ledger.last_line() is not None:
+                worked = time.monotonic()
+            self.idle_seconds = time.monotonic() - worked
+            yield
+            if self.idle_seconds > STOP_SECONDS and self._run.stop_path.exists():
+                return
+        yield
 
-class _Trainer(TorchTrainer):
-    """Ray's, with our decisions about failures and sizes, which it has no public way to take."""
+    def _fit(self) -> None:
+        try:
+            self.end = self._trainer.fit().return_value  # type: ignore[attr-defined]
+        except BaseException as error:
+            self.error = error
 
-    failures: FailuresInARow
-    sizes: list[int]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["failure_policy"] = self.failures
-        if isinstance(self.scaling_config.num_workers, tuple):
-            arguments["scaling_policy"] = DividingSizes(self.scaling_config, self.sizes)
-        return super()._initialize_and_run_controller(**arguments)
+    def waits_for(self) -> str:
+        """What the workers need that is not there, for people."""
+        free, need = ray.available_resources(), self._run.config.worker_resources()
+        asked = " and ".join(f"{amount:g} {name}s" for name, amount in need.items())
+        there = " and ".join(f"{free.get(name, 0.0):g} {name}s" for name in need)
+        return f"waiting for room for {self.size} workers, each with {asked}; the cluster has {there} free"

@@ -118,6 +118,10 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
+    def close(self) -> None:
+        """Lets go of the model's memory, for the next engine of this process."""
+        self._engine.destroy()
+
     @property
     def device(self) -> torch.device:
         return torch.device(self._engine.device)

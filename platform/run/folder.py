@@ -66,7 +66,8 @@ class Run:
         content = config.to_yaml()
         if not run.config_path.exists() or run.config_path.read_text() != content:
             write_bytes(run.config_path, content.encode())
-        run.stop_path.unlink(missing_ok=True)
+        for request in (run.stop_path, run.regroup_path):
+            request.unlink(missing_ok=True)
         return run
 
     @property
@@ -113,7 +114,7 @@ class Run:
 
     @property
     def notices_path(self) -> Path:
-        """What the workers' side has to say to people, a line each; the driver shows it."""
+        """What the driver has told people, a line each."""
         return self.folder / "notices.jsonl"
 
     @property
@@ -134,6 +135,15 @@ class Run:
     def stop_path(self) -> Path:
         """A file that asks the workers to write a checkpoint and stop."""
         return self.folder / "stop"
+
+    @property
+    def regroup_path(self) -> Path:
+        """A file that asks the workers to write a checkpoint and end, since there is room for more of them."""
+        return self.folder / "regroup"
+
+    def report_path(self, number: int) -> Path:
+        """Ray's own report of the nth fault that ended a worker group."""
+        return self.folder / "faults" / f"fault-{number:04d}.txt"
 
     def consumed_path(self, segment: str, rank: int) -> Path:
         """Which samples a rank trained on, a line a micro-batch."""
@@ -179,17 +189,17 @@ class Run:
         chosen = [s for s in self.segments() if stage in (s.name, s.stage.name)]
         return chosen or [self.segment(stage)]
 
-    def passed_over(self, segment: str) -> list[list[int]]:
+    def skipped(self, segment: str) -> list[list[int]]:
         """The steps of a segment that are not trained on, since they made it diverge: one list a rollback."""
         path = self.folder / "passed_over" / f"{segment}.json"
         steps: list[list[int]] = json.loads(path.read_text()) if path.exists() else []
         return steps
 
-    def pass_over(self, segment: str, *rollbacks: list[int]) -> None:
-        """Adds the steps of a rollback, or of several, to those that are passed over."""
+    def skip(self, segment: str, *rollbacks: list[int]) -> None:
+        """Adds the steps of a rollback, or of several, to those that are skipped."""
         path = self.folder / "passed_over" / f"{segment}.json"
         path.parent.mkdir(exist_ok=True)
-        write_bytes(path, json.dumps([*self.passed_over(segment), *rollbacks]).encode())
+        write_bytes(path, json.dumps([*self.skipped(segment), *rollbacks]).encode())
 
     def dropped_steps(self, segment: str) -> set[int]:
         """The steps of a segment whose gradients were thrown away, in any attempt."""

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,30 +145,26 @@ class JournalWriter:
                 failing = True
 
 
-PASSED_OVER, FAILED, WAITING = "passed over", "failed", "waiting"
+SKIPPED, FAILED, WAITING = "skipped", "failed", "waiting"
 
 
 class Notices:
-    """The notices of a run. Any process may `add`; `new` gives those since it was asked last, or since it was made."""
+    """What the driver has to say to people about a run: shown once, and kept in a file of the run."""
 
-    def __init__(self, path: Path) -> None:
-        self._journal = Journal(path)
-        self._offset = path.stat().st_size if path.exists() else 0
-        self._told: dict[tuple[str, str, str], None] = {}
+    def __init__(self, path: Path, echo: Callable[[str], None]) -> None:
+        self._journal, self._echo = Journal(path), echo
+        self._given: dict[tuple[str, str, str], None] = {}
 
     def add(self, segment: str, kind: str, text: str) -> None:
-        """Notes a line about a segment; `kind` is `passed over`, of a checkpoint, `failed` or `waiting`, of workers."""
-        self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time()}])
+        """Shows and keeps a line about a segment; `kind` is `skipped`, of a checkpoint, `failed` or `waiting`, of
+        workers. What this driver has said already, word for word, is not said again."""
+        if (segment, kind, text) in self._given:
+            return
+        self._given[segment, kind, text] = None
+        self._echo(text)
+        with contextlib.suppress(OSError):  # of a full disk: people have seen it
+            self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time()}])
 
-    def new(self) -> Iterator[tuple[str, str, str]]:
-        """Segment, kind and text of each that is new; what is said again word for word is given once."""
-        lines, self._offset = self._journal.read(self._offset)
-        for line in lines:
-            entry = (line["segment"], line["kind"], line["text"])
-            if entry not in self._told:
-                self._told[entry] = None
-                yield entry
-
-    def told(self, segment: str, kind: str) -> list[str]:
-        """The texts that `new` has given."""
-        return [text for of, what, text in self._told if (of, what) == (segment, kind)]
+    def given(self, segment: str, kind: str) -> list[str]:
+        """The texts of a kind about a segment."""
+        return [text for of, what, text in self._given if (of, what) == (segment, kind)]

@@ -1,16 +1,15 @@
-"""Segments: the stages of a run, or the experts in them, and where a start of the workers begins in one."""
+"""Segments: the stages of a run, or the experts in them; where a start begins in one, and how it ends."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import ExpertSection, FlowSection, StageSection
 from domainshuttle.platform.run.weights_digest import DIGEST_NAME, folder_digest
-
-if TYPE_CHECKING:
-    from domainshuttle.pipelines.loading.ray_source import Blocks
 
 STEPS_NAME = "steps.txt"
 
@@ -85,14 +84,68 @@ def learning_rate(stage: StageSection, step: int) -> float:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What a rank is given at a start of the worker group: its micro-batches, and where they begin."""
+class StartPoint:
+    """Where a start of the workers begins in a segment: decided once, by the driver, for weights and data alike."""
 
-    blocks: "Blocks | tuple[()]"
-    """None are left when all steps are done and only the weights are missing."""
+    segment: str
     first_step: int
+    """The first step to train: the order of the data is a pure function of it."""
     checkpoint: str | None
+    """Path or URI of the checkpoint to restore; None: the segment's own beginning."""
     attempt: int
     """Grows with every start: where two attempts made the same step, the later one counts."""
-    passed_over: frozenset[int] = frozenset()
+    skipped: frozenset[int] = frozenset()
     """Steps that are not trained on, since they made the run diverge."""
+
+    def trains(self, last_step: int) -> bool:
+        """Whether any step up to `last_step` is left to train."""
+        return any(step not in self.skipped for step in range(self.first_step, last_step))
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What the driver tells every worker of a group."""
+
+    config: dict[str, Any]
+    """The run's configuration, JSON-ready."""
+    starts: tuple[StartPoint, ...]
+    """The segments to train, one after the other."""
+    commits: Mapping[str, str | None]
+    """Of each segment's origin on the hub the commit that it meant when the driver started."""
+    mlflow: Mapping[str, Any]
+    """The ids of the MLflow runs (tracking/mlflow.py)."""
+    times: Mapping[str, float]
+    """When the command started and the workers were asked for, in seconds since 1970."""
+
+
+class End(StrEnum):
+    """How the workers ended a segment, by themselves and together."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    BUDGET_SPENT = "budget spent"
+    ROLLED_BACK = "rolled back"
+    """The loss went wrong: the run goes back to a checkpoint and skips the steps that were bad."""
+    DIVERGED = "diverged"
+    """The last update left weights whose loss is not good."""
+    REGROUPED = "regrouped"
+    """There is room for more workers."""
+    PREEMPTED = "preempted"
+    """A node of the group is about to go."""
+    UNSAVED = "unsaved"
+    """Checkpoints could not be written any more."""
+
+
+@dataclass(frozen=True)
+class SegmentEnd:
+    """What rank 0 returns to the driver, through Ray Train."""
+
+    kind: End
+    segment: str
+    step: int
+    """Steps done."""
+    reason: str = ""
+    asked: End | None = None
+    """Why the group ends after a segment that is finished, if it was asked to."""
+    nodes: tuple[str, ...] = ()
+    """Ray's ids of the nodes that are about to go."""

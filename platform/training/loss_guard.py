@@ -1,8 +1,9 @@
 """The guard: which optimiser steps may change the model, and when a run must go back.
 
-A step whose loss is not finite, or far above what was usual, is dropped: its gradients are thrown away and its samples
-are noted. After several dropped steps in a row the weights themselves are suspect: the run goes back to its last whole
-checkpoint, and the steps that were bad are passed over the second time, since the same data would do the same again.
+A step whose loss is not finite, or far above the median of those before, is dropped: its gradients are thrown away and
+its samples are noted. After several dropped steps in a row the weights themselves are suspect: the run goes back to its
+last whole checkpoint, and the steps that were bad are skipped the second time, since the same data would do the same
+again.
 
 Every decision follows from the losses alone, which all ranks agree on, and the history is part of the checkpoint, so a
 resumed run decides as the unbroken one would have.
@@ -23,32 +24,32 @@ class LossGuard:
     """Judges the loss of each step, the mean over all ranks, before its gradients are applied."""
 
     def __init__(
-        self, section: GuardSection, state: Mapping[str, Any] | None = None, passed_over: Collection[int] = ()
+        self, section: GuardSection, state: Mapping[str, Any] | None = None, skipped: Collection[int] = ()
     ) -> None:
         self.section = section
         state = state or {}
-        self._usual: deque[float] = deque(state.get("usual", ()), maxlen=section.window)
-        # what a rollback passes over does not count twice
-        self.bad_in_a_row = [step for step in state.get("bad_in_a_row", ()) if step not in passed_over]
+        self._good: deque[float] = deque(state.get("usual", ()), maxlen=section.window)
+        # what a rollback skips does not count twice
+        self.bad_in_a_row = [step for step in state.get("bad_in_a_row", ()) if step not in skipped]
 
     def judge(self, loss: float) -> Verdict:
         """`spike`: above `spike_factor` times the median of the last `window` good losses, once there are as many."""
         if not math.isfinite(loss):
             return "not finite"
         factor = self.section.spike_factor
-        if factor is not None and len(self._usual) == self.section.window:
-            usual = statistics.median(self._usual)
-            if loss > factor * usual:
+        if factor is not None and len(self._good) == self.section.window:
+            median = statistics.median(self._good)
+            if loss > factor * median:
                 return "spike"
         return "good"
 
-    def usual(self) -> float | None:
+    def median_loss(self) -> float | None:
         """The median of the last `window` good losses, of as many as there are; None before the first."""
-        return statistics.median(self._usual) if self._usual else None
+        return statistics.median(self._good) if self._good else None
 
     def applied(self, loss: float) -> None:
         """Notes a step that changed the model."""
-        self._usual.append(loss)
+        self._good.append(loss)
         self.bad_in_a_row.clear()
 
     def dropped(self, step: int) -> bool:
@@ -58,4 +59,4 @@ class LossGuard:
 
     def state(self) -> dict[str, Any]:
         """The history, for the checkpoint."""
-        return {"usual": list(self._usual), "bad_in_a_row": list(self.bad_in_a_row)}
+        return {"usual": list(self._good), "bad_in_a_row": list(self.bad_in_a_row)}

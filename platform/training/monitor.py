@@ -1,4 +1,4 @@
-"""What a worker notes of its own doing: samples consumed, metrics, time, progress. The recipe calls it and reads on."""
+"""The monitor: what a worker notes of its own doing, samples consumed, metrics, time and progress."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
@@ -24,7 +25,7 @@ from domainshuttle.platform.engine.zero3 import StepResult
 from domainshuttle.platform.run.folder import ProgressFile, Run
 from domainshuttle.platform.run.journal import Journal, JournalWriter
 from domainshuttle.platform.run.ledger import Attempt, Ledger
-from domainshuttle.platform.run.segments import Segment, learning_rate
+from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob, learning_rate
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
 from domainshuttle.platform.tracking.outbox import tell_error
 from domainshuttle.platform.training.loss_metrics import LossMetrics
@@ -41,6 +42,16 @@ class Stop(IntEnum):
     BUDGET_SPENT = 2
     DURATION_REACHED = 3
     """The stage's own GPU-hours are used: it is finished."""
+    REGROUP = 4
+    """The driver has room for more workers."""
+    PREEMPTED = 5
+    """A node of the group is about to go."""
+
+    @property
+    def end(self) -> End | None:
+        """How a segment ends that is stopped for this before its last step."""
+        ends = {Stop.REQUESTED: End.STOPPED, Stop.BUDGET_SPENT: End.BUDGET_SPENT}
+        return (ends | {Stop.REGROUP: End.REGROUPED, Stop.PREEMPTED: End.PREEMPTED}).get(self)
 
 
 @dataclass(frozen=True)
@@ -50,24 +61,29 @@ class Agreement:
     loss: float
     """Mean over all ranks and micro-batches; not finite where any is not."""
     stop: Stop
-    preempted: bool
-    """Whether a node was announced to go since the last step: the time for a checkpoint is now."""
 
 
-class Account:
-    """The books of one rank for one attempt at a segment. Only rank 0 keeps the ledger, the tracking and the progress.
+class Monitor:
+    """What one rank notes in one attempt at a segment. Only rank 0 writes the ledger, the tracking and the progress.
 
-    All ranks must call `agree` and `step` together. `preemption` is asked about once a second, by all ranks at the same
-    step, whether a node is about to go. `start` has the times, since 1970, of what came before this process.
+    All ranks must call `agree`, `step` and `mean_loss` together. `preempted_nodes` is asked about once a second, by all
+    ranks at the same step, which nodes of the group are about to go. `first` says that the worker has trained nothing
+    before: what came before this process is then part of its start.
     """
 
     def __init__(
-        self, run: Run, segment: Segment, ids: dict[str, Any], first_step: int, attempt: int,
-        start: Mapping[str, float], preemption: Callable[[], bool], clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+        self,
+        run: Run,
+        segment: Segment,
+        job: WorkerJob,
+        start: StartPoint,
+        preempted_nodes: Callable[[], Sequence[str]],
+        first: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         config = run.config
-        self.run, self.segment, self.first_step, self.number = run, segment, first_step, attempt
-        self._preemption, self._preempted, self._asked = preemption, False, time.monotonic()
+        self.run, self.segment, self.first_step, self.number = run, segment, start.first_step, start.attempt
+        self._preempted_nodes, self._nodes, self._asked = preempted_nodes, tuple[str, ...](), time.monotonic()
         self._budget_read, self._stop = 0.0, Stop.NO
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
@@ -86,8 +102,10 @@ class Account:
         failed = Journal(run.failed_checkpoints_path).read()[0]
         self._failed_saves = sum(line["segment"] == segment.name for line in failed)
         self._progress = ProgressFile(run.progress_path)
-        self._done = first_step
-        self._start = {**start, "process": psutil.Process().create_time(), "imports": clock()}
+        self.done = start.first_step
+        now = clock()
+        process = psutil.Process().create_time()
+        self._start = {**job.times, "process": process, "imports": now} if first else {"before": now}
         self._due = config.tracking.every
         self._steps = 0
         self.last: dict[str, float] = {}
@@ -97,19 +115,20 @@ class Account:
         self.logger: MetricLogger | None = None
         if self.main:
             # the devices are held from when the processes start, which Ray may have done in advance
-            began = max(self._start["process"], start["asked"])
-            self.attempt = self.ledger.start(self.world_size, segment.name, first_step, began, since=start["asked"])
+            asked = job.times["asked"]
+            began, since = (max(process, asked), asked) if first else (None, None)
+            self.attempt = self.ledger.start(self.world_size, segment.name, self.done, began, since=since)
         self._timeline = Timeline("starting", clock)
         self._interval, self._unwritten = Lap(self._timeline), Lap(self._timeline)
         if self.main:
             self.logger = MetricLogger(
-                RunIds.from_dict(ids, config.tracking_uri),
+                RunIds.from_dict(job.mlflow, config.tracking_uri),
                 segment.name,
                 run.spool,
-                start_step=first_step,
+                start_step=self.done,
                 system_every=15.0,
             )
-            self._write_progress(first_step, "training")
+            self._write_progress(self.done, "training")
 
     def built(self, plan: Mapping[str, Any], utilization: Utilization) -> None:
         """Notes that model, engine and loader are there; what the plan is made of goes to the tracking at the end."""
@@ -165,10 +184,10 @@ class Account:
         self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
         self._loss_count += 1
 
-    def passed_over(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
+    def skipped(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
         """Notes the samples of a step that is not trained on, because it made the run diverge before."""
         for micro in parts:
-            self._consume(micro, passed_over=True)
+            self._consume(micro, passed_over=True)  # the name that the files of earlier runs have
         self.watchdog.alive()
         if self.main:
             self._write_progress(step + 1, "training")
@@ -180,27 +199,36 @@ class Account:
         self._consumed.put(line)
 
     def agree(self) -> Agreement:
-        """One collective a step: the loss of all ranks, and whether they end or save after it."""
+        """One collective a step: the loss of all ranks, and whether they end after it."""
         ask = self.main and time.monotonic() - self._asked >= _ASK_SECONDS
         stop = self._reason_to_stop() if self.main else Stop.NO
-        mine = torch.stack(
-            [self._loss_sum, *(self._loss_sum.new_tensor(float(v)) for v in (self._loss_count, stop, ask))]
-        )
+        total, count, reason, asked = self._summed(self._loss_sum, float(self._loss_count), float(stop), float(ask))
+        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
+        if asked:
+            self._asked = time.monotonic()
+            self._nodes = tuple(self._preempted_nodes())
+            if self._nodes and not reason:
+                reason = Stop.PREEMPTED
+        return Agreement(total / count if count else float("nan"), Stop(int(reason)))
+
+    def mean_loss(self, loss: LossOutput) -> float:
+        """The mean over all ranks of the loss of one micro-batch each; not finite where any is not."""
+        return self._summed(loss.loss.detach().double())[0] / self.world_size
+
+    def _summed(self, first: Tensor, *more: float) -> list[float]:
+        """The sums over all ranks."""
+        mine = torch.stack([first, *(first.new_tensor(value) for value in more)])
         # gloo reduces on the CPU, NCCL on the device
         mine = mine.cpu() if dist.get_backend() == "gloo" else mine.cuda()
         dist.all_reduce(mine)
-        total, count, reason, asked = mine.tolist()
-        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
-        news = False
-        if asked:
-            self._asked = time.monotonic()
-            announced = self._preemption()
-            news, self._preempted = announced and not self._preempted, announced
-        return Agreement(total / count if count else float("nan"), Stop(int(reason)), news)
+        sums: list[float] = mine.tolist()
+        return sums
 
     def _reason_to_stop(self) -> Stop:
         if self.run.stop_path.exists():
             return Stop.REQUESTED
+        if self.run.regroup_path.exists():
+            return Stop.REGROUP
         budget, hours = self.run.config.budget_gpu_hours, self.segment.stage.gpu_hours
         if (budget is None and hours is None) or time.monotonic() - self._budget_read < _ASK_SECONDS:
             return self._stop
@@ -219,18 +247,18 @@ class Account:
         line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
         self._dropped_lines().put(line)
 
-    def roll_back(self, step: int, bad: list[int]) -> None:
-        """Ends the attempt: the run goes back to a checkpoint and passes the bad steps over."""
+    def roll_back(self, step: int, bad: list[int]) -> SegmentEnd:
+        """Ends the attempt: the run goes back to a checkpoint and skips the bad steps."""
         if self.main:
-            self.run.pass_over(self.segment.name, bad)
-        self.close(step, ROLLED_BACK)
+            self.run.skip(self.segment.name, bad)
+        return self.close(step, End.ROLLED_BACK)
 
     def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:
         """Notes that optimiser step `step` is done; logs when it is due. `saves` are checkpoints that ended."""
         self.watchdog.alive()
-        if self.main and self._done == self.first_step:
+        if self.main and self.done == self.first_step:
             self._note_start()
-        self._done = step + 1
+        self.done = step + 1
         self.saved(saves)
         self._steps += 1
         self._keys = []
@@ -289,37 +317,57 @@ class Account:
                 line = {"segment": self.segment.name, "step": checkpoint.step, "fault": checkpoint.fault}
                 self._failed_lines().put({**line, "time": time.time()})
             if self.attempt and checkpoint.fault is None:
-                self._tell(self.attempt).progress(self._done)
+                self._tell(self.attempt).progress(self.done)
 
     def ledger_snapshot(self) -> dict[str, Any]:
         """The ledger's account, to be kept in the checkpoint."""
         return self.ledger.snapshot() if self.main else {}
 
-    def close(self, step: int, reason: str) -> None:
-        """Ends the attempt: `reason` is `finished`, `stopped`, `budget spent`, or what went wrong."""
+    def close(self, step: int, end: End | None, reason: str = "", asked: End | None = None) -> SegmentEnd:
+        """Ends the attempt as all ranks have agreed, and returns what the driver is told.
+
+        `reason` says more of a fault; `asked` why the group ends after a finished segment, if it was asked to.
+        """
+        assert end is not None, "a segment that is not finished ends for a reason"
+        faulty = end in (End.UNSAVED, End.DIVERGED)
+        self._end_lines()
+        if self.attempt and faulty:
+            self._tell(self.attempt).end(f"{end}: {reason}" if reason else end)
+        self._timeline.switch("other")
+        if self.logger:
+            self._hand_in(self.logger)
+            if faulty:
+                self.logger.fail(reason or f"the weights after step {step + 1} are not good")
+            else:
+                self.logger.finish("FINISHED" if end is End.FINISHED else "KILLED", timeout=_LAST_WORDS)
+        if self.attempt and not faulty:
+            self._tell(self.attempt).end(end)
+        if self.main:
+            self._write_progress(step, end)
+        return SegmentEnd(end, self.segment.name, step, reason, asked, self._nodes)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the attempt of a rank that fails; what it writes is on the disk when this returns, as Ray may end this
+        process any moment."""
+        reason = f"{type(error).__name__}: {error}"
+        self._end_lines()
+        if self.attempt:
+            self._tell(self.attempt).end(reason)
+        else:
+            tell_error(self.run, self.segment.name, self.rank, reason)
+        self._timeline.switch("other")
+        if self.logger:
+            self._hand_in(self.logger)
+            self.logger.fail(reason)
+        if self.main:
+            self._write_progress(self.done, reason)
+
+    def _end_lines(self) -> None:
         self.watchdog.close()
         self._consumed.close()
         for lines in (self._dropped_lines, self._failed_lines):
             if lines.cache_info().currsize:
                 lines().close()
-        expected = reason in ("finished", "stopped", "budget spent", ROLLED_BACK)
-        if self.attempt and not expected:  # at once, as Ray may end this process any moment
-            self._tell(self.attempt).end(reason)
-        elif not self.main and not expected and not reason.startswith(UNSAVED):
-            tell_error(self.run, self.segment.name, self.rank, reason)
-        self._timeline.switch("other")
-        if self.logger:
-            self._hand_in(self.logger)
-            if reason == "finished":
-                self.logger.finish("FINISHED", timeout=_LAST_WORDS)
-            elif expected:
-                self.logger.finish("KILLED", timeout=_LAST_WORDS)
-            else:
-                self.logger.fail(reason)
-        if self.attempt and expected:
-            self._tell(self.attempt).end(reason)
-        if self.main:
-            self._write_progress(step, reason)
 
     def _hand_in(self, log: MetricLogger) -> None:
         """Gives the tracking what a segment leaves beside numbers: its plan, and the samples that could not be read."""
@@ -351,12 +399,6 @@ def _journal(path: Path) -> JournalWriter:
     # not synced: what is lost with the machine is done again
     return JournalWriter(Journal(path), sync=False)
 
-
-ROLLED_BACK = "rolled back"
-"""How an attempt ends that goes back to a checkpoint."""
-
-UNSAVED = "unsaved: "
-"""How an attempt ends, with the reason behind, whose checkpoints could not be written any more."""
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""

@@ -25,7 +25,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig, differences
 from domainshuttle.platform.driver.recovery import recover_books
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import PASSED_OVER, Notices
+from domainshuttle.platform.run.journal import SKIPPED, Journal, Notices
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import folder_digest, weights_identity
@@ -150,7 +150,7 @@ def test_a_lost_folder_gets_its_books_back_from_the_store(tmp_path: Path) -> Non
     assert "stage2-step00000005" in said
     assert Ledger(run.ledger_path).summary().used == pytest.approx(4.0)
     assert run.read_ids() == {"key": "k", "parent": "p"}
-    assert run.passed_over("stage2") == [[3, 4], [9]]
+    assert run.skipped("stage2") == [[3, 4], [9]]
     stage1 = run.segment("stage1")
     assert not stage1.finished  # its weights are gone; its last checkpoint, at step 7, has them
     assert stage1.last_step == 7
@@ -164,7 +164,7 @@ def test_a_folder_that_has_books_keeps_its_own(tmp_path: Path) -> None:
     run.write_ids({"key": "ours"})
     recover_books(run, pytest.fail)
     assert run.read_ids() == {"key": "ours"}
-    assert run.passed_over("stage2") == [[3, 4], [9]]
+    assert run.skipped("stage2") == [[3, 4], [9]]
 
 
 def test_books_of_another_configuration_are_not_taken(tmp_path: Path) -> None:
@@ -194,48 +194,15 @@ def test_large_weights_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(hashed) == 2
 
 
-def test_the_driver_is_told_each_thing_once(tmp_path: Path) -> None:
-    earlier = Notices(tmp_path / "notices.jsonl")
-    earlier.add("stage1", PASSED_OVER, "of another day")
-    driver, controller = (Notices(tmp_path / "notices.jsonl") for _ in range(2))
-    controller.add("stage1", PASSED_OVER, "checkpoint a is passed over: cut")
-    controller.add("stage1", PASSED_OVER, "checkpoint a is passed over: cut")
-    controller.add("stage2", PASSED_OVER, "checkpoint b is passed over: gone")
-    assert [text for _, _, text in driver.new()] == [
-        "checkpoint a is passed over: cut",
-        "checkpoint b is passed over: gone",
-    ]
-    assert list(driver.new()) == []
-    assert driver.told("stage1", PASSED_OVER) == ["checkpoint a is passed over: cut"]
-
-
-def test_a_restart_inside_a_fit_says_what_it_passes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from domainshuttle.platform.driver import planned_data
-
-    run = Run.open(demo(tmp_path))
-    segment = run.segment("stage1")
-    older, newer = save(run, segment, 5), save(run, segment, 6)
-    driver = Notices(run.notices_path)
-    starts: list[int] = []
-
-    def plan_dataset(feed: object, first: int, last: int, ranks: int, pool: object) -> list[None]:
-        starts.append(first)
-        return [None] * ranks
-
-    monkeypatch.setattr(planned_data, "plan_dataset", plan_dataset)
-    feed: Any = PlanOf(1)
-    plan = planned_data.PlannedData(run, segment, feed, newer)
-    assert [part["plan"].checkpoint for part in plan.configure({}, 2)] == [newer.where] * 2
-    assert list(driver.new()) == []
-    (newer.folder / "state.json").write_text("{}")
-    assert [part["plan"].checkpoint for part in plan.configure({}, 2)] == [older.where] * 2
-    ((name, kind, text),) = driver.new()
-    assert (name, kind) == ("stage1", PASSED_OVER)
-    assert text.startswith("checkpoint stage1-step00000006 is passed over: state.json has 2 bytes")
-    assert starts == [6, 5]
-    segment.end_at(5)  # a stage that its hours had ended, whose folder was lost: there is nothing left to train
-    assert [part["plan"].blocks for part in plan.configure({}, 2)] == [()] * 2
-    assert starts == [6, 5]
+def test_people_are_told_each_thing_once_and_a_file_keeps_it(tmp_path: Path) -> None:
+    path, shown = tmp_path / "notices.jsonl", list[str]()
+    notices = Notices(path, shown.append)
+    for segment, text in (("stage1", "a is cut"), ("stage1", "a is cut"), ("stage2", "b is gone")):
+        notices.add(segment, SKIPPED, text)
+    assert shown == ["a is cut", "b is gone"]
+    assert notices.given("stage1", SKIPPED) == ["a is cut"]
+    Notices(path, shown.append).add("stage1", SKIPPED, "a is cut")  # of another day
+    assert [line["text"] for line in Journal(path).read()[0]] == ["a is cut", "b is gone", "a is cut"]
 
 
 def test_a_resume_of_which_nothing_would_come_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -1,79 +1,234 @@
-"""Why workers failed, as the tracking and the ledger are told.
+"""What ended a worker group, in plain words, and when a run is given up.
 
 Run: python -m pytest tests/platform/driver/test_restarts.py
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
+import ray
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2.api.preemption import PreemptionInfo
 
+from domainshuttle.pipelines.errors import TooManyBadError
+from domainshuttle.platform.checkpoint.names import Name
+from domainshuttle.platform.checkpoint.resume import IncompatibleError
+from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.driver.planned_data import PlannedData
-from domainshuttle.platform.driver.restarts import FailuresInARow, cause, tell_restart
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.driver import group_size as sizes_module
+from domainshuttle.platform.driver.group_size import group_size
+from domainshuttle.platform.driver.restarts import FaultsInARow, explain
+from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.tracking.outbox import segment_journal, tell_error
 
+LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run.open(load_config("demo", [f"output={tmp_path}"]))
+    return Run.open(load_config("demo", [f"output={tmp_path}", "cluster.max_failures=2"]))
 
 
-def tags(run: Run, segment: str = "stage1") -> dict[str, str]:
+@pytest.fixture
+def shown() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def schedule(run: Run, shown: list[str]) -> Schedule:
+    tracker: Any = None  # what ends a group is told to the spool
+    return Schedule(run, tracker, lambda: None, shown.append)
+
+
+def save(run: Run, step: int, segment: str = "base") -> None:
+    store = CheckpointStore.of(run.config)
+    write_manifest(store.place, TrainingState(segment, step, 1, 2, "d", {}, {}, {}), str(Name(segment, step)), {})
+
+
+def died(text: str = "The actor died unexpectedly before finishing this task.") -> WorkerHealthCheckFailedError:
+    return WorkerHealthCheckFailedError("worker 1 failed its health check", RayActorError("ab12", text))
+
+
+def of_workers(*failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("a worker died", dict(enumerate(failures)))
+
+
+def tags(run: Run, segment: str = "base") -> dict[str, str]:
     lines, _ = segment_journal(run.spool, segment).read()
     return {name: text for line in lines if line["kind"] == "tags" for name, text in line["values"].items()}
 
 
-LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
-
-
 def test_the_cause_is_not_what_the_others_see_of_it() -> None:
-    assert cause({0: LOST, 1: ValueError("the batch is empty")}) == "rank 1: ValueError: the batch is empty"
-    died = WorkerHealthCheckFailedError("worker 1 failed its health check", ActorDiedError())
-    assert cause({0: LOST, 1: died, 2: ValueError("x")}).startswith("rank 1: ActorDiedError: The actor died")
-    assert cause({0: LOST}).startswith("rank 0: RuntimeError: ")
-    assert cause({}) == "no worker said why"
+    assert explain(of_workers(LOST, ValueError("the batch is empty"))).what == (
+        "worker 1 failed: ValueError: the batch is empty"
+    )
+    assert explain(of_workers(LOST, died(), ValueError("x"))).what == "worker 1 died: it was killed, or crashed"
+    assert explain(of_workers(LOST)).what.startswith("worker 0 failed: RuntimeError: ")
+    assert explain(of_workers()).what == "the workers ended, and none said why"
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (ActorDiedError(), "Ray Train's controller died: it was killed, or crashed"),
+        (
+            of_workers(
+                RayTaskError(
+                    "train",
+                    "traceback",
+                    RayActorError("ab", "The actor died.\n\tclass_name: SplitCoordinator\n\tpid: 4711\nkilled"),
+                ).as_instanceof_cause()
+            ),
+            "Ray Data's coordinator died (process 4711): it was killed, or crashed",
+        ),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), "there was no room for the workers"),
+        (
+            of_workers(WorkerHealthCheckFailedError("x", NodeDiedError("the node has died"))),
+            "the node of worker 0 is gone",
+        ),
+        (
+            of_workers(died("The actor died because its node has died. Node Id: 77")),
+            "the node of worker 0 is gone",
+        ),
+        (ControllerError(ValueError("a bug")), "Ray Train's controller failed: ValueError: a bug"),
+    ],
+)
+def test_each_end_has_a_line_in_plain_words(error: Exception, what: str) -> None:
+    assert explain(error).what == what
+
+
+def test_a_node_without_memory_is_said_with_what_helps() -> None:
+    report = (
+        "Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.7, ID: 5f) where the "
+        "task (actor ID: ab, name=RayTrainWorker, pid=4711, memory used=9.40GB) was running was 22.92GB / 24.00GB "
+        "(0.955), which exceeds the memory usage threshold of 0.95."
+    )
+    for error in (
+        of_workers(LOST, WorkerHealthCheckFailedError("x", OutOfMemoryError(report))),
+        of_workers(died(report)),
+    ):
+        what = explain(error).what
+        assert what.startswith("the node ran out of memory (22.9 of 24.0 GB were used), and Ray ended worker ")
+        assert "it held 9.4 GB" in what
+        assert "micro_batch" in what
+
+
+def test_a_death_while_they_start_is_a_fault_like_another() -> None:
+    startup = WorkerGroupStartupFailedError("at least one worker failed")
+    startup.__cause__ = RayActorError()
+    fault = explain(ControllerError(startup))
+    assert fault.what == "a worker died while they started (a worker died: it was killed, or crashed)"
+    assert fault.counted
+
+
+def test_what_nobody_can_help_is_not_counted(schedule: Schedule) -> None:
+    taken = RayActorError("ab", "preempted", preempted=True)
+    for _ in range(5):
+        schedule._handle_fault(ControllerError(WorkerGroupStartupTimeoutError(2)))
+        schedule._handle_fault(of_workers(WorkerHealthCheckFailedError("x", taken)))
+        schedule._handle_fault(PreemptionError(PreemptionInfo(None, {"node": [0]})))
+
+
+def test_faults_are_counted_between_checkpoints(run: Run, schedule: Schedule, shown: list[str]) -> None:
+    for step in range(1, 5):  # more than the two that may come in a row
+        schedule._handle_fault(of_workers(died()))
+        schedule._handle_fault(ActorDiedError())
+        save(run, step)
+    for _ in range(2):
+        schedule._handle_fault(of_workers(RuntimeError("CUDA error: an illegal access")))
+    with pytest.raises(WorkersFailedError, match=r"fault 3 in a row.*cluster.max_failures is 2.*fault-0011.txt") as end:
+        schedule._handle_fault(of_workers(died()))
+    assert "worker 0 died" in str(end.value)
+    assert any("start again (fault 2 of at most 2 in a row without a newer checkpoint)" in line for line in shown)
+    assert "illegal access" in run.report_path(10).read_text()
+
+
+def test_only_a_newer_checkpoint_of_the_same_segment_is_progress(run: Run) -> None:
+    save(run, 5)
+    save(run, 6)
+    store = CheckpointStore.of(run.config)
+    faults = FaultsInARow(store, "base")
+    assert faults.add() == 1
+    store.clear("base-step00000006")  # as if it were damaged
+    assert faults.add() == 2
+    save(run, 7, "stage2")
+    assert faults.add() == 3
+    save(run, 7)
+    assert faults.add() == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("no such base"), IncompatibleError("other weights"), TooManyBadError("12 of 500")]
+)
+def test_what_does_not_go_away_ends_the_run_at_once(schedule: Schedule, error: Exception) -> None:
+    for raised in (error, RayTaskError("configure", "traceback", error).as_instanceof_cause()):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            schedule._handle_fault(of_workers(LOST, raised))
+
+
+def test_an_error_of_the_driver_is_no_fault_of_the_workers(schedule: Schedule) -> None:
+    with pytest.raises(KeyError):
+        schedule._handle_fault(KeyError("ours"))
 
 
 def test_any_ranks_error_is_in_the_spool_before_it_dies(run: Run) -> None:
     tell_error(run, "stage1", 5, "OSError: s3://key:hunter2@bucket does not answer")
-    assert tags(run) == {"error.rank5": "OSError: s3://***@bucket does not answer"}
+    assert "hunter2" not in tags(run, "stage1")["error.rank5"]
+    assert "does not answer" in tags(run, "stage1")["error.rank5"]
 
 
-def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run) -> None:
+def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, schedule: Schedule) -> None:
     ledger = Ledger(run.ledger_path)
-    policy = FailuresInARow(run, "stage1", 2)
-    assert policy.make_decision(WorkerGroupError("", {1: RayActorError()})) is FailureDecision.RETRY
+    schedule._handle_fault(of_workers(died()))
     assert tags(run) == {}  # there was no attempt yet
+    save(run, 1)
     for last in (7, 9):
-        attempt = ledger.start(2, "stage1", 4)
+        attempt = ledger.start(2, "base", 4)
         attempt.progress(last)
         attempt._writer.close()
-        tell_restart(run, "stage1", f"rank 1: died after {last}")
-        assert Ledger(run.ledger_path).attempts()[-1].reason == f"rank 1: died after {last}"
-    ledger.start(2, "stage1", 4)
-    assert policy.make_decision(WorkerGroupError("", {0: LOST, 1: ValueError("bad")})) is FailureDecision.RETRY
+        schedule._handle_fault(of_workers(LOST, ValueError(f"bad {last}")))
+        assert Ledger(run.ledger_path).attempts()[-1].reason == f"worker 1 failed: ValueError: bad {last}"
     assert tags(run) == {
-        "restart.1": "rank 1: died after 7 (step 7 was reached)",
-        "restart.2": "rank 1: died after 9 (step 9 was reached)",
-        "restart.3": "rank 1: ValueError: bad (step 4 was reached)",
+        "restart.1": "worker 1 failed: ValueError: bad 7 (step 7 was reached)",
+        "restart.2": "worker 1 failed: ValueError: bad 9 (step 9 was reached)",
     }
-    ledger.start(2, "stage1", 4)
-    assert policy.make_decision(WorkerGroupError("", {1: ValueError("bad")})) is FailureDecision.RAISE
-    assert "restart.4" not in tags(run)  # it is not started again
 
 
-def test_a_resize_is_a_restart_too(run: Run) -> None:
-    earlier = Ledger(run.ledger_path, clock=lambda: 1000.0).start(2, "stage1", 0)
-    earlier._writer.close()
-    data = PlannedData(run, run.segment("stage1"), None, None)  # type: ignore[arg-type]
-    data._tell_resize()
-    assert tags(run) == {}  # of another fit, which the driver has ended
-    Ledger(run.ledger_path).start(2, "stage1", 3)
-    data._tell_resize()
-    assert tags(run) == {"restart.2": "the group was resized, or a node went (step 3 was reached)"}
+@pytest.mark.parametrize(("room", "size"), [(9, 8), (8, 8), (7, 4), (4, 4), (3, 4), (100, 16)])
+def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
+    room: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "NodeID": f"node-{n}", "Resources": {"CPU": 3.0}} for n in range(room)]  # a worker each
+    gone = {"Alive": False, "NodeID": "gone", "Resources": {"CPU": 300.0}}
+    leaving = {"Alive": True, "NodeID": "leaving", "Resources": {"CPU": 300.0}}
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [*nodes, gone, leaving])
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 1000.0})
+    assert group_size([4, 8, 16], {"CPU": 2.0}, {"leaving"}) == size
+
+
+def test_what_others_use_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 16.0, "GPU": 8.0}}
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 12.0, "GPU": 2.0})
+    need = {"CPU": 0.1, "GPU": 1.0}
+    assert group_size(range(1, 9), need) == 2
+    assert group_size(range(1, 9), need, held=4) == 6
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 0.3})
+    assert group_size(range(1, 9), {"CPU": 0.1}) == 3  # in floating point 0.3 / 0.1 is below it
+
+
+def test_rays_errors_are_those_of_a_training_that_failed() -> None:
+    """What `fit` raises is read by its public types."""
+    for kind in (WorkerGroupError, ControllerError, PreemptionError):
+        assert issubclass(kind, TrainingFailedError)
+    assert issubclass(ActorDiedError, ray.exceptions.RayError)

@@ -105,10 +105,10 @@ def test_schedules_that_can_not_be_are_refused(tmp_path: Path, override: str, me
 
 def test_steps_of_a_rollback_are_kept_one_list_each(tmp_path: Path) -> None:
     run = Run.open(demo(tmp_path))
-    assert run.passed_over("stage2") == []
-    run.pass_over("stage2", [7, 8])
-    run.pass_over("stage2", [11])
-    assert Run(run.config).passed_over("stage2") == [[7, 8], [11]]
+    assert run.skipped("stage2") == []
+    run.skip("stage2", [7, 8])
+    run.skip("stage2", [11])
+    assert Run(run.config).skipped("stage2") == [[7, 8], [11]]
 
 
 def test_the_later_attempt_at_a_step_is_the_one_that_counts(tmp_path: Path) -> None:
@@ -182,13 +182,13 @@ def test_a_full_disk_at_a_start_leaves_the_runs_configuration(tmp_path: Path, mo
 def test_a_fresh_start_removes_all_but_the_lock(tmp_path: Path) -> None:
     run = Run.open(demo(tmp_path))
     (run.folder / "checkpoints" / "old").mkdir()
-    run.pass_over("stage1", [3])
+    run.skip("stage1", [3])
     with RunLock(run.folder):
         Run.open(run.config, fresh=True)
         assert {path.name for path in run.folder.iterdir() if path.is_file()} == {
             "driver.lock", "driver.json", "config.yaml",
         }  # fmt: skip
-        assert run.passed_over("stage1") == []
+        assert run.skipped("stage1") == []
         assert not list(run.checkpoints.iterdir())
 
 

@@ -72,12 +72,12 @@ def test_a_restored_guard_judges_as_the_unbroken_one(losses: list[float], at: in
 
 def test_one_noisy_step_does_not_move_what_checkpoints_are_compared_by() -> None:
     guard = LossGuard(SECTION)
-    assert guard.usual() is None
+    assert guard.median_loss() is None
     for loss in (1.0, 1.1, 0.9, 0.01):
         guard.applied(loss)
-    assert guard.usual() == pytest.approx(0.95)
+    assert guard.median_loss() == pytest.approx(0.95)
     guard.dropped(4)
-    assert LossGuard(SECTION, guard.state()).usual() == guard.usual()
+    assert LossGuard(SECTION, guard.state()).median_loss() == guard.median_loss()
 
 
 def test_a_rule_out_of_range_is_refused() -> None:

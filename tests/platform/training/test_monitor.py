@@ -1,4 +1,4 @@
-"""The account of one rank: every second in one category, metrics, journals that outlive kills and full disks.
+"""The monitor of one rank: every second in one category, metrics, journals that outlive kills and full disks.
 
 Run: python -m pytest tests/platform/training/test_monitor.py
 """
@@ -31,11 +31,12 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.run.ledger import CATEGORIES, Ledger
 from domainshuttle.platform.run.sample_audit import read_consumed
+from domainshuttle.platform.run.segments import End, StartPoint, WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal
 from domainshuttle.platform.training import monitor as module
 from domainshuttle.platform.training.loss_metrics import PAIR_KINDS
 from domainshuttle.platform.training.mfu import Utilization, peak_flops
-from domainshuttle.platform.training.monitor import Account
+from domainshuttle.platform.training.monitor import Monitor
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 
 
@@ -80,27 +81,34 @@ class Log:
         return True
 
 
+def monitor_of(
+    run: Run, clock: Clock, asked: float, first_step: int = 0, attempt: int = 1, nodes: list[str] | None = None
+) -> Monitor:
+    """A monitor of the run's stage 2, whose workers were asked for at a time."""
+    start = StartPoint("stage2", first_step, None, attempt)
+    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
+    job = WorkerJob({}, (start,), {}, ids, {"command": asked - 1, "asked": asked})
+    return Monitor(run, run.segment("stage2"), job, start, lambda: nodes or [], clock=clock)
+
+
 class Kept:
-    """An account of the demo's stage 2, on a clock, with its log."""
+    """A monitor of the demo's stage 2, on a clock, with its log."""
 
     def __init__(self, folder: Path, clock: Clock, every: int = 4, first_step: int = 0) -> None:
         self.clock = clock
         config = load_config("demo", [f"output={folder}", f"tracking.every={every}"])
         self.run = Run.open(config)
-        start = {"command": clock.now, "asked": clock.now}
-        ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "MetricLogger", Log)
-            segment = self.run.segment("stage2")
-            self.account = Account(self.run, segment, ids, first_step, next(_ATTEMPTS), start, lambda: False, clock)
-        log = self.account.logger
+            self.monitor = monitor_of(self.run, clock, clock.now, first_step, next(_ATTEMPTS))
+        log = self.monitor.logger
         assert isinstance(log, Log)
         self.log: Log = log
         self.done = first_step
 
     def step(self, seconds: float = 0.0, saves: tuple[Saved, ...] = ()) -> None:
         self.clock.now += seconds
-        self.account.step(self.done, StepResult(1.0, False), saves)
+        self.monitor.step(self.done, StepResult(1.0, False), saves)
         self.done += 1
 
     def summary(self) -> Any:
@@ -147,25 +155,25 @@ ACTIONS = st.lists(
     SECONDS,
     SECONDS,
     st.sampled_from([1, 3, 1000]),
-    st.sampled_from(["finished", "stopped", "RuntimeError: x"]),
+    st.sampled_from([End.FINISHED, End.STOPPED, End.UNSAVED, None]),
 )
 def test_the_parts_add_up_to_the_wall_clock_whatever_is_interleaved(
-    actions: list[tuple[str, float]], imports: float, build: float, every: int, reason: str
+    actions: list[tuple[str, float]], imports: float, build: float, every: int, end: End | None
 ) -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         began = clock.now
         kept = Kept(Path(folder), clock, every)
-        account, expected = kept.account, dict.fromkeys(CATEGORIES, 0.0)
+        monitor, expected = kept.monitor, dict.fromkeys(CATEGORIES, 0.0)
         clock.now += build
         expected["starting"] += build
-        account.begin()
+        monitor.begin()
         for action, value in actions:
             if action == "step":
                 kept.step(value)
                 expected["productive"] += value
             elif action == "saved":
-                account.saved([Saved(kept.done, "x", None if value else "full")])
+                monitor.saved([Saved(kept.done, "x", None if value else "full")])
             elif action == "nothing":
                 clock.now += value
                 expected["productive"] += value
@@ -173,11 +181,14 @@ def test_the_parts_add_up_to_the_wall_clock_whatever_is_interleaved(
                 category = {"wait": "waiting", "save": "checkpointing", "export": "checkpointing"}.get(
                     action, "sampling"
                 )
-                block = account.checkpointing() if action == "save" else account.measure(category)
+                block = monitor.checkpointing() if action == "save" else monitor.measure(category)
                 with block:
                     clock.now += value
                 expected[category] += value
-        account.close(kept.done, reason)
+        if end is None:
+            monitor.fail(RuntimeError("x"))
+        else:
+            monitor.close(kept.done, end)
         summary = kept.summary()
         assert summary.used * 3600 == pytest.approx(clock.now - began, abs=0.01)
         for category in CATEGORIES:
@@ -186,14 +197,14 @@ def test_the_parts_add_up_to_the_wall_clock_whatever_is_interleaved(
 
 def test_a_save_between_two_logs_makes_no_time(tmp_path: Path) -> None:
     kept = Kept(tmp_path, Clock(), every=10)
-    kept.account.begin()
+    kept.monitor.begin()
     for _ in range(5):
         kept.step(100)
     kept.step(saves=(Saved(5, "x", None),))  # which writes a line
     for _ in range(4):
         kept.step(100)
     kept.step(100)  # after the last log
-    kept.account.close(kept.done, "stopped")
+    kept.monitor.close(kept.done, End.STOPPED)
     summary = kept.summary()
     assert (summary.used * 3600, summary.other) == (pytest.approx(1000, abs=0.1), pytest.approx(0, abs=1e-4))
     assert summary.productive * 3600 == pytest.approx(1000, abs=0.1)
@@ -212,22 +223,20 @@ def test_the_devices_are_held_from_the_processes_start(tmp_path: Path, monkeypat
     config = load_config("demo", [f"output={tmp_path}"])
     run = Run.open(config)
     monkeypatch.setattr(module, "MetricLogger", Log)
-    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
-    start = {"command": asked - 1, "asked": asked}
-    account = Account(run, run.segment("stage2"), ids, 0, 1, start, lambda: False, clock)
+    monitor = monitor_of(run, clock, asked)
     clock.now += 10
-    account.begin()
-    account.close(0, "stopped")
+    monitor.begin()
+    monitor.close(0, End.STOPPED)
     assert Ledger(run.ledger_path, clock).summary().starting * 3600 == pytest.approx(26, abs=0.01)
 
 
 def micro_batch(kept: Kept, step: int, keys: list[str], loss: float = 1.0, kinds: dict[str, int] | None = None) -> None:
-    """A forward and backward pass, as the account sees it."""
-    (source,) = kept.account.segment.stage.mixture
+    """A forward and backward pass, as the monitor sees it."""
+    (source,) = kept.monitor.segment.stage.mixture
     batch = replace(TrainingBatch.fake(len(keys)), sources=(source,) * len(keys))
     each = torch.full((len(keys),), loss)
     output = LossOutput(torch.tensor(loss), each, None, torch.full((len(keys),), 0.5))
-    kept.account.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {})), output)
+    kept.monitor.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {})), output)
 
 
 class Disk:
@@ -253,13 +262,13 @@ def test_a_full_disk_ends_no_step_and_loses_no_line(
     tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = Kept(tmp_path, Clock(), every=1)
-    run, account = kept.run, kept.account
-    account.begin()
+    run, monitor = kept.run, kept.monitor
+    monitor.begin()
     before = run.read_progress()
     disk.full = True
     for step in range(3):
         micro_batch(kept, step, [f"a{step}", f"b{step}"])
-        account.dropped(step, "spike", 7.0)
+        monitor.dropped(step, "spike", 7.0)
         kept.step(1.0)
     time.sleep(2.5)
     assert run.read_progress() == before
@@ -267,7 +276,7 @@ def test_a_full_disk_ends_no_step_and_loses_no_line(
     disk.full = False
     micro_batch(kept, 3, ["a3", "b3"])
     kept.step(1.0)
-    account.close(kept.done, "stopped")
+    monitor.close(kept.done, End.STOPPED)
     consumed, again = read_consumed(run, "stage2")
     assert {step: part.samples for (step, _, _), part in consumed.items()} == {n: [f"a{n}", f"b{n}"] for n in range(4)}
     assert again == 0
@@ -281,13 +290,13 @@ def test_a_full_disk_ends_no_step_and_loses_no_line(
 def test_a_line_torn_by_a_kill_does_not_swallow_the_next_one(tmp_path: Path) -> None:
     first = Kept(tmp_path, Clock())
     micro_batch(first, 0, ["a0", "b0"])
-    first.account.close(1, "stopped")
+    first.monitor.close(1, End.STOPPED)
     path = first.run.consumed_path("stage2", 0)
     with path.open("a") as file:
         file.write('{"step": 1, "part": 0, "attem')
     second = Kept(tmp_path, Clock(), first_step=1)
     micro_batch(second, 1, ["a1", "b1"])
-    second.account.close(2, "stopped")
+    second.monitor.close(2, End.STOPPED)
     consumed, again = read_consumed(first.run, "stage2")
     assert {step: part.samples for (step, _, _), part in consumed.items()} == {0: ["a0", "b0"], 1: ["a1", "b1"]}
     assert again == 0
@@ -298,15 +307,13 @@ def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
     disk.full = True
     clock = Clock()
     run = Run(load_config("demo", [f"output={tmp_path}"]))
-    start = {"command": clock.now, "asked": clock.now}
-    ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MetricLogger", Log)
-        account = Account(run, run.segment("stage2"), ids, 0, 99, start, lambda: False, clock)
-    account.begin()
+        monitor = monitor_of(run, clock, clock.now, attempt=99)
+    monitor.begin()
     clock.now += 10
     disk.full = False
-    account.close(0, "stopped")
+    monitor.close(0, End.STOPPED)
     summary = Ledger(run.ledger_path, clock).summary()
     assert summary.attempts == 2
     assert summary.productive * 3600 == pytest.approx(10, abs=0.01)
@@ -314,11 +321,11 @@ def test_an_attempt_begins_on_a_full_disk(tmp_path: Path, disk: Disk) -> None:
 
 def test_dropped_steps_are_not_in_the_mean_loss(tmp_path: Path) -> None:
     kept = Kept(tmp_path, Clock(), every=3)
-    kept.account.begin()
+    kept.monitor.begin()
     for loss in (1.0, float("nan"), 3.0):
         micro_batch(kept, kept.done, ["a", "b"], loss, {"photo+photo": 1} if loss == loss else {"augmented": 5})
         if loss != loss:
-            kept.account.dropped(kept.done, "not finite", loss)
+            kept.monitor.dropped(kept.done, "not finite", loss)
         kept.step(2.0)
     ((step, metrics),) = kept.log.points
     assert step == 3
@@ -329,7 +336,7 @@ def test_dropped_steps_are_not_in_the_mean_loss(tmp_path: Path) -> None:
     assert metrics["dropped_steps"] == 1
     for _ in range(3):  # an interval of which nothing was kept
         micro_batch(kept, kept.done, ["a"], float("nan"))
-        kept.account.dropped(kept.done, "not finite", float("nan"))
+        kept.monitor.dropped(kept.done, "not finite", float("nan"))
         kept.step(2.0)
     assert "loss" not in kept.log.points[-1][1]
     assert kept.log.points[-1][1]["dropped_steps"] == 4
@@ -337,7 +344,7 @@ def test_dropped_steps_are_not_in_the_mean_loss(tmp_path: Path) -> None:
 
 def test_pairs_are_shares_of_all_ranks_in_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Kept(tmp_path, Clock(), every=1)
-    kept.account.begin()
+    kept.monitor.begin()
 
     def with_another_rank(total: torch.Tensor) -> None:
         augmented = len(total) - 1 - len(PAIR_KINDS) + PAIR_KINDS.index("augmented")
@@ -354,15 +361,15 @@ def test_pairs_are_shares_of_all_ranks_in_the_interval(tmp_path: Path, monkeypat
 
 def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
     first = Kept(tmp_path, Clock(), every=1)
-    first.account.begin()
-    first.account.dropped(0, "spike", 9.0)
+    first.monitor.begin()
+    first.monitor.dropped(0, "spike", 9.0)
     first.step(1.0, (Saved(1, "x", "the disk is full"), Saved(1, "x", "the disk is full")))
-    first.account.close(1, "RuntimeError: a worker died")
+    first.monitor.fail(RuntimeError("a worker died"))
     second = Kept(tmp_path, Clock(), every=1)
-    second.account.begin()
-    second.account.dropped(0, "spike", 9.0)  # the same again
+    second.monitor.begin()
+    second.monitor.dropped(0, "spike", 9.0)  # the same again
     second.step(1.0)
-    second.account.dropped(1, "spike", 9.0)
+    second.monitor.dropped(1, "spike", 9.0)
     second.step(1.0, (Saved(2, "x", "the disk is full"),))
     assert [point["dropped_steps"] for _, point in second.log.points] == [1, 2]
     assert [point["failed_checkpoints"] for _, point in second.log.points] == [2, 3]
@@ -370,10 +377,10 @@ def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
 
 def test_sampling_is_no_stall_of_a_checkpoint_and_the_hours_add_up(tmp_path: Path) -> None:
     kept = Kept(tmp_path, Clock(), every=2)
-    kept.account.begin()
-    with kept.account.measure("sampling"):
+    kept.monitor.begin()
+    with kept.monitor.measure("sampling"):
         kept.clock.now += 50
-    with kept.account.checkpointing():
+    with kept.monitor.checkpointing():
         kept.clock.now += 3
     kept.step(4.0)
     kept.step(4.0)
@@ -415,11 +422,11 @@ def test_peaks_of_devices(name: str, peak: float | None, monkeypatch: pytest.Mon
 def test_plan_and_quarantine_are_handed_in_at_the_end(tmp_path: Path) -> None:
     kept = Kept(tmp_path, Clock())
     utilization = Utilization(ModelSpec.preset("tiny").transformer_config(), ["*"])
-    kept.account.built({"digest": "d", "steps_per_epoch": 3}, utilization)
-    kept.account.begin()
+    kept.monitor.built({"digest": "d", "steps_per_epoch": 3}, utilization)
+    kept.monitor.begin()
     kept.run.quarantine_path("stage2", 0).write_text("")
     kept.run.quarantine_path("stage2", 1).write_text('{"key": "x"}\n')
-    kept.account.close(0, "finished")
+    kept.monitor.close(0, End.FINISHED)
     assert [(path.name, to) for path, to in kept.log.files] == [
         ("stage2.json", "plan"),
         ("stage2.rank00001.jsonl", "quarantine"),
@@ -429,8 +436,8 @@ def test_plan_and_quarantine_are_handed_in_at_the_end(tmp_path: Path) -> None:
 
 def test_another_ranks_error_reaches_the_spool(tmp_path: Path) -> None:
     kept = Kept(tmp_path, Clock())
-    account = kept.account
-    account.main, account.rank, account.attempt, account.logger = False, 3, None, None
-    account.close(5, "ValueError: the cause")
+    monitor = kept.monitor
+    monitor.main, monitor.rank, monitor.attempt, monitor.logger = False, 3, None, None
+    monitor.fail(ValueError("the cause"))
     lines, _ = segment_journal(kept.run.spool, "stage2").read()
     assert [line["values"] for line in lines] == [{"error.rank3": "ValueError: the cause"}]

@@ -1,0 +1,33 @@
+"""How many workers a start has: the largest number that shares the batch and fits the cluster as it is now."""
+
+from collections.abc import Collection, Mapping
+
+import ray
+
+_HAIR = 1e-6
+"""0.3 / 0.1 is below 3."""
+
+
+def group_size(sizes: Collection[int], need: Mapping[str, float], without: Collection[str] = (), held: int = 0) -> int:
+    """The largest of `sizes` for which there is room, or else the least: Ray Train then waits for it.
+
+    `need` are the resources of a worker, `without` the ids of nodes that are about to go, `held` the number of workers
+    that run now.
+    """
+    room = min(_whole(need, without), held + _free(need))
+    return max((size for size in sizes if size <= room), default=min(sizes))
+
+
+def _whole(need: Mapping[str, float], without: Collection[str]) -> int:
+    """Workers that fit on the living nodes when nothing else runs."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
+    return sum(_fit(node["Resources"], need) for node in nodes)
+
+
+def _free(need: Mapping[str, float]) -> int:
+    """Workers that fit in what nobody uses."""
+    return _fit(ray.available_resources(), need)
+
+
+def _fit(there: Mapping[str, float], need: Mapping[str, float]) -> int:
+    return int(min(there.get(name, 0.0) / amount for name, amount in need.items() if amount) + _HAIR)
