@@ -16,6 +16,7 @@ from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.flow import FlowConfig
 from domainshuttle.model.objective import training_loss
 from domainshuttle.pipelines.loading.loader import Loader
+from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.checkpoint.resume import require_fit
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, read_checkpoint
@@ -52,6 +53,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
     config, segment = run.config, run.segment(start.segment)
     stage, last_step, commit = segment.stage, segment.last_step, job.commits[segment.name]
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first)
     engine: Engine | None = None
     try:
@@ -61,7 +63,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
         loader: Loader[TrainingBatch] = Loader(
-            shared_blocks(feed, start.first_step, last_step, config),
+            shared_blocks(feed, start.first_planned(last_step), last_step, config),
             feed,
             rank,
             world_size,
@@ -132,11 +134,21 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
                 )
                 checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
 
+        def weights_are_good(micro: MicroBatch[TrainingBatch]) -> bool:
+            with torch.no_grad():
+                loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=micro.step)
+            return guard.judge(monitor.mean_loss(loss)) == "good"
+
         # Train
         monitor.begin()
         done, stop = start.first_step, Stop.NO
-        last_trained = max((step + 1 for step in range(done, last_step) if step not in start.skipped), default=0)
         for step, parts in groupby(monitor.waited(iter(loader)), key=lambda micro: micro.step):
+            if step < start.first_step:
+                # nothing is left to train: the restored weights are checked by the step that made them
+                *_, micro = parts
+                if step == last_trained and not weights_are_good(micro):
+                    return monitor.close(step, End.DIVERGED)
+                continue
             if step in start.skipped:
                 monitor.skipped(step, parts)
                 agreed = monitor.agree()
@@ -152,7 +164,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
                     guard.applied(agreed.loss)
                 else:
                     monitor.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)
-                    if guard.dropped(step) or step + 1 == last_trained:
+                    if guard.dropped(step) or step == last_trained:
                         with contextlib.suppress(CheckpointError):
                             checkpoints.wait()  # what is being written may be what the run goes back to
                         return monitor.roll_back(step, guard.bad_in_a_row)
@@ -161,12 +173,10 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
             done = step + 1
             # a stage does not end with steps that were bad
             stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and guard.bad_in_a_row else agreed.stop
-            if done == last_trained or stop is Stop.DURATION_REACHED:
-                # what the last update made of the weights, no later loss would tell
-                with torch.no_grad():
-                    loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=step)
-                if guard.judge(monitor.mean_loss(loss)) != "good":
-                    return monitor.close(step, End.DIVERGED)
+            # what the last update made of the weights, no later loss would tell
+            last = step == last_trained or stop is Stop.DURATION_REACHED
+            if last and step not in start.skipped and not weights_are_good(micro):
+                return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:
                 save(done)

@@ -1,6 +1,7 @@
 """How many workers a start has: the largest number that shares the batch and fits the cluster as it is now."""
 
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 
 import ray
 
@@ -16,6 +17,22 @@ def group_size(sizes: Collection[int], need: Mapping[str, float], without: Colle
     """
     room = min(_whole(need, without), held + _free(need))
     return max((size for size in sizes if size <= room), default=min(sizes))
+
+
+def settled_size(
+    sizes: Collection[int],
+    need: Mapping[str, float],
+    without: Collection[str],
+    watch: Callable[[], None],
+    seconds: float = 15.0,
+) -> int:
+    """The same at a start: for so long it waits for what a group that has just ended still holds."""
+    whole = max((size for size in sizes if size <= _whole(need, without)), default=min(sizes))
+    until = time.monotonic() + seconds
+    while (size := group_size(sizes, need, without)) < whole and time.monotonic() < until:
+        watch()
+        time.sleep(0.5)
+    return size
 
 
 def _whole(need: Mapping[str, float], without: Collection[str]) -> int:

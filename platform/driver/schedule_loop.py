@@ -18,7 +18,7 @@ from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, differences
-from domainshuttle.platform.driver.group_size import group_size
+from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import commit_of
@@ -143,10 +143,10 @@ class Schedule:
         start = StartPoint(
             segment.name, first, checkpoint.where if checkpoint else None, time.time_ns(), self._skipped(segment)
         )
-        if first < segment.last_step and not start.trains(segment.last_step):
+        if first < segment.last_step and start.last_trained(segment.last_step) is None:
             raise DivergedError(
-                f"stage {segment.name}: every step after step {first} was bad, so the weights of step {first} are "
-                f"suspect: {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+                f"stage {segment.name}: all of its steps were bad: "
+                f"{_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
             )
         return start
 
@@ -191,7 +191,10 @@ class Schedule:
         sizes = self._config.worker_sizes(segment.stage)
         if len(sizes) == 1:
             return sizes[0]  # Ray Train waits until there is room
-        return group_size(sizes, self._config.worker_resources(), self._leaving, held)
+        need = self._config.worker_resources()
+        if not held:
+            return settled_size(sizes, need, self._leaving, self._watch)
+        return group_size(sizes, need, self._leaving, held)
 
     def _follow(self, group: WorkerGroup, segment: Segment) -> None:
         """Follows the workers to their end, segment after segment, and asks them to end when more would fit."""

@@ -97,9 +97,14 @@ class StartPoint:
     skipped: frozenset[int] = frozenset()
     """Steps that are not trained on, since they made the run diverge."""
 
-    def trains(self, last_step: int) -> bool:
-        """Whether any step up to `last_step` is left to train."""
-        return any(step not in self.skipped for step in range(self.first_step, last_step))
+    def last_trained(self, last_step: int) -> int | None:
+        """The last step before `last_step` that is trained on, or was before this start; None: there is none."""
+        return next((step for step in reversed(range(last_step)) if step not in self.skipped), None)
+
+    def first_planned(self, last_step: int) -> int:
+        """The first step whose samples are read: of a segment with nothing left but bad steps the last good one."""
+        last = self.last_trained(last_step)
+        return self.first_step if last is None or self.first_step >= last_step else min(self.first_step, last)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingSta
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.driver import group_size as sizes_module
-from domainshuttle.platform.driver.group_size import group_size
+from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import FaultsInARow, explain
 from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
 from domainshuttle.platform.run.folder import Run
@@ -214,6 +214,16 @@ def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
     monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [*nodes, gone, leaving])
     monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 1000.0})
     assert group_size([4, 8, 16], {"CPU": 2.0}, {"leaving"}) == size
+
+
+def test_what_an_ended_group_still_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([0.0, 1.0, 2.0])
+    node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": next(free)})
+    assert settled_size([1, 2], {"CPU": 1.0}, (), lambda: None) == 2
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 1.0})
+    assert settled_size([1, 2], {"CPU": 1.0}, (), lambda: None, seconds=0.0) == 1
 
 
 def test_what_others_use_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_faults_without_end_end_a_run_only_where_nothing_is_saved_between_them(
     balanced(config)
     told = [json.loads(line)["text"] for line in run.notices_path.open()]
     assert len(told) == 3
-    assert all("Failure 1 in a row" in text for text in told)
+    assert all("fault 1 of at most 1 in a row" in text for text in told)
 
 
 def wait_for_checkpoint(process: subprocess.Popen[bytes], run: Run) -> None:
