@@ -6,8 +6,8 @@ Each fault is real: signals to the driver or to a worker, damage to the newest c
 away or hangs, files that can't grow, a sample whose loss is not finite. After each, what a user would do is done (the
 same command again, where the driver is gone), and the time to the first step of the next attempt is measured. What a
 fault waits for may not come (a save, a bad sample's step); then it is not counted, and given again later. At the end
-every planned sample must have been trained on exactly once in the surviving history. Ends with code 1 otherwise, and
-when the run was finished before all faults were given.
+every planned sample must have been trained on exactly once in the surviving history. Ends with code 1 otherwise, and,
+after its accounts, when the run was finished before all faults were given.
 """
 
 import argparse
@@ -49,12 +49,12 @@ PATIENCE = 300.0
 console = Console()
 
 
-def workers_of(driver: int) -> list[psutil.Process]:
-    """The training workers that a driver's cluster runs."""
+def processes_of(driver: int, name: str = "RayTrainWorker") -> list[psutil.Process]:
+    """The processes of a driver's cluster whose title has a name: without one the training workers."""
     found = []
     for child in psutil.Process(driver).children(recursive=True):
         try:
-            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+            if name in child.name() or name in " ".join(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue
@@ -119,6 +119,14 @@ class Chaos:
             "SIGKILL of a worker": self.kill_worker,
             "SIGKILL of a worker, and of another while they start again": self.kill_in_start,
             "SIGKILL of a worker while a checkpoint is written": self.kill_in_write,
+            "SIGKILL of Ray Train's controller": lambda: self.kill("TrainController"),
+            "SIGKILL of Ray Data's coordinator": lambda: self.kill("SplitCoordinator"),
+            "SIGKILL of Ray Data's statistics, then of a worker": lambda: (
+                self.kill("_StatsActor") and self.kill_worker()
+            ),
+            "SIGKILL of Ray Data's autoscaler, then of a worker": lambda: (
+                self.kill("Autoscaling") and self.kill_worker()
+            ),
             "SIGSTOP of a worker (it hangs)": self.freeze_worker,
             "SIGKILL of the driver": self.kill_driver,
             "Ctrl-C": lambda: self.signal_driver(signal.SIGINT),
@@ -161,13 +169,17 @@ class Chaos:
 
     def workers(self) -> list[psutil.Process]:
         assert self.driver
-        return workers_of(self.driver.pid)
+        return processes_of(self.driver.pid)
 
     def kill_worker(self) -> bool:
+        return self.kill("RayTrainWorker")
+
+    def kill(self, name: str) -> bool:
+        assert self.driver
         self.given = time.monotonic()
-        if workers := self.workers():
-            self.dice.choice(workers).kill()
-        return bool(workers)
+        if found := processes_of(self.driver.pid, name):
+            self.dice.choice(found).kill()
+        return bool(found)
 
     def kill_in_start(self) -> bool:
         """The second dies in its imports or while the group is set up: before it could write its first line."""
@@ -314,7 +326,7 @@ def prepare(folder: Path, server: Server, faults: int) -> RunConfig:
         f"data={folder}/data", f"output={folder}/runs", "name=chaos", "checkpoint.every=5", "checkpoint.keep=3",
         "tracking.every=1", "tracking.experiment=chaos", f"tracking.uri=http://127.0.0.1:{server.port}",
         "cluster.max_failures=1000", "guard.hang_seconds=30", "stages.base.steps=20",
-        f"stages.stage1.steps={10 + 7 * faults}", f"stages.stage2.steps={10 + 7 * faults}",
+        f"stages.stage1.steps={10 + 7 * faults}", f"stages.stage2.steps={10 + 20 * faults}",
         "stages.base.global_batch=16", "stages.base.micro_batch=8", "stages.stage1.global_batch=16",
         "stages.stage1.micro_batch=8", "stages.stage2.global_batch=16", "stages.stage2.micro_batch=8",
         "corpora.sprites-images.build.samples=256", "corpora.sprites-videos.build.samples=128",
@@ -354,7 +366,7 @@ def main() -> None:
             fault = left.popleft()
             chaos.wait_for_step(0, steps=dice.randint(1, 9))
             if chaos.finished():
-                raise SystemExit(f"the run was finished after {len(entries)} of {options.faults} faults")
+                break
             before = run.read_progress()
             console.print(f"{len(entries) + 1:3d}  {before['segment']} step {before['step']:3d}: {fault}")
             server.hang(False)
@@ -376,6 +388,8 @@ def main() -> None:
         assert chaos.driver
         chaos.driver.wait(timeout=PATIENCE)
         report(config, run, entries, time.monotonic() - began, options.out)
+        if left:
+            raise SystemExit(f"the run was finished before these could be given: {', '.join(left)}")
     finally:
         if chaos.driver:
             end_tree(chaos.driver.pid)
