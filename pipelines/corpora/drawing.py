@@ -1,7 +1,7 @@
 """Draws the subjects and scenes of the synthetic corpus with Pillow.
 
 An `Identity` is what a reference picture has to carry over: a form, a body colour and a marking in a second
-colour. It can be drawn in every domain of the recipe (RECIPE.md, "Domain ids"): as a human-like figure wearing
+colour. It can be drawn in every domain of the recipe (docs/method.md, "Domain-MoT"): as a human-like figure wearing
 its colours, as an object, as a fantasy creature, or as the pattern of a background. Captions never name the
 colours, so that only the references can tell them.
 """

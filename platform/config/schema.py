@@ -110,7 +110,7 @@ class CorpusSection(Section):
 
 
 class FlowSection(Section):
-    """Timesteps of flow matching (RECIPE.md, "Flow matching")."""
+    """Timesteps of flow matching (docs/method.md, "Flow matching")."""
 
     shift: float = Field(5.0, gt=0)
     distribution: Literal["uniform", "logit_normal"] = "uniform"

@@ -90,7 +90,7 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that gives up soon: left alone it tries a refused port for four minutes (RELIABILITY.md, fact 6)."""
+    """A client that gives up soon: left alone it tries a refused port for four minutes."""
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

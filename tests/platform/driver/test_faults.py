@@ -1,4 +1,4 @@
-"""Faults, given to whole runs by their users' means: what DESIGN.md promises of each is what is left at the end.
+"""Faults, given to whole runs by their users' means: what docs/resuming.md promises of each is what is left at the end.
 
 These start workers again and again, so they are not part of `make test`: python -m pytest -m nightly tests/platform
 """
