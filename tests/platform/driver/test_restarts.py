@@ -204,6 +204,29 @@ def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, sch
     }
 
 
+def test_a_restart_says_which_checkpoint_it_skips(run: Run, schedule: Schedule, shown: list[str]) -> None:
+    class Tags:
+        def __init__(self) -> None:
+            self.seen: list[tuple[dict[str, str], str]] = []
+
+        def tag(self, tags: dict[str, str], segment: str) -> None:
+            self.seen.append((tags, segment))
+
+    tracker: Any = Tags()
+    schedule._tracker = tracker
+    segment, store = run.segment("base"), CheckpointStore.of(run.config)
+    for step in (5, 6):
+        state = TrainingState("base", step, 1, 2, run.config.digest(), {}, {}, {})
+        write_manifest(store.place, state, str(Name("base", step)), {})
+    newest = schedule._choose(segment, "auto")
+    assert newest is not None and newest.state.step == 6 and shown == []
+    (newest.folder / "state.json").write_text("{}")
+    older = schedule._choose(segment, "auto")
+    assert older is not None and older.state.step == 5
+    assert len(shown) == 1 and "base-step00000006" in shown[0] and "state.json has 2 bytes" in shown[0]
+    assert tracker.seen == [({"checkpoints.skipped": shown[0]}, "base")]
+
+
 @pytest.mark.parametrize(("room", "size"), [(9, 8), (8, 8), (7, 4), (4, 4), (3, 4), (100, 16)])
 def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
     room: int, size: int, monkeypatch: pytest.MonkeyPatch
