@@ -1,6 +1,8 @@
 """The driver of a training run: opens run and tracking, follows the workers, and turns signals into a clean stop."""
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import json
 import os
@@ -17,16 +19,14 @@ from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_
 from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
-from domainshuttle.platform.driver.preflight import require_trainable
+from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_books
-from domainshuttle.platform.driver.schedule_loop import Schedule
-from domainshuttle.platform.engine.zero3 import deepspeed_configs
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule
+from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule, preload
 
 STOPPED = 3
 """Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
@@ -38,7 +38,7 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
     `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Nothing is removed for `fresh` before
     all else is checked and the cluster is there. Raises RunLockedError when there is another driver.
     """
-    require_trainable(config)
+    require_data(config)
     chosen = Run(config).choose(stage)
     if fresh:
         _require_nothing_of_it(Run(config), chosen, resume)
@@ -46,15 +46,23 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
         require_resumable(Run(config), CheckpointStore.of(config), resume, chosen)
     cluster, workers = config.cluster, config.cluster.least_workers
     with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
-        run = None if fresh else prepare_run(config)
+        if not fresh:
+            Run(config).require_same_configuration()
         # beside the workers: a CPU for the data tasks, and what encodes while they train
         live = config.encoders.live
         needs = (
             workers * cluster.cpus_per_worker + 1 + (live.cpus if live else 0),
             workers * cluster.gpus_per_worker + (live.gpus if live else 0),
         )
-        stack.enter_context(connected(config, *needs))
-        return run_training(run or prepare_run(config, fresh), lock, stage, resume)
+        stack.enter_context(connected(config, *needs, meanwhile=functools.partial(_load, config)))
+        return run_training(prepare_run(config, fresh), lock, stage, resume)
+
+
+def _load(config: RunConfig) -> None:
+    """Checks the model and imports what the driver needs, while Ray starts: each takes seconds."""
+    require_model(config)
+    preload()
+    importlib.import_module("domainshuttle.platform.driver.schedule_loop")
 
 
 def _require_nothing_of_it(run: Run, chosen: list[Segment], resume: str) -> None:
@@ -103,6 +111,8 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
     def watch() -> None:
         lock.check()
         _show_progress(run, show)
+
+    from domainshuttle.platform.driver.schedule_loop import Schedule
 
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
@@ -161,6 +171,8 @@ def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
 
 def write_deepspeed_configs(run: Run) -> list[Path]:
     """What the engine derives for DeepSpeed, for people: a JSON file a stage in the run's folder."""
+    from domainshuttle.platform.engine.zero3 import deepspeed_configs
+
     folder = run.folder / "deepspeed"
     folder.mkdir(exist_ok=True)
     paths = []

@@ -8,8 +8,6 @@ from domainshuttle.pipelines.storage.files import exists, open_parquet
 from domainshuttle.pipelines.storage.uri import join, shown
 from domainshuttle.platform.config.schema import ExpertSection, RunConfig
 from domainshuttle.platform.console import console
-from domainshuttle.platform.engine.initialization import outline_model
-from domainshuttle.platform.engine.trained_parameters import select_trained
 
 
 def require_encoded(config: RunConfig) -> None:
@@ -67,16 +65,19 @@ def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
             )
 
 
-def require_trainable(config: RunConfig) -> None:
-    """Refuses what can't be trained, before anything is made or a cluster is asked for anything.
-
-    Raises DataError for corpora that are not encoded and filters that leave nothing, ConfigError for a size or pattern
-    that does not fit the model.
-    """
+def require_data(config: RunConfig) -> None:
+    """Raises DataError for corpora that are not encoded and filters that leave nothing."""
     require_encoded(config)
     for stage in config.stages:
         for name, where in stage.where.items():
             selected_rows(join(config.corpus_folder(name, config.trained_form), INDEX_NAME), where)
+
+
+def require_model(config: RunConfig) -> None:
+    """Raises ConfigError for a size, a base or a pattern of trained parameters that does not fit the model."""
+    from domainshuttle.platform.engine.initialization import outline_model  # brings torch and diffusers along
+    from domainshuttle.platform.engine.trained_parameters import select_trained
+
     experts: list[ExpertSection | None] = [*config.experts] or [None]
     for expert in experts:
         outline = outline_model(config.model_of(expert))

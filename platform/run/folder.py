@@ -52,15 +52,7 @@ class Run:
                 if path.name in (LOCK_NAME, HOLDER_NAME):
                     continue  # of the driver that asks for this
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if run.config_path.exists():
-            saved = RunConfig.model_validate(yaml.safe_load(run.config_path.read_text()))
-            if saved.digest() != config.digest():
-                raise ConfigError(
-                    f"run {config.name!r} in {run.folder} was started with another configuration: "
-                    f"{differences(saved.decisive(), config.decisive())}. Give this one a name of its own (--set "
-                    "name=...), to go on from a checkpoint of the other with --resume PATH besides; or start it anew "
-                    "with --fresh"
-                )
+        run.require_same_configuration()
         for part in ("consumed", "quarantine", "dropped", "weights", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         content = config.to_yaml()
@@ -69,6 +61,19 @@ class Run:
         for request in (run.stop_path, run.regroup_path):
             request.unlink(missing_ok=True)
         return run
+
+    def require_same_configuration(self) -> None:
+        """Raises ConfigError, with the keys that differ, where a run of this name has another configuration."""
+        if not self.config_path.exists():
+            return
+        saved = RunConfig.model_validate(yaml.safe_load(self.config_path.read_text()))
+        if saved.digest() != self.config.digest():
+            raise ConfigError(
+                f"run {self.config.name!r} in {self.folder} was started with another configuration: "
+                f"{differences(saved.decisive(), self.config.decisive())}. Give this one a name of its own (--set "
+                "name=...), to go on from a checkpoint of the other with --resume PATH besides; or start it anew "
+                "with --fresh"
+            )
 
     @property
     def config_path(self) -> Path:

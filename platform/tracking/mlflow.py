@@ -27,6 +27,7 @@ This is the only module that imports mlflow, and it does so when something is fi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -87,6 +88,13 @@ _CLIENT_SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+
+
+def preload() -> None:
+    """Imports MLflow ahead of its first use: it takes seconds."""
+    for name, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    importlib.import_module("mlflow")
 
 
 def connect(uri: str) -> MlflowClient:
