@@ -41,7 +41,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.run.sample_audit import audit_samples
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 PATIENCE = 300.0
@@ -397,7 +397,7 @@ def main() -> None:
 
 
 def report(config: RunConfig, run: Run, entries: list[Entry], seconds: float, out: Path | None) -> None:
-    books = check_books(config)
+    books = audit_samples(config)
     ledger = Ledger(run.ledger_path).summary()
     table = Table(title=f"{len(entries)} faults in {seconds / 60:.0f} min")
     for column in ("fault", "times", "median s to the next step", "longest"):

@@ -40,7 +40,7 @@ from domainshuttle.platform.config.schema import EngineSection, ModelSection, Ru
 from domainshuttle.platform.engine.initialization import Blueprint, blueprint
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.run.sample_audit import audit_samples
 from domainshuttle.platform.tracking.queries import read_history, read_runs
 from domainshuttle.platform.training.mfu import Utilization
 
@@ -229,7 +229,7 @@ def whole_run(options: argparse.Namespace) -> None:
     times["train"] = time.monotonic() - began
     if driver.returncode:
         raise SystemExit(f"training ended with code {driver.returncode}")
-    books = check_books(config)
+    books = audit_samples(config)
     records = {record.name: record for record in read_runs(config.tracking_uri, [config.tracking.experiment])}
     console.print(f"{date.today()}, {torch.cuda.get_device_name()}, {platform.machine()}, torch {torch.__version__}")
     console.print(

@@ -26,7 +26,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console, errors
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.run.sample_audit import audit_samples
 from domainshuttle.platform.tracking.outbox import reachable
 from domainshuttle.platform.tracking.queries import read_history, read_runs
 
@@ -115,14 +115,19 @@ def end_started() -> None:
             process.wait()
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The Ray Train workers that a driver's own cluster runs."""
+def processes_of(process: subprocess.Popen[bytes], name: str) -> list[psutil.Process]:
+    """The processes of a driver's own cluster whose titles have a name."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # gone, or a zombie
-            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+            if name in child.name() or name in " ".join(child.cmdline()):
                 found.append(child)
     return found
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The Ray Train workers that a driver's own cluster runs."""
+    return processes_of(process, "RayTrainWorker")
 
 
 def run_of(tiny: Path, name: str, *more: str) -> tuple[RunConfig, Run, list[str]]:
@@ -139,9 +144,9 @@ def skip_stage1(run: Run, whole: RunConfig) -> None:
 
 
 def balanced(config: RunConfig) -> None:
-    books = check_books(config)
+    books = audit_samples(config)
     assert (books.lost, books.repeated) == (0, 0)
-    assert books.trained + books.passed_over == books.planned
+    assert books.trained + books.skipped == books.planned
 
 
 def same_weights(ours: RunConfig, theirs: RunConfig, stage: str = "stage2") -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: a folder a step, whole or not a checkpoint at all.
 
 Every rank writes its shards (checkpoint_writer.py); rank 0 adds `state.json` and, last, `manifest.json` with the size
-and checksum of every file. A folder without a matching manifest is passed over with its reason, so a kill at any
+and checksum of every file. A folder without a matching manifest is skipped with its reason, so a kill at any
 moment costs the steps since the one before and nothing else.
 """
 
@@ -122,7 +122,7 @@ class CheckpointStore:
         report: Callable[[str], None] = lambda _: None,
         verified: Checkpoint | None = None,
     ) -> Checkpoint | None:
-        """The newest whole checkpoint that a segment goes on from; `report` gets a line for each that is passed over.
+        """The newest whole checkpoint that a segment goes on from; `report` gets a line for each that is skipped.
 
         The bytes of one that was `verified` already are not read again. On a local or shared file system checksums are
         compared; in an object store sizes are, and `fetch` compares the checksums of what a node needs. Raises
@@ -136,7 +136,7 @@ class CheckpointStore:
                         return found
                 return self.read(name)
             except CheckpointError as error:
-                report(f"checkpoint {name} is passed over: {error}")
+                report(f"checkpoint {name} is skipped: {error}")
         return None
 
     def read(self, name: str, checksums: bool | None = None) -> Checkpoint:

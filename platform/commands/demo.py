@@ -21,7 +21,7 @@ from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import Books, check_books
+from domainshuttle.platform.run.sample_audit import SampleAudit, audit_samples
 
 
 @dataclass
@@ -77,7 +77,7 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     timer.run("Generate and judge clips", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
     timer.run("Compare", "compare", config.tracking.experiment, "--uri", config.tracking_uri,
               "--page", str(folder / "compare.html"))  # fmt: skip
-    books = check_books(config)
+    books = audit_samples(config)
     result = json.loads((evaluation / "identity.json").read_text())
     _print_summary(config, run, books, result, timer, time.monotonic() - began, evaluation)
     if not result["learned"]:
@@ -98,7 +98,13 @@ def _interrupt_at(process: subprocess.Popen[bytes], run: Run, stage: str, step: 
 
 
 def _print_summary(
-    config: RunConfig, run: Run, books: Books, result: dict[str, float], timer: Timer, seconds: float, evaluation: Path
+    config: RunConfig,
+    run: Run,
+    books: SampleAudit,
+    result: dict[str, float],
+    timer: Timer,
+    seconds: float,
+    evaluation: Path,
 ) -> None:
     hours = Ledger(run.ledger_path).summary()
     parts = "\n".join(f"  {name:<34}{spent:6.0f} s" for name, spent in timer.parts.items())

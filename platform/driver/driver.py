@@ -21,7 +21,7 @@ from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
-from domainshuttle.platform.driver.recovery import recover_books
+from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
@@ -83,7 +83,7 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     """The run on disk, made or resumed; its lock is held. Raises ConfigError for another run of this name."""
     run = Run.open(config, fresh)
     if not fresh:
-        recover_books(run, console.print)
+        recover_run(run, console.print)
     elif config.checkpoint.store:
         # in a store of its own the checkpoints outlive the run's folder: nothing goes on from them
         for segment in run.segments():

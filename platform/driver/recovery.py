@@ -9,7 +9,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 
 
-def recover_books(run: Run, say: Callable[[str], None]) -> None:
+def recover_run(run: Run, say: Callable[[str], None]) -> None:
     """Gives a run that has no books of its own those of its newest whole checkpoint.
 
     These are the ledger with the hours used, the ids of the MLflow runs, the steps that are skipped, and after how

@@ -157,15 +157,17 @@ def _words(error: BaseException, who: str) -> str:
 
 
 def _memory(report: str, who: str) -> str:
-    """Of Ray's report on a node without memory: who was ended, what it held, and what helps."""
-    held = re.search(r"memory used[^=\d]*=?\s*([\d.]+)\s*GB", report) or re.search(
-        r"\bUSED_MEMORY[^\d]*([\d.]+)", report
-    )
-    total = re.search(r"([\d.]+)\s*GB\s*/\s*([\d.]+)\s*GB", report)
-    holds = f"; it held {float(held[1]):.1f} GB" if held else ""
-    of = f" ({float(total[1]):.1f} of {float(total[2]):.1f} GB were used)" if total else ""
+    """Of Ray's report on a node without memory: whom it ended, who held the most, and what helps."""
+    if ended := re.search(r"task name=(\w+)", report):
+        who = _NAMES.get(ended[1], who)
+    parts = []
+    if total := re.search(r"([\d.]+)\s*GB(?: used)?\s*/\s*([\d.]+)\s*GB", report):
+        parts.append(f"{float(total[1]):.1f} of {float(total[2]):.1f} GB were used")
+    if largest := re.search(r"MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)", report):
+        parts.append(f"the largest process, {largest[2].partition('.')[0]}, held {float(largest[1]):.1f} GB")
+    facts = f" ({'; '.join(parts)})" if parts else ""
     return (
-        f"the node ran out of memory{of}, and Ray ended {who}{holds}: lower micro_batch, recompute activations "
+        f"the node ran out of memory{facts}, and Ray ended {who}: lower micro_batch, recompute activations "
         "(engine.activations.mode=full), or give the node fewer workers"
     )
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Lines of JSON in a file that is only appended to. A line is whole or passed over, whenever its writer died."""
+    """Lines of JSON in a file that is only appended to. A line is whole or skipped, whenever its writer died."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -2,7 +2,7 @@
 
 `ledger.jsonl` lies beside the checkpoints. Each attempt (one start of the worker group) appends a `start` line,
 `progress` lines and, if something is left to write it, an `end` line. A line carries the seconds since the one before
-by what they went to, and is synced to the disk off the caller's thread. One torn by a crash is passed over.
+by what they went to, and is synced to the disk off the caller's thread. One torn by a crash is skipped.
 
 Steps are only productive while they are preserved: when a later attempt, or a rollback, goes on from step 40 of a
 segment that had reached step 57, the seconds of steps 41 to 57 move from productive to lost. Nobody has to say so: the
@@ -288,7 +288,7 @@ class Ledger:
             try:
                 self._fold(line)
             except (KeyError, TypeError, ValueError, AttributeError):
-                logger.warning("%s: a line that is not the ledger's is passed over", self.journal.path)
+                logger.warning("%s: a line that is not the ledger's is skipped", self.journal.path)
 
     def _fold(self, line: dict[str, Any]) -> None:
         if line["kind"] == "snapshot":

@@ -1,4 +1,4 @@
-"""The books: what was planned against what was trained on, from the lines that every rank left."""
+"""The sample audit: what was planned against what was trained on, from the lines that every rank left."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from domainshuttle.platform.run.journal import Journal
 
 
 @dataclass(frozen=True)
-class Books:
+class SampleAudit:
     """What was planned against what was trained on, over all stages and attempts."""
 
     planned: int
@@ -18,18 +18,18 @@ class Books:
     repeated: int
     recomputed: int
     """Samples that were trained on a second time because a step was done again after a restore."""
-    passed_over: int
+    skipped: int
     """Samples of steps that were left out after a rollback: consumed, but not trained on."""
     substituted: int
     """Samples that could not be read, in whose place, in the same step, the plan's substitutes were trained on."""
 
 
-def check_books(config: RunConfig) -> Books:
+def audit_samples(config: RunConfig) -> SampleAudit:
     """Compares the consumed samples, step by step, with the step plan."""
     from domainshuttle.platform.run.data import make_feed  # imports Ray and torch, which readers of lines do not need
 
     run = Run(config)
-    planned = trained = lost = repeated = recomputed = passed_over = substituted = 0
+    planned = trained = lost = repeated = recomputed = skipped = substituted = 0
     for segment in run.segments():
         feed = make_feed(config, segment)
         index, plan = feed.index(), feed.plan()
@@ -40,7 +40,7 @@ def check_books(config: RunConfig) -> Books:
         for (step, _, _), part in consumed.items():
             by_step.setdefault(step, Counter()).update(part.samples)
             replaced.setdefault(step, []).extend(part.replaced)
-            passed_over += len(part.samples) if part.passed_over else 0
+            skipped += len(part.samples) if part.skipped else 0
         for step in range(segment.last_step):
             rows = index.rows(plan[step].rows)
             wanted = Counter(f"{row.source}/{row.key}" for row in rows)
@@ -53,7 +53,7 @@ def check_books(config: RunConfig) -> Books:
                 substituted += 1
             lost += (wanted - found).total()
             repeated += (found - wanted).total()
-    return Books(planned, trained - passed_over, lost, repeated, recomputed, passed_over, substituted)
+    return SampleAudit(planned, trained - skipped, lost, repeated, recomputed, skipped, substituted)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Consumed:
     """The samples of one micro-batch as a rank trained on them, or passed them over."""
 
     samples: list[str]
-    passed_over: bool
+    skipped: bool
     replaced: list[tuple[str, str]]
     """Planned samples that could not be read, and what stood in their places."""
 

@@ -23,7 +23,7 @@ from domainshuttle.platform.checkpoint.store import (
 )
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig, differences
-from domainshuttle.platform.driver.recovery import recover_books
+from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import SKIPPED, Journal, Notices
 from domainshuttle.platform.run.ledger import Ledger
@@ -140,7 +140,7 @@ def lose_folder(tmp_path: Path) -> tuple[Run, str]:
     shutil.rmtree(run.folder)
     again = Run.open(run.config)
     said: list[str] = []
-    recover_books(again, said.append)
+    recover_run(again, said.append)
     return again, " ".join(said)
 
 
@@ -162,7 +162,7 @@ def test_a_lost_folder_gets_its_books_back_from_the_store(tmp_path: Path) -> Non
 def test_a_folder_that_has_books_keeps_its_own(tmp_path: Path) -> None:
     run, _ = lose_folder(tmp_path)
     run.write_ids({"key": "ours"})
-    recover_books(run, pytest.fail)
+    recover_run(run, pytest.fail)
     assert run.read_ids() == {"key": "ours"}
     assert run.skipped("stage2") == [[3, 4], [9]]
 
@@ -171,7 +171,7 @@ def test_books_of_another_configuration_are_not_taken(tmp_path: Path) -> None:
     run, _ = lose_folder(tmp_path)
     shutil.rmtree(run.folder)
     other = Run.open(demo(tmp_path, "seed=99"))
-    recover_books(other, pytest.fail)
+    recover_run(other, pytest.fail)
     assert other.read_ids() is None
 
 

@@ -97,7 +97,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, data: s
         assert json.loads(victim.read_bytes()) == json.loads(content)
     else:
         assert len(notes) == 1
-        assert "stage1-step00000002 is passed over: " in notes[0]
+        assert "stage1-step00000002 is skipped: " in notes[0]
 
 
 def test_the_list_says_what_is_wrong(store: CheckpointStore) -> None:
@@ -225,7 +225,7 @@ def test_what_was_verified_is_not_read_again(store: CheckpointStore) -> None:
     assert store.newest("stage1", verified=verified) == verified
     notes: list[str] = []
     assert store.newest("stage1", notes.append) is None
-    assert "is passed over" in notes[0]
+    assert "is skipped" in notes[0]
     shutil.rmtree(store.place.local(name))
     again = put(store, 3, content=b"xz")  # the same name, written later
     assert store.newest("stage1", verified=verified) == store.read(again) != verified

@@ -139,7 +139,7 @@ def describe_of(store: CheckpointStore, name: str, file: str, rank: int) -> File
     return entry
 
 
-def test_a_changed_object_is_found_when_it_is_fetched_and_then_passed_over(store: CheckpointStore) -> None:
+def test_a_changed_object_is_found_when_it_is_fetched_and_then_skipped(store: CheckpointStore) -> None:
     one = writer(store, keep=3)
     save(one, 1)
     save(one, 2)

@@ -35,7 +35,7 @@ from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import check_books, read_consumed
+from domainshuttle.platform.run.sample_audit import audit_samples, read_consumed
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -180,7 +180,7 @@ def test_an_unreadable_sample_is_substituted_and_the_books_say_so(tiny: Path, un
     feed = make_feed(config, run.segment("stage2"))
     index, plan = feed.index(), feed.plan()
     planned = [f"{row.source}/{row.key}" for step in range(24) for row in index.rows(plan[step].rows)]
-    assert check_books(config).substituted == planned.count(name) > 0
+    assert audit_samples(config).substituted == planned.count(name) > 0
     balanced(config)
     lines = [json.loads(line) for path in (run.folder / "quarantine").iterdir() for line in path.open()]
     assert {f"{line['source']}/{line['key']}" for line in lines} == {name}
@@ -251,7 +251,7 @@ def test_a_step_that_is_not_finite_is_dropped_and_named(
     assert all(np.isfinite(array).all() for array in weights(config, "stage2").values())
 
 
-def test_bad_steps_in_a_row_send_the_run_back_and_are_passed_over(
+def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
     tiny: Path, unbroken: tuple[RunConfig, str], poison: str
 ) -> None:
     config, run, more = run_of(tiny, "rolled-back", "stages.stage2.steps=6", "guard.rollback_after=1")
@@ -260,7 +260,7 @@ def test_bad_steps_in_a_row_send_the_run_back_and_are_passed_over(
     assert "went back: steps" in printed
     assert len(run.skipped("stage2")) == 2
     balanced(config)
-    assert check_books(config).passed_over == 2 * 8
+    assert audit_samples(config).skipped == 2 * 8
     _, run, never = run_of(
         tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0"
     )
@@ -328,7 +328,7 @@ def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(
     assert Ledger(run.ledger_path).summary().lost < Ledger(run.ledger_path).summary().used
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
     config, run, more = run_of(tiny, "damaged")
     skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
@@ -343,7 +343,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tiny: Path, unbroken: tuple[
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     printed = cli("train", tiny, *more)
-    assert f"{newest.name} is passed over" in " ".join(printed.split())
+    assert f"{newest.name} is skipped" in " ".join(printed.split())
     same_weights(config, unbroken[0])
     balanced(config)
     assert all(isinstance(found, Checkpoint) for _, found in CheckpointStore(run.checkpoints).list())

@@ -44,7 +44,7 @@ from domainshuttle.platform.checkpoint.store import MANIFEST_NAME, Checkpoint, C
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import check_books, read_consumed
+from domainshuttle.platform.run.sample_audit import audit_samples, read_consumed
 from domainshuttle.platform.tracking.mlflow import connect
 from domainshuttle.platform.tracking.queries import read_history, read_runs
 
@@ -325,7 +325,7 @@ def test_data_and_checkpoints_in_a_store_that_often_fails(
     assert weather.given > 20
     same_weights(config, whole)
     balanced(config)
-    assert check_books(config).recomputed == 0
+    assert audit_samples(config).recomputed == 0
     assert losses(config, "stage2") == losses(whole, "stage2")
     assert Ledger(run.ledger_path).summary().attempts == 2  # no fault cost a restart
     assert not list(run.folder.glob("quarantine/*.jsonl")) or not "".join(

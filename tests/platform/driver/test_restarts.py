@@ -3,6 +3,9 @@
 Run: python -m pytest tests/platform/driver/test_restarts.py
 """
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +110,58 @@ def test_each_end_has_a_line_in_plain_words(error: Exception, what: str) -> None
     assert explain(error).what == what
 
 
+MEMORY = """1 worker was killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 4a8f) \
+was 22.92GB used / 24.00GB limit (0.955)
+OOM kill reason: Memory usage 24609000000B exceeded threshold of 24480000000B (95.0% of 25769803776B limit)
+Selected to kill: (Actor(baf79da3): job ID=01000000, lease ID=00ef, task name=RayTrainWorker.__init__, required \
+resources={CPU: 0.1}, pid=27457, actual memory used=9.40GB, worker ID=cab0e73b)
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+27457\t9.40\tray::RayTrainWorker.eat
+23194\t0.47\tpython
+"""
+
+
 def test_a_node_without_memory_is_said_with_what_helps() -> None:
-    report = (
-        "Task was killed due to the node running low on memory.\nMemory on the node (IP: 10.0.0.7, ID: 5f) where the "
-        "task (actor ID: ab, name=RayTrainWorker, pid=4711, memory used=9.40GB) was running was 22.92GB / 24.00GB "
-        "(0.955), which exceeds the memory usage threshold of 0.95."
+    """In the words of Ray 2.60, which the test below has from Ray itself."""
+    said = explain(of_workers(LOST, WorkerHealthCheckFailedError("x", OutOfMemoryError(MEMORY)))).what
+    assert said.startswith(
+        "the node ran out of memory (22.9 of 24.0 GB were used; the largest process, ray::RayTrainWorker, held 9.4 GB)"
+        ", and Ray ended worker 1: lower micro_batch"
     )
-    for error in (
-        of_workers(LOST, WorkerHealthCheckFailedError("x", OutOfMemoryError(report))),
-        of_workers(died(report)),
-    ):
-        what = explain(error).what
-        assert what.startswith("the node ran out of memory (22.9 of 24.0 GB were used), and Ray ended worker ")
-        assert "it held 9.4 GB" in what
-        assert "micro_batch" in what
+    controller = OutOfMemoryError(MEMORY.replace("RayTrainWorker.__init__", "TrainController.__init__"))
+    assert "and Ray ended Ray Train's controller: lower" in explain(controller).what
+    assert explain(controller).counted
+
+
+@pytest.mark.nightly
+def test_ray_itself_says_so_when_it_ends_a_worker_for_want_of_memory() -> None:
+    code = """
+import os, psutil
+memory = psutil.virtual_memory()
+os.environ["RAY_memory_usage_threshold"] = str(round(1 - memory.available / memory.total + 0.06, 3))
+os.environ["RAY_memory_monitor_refresh_ms"] = "200"
+import ray
+ray.init(address="local", include_dashboard=False, log_to_driver=False)
+
+@ray.remote(num_cpus=0.1)
+class RayTrainWorker:
+    def eat(self):
+        held = []
+        while True:
+            held.append(b"x" * 200_000_000)
+
+try:
+    ray.get(RayTrainWorker.remote().eat.remote(), timeout=120)
+except Exception as error:
+    from ray.train import WorkerGroupError
+    from domainshuttle.platform.driver.restarts import explain
+    print(explain(WorkerGroupError("x", {0: error})).what)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True).stdout
+    assert re.search(
+        r"the node ran out of memory \([\d.]+ of [\d.]+ GB were used; the largest process, ray::\w+, held", said
+    )
+    assert "and Ray ended worker 0: lower micro_batch" in said
 
 
 def test_a_death_while_they_start_is_a_fault_like_another() -> None:

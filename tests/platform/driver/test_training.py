@@ -27,7 +27,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.sample_audit import check_books
+from domainshuttle.platform.run.sample_audit import audit_samples
 from domainshuttle.platform.tracking.queries import read_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -37,7 +37,7 @@ def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tupl
     config, printed = unbroken
     assert "Finished after" in printed
     assert "Next: domainshuttle export" in printed
-    books = check_books(config)
+    books = audit_samples(config)
     assert books.planned == books.trained == (4 + 24) * 8
     assert (books.lost, books.repeated, books.recomputed) == (0, 0, 0)
     records = read_runs(config.tracking_uri, [config.tracking.experiment])
@@ -103,7 +103,7 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert losses(config, "stage2") == losses(whole, "stage2")
     assert {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])} == runs_before
-    books = check_books(config)
+    books = audit_samples(config)
     assert (books.lost, books.repeated) == (0, 0)
     assert Ledger(run.ledger_path).summary().attempts >= 3
     whole_ones = [found for _, found in CheckpointStore(run.checkpoints).list() if isinstance(found, Checkpoint)]
@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(tiny: Path, unbroken: tuple[RunConf
     assert segment.finished
     after = weights(config, "stage2")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert check_books(config).recomputed == 0
+    assert audit_samples(config).recomputed == 0
 
 
 def test_a_name_of_another_run_is_refused(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:

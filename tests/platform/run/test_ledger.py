@@ -258,7 +258,7 @@ def test_each_attempt_has_an_account_of_its_own(ledger: Ledger, clock: Clock) ->
     assert other.attempts()[0].hours["lost"] == pytest.approx(2 * (17 + 10) / 3600)
 
 
-def test_any_torn_last_line_is_passed_over_and_the_next_one_whole(tmp_path: Path, clock: Clock) -> None:
+def test_any_torn_last_line_is_skipped_and_the_next_one_whole(tmp_path: Path, clock: Clock) -> None:
     whole = Ledger(tmp_path / "whole.jsonl", clock)
     attempt = whole.start(1, "stage1", 0)
     clock.now += 3600
