@@ -39,20 +39,22 @@ class MissingError(DataError, FileNotFoundError):
     """Something that is not where it should be."""
 
 
-# up to an @ in the host, or, as it is with keys that were not escaped, after a colon in it
-_KEYS = re.compile(r"(\w://)(?:[^/\s'\"?:]*:[^\s'\"?]*|[^/\s'\"?]*)@")
-
-
-def masked(text: str) -> str:
-    """`text` without user and keys of its URIs, and without values of parameters that name a secret."""
-    text = _KEYS.sub(r"\1", text)
-    return re.sub(r"(?i)([?&][\w-]*(?:secret|token|password|key)[\w-]*=)[^&\s'\"]*", r"\1***", text)
+# a user and a password: up to an @ in the host or, where they were not escaped as they should be, after a colon in it
+_KEYS = re.compile(r"(\w://)(?:[^/\s'\":?]*:[^\s'\"]*|[^/\s'\"]+)@")
+_PARAMETER = re.compile(r"(?i)([?&](?:[\w-]*(?:secret|token|passw|key|credential|signature)[\w-]*|sig)=)[^&\s'\"]*")
 
 
 def mask_secrets(text: str) -> str:
-    """`text` with `***` for the user and password of every URL in it."""
-    return re.sub(r"(\w://)[^/\s'\"]+@", r"\1***@", text)
+    """`text` with `***` for the user and password of every URL in it, and for the values of parameters that name a
+    secret."""
+    return _PARAMETER.sub(r"\1***", _KEYS.sub(r"\1***@", text))
+
+
+def without_user(url: str) -> str:
+    """A URL without its user and password, and with `***` for the values of parameters that name a secret."""
+    return mask_secrets(url).replace("***@", "")
 
 
 def one_line(error: Exception) -> str:
+    """The first line of an error's text, without secrets."""
     return mask_secrets(str(error) or type(error).__name__).splitlines()[0][:300]

@@ -92,7 +92,7 @@ def data_index(
     shards: Annotated[str, typer.Option(help="Only shards of this pattern, without .tar, such as: 'part-00*'")] = "*",
     name: Annotated[str, typer.Option(help="Name of the index file in the folder.")] = "index.parquet",
     merge: Annotated[
-        list[Path] | None, typer.Option(help="Join these indexes of the folder instead of reading shards.")
+        list[str] | None, typer.Option(help="Join these indexes of the folder, by name, instead of reading shards.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
 ) -> None:
@@ -109,9 +109,7 @@ def data_index(
     from domainshuttle.platform.commands import data_index as data_checks
 
     if merge:
-        from domainshuttle.pipelines.storage.uri import join
-
-        data_checks.join_indexes([join(folder, path.name) for path in merge], folder, most_bad, name)
+        data_checks.join_indexes(merge, folder, most_bad, name)
         return
     buckets = data_checks.chosen_buckets(bucket or [], resolution, frames or [])
     described = data_checks.described_as(folder, corpus, fps, buckets)

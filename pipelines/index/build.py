@@ -49,7 +49,16 @@ from domainshuttle.pipelines.storage.files import (
     write_bytes,
     writing,
 )
-from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, local_path, name_of, parent, shown
+from domainshuttle.pipelines.storage.uri import (
+    Location,
+    absolute,
+    is_remote,
+    join,
+    local_path,
+    name_of,
+    parent,
+    redacted,
+)
 
 PARTS_FOLDER = ".index"
 _PART_KEY = b"domainshuttle.part"
@@ -95,7 +104,7 @@ def index_folder(
     """
     folder = absolute(folder)
     if metadata.stage == "raw" and not buckets:
-        raise DataError(f"{shown(folder)}: no buckets for raw samples; give some, such as 81x480x832")
+        raise DataError(f"{redacted(folder)}: no buckets for raw samples; give some, such as 81x480x832")
     stamps, faults = _shards(folder, shards, metadata.stage)
     parts_folder = join(folder, PARTS_FOLDER)
     parts = {shard: join(parts_folder, f"{shard}.parquet") for shard in stamps}
@@ -141,12 +150,14 @@ def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = 
     loaded = [Index.load(path) for path in indexes]
     folder = parent(absolute(out))
     if not loaded or {parent(absolute(path)) for path in indexes} != {folder}:
-        raise DataError(f"indexes {[shown(path) for path in indexes]}: expected some of the folder {shown(folder)}")
+        raise DataError(
+            f"indexes {[redacted(path) for path in indexes]}: expected some of the folder {redacted(folder)}"
+        )
     first = loaded[0].parts[0]
     for path, index in zip(indexes, loaded, strict=True):
         if index.parts[0].identity() != first.identity():
             raise DataError(
-                f"{shown(path)} and {shown(indexes[0])} differ in corpus, stage, encoders or fps: "
+                f"{redacted(path)} and {redacted(indexes[0])} differ in corpus, stage, encoders or fps: "
                 f"{index.parts[0].identity()} and {first.identity()}; index the shards again with the same"
             )
     held: dict[str, tuple[Location, pa.Table]] = {}
@@ -156,7 +167,7 @@ def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = 
         for number, shard in enumerate(names):
             own = rows.filter(pa.array(codes == number)).unify_dictionaries().combine_chunks()
             if shard in held and held[shard][1].column("checksum") != own.column("checksum"):
-                both = f"{shown(path)} and {shown(held[shard][0])}"
+                both = f"{redacted(path)} and {redacted(held[shard][0])}"
                 raise DataError(f"{both} do not agree on {shard}; index that shard again")
             held.setdefault(shard, (path, own))
     quarantined: dict[str, None] = {}
@@ -174,7 +185,7 @@ def _shards(folder: Location, pattern: str, stage: str) -> tuple[dict[str, dict[
         raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
     if "/" in pattern:
         raise DataError(
-            f"shards {pattern!r}: expected a pattern of names, of shards that lie in {shown(folder)} itself"
+            f"shards {pattern!r}: expected a pattern of names, of shards that lie in {redacted(folder)} itself"
         )
     files = list_dated(folder)
     found, faults = {}, []
@@ -189,7 +200,7 @@ def _shards(folder: Location, pattern: str, stage: str) -> tuple[dict[str, dict[
     if not found:
         packed = [name for name, *_ in files if name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
         remedy = "unpack them (gunzip): samples are read by offset" if packed else "shards are WebDataset tars"
-        raise DataError(f"{shown(folder)}: no shard {pattern}.tar; it has {packed[:3] or 'none'}: {remedy}")
+        raise DataError(f"{redacted(folder)}: no shard {pattern}.tar; it has {packed[:3] or 'none'}: {remedy}")
     return found, faults
 
 
@@ -305,8 +316,8 @@ def _join(
         counted = ", ".join(f"{kind} {count}" for kind, count in faults.most_common())
         accept = f", or accept them: --most-bad {math.ceil(share * 100) / 100:g}" if len(table) else ""
         raise DataError(
-            f"{shown(parent(path))}: {samples} of {samples + len(table)} samples and {broken} of {shards} shards are "
-            f"bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons are in {shown(quarantine)}. "
+            f"{redacted(parent(path))}: {samples} of {samples + len(table)} samples and {broken} of {shards} shards "
+            f"are bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons: {redacted(quarantine)}. "
             f"Repair what they name and run the command again (only changed shards are read){accept}"
         )
     written = write_index(path, table, metadata)

@@ -6,7 +6,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.digest import combined_digest
 from domainshuttle.pipelines.index.filter import RowFilter
 from domainshuttle.pipelines.index.table import PLACES, SCHEMA, Index, IndexMetadata
-from domainshuttle.pipelines.storage.uri import Location, absolute, shown
+from domainshuttle.pipelines.storage.uri import Location, absolute, redacted
 
 
 def selected_rows(place: Location, where: str) -> np.ndarray:
@@ -21,7 +21,7 @@ def selected_rows(place: Location, where: str) -> np.ndarray:
     index = Index.load(place, columns if known else None, verify=False)
     mask = RowFilter(index.table, where).mask()
     if not mask.any():
-        corpus, path = index.parts[0].corpus, shown(absolute(place))
+        corpus, path = index.parts[0].corpus, redacted(absolute(place))
         raise DataError(
             f"filter {where!r} leaves none of the {len(mask)} samples of corpus {corpus!r}: try it with "
             f"`domainshuttle data inspect {path} --where`"

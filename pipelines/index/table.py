@@ -25,7 +25,7 @@ from domainshuttle.pipelines.index.summary import summarise
 from domainshuttle.pipelines.sample import DOMAINS, SampleInfo, sample_id
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.pipelines.storage.files import open_parquet, writing
-from domainshuttle.pipelines.storage.uri import Location, absolute, parent, shown
+from domainshuttle.pipelines.storage.uri import Location, absolute, parent, redacted
 
 FORMAT_VERSION, OLDEST_VERSION = 3, 2
 """Of index files that are written, and the oldest that are read."""
@@ -153,7 +153,7 @@ class IndexMetadata(BaseModel):
 def read_metadata(place: Location) -> IndexMetadata:
     """What an index file says of itself, of any format version; raises DataError where it is no index, StorageError."""
     with reading_index(place):
-        return _described(open_parquet(place).metadata, shown(place))
+        return _described(open_parquet(place).metadata, redacted(place))
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def reading_index(place: Location) -> Iterator[None]:
     except (DataError, StorageError):
         raise
     except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors
-        raise DataError(f"index {shown(place)} can't be read ({error}); index the shards again") from error
+        raise DataError(f"index {redacted(place)} can't be read ({error}); index the shards again") from error
 
 
 def _described(metadata: pq.FileMetaData, path: Location) -> IndexMetadata:
@@ -179,7 +179,7 @@ def write_index(place: Location, rows: Iterable[IndexRow] | pa.Table, metadata: 
     `rows` may be any iterable, or a table of SCHEMA; it is taken in blocks. Raises DataError on no rows, a sample that
     comes twice, a bucket that is none, or references that name no subject. Raises StorageError where a store fails.
     """
-    path = shown(place)
+    path = redacted(place)
     ids: list[np.ndarray] = []
 
     def written(writer: pq.ParquetWriter) -> Iterator[pa.Table]:
@@ -295,7 +295,7 @@ class Index:
         StorageError where a store fails.
         """
         place = absolute(path)
-        path = shown(place)
+        path = redacted(place)
         with reading_index(place):
             file = open_parquet(place)
             metadata = _described(file.metadata, path)

@@ -29,7 +29,7 @@ from domainshuttle.pipelines.shards.checks import check_files, check_finite, che
 from domainshuttle.pipelines.shards.scan import SampleFault, fault_kind
 from domainshuttle.pipelines.shards.tar import ShardCache, ShardEntry, check_shard_name, sample_checksum
 from domainshuttle.pipelines.storage.files import exists, list_dated, read_ranges, size, writing
-from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, shown
+from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, redacted
 
 VERIFY_NAME = "verify.jsonl"
 _MOST_BYTES = 64 << 20  # of samples that are asked of a store, and held, at once
@@ -69,7 +69,7 @@ def verify_index(
     whole = Index.load(path)
     index = whole.filter(where) if where else whole
     if not len(index):
-        raise DataError(f"{shown(path)}: no sample for which {where!r} holds")
+        raise DataError(f"{redacted(path)}: no sample for which {where!r} holds")
     count = len(index) if decode is None else min(decode, len(index))
     decoded = np.zeros(len(index), bool)
     if count:
@@ -127,7 +127,7 @@ def _verify_shard(
     try:
         held = size(place)
     except MissingError:
-        reason = f"missing shard: {shown(place)} is gone, with {len(rows)} samples"
+        reason = f"missing shard: {redacted(place)} is gone, with {len(rows)} samples"
         return [BadSample(metadata.corpus, rows[0].shard, "", reason)], 0
     bad: list[BadSample] = []
     read = 0
@@ -183,7 +183,7 @@ def _stored(rows: Sequence[IndexRow], place: Location, held: int) -> Iterator[tu
             if _within(row, held):
                 yield row, {member.extension: next(found) for member in row.members}
             else:
-                yield row, SampleFault("outside shard", f"{shown(place)}: a member is not within its {held} bytes")
+                yield row, SampleFault("outside shard", f"{redacted(place)}: a member is not within its {held} bytes")
 
 
 def _within(row: IndexRow, held: int) -> bool:

@@ -14,7 +14,7 @@ from domainshuttle.pipelines.index.selection import load_selected, selected_dige
 from domainshuttle.pipelines.index.table import Index, IndexRow
 from domainshuttle.pipelines.plan.pairing import Pairing, choose_references
 from domainshuttle.pipelines.plan.step_plan import StepPlan
-from domainshuttle.pipelines.storage.uri import absolute, parent, shown
+from domainshuttle.pipelines.storage.uri import absolute, parent, redacted
 
 PLAN_COLUMNS = ("bucket",)
 """What a plan needs of the index, beside which corpus a row is of."""
@@ -63,7 +63,7 @@ class Feed:
         # column by column and code by code: millions of rows are not held
         counts = {one["values"]: one["counts"] for one in pc.value_counts(index.table.column("corpus")).to_pylist()}
         for part, path, where in zip(index.parts, self.indexes, self.filters, strict=True):
-            yield part.corpus, shown(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
+            yield part.corpus, redacted(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
 
     @property
     def filters(self) -> tuple[str | None, ...]:

@@ -34,7 +34,7 @@ from domainshuttle.pipelines.storage.uri import (
     Location,
     is_remote,
     local_path,
-    shown,
+    redacted,
 )
 
 LIMITS = Limits()
@@ -129,7 +129,7 @@ def _fetch(place: str, offset: int, size: int) -> bytes:
 
     def request() -> bytes:
         file = _open_files.open(place)
-        _check_within(shown(place), offset, size, file.size())
+        _check_within(redacted(place), offset, size, file.size())
         try:
             data: bytes = file.read_at(size, offset)
         except OSError as error:
@@ -141,13 +141,13 @@ def _fetch(place: str, offset: int, size: int) -> bytes:
             raise ConnectionError(f"{len(data)} of {size} bytes came")
         return data
 
-    return retried(shown(place), f"reading {size} bytes at byte {offset}", request, LIMITS, size)
+    return retried(redacted(place), f"reading {size} bytes at byte {offset}", request, LIMITS, size)
 
 
 def _look(place: str) -> int:
     """The size of an object, asked for anew, as it may have been written anew."""
     _open_files.forget(place)
-    return int(retried(shown(place), "opening it", lambda: _open_files.open(place).size(), LIMITS))
+    return int(retried(redacted(place), "opening it", lambda: _open_files.open(place).size(), LIMITS))
 
 
 class _OpenFiles:
@@ -242,7 +242,7 @@ def _ask(place: Location, doing: str) -> list[fs.FileInfo]:
         filesystem, path = opened(place, LIMITS)
         return filesystem.get_file_info([path])
 
-    return retried(shown(place), doing, request, LIMITS)
+    return retried(redacted(place), doing, request, LIMITS)
 
 
 def exists(place: Location) -> bool:
@@ -260,7 +260,7 @@ def size(place: Location) -> int:
             return int(info.size)
     elif (path := local_path(place)).is_file():
         return path.stat().st_size
-    raise MissingError(f"{shown(place)} is missing: copy it again, or correct its place")
+    raise MissingError(f"{redacted(place)} is missing: copy it again, or correct its place")
 
 
 def list_files(place: Location) -> list[tuple[str, int]]:
@@ -280,7 +280,7 @@ def list_dated(place: Location, recursive: bool = False) -> list[tuple[str, int,
         infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
         return [(i.path[len(path) + 1 :], i.size, i.mtime_ns or 0) for i in infos if i.type == fs.FileType.File]
 
-    return sorted(retried(shown(place), "listing", request, LIMITS))
+    return sorted(retried(redacted(place), "listing", request, LIMITS))
 
 
 def write_bytes(place: Location, data: Buffer) -> None:
@@ -295,7 +295,7 @@ def write_bytes(place: Location, data: Buffer) -> None:
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
 
-    retried(shown(place), f"writing {len(data)} bytes", request, LIMITS, len(data))
+    retried(redacted(place), f"writing {len(data)} bytes", request, LIMITS, len(data))
     _open_files.forget(str(place))
 
 
@@ -326,7 +326,7 @@ def write_file(source: Path, place: Location) -> None:
                     stream.write(piece)
         except OSError as error:
             spent = time.monotonic() - began
-            raise explained(shown(place), f"uploading {source}", error, LIMITS.attempts, spent) from None
+            raise explained(redacted(place), f"uploading {source}", error, LIMITS.attempts, spent) from None
     _open_files.forget(str(place))
     if unread is not None:  # a stream that was begun can only be ended, which makes an object of what it has
         delete(place)
@@ -359,7 +359,7 @@ def delete(place: Location) -> None:
         filesystem.delete_file(path)
 
     with contextlib.suppress(MissingError):
-        retried(shown(place), "deleting it", request, LIMITS)
+        retried(redacted(place), "deleting it", request, LIMITS)
     _open_files.forget(str(place))
 
 

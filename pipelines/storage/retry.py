@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from domainshuttle.pipelines.errors import DataError, MissingError, StorageError, masked
+from domainshuttle.pipelines.errors import DataError, MissingError, StorageError, mask_secrets
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def explained(place: str, doing: str, error: OSError, attempts: int, seconds: fl
     """The error to raise for a store's last one, with what to do."""
     if is_missing(error):
         return MissingError(f"{place} is missing: copy it again, or correct its place")
-    reason = masked(" ".join(str(error).split()))[:300] or type(error).__name__
+    reason = mask_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
     if passes(error):
         text = (
             f"{doing} failed {attempts} times in {seconds:.0f} s, the last time: {reason}. The store is down or "

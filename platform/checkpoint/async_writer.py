@@ -247,7 +247,7 @@ class AsyncCheckpointer:
             folder, remedy = str(self.store.scratch), "free some, or name a larger disk with checkpoint.scratch"
             free = storage.free_bytes(self.store.scratch)
         elif self.rank == 0:
-            folder, free = place.shown(), place.free_bytes()
+            folder, free = place.redacted(), place.free_bytes()
             remedy = "free some, lower checkpoint.keep, or name a larger place with checkpoint.store"
         else:
             return None

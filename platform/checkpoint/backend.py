@@ -15,11 +15,11 @@ from typing import NotRequired, TypedDict
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage import files as storage
-from domainshuttle.pipelines.storage import uri as places
 from domainshuttle.pipelines.storage.atomic import atomic_file, sync_folder
+from domainshuttle.pipelines.storage.uri import absolute, is_remote, join, redacted
 
 STORE_FAULTS = (OSError, DataError)
-"""What reading and writing files of a place may raise when disk, network or store fail, or the place is none."""
+"""What reading and writing files may raise when disk, network or store fail, or the location is none."""
 
 
 _PIECE = 64 << 20
@@ -38,22 +38,22 @@ class CheckpointDir:
     """The files under `root`, by names with slashes relative to it."""
 
     def __init__(self, root: str | Path) -> None:
-        self.remote = places.is_remote(root)
-        self.root = str(places.absolute(root)).rstrip("/")
+        self.remote = is_remote(root)
+        self.root = str(absolute(root))
 
     def where(self, name: str) -> str:
         """The path or URI of a file or folder."""
-        return str(places.join(self.root, name)) if name else self.root
+        return join(self.root, name) if name else self.root
 
-    def shown(self, name: str = "") -> str:
+    def redacted(self, name: str = "") -> str:
         """The same for messages: without access keys."""
-        return places.shown(self.where(name))
+        return redacted(self.where(name))
 
     def local(self, name: str) -> Path:
         return Path(self.root) / name
 
     def listing(self, folder: str = "") -> dict[str, int]:
-        """Every file under a folder: its name relative to the place, and its bytes. Empty when there is no folder."""
+        """Every file under a folder: its name relative to the root, and its bytes. Empty when there is no folder."""
         if self.remote:
             files = storage.list_files(self.where(folder))
             return {f"{folder}/{name}" if folder else name: size for name, size in files}

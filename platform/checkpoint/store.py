@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.pipelines.storage import uri as places
 from domainshuttle.pipelines.storage.files import free_bytes
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.pipelines.storage.uri import join, name_of, parent
 from domainshuttle.platform.checkpoint.backend import CheckpointDir, FileEntry, describe, describe_all
 from domainshuttle.platform.checkpoint.names import Line, Name, candidates, lines_from, with_new_line
 from domainshuttle.platform.checkpoint.retention import Retention
@@ -110,7 +110,7 @@ class CheckpointStore:
         name."""
         section = config.checkpoint
         inside = (folder or config.run_folder) / "checkpoints"
-        root = places.join(section.store, config.name) if section.store else inside
+        root = join(section.store, config.name) if section.store else inside
         scratch = Path(section.scratch) if section.scratch else Path(tempfile.gettempdir())
         return cls(root, scratch / f"domainshuttle-{os.getuid()}" / config.name)
 
@@ -145,8 +145,8 @@ class CheckpointStore:
         Raises CheckpointError that says what is missing or changed. `checksums` None compares them on a file system
         only; in an object store that would be a download.
         """
-        place = CheckpointDir(places.parent(name)) if "/" in name else self.place
-        return _read(place, places.name_of(name), not place.remote if checksums is None else checksums, self.scratch)
+        place = CheckpointDir(parent(name)) if "/" in name else self.place
+        return _read(place, name_of(name), not place.remote if checksums is None else checksums, self.scratch)
 
     def list(self, checksums: bool = False) -> list[tuple[str, Checkpoint | CheckpointError]]:
         """All by name, in order of segment, line and step, with what is wrong with those that are not whole."""
@@ -218,7 +218,7 @@ class CheckpointStore:
                 why = f"{name} was changed since it was written (its checksum differs)"
                 place.write(f"{checkpoint.name}/{DAMAGED_NAME}", json.dumps({"why": why}).encode())
                 raise CheckpointError(
-                    f"checkpoint {place.shown(checkpoint.name)} is damaged: {why}; the next start takes another"
+                    f"checkpoint {place.redacted(checkpoint.name)} is damaged: {why}; the next start takes another"
                 )
 
     # Lines
@@ -232,7 +232,7 @@ class CheckpointStore:
             return lines_from(json.loads(self.place.read(name)))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.place.shown(name)}, which says what segment {segment} goes on from, is damaged ({error}): "
+                f"{self.place.redacted(name)}, which says what segment {segment} goes on from, is damaged ({error}): "
                 "remove it, and name the checkpoint to go on from with --resume PATH"
             ) from error
 
@@ -278,7 +278,7 @@ _FETCH_WAIT = 3600.0
 
 def read_checkpoint(folder: str | Path, checksums: bool | None = None) -> Checkpoint:
     """The checkpoint in a folder or at a URI. Raises CheckpointError that says what is missing or changed."""
-    return CheckpointStore(places.parent(folder)).read(places.name_of(folder), checksums)
+    return CheckpointStore(parent(folder)).read(name_of(folder), checksums)
 
 
 def write_manifest(place: CheckpointDir, state: TrainingState, name: str, files: dict[str, FileEntry]) -> int:
@@ -340,7 +340,7 @@ def _describe_there(place: CheckpointDir, name: str, files: list[str], scratch: 
 
 def _unfinished(place: CheckpointDir, name: str, there: Collection[str]) -> str:
     if not there:
-        return f"there is nothing at {place.shown(name)}"
+        return f"there is nothing at {place.redacted(name)}"
     ranks = sum(file.startswith("rank-") for file in there)
     return f"it has no manifest: its writing was not finished ({ranks} of its ranks had written theirs)"
 

@@ -23,11 +23,11 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
     found = store.list(checksums=verify)
     if not found:
         every = run.config.checkpoint.every
-        console.print(f"No checkpoint yet in {store.place.shown()}: one is written every {every} steps.")
+        console.print(f"No checkpoint yet in {escape(store.place.redacted())}: one is written every {every} steps.")
         return
     lines = {name: store.lines(name) for name in {Name.parse(text).segment for text, _ in found}}  # type: ignore[union-attr]
     kept = _reasons(run, found)
-    table = Table(title=f"Checkpoints of run {run.config.name} in {store.place.shown()}")
+    table = Table(title=f"Checkpoints of run {run.config.name} in {escape(store.place.redacted())}")
     for column in ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept"):
         table.add_column(column, justify="right" if column in ("step", "loss", "size", "workers") else "left")
     notes = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME
 from domainshuttle.pipelines.storage.files import exists, read_bytes
-from domainshuttle.pipelines.storage.uri import join, require_local, shown
+from domainshuttle.pipelines.storage.uri import redacted, require_local
 from domainshuttle.platform.commands.contact_sheet import draw_sheet
-from domainshuttle.platform.commands.data_index import print_summary
+from domainshuttle.platform.commands.data_index import index_location, print_summary
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.run.lock import RunLock, holder_named
@@ -33,7 +34,7 @@ def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: fl
             rate = f" --fps {section.fps:g}" if section.fps else ""
             console.print(
                 f"[bold]{name}[/] has no builder: its shards are your own. Index them with: domainshuttle data index "
-                f"{folder} --corpus {name} {buckets}{rate}"
+                f"{escape(shlex.quote(str(folder)))} --corpus {name} {buckets}{rate}"
             )
             continue
         began = time.monotonic()
@@ -89,16 +90,16 @@ def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: st
 
     Raises DataError where a filter leaves no samples.
     """
-    place = path if str(path).partition("?")[0].endswith(".parquet") else join(path, INDEX_NAME)
+    place = index_location(path)
     whole = Index.load(place)
     index = whole.filter(where) if where else whole
     if not len(index):
-        raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {shown(place)}")
+        raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {redacted(place)}")
     print_summary(index)
     quarantine = beside(place, QUARANTINE_NAME)
     if exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
         reason = json.loads(lines[0])["reason"]
-        console.print(f"{len(lines)} samples in quarantine ({shown(quarantine)}), such as: {escape(reason)}")
+        console.print(f"{len(lines)} samples in quarantine ({escape(redacted(quarantine))}), such as: {escape(reason)}")
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(index, samples).save(sheet)
@@ -118,5 +119,5 @@ def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: fl
     quarantined = f", {bad} in quarantine" if bad else ""
     console.print(
         f"{done} [bold]{name}[/]: {count} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
-        f"{time.monotonic() - began:.0f} s, in {folder}"
+        f"{time.monotonic() - began:.0f} s, in {escape(str(folder))}"
     )

@@ -1,5 +1,6 @@
 """Indexing, verifying and looking at corpora: the commands' work and what they print."""
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metad
 from domainshuttle.pipelines.index.verify import verify_index
 from domainshuttle.pipelines.quarantine import QUARANTINE_NAME
 from domainshuttle.pipelines.storage.files import exists
-from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, shown
+from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, redacted
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 
@@ -48,13 +49,13 @@ def described_as(folder: Location, corpus: str | None, fps: float | None, bucket
     name = corpus or (known.corpus if known else None)
     if name is None:
         raise ConfigError(
-            f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({shown(folder)})"
+            f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({redacted(folder)})"
         )
     if known and known.stage == "encoded":
         if buckets or fps is not None:
             raise ConfigError(
-                f"{shown(folder)} holds encoded samples: their latents have a bucket and a rate; leave out --bucket, "
-                "--resolution, --frames and --fps"
+                f"{redacted(folder)} holds encoded samples: their latents have a bucket and a rate; leave out "
+                "--bucket, --resolution, --frames and --fps"
             )
         return known.model_copy(update={"corpus": name, "digest": ""})
     if not buckets:
@@ -65,42 +66,60 @@ def described_as(folder: Location, corpus: str | None, fps: float | None, bucket
     return IndexMetadata(corpus=name, stage="raw", fps=fps)
 
 
+def index_location(location: Location) -> Location:
+    """Where the index file is that a command line names: itself, or the folder that it is in."""
+    is_index = name_of(location).endswith(".parquet")
+    if not is_remote(location):
+        path = local_path(location)
+        is_index = path.is_file() or (is_index and not path.is_dir())
+    return location if is_index else join(location, INDEX_NAME)
+
+
+def _require_name(name: str) -> str:
+    """Raises ConfigError for an index's name that leads into another folder, where its shards are not."""
+    if "/" in name or not name.endswith(".parquet"):
+        raise ConfigError(f"--name {name}: expected a name in the folder of the shards, such as a.parquet")
+    return name
+
+
 def index_shards(
     folder: Location, metadata: IndexMetadata, buckets: Sequence[Bucket], most_bad: float, shards: str, name: str
 ) -> None:
     """Indexes the shards of a folder or URI on the connected Ray cluster, and prints what was found."""
     began = time.monotonic()
     with progress("Indexing", "MiB") as show:
-        made = index_folder(folder, metadata, buckets, show, most_bad, shards, name)
+        made = index_folder(folder, metadata, buckets, show, most_bad, shards, _require_name(name))
     seconds = time.monotonic() - began
     read = f"{made.scanned} read ({made.scanned_bytes / 2**20:.1f} MiB in {seconds:.0f} s)"
     _report(made, f"{made.shards} shards: {read}, {made.shards - made.scanned} unchanged")
 
 
-def join_indexes(indexes: Sequence[Location], folder: Location, most_bad: float, name: str) -> None:
-    """Makes one index of several of a folder, and prints what it holds."""
-    made = merge_indexes(indexes, join(folder, name), most_bad)
+def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name: str) -> None:
+    """Makes one index of several of a folder, which are given by their names or as locations, and prints what it
+    holds."""
+    named = [one if "/" in one else join(folder, one) for one in indexes]
+    made = merge_indexes(named, join(folder, _require_name(name)), most_bad)
     _report(made, f"{made.shards} shards of {len(indexes)} indexes")
 
 
 def _report(made: Indexed, shards: str) -> None:
-    index = shown(made.path)
+    index = redacted(made.path)
     console.print(
         f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {made.samples} samples, {shards}, index "
-        f"{made.metadata.digest[:8]}, in {index}"
+        f"{made.metadata.digest[:8]}, in {escape(index)}"
     )
     _print_faults(made.faults, "left out")
     if made.faults:
-        console.print(f"What was left out, with shard, key and reason: {shown(beside(made.path, QUARANTINE_NAME))}")
+        table = redacted(beside(made.path, QUARANTINE_NAME))
+        console.print(f"What was left out, with shard, key and reason: {escape(table)}")
     raw = made.metadata.stage == "raw"
     following = "data encode CONFIG (in which the corpus has no `build`)" if raw else "train CONFIG"
-    console.print(f"Next: domainshuttle data verify {index}, then domainshuttle {following}")
+    console.print(f"Next: domainshuttle data verify {escape(shlex.quote(index))}, then domainshuttle {following}")
 
 
 def verify_corpus(path: Location, checksums: bool, decode: str, where: str | None) -> bool:
     """Verifies a corpus on the connected Ray cluster and prints what was found; returns whether it is whole."""
-    is_folder = not name_of(path).endswith(".parquet") if is_remote(path) else local_path(path).is_dir()
-    path = join(path, INDEX_NAME) if is_folder else path
+    path = index_location(path)
     if decode != "all" and not decode.isdigit():
         raise ConfigError(f"--decode {decode}: expected a number of samples, or all")
     began = time.monotonic()
@@ -108,8 +127,8 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
         found = verify_index(path, show, checksums, None if decode == "all" else int(decode), where)
     bytes_read = f"{found.read_bytes / 2**20:.1f} MiB read" + ("" if checksums else ", checksums left out")
     console.print(
-        f"Verified {shown(path)}: {found.samples} samples in {found.shards} shards, {bytes_read}, {found.decoded} "
-        f"samples decoded, in {time.monotonic() - began:.0f} s"
+        f"Verified {escape(redacted(path))}: {found.samples} samples in {found.shards} shards, {bytes_read}, "
+        f"{found.decoded} samples decoded, in {time.monotonic() - began:.0f} s"
     )
     if found.unindexed:
         names = ", ".join(found.unindexed[:3]) + (" ..." if len(found.unindexed) > 3 else "")
@@ -120,9 +139,9 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
     _print_faults(found.faults, "samples or shards")
     console.print(
         f"[red]{found.bad_samples} samples in {found.bad_shards} shards have faults[/]; shard, key and reason of each: "
-        f"{shown(found.path)}\nNext: copy the shards that it names again from their source, then `domainshuttle data "
-        "index` (only changed shards are read) and verify again. Bad samples that stay go to quarantine when they are "
-        "encoded or trained on."
+        f"{escape(redacted(found.path))}\nNext: copy the shards that it names again from their source, then "
+        "`domainshuttle data index` (only changed shards are read) and verify again. Bad samples that stay go to "
+        "quarantine when they are encoded or trained on."
     )
     return False
 

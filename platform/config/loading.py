@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, shown
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
 from domainshuttle.platform.config.schema import ConfigError, RunConfig, nearest
 
 
@@ -66,8 +67,11 @@ def _refuse_keys(content: Mapping[str, Any], origin: str) -> None:
 
 def _place(key: str, place: str, origin: str) -> str:
     if key == "output" and is_remote(place):
-        raise ConfigError(f"{origin}: output={shown(place)} is in a store: give a folder that all workers share")
-    return str(absolute(place))
+        raise ConfigError(f"{origin}: output={redacted(place)} is in a store: give a folder that all workers share")
+    try:
+        return str(absolute(place))
+    except DataError as error:
+        raise ConfigError(f"{origin}: {key}: {error}") from None
 
 
 def _find_folders(section: Any) -> None:

@@ -509,7 +509,15 @@ class RunConfig(Section):
 
     @property
     def tracking_uri(self) -> str:
-        return self.tracking.uri or f"sqlite:///{Path(self.output) / 'mlflow.db'}"
+        """MLflow's server or store. Raises ConfigError for an sqlite store in a folder that its URI can't name."""
+        if self.tracking.uri:
+            return self.tracking.uri
+        if found := {one for one in self.output if one in "%?"}:
+            raise ConfigError(
+                f"output={self.output}: MLflow's store can't lie in a folder with {' and '.join(sorted(found))}, "
+                "since MLflow would open another file: give another folder, or a server as tracking.uri"
+            )
+        return f"sqlite:///{Path(self.output) / 'mlflow.db'}"
 
     def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
         """Where a corpus is: a folder, or a URI where `data` is one."""

@@ -1,11 +1,13 @@
 """What is checked before anything is made or a cluster is asked for anything."""
 
+import shlex
+
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.selection import selected_rows
 from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.storage.files import exists, open_parquet
-from domainshuttle.pipelines.storage.uri import join, shown
+from domainshuttle.pipelines.storage.uri import join, redacted
 from domainshuttle.platform.config.schema import ExpertSection, RunConfig
 from domainshuttle.platform.console import console
 
@@ -21,12 +23,12 @@ def require_encoded(config: RunConfig) -> None:
         if any(config.corpora[name].build for name in missing):
             commands.append("domainshuttle data build CONFIG")
         if own := [name for name in missing if not config.corpora[name].build]:
-            folder = shown(config.corpus_folder(own[0], "raw"))
+            folder = shlex.quote(redacted(config.corpus_folder(own[0], "raw")))
             commands.append(f"domainshuttle data index {folder} --corpus {own[0]} ...")
         if form == "encoded":
             commands.append("domainshuttle data encode CONFIG")
         raise DataError(
-            f"corpora {missing} are not {'encoded' if form == 'encoded' else 'built'} in {shown(config.data)}. Run: "
+            f"corpora {missing} are not {'encoded' if form == 'encoded' else 'built'} in {redacted(config.data)}. Run: "
             f"{', then '.join(commands)} (or point `data` at a folder that has them)"
         )
     for name in needed:
@@ -40,13 +42,14 @@ def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
         rates = [f"{rate:g}" if rate else "each clip's own" for rate in (found.fps, section.fps)]
         raise DataError(
             f"corpus {name!r} was indexed at {rates[0]} frames a second, and corpora.{name}.fps says {rates[1]}: "
-            f"correct it, or index the corpus again with --fps (nothing is read again) and encode it ({shown(place)})"
+            "correct it, or index the corpus again with --fps (nothing is read again) and encode it "
+            f"({redacted(place)})"
         )
     buckets = set(open_parquet(place).read(["bucket"]).column("bucket").unique().to_pylist())
     if more := sorted(buckets - set(section.buckets)):
         raise DataError(
             f"corpus {name!r} has samples in buckets {more}, which corpora.{name}.buckets does not list: add them, or "
-            f"index the corpus again with those of the configuration ({shown(place)})"
+            f"index the corpus again with those of the configuration ({redacted(place)})"
         )
     if found.stage == "raw":
         return

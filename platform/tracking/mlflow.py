@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
+from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line, without_user
 from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.platform.tracking.outbox import (
     PARAM_CHARS,
@@ -105,8 +105,8 @@ def connect(uri: str) -> MlflowClient:
 
     for name in ("mlflow", "alembic"):  # the first use of an sqlite store tells of its migrations
         logging.getLogger(name).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if store := sqlite_file(uri):
+        store.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -152,7 +152,7 @@ class RunIds:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and without the user and password of the URI."""
-        return {**asdict(self), "tracking_uri": mask_secrets(self.tracking_uri).replace("***@", "")}
+        return {**asdict(self), "tracking_uri": without_user(self.tracking_uri)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], tracking_uri: str | None = None) -> RunIds:

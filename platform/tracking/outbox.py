@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import Journal, JournalWriter
 
@@ -75,8 +76,13 @@ _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(\?.*)?")
 
 
 def absolute_uri(uri: str) -> str:
-    """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is."""
+    """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is.
+
+    Raises ConfigError for a path with %, which SQLAlchemy's versions read in different ways.
+    """
     match = _SQLITE.fullmatch(uri)
+    if match and "%" in match[2]:
+        raise ConfigError(f"{uri}: MLflow would open another file for a path with %: name a folder without it")
     return f"{match[1]}{Path(match[2]).expanduser().resolve()}{match[3] or ''}" if match else uri
 
 

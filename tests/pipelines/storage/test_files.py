@@ -3,31 +3,23 @@
 Run: python -m pytest tests/pipelines/storage/test_files.py
 """
 
-import contextlib
 import dataclasses
-import http.client
 import itertools
 import json
-import logging
 import os
 import pickle
-import socket
-import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faulty_s3 import QUICK, Proxy
 from hypothesis import given
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 from safetensors.torch import save_file
 
 from domainshuttle.pipelines.buckets import parse_bucket
@@ -63,163 +55,12 @@ from domainshuttle.pipelines.storage.files import (
 )
 from domainshuttle.pipelines.storage.filesystems import opened
 from domainshuttle.pipelines.storage.retry import Limits
-from domainshuttle.pipelines.storage.uri import holds_keys, is_remote, join, name_of, parent, require_local, shown
+from domainshuttle.pipelines.storage.uri import holds_keys, is_remote, join, name_of, parent, redacted, require_local
 from domainshuttle.platform.commands import data_index as data_checks
 from domainshuttle.platform.config.schema import ConfigError
 
-QUICK = Limits(
-    attempts=4, total_seconds=20, first_wait=0.01, longest_wait=0.02, connect_seconds=2, stall_seconds=1
-)  # fmt: skip
 DATA = os.urandom(6 << 20)
-HOP = ("connection", "content-length", "expect", "transfer-encoding")
 FAULTS = [(503, "SlowDown"), (500, "InternalError"), (429, "TooManyRequests"), (408, "RequestTimeout"), "reset", "cut"]
-
-
-@dataclass
-class Proxy:
-    """Stands before the S3 server; each request of a method takes the next of its `faults`."""
-
-    upstream: tuple[str, int]
-    requests: list[tuple[str, str, str]] = field(default_factory=list)
-    faults: dict[str, deque[Any]] = field(default_factory=dict)
-    always: Any = None
-    port: int = 0
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def uri(self, path: str, keys: str = "") -> str:
-        return f"s3://{keys}bucket/{path}?endpoint_override=http://127.0.0.1:{self.port}"
-
-    def fail(self, method: str, *faults: Any) -> None:
-        self.faults[method] = deque(faults)
-
-    def forget(self) -> None:
-        """What is under way of a slow answer ends too: pyarrow makes no file system while a request is under way."""
-        self.over.set()
-        self.over = threading.Event()
-        self.requests.clear()
-        self.faults.clear()
-        self.always = None
-
-    def count(self, method: str) -> int:
-        return sum(one[0] == method for one in self.requests)
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """First and last byte of each range that was asked for."""
-        spans = [one[2].removeprefix("bytes=").split("-") for one in self.requests if one[2]]
-        return [(int(first), int(last)) for first, last in spans]
-
-    def handler(proxy) -> type[BaseHTTPRequestHandler]:
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = 1 << 16
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def answer(self) -> None:
-                proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
-                body = self.body()
-                waiting = proxy.faults.get(self.command)
-                fault = waiting.popleft() if waiting else proxy.always
-                self.close_connection = True  # curl tries again by itself when a connection that it kept breaks
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # where the client gave up
-                    self.forward(body, fault)
-
-            def handle_expect_100(self) -> bool:
-                self.send_response_only(100)
-                self.end_headers()
-                self.wfile.flush()
-                return True
-
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding") != "chunked":
-                    return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                content = b""
-                while length := int(self.rfile.readline(), 16):
-                    content += self.rfile.read(length)
-                    self.rfile.readline()
-                self.rfile.readline()
-                return content
-
-            def forward(self, body: bytes, fault: Any) -> None:
-                if isinstance(fault, tuple):
-                    status, code = fault
-                    text = f"<Error><Code>{code}</Code><Message>{'as told, ' * 60}</Message></Error>".encode()
-                    self.respond(status, [("Content-Type", "application/xml")], len(text), text)
-                    return
-                if fault == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                    return
-                over = proxy.over
-                if isinstance(fault, float) and over.wait(fault):
-                    return
-                if isinstance(fault, threading.Barrier):
-                    fault.wait(10)
-                connection = http.client.HTTPConnection(*proxy.upstream)
-                passed = {name: value for name, value in self.headers.items() if name.lower() not in HOP}
-                connection.request(self.command, self.path, body, passed)
-                response = connection.getresponse()
-                data = response.read()
-                length = int(response.headers.get("Content-Length", len(data)))
-                headers = [(name, value) for name, value in response.getheaders() if name.lower() not in HOP]
-                if fault == "cut":
-                    data = data[: len(data) // 2]
-                if fault == "trickle":
-                    self.respond(response.status, headers, length, b"")
-                    for byte in data[:300]:
-                        self.wfile.write(bytes([byte]))
-                        self.wfile.flush()
-                        if over.wait(0.05):
-                            break
-                    return
-                self.respond(response.status, headers, length, data)
-
-            def respond(self, status: int, headers: list[tuple[str, str]], length: int, data: bytes) -> None:
-                self.send_response_only(status)
-                for name, value in [*headers, ("Content-Length", str(length)), ("Connection", "close")]:
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-                self.wfile.flush()
-
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
-
-        return Handler
-
-
-class Front(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64  # a connection more than that would be taken up a second later
-
-
-@pytest.fixture(scope="session")
-def proxy() -> Iterator[Proxy]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    connection = http.client.HTTPConnection(*server.get_host_and_port())
-    connection.request("PUT", "/bucket")
-    assert connection.getresponse().status == 200
-    proxy = Proxy(server.get_host_and_port())
-    front = Front(("127.0.0.1", 0), proxy.handler())
-    proxy.port = front.server_port
-    threading.Thread(target=front.serve_forever, daemon=True).start()
-    yield proxy
-    front.shutdown()
-    server.stop()
-
-
-@pytest.fixture
-def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(storage, "LIMITS", QUICK)
-    proxy.forget()
-    yield proxy
-    proxy.forget()
 
 
 @pytest.fixture
@@ -378,7 +219,7 @@ def test_an_outage_ends_with_one_error(fault: Any, held: str, store: Proxy) -> N
     assert not isinstance(caught.value, DataError)
     assert store.count("GET") == (0 if fault == "refused" else 4)
     again = pickle.loads(pickle.dumps(caught.value))
-    assert (again.place, again.attempts, str(again)) == (shown(held), 4, str(caught.value))
+    assert (again.place, again.attempts, str(again)) == (redacted(held), 4, str(caught.value))
     assert again.reason and again.reason in str(again) and str(again).startswith("s3://bucket/held/")
 
 
@@ -448,7 +289,7 @@ def test_no_request_waits_for_another(store: Proxy, monkeypatch: pytest.MonkeyPa
 )
 def test_access_keys_are_in_no_message(make: Callable[[Proxy], str], secret: str, store: Proxy) -> None:
     place = make(store)
-    assert holds_keys(place) and secret not in shown(place) and "AKIAUSER" not in shown(place)
+    assert holds_keys(place) and secret not in redacted(place) and "AKIAUSER" not in redacted(place)
     store.always = (403, "AccessDenied")
     for ask in (read_bytes, exists, lambda p: write_bytes(p, b"1"), lambda p: require_local(p, "building")):
         with pytest.raises((StorageError, DataError)) as caught:
@@ -566,7 +407,7 @@ def test_an_index_is_read_as_from_the_disk(
     local, remote = Index.load(corpus / INDEX_NAME), Index.load(join(uploaded, INDEX_NAME))
     assert store.count("GET") <= 3
     assert (remote.digest, remote.parts, len(remote)) == (local.digest, local.parts, 24)
-    assert remote.row(3).folder == uploaded and shown(uploaded) not in local.row(3).folder
+    assert remote.row(3).folder == uploaded and redacted(uploaded) not in local.row(3).folder
     assert Index.load(join(uploaded, INDEX_NAME), ["source", "bucket"]).column("source").tolist() == ["pictures"] * 24
     store.always = (503, "SlowDown")
     with pytest.raises(StorageError):

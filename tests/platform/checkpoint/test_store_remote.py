@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from moto.server import ThreadedMotoServer
 
-from domainshuttle.pipelines.errors import StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.storage import files as storage
 from domainshuttle.pipelines.storage import retry
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, Write
@@ -26,7 +26,7 @@ from domainshuttle.platform.checkpoint.store import (
     write_manifest,
 )
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.config.schema import CheckpointSection
+from domainshuttle.platform.config.schema import CheckpointSection, ConfigError
 
 
 class Server:
@@ -194,3 +194,40 @@ def test_a_configured_store_holds_the_runs_by_name(tmp_path: Path) -> None:
     assert CheckpointStore.of(local).place.root == f"{tmp_path}/demo/checkpoints"
     shared = load_config("demo", [f"output={tmp_path}", "checkpoint.store=relative"])
     assert CheckpointStore.of(shared).place.root == str(Path("relative/demo").absolute())
+
+
+@pytest.mark.parametrize(
+    "folder", ["runs%231", "runs%3F1", "runs%2520 +ü", "runs 1"], ids=["hash", "question", "percent", "space"]
+)
+def test_a_store_with_an_awkward_name(folder: str, store: CheckpointStore, server: Server, tmp_path: Path) -> None:
+    beside = CheckpointStore(server.uri("runs"), tmp_path / "beside")
+    one = CheckpointStore(server.uri(folder), tmp_path / "scratch")
+    save(writer(beside, keep=1), 7, b"another run's")
+    save(writer(one, keep=1), 1, b"mine")
+    save(writer(one, keep=1), 2, b"mine")
+    newest = choose_start(one, "stage1", "auto", "d")
+    assert newest is not None
+    for resume in (newest.name, newest.where, one.place.where(newest.name)):
+        named = choose_start(one, "stage1", resume, "d")
+        assert named is not None
+        assert (named.state.step, named.root) == (2, one.place.root)
+    assert {path.read_bytes() for path in one.fetch(newest).glob("zero/*.bin")} == {b"mine"}
+    assert {name.step for name in one.names()} == {2}
+    assert {name.step for name in beside.names()} == {7}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["runs#1", "runs?1", "runs%ZZ", "runs//1", "runs/../1"],
+    ids=["hash", "mark", "percent", "slashes", "up"],
+)
+def test_a_store_whose_name_can_be_misread_is_refused(folder: str, store: CheckpointStore, server: Server) -> None:
+    uri = server.uri("").replace("?", f"{folder}?", 1)
+    with pytest.raises(DataError):
+        CheckpointStore(uri)
+    with pytest.raises(DataError):
+        choose_start(store, "stage1", uri.replace("?endpoint", "/stage1-step00000001?endpoint"), "d")
+    with pytest.raises(ConfigError, match=r"checkpoint\.store"):
+        load_config("demo", [f"checkpoint.store={uri}"])
+    with pytest.raises(ConfigError, match="data: s3://bucket"):
+        load_config("demo", [f"data={uri}"])

@@ -5,8 +5,6 @@ Run: python -m pytest -m nightly tests/platform/driver/test_outside_faults.py
 """
 
 import contextlib
-import http.client
-import importlib.util
 import json
 import os
 import random
@@ -14,8 +12,6 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
+from faulty_s3 import serve_s3
 from running import (
     MlflowServer,
     balanced,
@@ -272,29 +268,11 @@ class Weather:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A real S3 server behind the proxy that can fail of tests/pipelines/storage/test_files.py."""
-    # by its path, since `pipelines` is the product's package
-    place = Path(__file__).parents[2] / "pipelines" / "storage" / "test_files.py"
-    there = importlib.util.spec_from_file_location("storage_faults", place)
-    assert there and there.loader
-    faults = importlib.util.module_from_spec(there)
-    sys.modules[there.name] = faults  # its dataclasses look for it there
-    there.loader.exec_module(faults)
-
+    """A real S3 server behind the proxy that can fail."""
     for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    proxy = faults.Proxy(s3.get_host_and_port())
-    front = faults.Front(("127.0.0.1", 0), proxy.handler())
-    proxy.port = front.server_port
-    threading.Thread(target=front.serve_forever, daemon=True).start()
-    connection = http.client.HTTPConnection(*s3.get_host_and_port())
-    connection.request("PUT", "/bucket")
-    assert connection.getresponse().status == 200
-    yield proxy
-    front.shutdown()
-    s3.stop()
+    with serve_s3() as proxy:
+        yield proxy
 
 
 def test_data_and_checkpoints_in_a_store_that_often_fails(
