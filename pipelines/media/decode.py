@@ -12,6 +12,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import simplejpeg
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -39,17 +40,40 @@ def encode_jpeg(picture: Pixels, quality: int = 92) -> bytes:
 
 
 def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
-    """[F,h,w,3] uint8 to an H.264 MP4 (yuv420p, so height and width must be even)."""
+    """[F,h,w,3] uint8 to an H.264 MP4 (yuv420p, so height and width must be even): the same bytes for the same frames.
+
+    The colours are BT.709's in limited range, and the file says so, since players guess where it does not.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = clip.shape[2], clip.shape[1], "yuv420p"
-        # one thread and no lookahead differences: the same frames always give the same bytes
-        stream.options = {"crf": str(crf), "preset": "fast", "threads": "1"}
+        coder = stream.codec_context
+        coder.color_primaries, coder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        coder.colorspace, coder.color_range = _AVCOL_SPC_BT709, ColorRange.MPEG
+        # Threads decide where a picture is cut into slices. The macroblock tree, which spreads bits over frames, reads
+        # memory that was never written in x264's AVX-512 code, so other bytes come out from time to time.
+        stream.options = {"crf": str(crf), "preset": "fast", "threads": "1", "mbtree": "0"}
+        colours = VideoReformatter()
         for frame in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(
+                stream.encode(
+                    colours.reformat(
+                        rgb,
+                        format="yuv420p",
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                        threads=1,
+                    )
+                )
+            )
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+_AVCOL_SPC_BT709 = 1
+"""The matrix as FFmpeg numbers it; `Colorspace` has swscale's numbers."""
 
 
 def decode_image(data: Buffer, name: str = "image", out: Pixels | None = None) -> Pixels:
