@@ -18,10 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
+from domainshuttle.model.encoder_sources import BLOCK_DCT, BYTE_UMT5, BYTE_UMT5_WIDTH
 
-BLOCK_DCT, BYTE_UMT5 = "block-dct", "byte-umt5"
-"""The names of the two encoders that need no weights from elsewhere."""
+TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
 
 
 class VideoEncoder(Protocol):
@@ -251,7 +250,14 @@ def load_text_encoder(
 def byte_umt5(seed: int = 0) -> tuple[UMT5EncoderModel, ByT5Tokenizer]:
     """A small UMT5 encoder over bytes with seeded random weights; its features separate captions, no more."""
     config = UMT5Config(
-        vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, use_cache=False
+        vocab_size=384,
+        d_model=BYTE_UMT5_WIDTH,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        use_cache=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -69,6 +69,12 @@ class Pose:
         return replace(self, x=self.x + dx, y=self.y + dy, angle=self.angle + turn)
 
 
+_PAIRS = list(itertools.combinations(PALETTE, 2))
+_LOOKS = [(form, marking, turned) for form in FORMS for marking in MARKINGS for turned in (False, True)]
+MOST_IDENTITIES = len(_PAIRS) * len(_LOOKS)
+"""Different ones that can be drawn."""
+
+
 def identities(count: int, seed: int) -> list[Identity]:
     """`count` identities, all different, in an order that depends on the seed only.
 
@@ -76,10 +82,9 @@ def identities(count: int, seed: int) -> list[Identity]:
     pair of colours. Natives are interleaved, so that any few in a row have every domain.
     """
     rng = np.random.Generator(np.random.Philox(key=seed))
-    pairs = list(itertools.combinations(PALETTE, 2))
-    looks = [(form, marking, turned) for form in FORMS for marking in MARKINGS for turned in (False, True)]
-    if count > len(pairs) * len(looks):
-        raise ValueError(f"identities={count}: at most {len(pairs) * len(looks)} different ones can be drawn")
+    pairs, looks = _PAIRS, _LOOKS
+    if count > MOST_IDENTITIES:
+        raise ValueError(f"identities={count}: at most {MOST_IDENTITIES} different ones can be drawn")
     pair_order = rng.permutation(len(pairs))
     look_orders = [rng.permutation(len(looks)) for _ in pairs]
     natives = ("object", "human", "object", "human", "object", "human", "object", "background")

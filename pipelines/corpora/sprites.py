@@ -7,14 +7,15 @@ backgrounds as subjects. Sample `i` of a corpus is a pure function of (seed, i).
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
-from domainshuttle.pipelines.corpora.drawing import SCENES, Identity, Pose, draw_scene, identities
+from domainshuttle.pipelines.corpora.drawing import MOST_IDENTITIES, SCENES, Identity, Pose, draw_scene, identities
 from domainshuttle.pipelines.media.decode import Pixels, encode_jpeg, encode_mp4
 from domainshuttle.pipelines.sample import DOMAINS, RawSample, Reference, SampleInfo, Subject
+from domainshuttle.pipelines.values import MOST_COUNT, Fps, Section, Share, Whole
 
 MOTIONS: dict[str, tuple[float, float, float]] = {
     # whole displacement over a clip in picture sides, and turn in radians
@@ -27,24 +28,37 @@ MOTIONS: dict[str, tuple[float, float, float]] = {
 }
 
 
-class SpritesConfig(BaseModel):
+class SpritesConfig(Section):
     """What a corpus of sprites holds."""
-
-    model_config = ConfigDict(extra="forbid")
 
     builder: Literal["sprites"] = "sprites"
     kind: Literal["image", "video"] = "image"
-    samples: int = Field(gt=0)
-    identities: int = Field(default=480, gt=0, description="identities drawn in all, training and held out")
-    held_out: int = Field(default=32, ge=0, description="the last identities, never shown in training")
+    samples: Whole = Field(ge=1, le=1 << 32)
+    identities: Whole = Field(
+        default=480, ge=1, le=MOST_IDENTITIES, description="identities drawn in all, training and held out"
+    )
+    held_out: Whole = Field(
+        default=32, ge=0, le=MOST_IDENTITIES, description="the last identities, never shown in training"
+    )
     split: Literal["train", "held_out"] = "train"
-    seed: int = 0
-    side: int = Field(default=96, ge=32, description="height and width of pictures in pixels")
-    frames: int = Field(default=9, ge=1, description="frames of a clip (pictures have one)")
-    fps: float = Field(default=8.0, gt=0)
-    references_per_subject: int = Field(default=3, ge=1, le=5)
-    two_subjects: float = Field(default=0.25, ge=0, le=1, description="share of samples with two subjects")
-    cross_domain: float = Field(default=0.3, ge=0, le=1, description="share of subjects shown in another domain")
+    seed: Whole = Field(default=0, ge=0, le=MOST_COUNT)
+    side: Whole = Field(default=96, ge=32, le=4096, description="height and width of pictures in pixels")
+    frames: Whole = Field(default=9, ge=1, le=10_000, description="frames of a clip (pictures have one)")
+    fps: Fps = 8.0
+    references_per_subject: Whole = Field(default=3, ge=1, le=5)
+    two_subjects: Share = Field(default=0.25, description="share of samples with two subjects")
+    cross_domain: Share = Field(default=0.3, description="share of subjects shown in another domain")
+
+    @model_validator(mode="after")
+    def _some_to_draw(self) -> Self:
+        drawn = self.identities - self.held_out if self.split == "train" else min(self.held_out, self.identities)
+        least = 2 if self.two_subjects else 1
+        if drawn < least:
+            raise ValueError(
+                f"identities={self.identities} with held_out={self.held_out} leave {max(drawn, 0)} for split="
+                f"{self.split}, and with two_subjects={self.two_subjects:g} it needs {least}: raise one of them"
+            )
+        return self
 
 
 class SpritesBuilder:

@@ -13,14 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from diffusers import WanTransformer3DModel
 from pydantic import Field, ValidationError
 
 from domainshuttle.pipelines.storage.atomic import atomic_folder
+from domainshuttle.pipelines.values import Section
 from domainshuttle.platform.commands.demo import Timer
-from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.config.schema import AblationSection, ConfigError, RunConfig, Section, differences
+from domainshuttle.platform.config.loading import explain, load_config, read_mapping, read_text
+from domainshuttle.platform.config.schema import AblationSection, ConfigError, RunConfig, differences
 from domainshuttle.platform.console import console
 from domainshuttle.platform.driver.preflight import require_encoded
 from domainshuttle.platform.run.folder import Run, find_run
@@ -76,9 +76,10 @@ def load_ablation(source: str, overrides: list[str] | None = None) -> Plan:
             raise ConfigError(f"no ablation {source!r}: give a YAML file, or one that ships: {', '.join(names)}")
         path = Path(str(shipped)) / f"{source}.yaml"
     try:
-        ablation = Ablation.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"{path} is no ablation: {error}") from error
+        ablation = Ablation.model_validate(read_mapping(read_text(path), str(path)))
+    except ValidationError as error:
+        faults = "; ".join(explain(fault) for fault in error.errors())
+        raise ConfigError(f"{path} is no ablation: {faults}") from None
     beside = path.parent / ablation.config
     common = [*_as_overrides(ablation.set), *(overrides or []), f"tracking.experiment={ablation.name}"]
 

@@ -1,45 +1,44 @@
 """What a run would do, said before it starts: stages, data, buckets, trained parameters."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-from domainshuttle.pipelines.errors import DataError
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
-from domainshuttle.platform.driver.preflight import require_encoded
+from domainshuttle.platform.driver.preflight import (
+    missing_corpora,
+    no_data,
+    require_as_configured,
+    selected_parameters,
+)
 from domainshuttle.platform.engine.trained_parameters import parameter_table
 from domainshuttle.platform.run.folder import Run
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_plan(config: RunConfig) -> None:
     """Prints the schedule as a table; the data columns are filled where the corpora are encoded."""
-    from domainshuttle.platform.engine.initialization import outline_model
-    from domainshuttle.platform.engine.trained_parameters import select_trained
     from domainshuttle.platform.run.data import make_feed
 
+    selections, missing = selected_parameters(config), missing_corpora(config)
+    require_as_configured(config)
     least, most = config.cluster.least_workers, config.cluster.most_workers
     workers = str(least) if least == most else f"{least} to {most}"
     table = Table(title=f"Run {config.name}: {len(config.stages)} stages on {workers} workers")
     for column in ("stage", "steps", "batch", "data", "passes", "tokens a sample", "trained", "frozen", "loss"):
         table.add_column(column, justify="left" if column in ("stage", "data", "loss") else "right")
-    run, problems = Run(config), {}
+    run = Run(config)
     plans: dict[str, dict[str, Any]] = {}
     for segment in run.segments():
         stage = segment.stage
-        selected = select_trained(outline_model(config.model_of(segment.expert)), stage.trained)
-        try:
+        selected = selections[segment.name]
+        passes = tokens = "?"
+        if not set(stage.mixture) & set(missing):
             described = make_feed(config, segment).plan().describe()
             passes = "by hours" if stage.endless else f"{stage.steps / described['steps_per_epoch']:.2f}"
             tokens = f"{described['mean_video_tokens']:.0f}"
             plans[segment.name] = described
-        except DataError as error:
-            passes = tokens = "?"
-            problems[segment.name] = str(error)
         weight = stage.loss.cross_pair_weight
         table.add_row(
             segment.name,
@@ -55,12 +54,8 @@ def print_plan(config: RunConfig) -> None:
     console.print(table)
     if plans:
         console.print(_bucket_table(config, plans))
-    try:
-        require_encoded(config)
-    except DataError as error:
-        problems = {"": str(error)}
-    for name, problem in problems.items():
-        console.print(f"No data{f' for stage {name}' if name else ''} yet: {problem}", markup=False)
+    if message := no_data(config):
+        console.print(f"No data yet: {message}", markup=False)
     console.print(f"Next: domainshuttle train; the run's folder will be {run.folder}")
 
 
@@ -84,11 +79,4 @@ def _bucket_table(config: RunConfig, plans: Mapping[str, dict[str, Any]]) -> Tab
 
 def print_parameters(config: RunConfig) -> None:
     """Prints which parameters each segment trains."""
-    from domainshuttle.platform.engine.initialization import outline_model
-    from domainshuttle.platform.engine.trained_parameters import select_trained
-
-    selections = {}
-    for segment in Run(config).segments():
-        outline = outline_model(config.model_of(segment.expert))
-        selections[segment.name] = select_trained(outline, segment.stage.trained)
-    console.print(parameter_table(selections))
+    console.print(parameter_table(selected_parameters(config)))

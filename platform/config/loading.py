@@ -1,22 +1,23 @@
 """The configuration of a run: one YAML file, checked in full before anything starts.
 
-The sections are in `sections`. Unknown keys are errors that name the nearest known key; `--set a.b=c` overrides; the
-resolved configuration is saved with the run. Nothing here imports torch or Ray, so that a typing mistake is answered at
-once.
+The sections are in `schema`, what YAML means in `yaml_text`. Unknown keys are errors that name the nearest known key;
+`--set a.b=c` overrides; the resolved configuration is saved with the run. Nothing here imports torch or Ray, so that a
+typing mistake is answered at once.
 """
 
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from typing_extensions import is_typeddict
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
 from domainshuttle.platform.config.schema import ConfigError, RunConfig, nearest
+from domainshuttle.platform.config.yaml_text import YamlError, read_value, read_yaml
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
@@ -25,26 +26,51 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     Folders come out absolute, since Ray workers run elsewhere. Raises ConfigError with every fault found.
     """
     text, origin = _read(source)
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{origin} holds {type(content).__name__}, not a mapping of configuration keys")
+    content = read_mapping(text, origin)
     for override in overrides or []:
         _override(content, override)
     _refuse_keys(content, origin)
     for key in ("data", "output"):
-        if isinstance(content.get(key), str):
+        if isinstance(content.get(key), str) and content[key]:
             content[key] = _place(key, content[key], origin)
     experts = content.get("experts")
     for section in (content.get("model"), content.get("encoders"), *(experts if isinstance(experts, list) else [])):
         _find_folders(section)
+    return _checked(content, origin)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration that a run saved of itself (`RunConfig.to_yaml`). Raises ConfigError for one that is damaged
+    or that this version can't run."""
+    return _checked(read_mapping(read_text(path), str(path)), str(path))
+
+
+def read_mapping(text: str, origin: str) -> dict[str, Any]:
+    """The keys of a YAML file, with texts as values. Raises ConfigError that names `origin` and the line."""
+    try:
+        content = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        kind = "nothing" if content is None else "a list" if isinstance(content, list) else "a single text"
+        raise ConfigError(f"{origin} holds {kind}, not a mapping of configuration keys")
+    return content
+
+
+def _checked(content: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {explain(fault)}" for fault in error.errors())
         raise ConfigError(f"{origin} can't be run:\n{faults}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises ConfigError for one that can't be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
 
 
 def _refuse_keys(content: Mapping[str, Any], origin: str) -> None:
@@ -85,7 +111,7 @@ def _find_folders(section: Any) -> None:
 def _read(source: str) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
-        return path.read_text(), source
+        return read_text(path), source
     shipped = resources.files("domainshuttle.configs")
     names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     name = path.name.removesuffix(".yaml")  # not its stem: there are dots in names
@@ -97,28 +123,40 @@ def _read(source: str) -> tuple[str, str]:
 
 
 def _override(content: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals or not path:
+    path, equals, text = override.partition("=")
+    path = path.strip()
+    if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: expected key.key=value, for example --set cluster.workers=4")
+    try:
+        value = read_value(text)
+    except YamlError as error:
+        raise ConfigError(
+            f"--set {override!r}: the value is no YAML list or mapping ({error}): put texts with special characters in "
+            "quotes, such as ['*_ref*']"
+        ) from error
     target: Any = content
     *parents, last = path.split(".")
     for depth, key in enumerate(parents):
         target = _step_into(target, key, ".".join(parents[: depth + 1]), override)
     if isinstance(target, list):
         _step_into(target, last, path, override)
-        target[_position(target, last) or 0] = yaml.safe_load(value)
+        target[_position(target, last) or 0] = value
     else:
-        target[last] = yaml.safe_load(value)
+        target[last] = value
 
 
 def _step_into(target: Any, key: str, path: str, override: str) -> Any:
     if isinstance(target, list):
         position = _position(target, key)
         if position is None:
-            names = [item.get("name") for item in target if isinstance(item, dict)]
-            raise ConfigError(f"--set {override!r}: {path!r} is no entry; known: {', '.join(map(str, names))}")
-        return target[position]
-    child = target.setdefault(key, {})
+            names = [str(item.get("name", number)) for number, item in enumerate(target) if isinstance(item, dict)]
+            known = ", ".join(names) or f"positions 0 to {len(target) - 1}"
+            raise ConfigError(f"--set {override!r}: {path!r} is no entry; known: {known}")
+        child = target[position]
+    else:
+        child = target.get(key)
+        if child is None:
+            child = target[key] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(f"--set {override!r}: {path!r} is a value ({child!r}), not a section")
     return child
@@ -131,32 +169,59 @@ def _position(entries: list[Any], key: str) -> int | None:
     return next((n for n, item in enumerate(entries) if isinstance(item, dict) and item.get("name") == key), None)
 
 
-def _explain(fault: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+def explain(fault: ErrorDetails) -> str:
+    """A fault that pydantic found, in a line: the key, what is wrong, what was given, and the nearest known key."""
+    path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))  # without unions' tags
+    given = fault["input"]
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1])
         return f"{path}: unknown key{nearest(str(fault['loc'][-1]), known)}"
     if fault["type"] == "missing":
         return f"{path}: missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(fault["input"], dict | list) else f" (given: {fault['input']!r})"
-    return f"{path + ': ' if path else ''}{message}{given}"
+    if given is None:
+        return f"{path}: has no value: give it one, or leave the key out"
+    message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    shown_input = "" if isinstance(given, dict | list | tuple | BaseModel) else f" (given: {given})"
+    return f"{path + ': ' if path else ''}{message}{shown_input}"
+
+
+_MESSAGES = {
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "int_type": "should be a whole number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be a text",
+    "list_type": "should be a list, such as [a, b]",
+    "tuple_type": "should be a list, such as [a, b]",
+    "dict_type": "should be a section of keys, such as {key: value}",
+    "model_type": "should be a section of keys, such as {key: value}",
+}
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
+    """The keys of the section at a place of the configuration."""
+    section: Any = RunConfig
     for part in location:
-        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if isinstance(part, int) or part.startswith("<"):
             continue
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue
-        model = next(iter(_models(field.annotation)), None)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        annotation = _fields(section).get(part)
+        if annotation is not None:  # else the name of a corpus, say: of the section that the mapping holds
+            section = next(_sections(annotation), None)
+    return list(_fields(section))
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields(section: Any) -> dict[str, Any]:
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return get_type_hints(section, include_extras=True) if is_typeddict(section) else {}
+
+
+def _sections(annotation: Any) -> Iterator[Any]:
+    if is_typeddict(annotation) or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         yield annotation
     for inner in get_args(annotation):
-        yield from _models(inner)
+        yield from _sections(inner)

@@ -12,12 +12,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from typing_extensions import TypedDict
 
-from domainshuttle.pipelines.buckets import Bucket, parse_bucket
+from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
-from domainshuttle.pipelines.sample import LEAST_FPS, MOST_BAD, MOST_FPS, READ_AHEAD
+from domainshuttle.pipelines.sample import DOMAINS, LATENT_CHANNELS, MOST_BAD, READ_AHEAD
 from domainshuttle.pipelines.storage.uri import absolute, join
+from domainshuttle.pipelines.values import (
+    MOST_BATCH,
+    MOST_COUNT,
+    MOST_STEPS,
+    Batch,
+    Count,
+    Cpus,
+    Fps,
+    Gpus,
+    Hours,
+    Rate,
+    Real,
+    Seconds,
+    Section,
+    Share,
+    Steps,
+    Text,
+    Time,
+    Whole,
+    whole,
+)
 
 if TYPE_CHECKING:
     from domainshuttle.pipelines.plan.feed import EncoderSources
@@ -27,10 +49,17 @@ class ConfigError(ValueError):
     """A configuration that can't be run. The message lists every fault: the key, its value and the remedy."""
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about names."""
+ONE, SEVERAL = "<one>", "<several>"
+"""Tags of a value that may be one or several: pydantic names them in the path of a fault."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+def _how_many(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+def _nothing_or(value: Any) -> Any:
+    """An empty mapping for a key without a value."""
+    return {} if value is None else value
 
 
 class AblationSection(Section):
@@ -45,14 +74,40 @@ class AblationSection(Section):
     )
 
 
+class ModelSize(TypedDict, total=False):
+    """Arguments of a new DomainShuttleTransformer3DModel. Those that are left out have its defaults, and are left out
+    of the saved configuration too."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # type: ignore[misc]
+
+    patch_size: tuple[
+        Annotated[Whole, Field(ge=1, le=1)], Annotated[Whole, Field(ge=1, le=2)], Annotated[Whole, Field(ge=1, le=2)]
+    ]  # what divides the latents of every bucket
+    num_attention_heads: Annotated[Whole, Field(ge=1, le=1024)]
+    attention_head_dim: Annotated[Whole, Field(ge=2, le=4096, multiple_of=2)]  # RoPE turns pairs of channels
+    in_channels: Annotated[Whole, Field(ge=LATENT_CHANNELS, le=LATENT_CHANNELS)]
+    out_channels: Annotated[Whole, Field(ge=LATENT_CHANNELS, le=LATENT_CHANNELS)]
+    text_dim: Annotated[Whole, Field(ge=1, le=1 << 17)]
+    freq_dim: Annotated[Whole, Field(ge=1, le=1 << 17)]
+    ffn_dim: Annotated[Whole, Field(ge=1, le=1 << 20)]
+    num_layers: Annotated[Whole, Field(ge=1, le=1024)]
+    cross_attn_norm: bool
+    eps: Annotated[Real, Field(gt=0, le=1)]
+    max_references: Annotated[Whole, Field(ge=0, le=1024)]
+    num_domains: Annotated[Whole, Field(ge=len(DOMAINS), le=1024)]
+    timestep_angles: Literal["float32", "float64"]
+    text_len: Annotated[Whole, Field(ge=1, le=1 << 16)]
+    boundary: Time | None
+
+
 class ModelSection(Section):
     """Which transformer: the base to start from, or the size of a new one."""
 
     base: str | None = Field(
         None, description="folder or hub id to start from: Wan, a DomainShuttle folder, or a release"
     )
-    size: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of DomainShuttleTransformer3DModel when there is no base"
+    size: Annotated[ModelSize, BeforeValidator(_nothing_or)] = Field(
+        default_factory=ModelSize, description="arguments of DomainShuttleTransformer3DModel when there is no base"
     )
     reference_gate: Literal["own", "video"] = "own"
     ablation: AblationSection = AblationSection()
@@ -66,9 +121,9 @@ class ModelSection(Section):
 class LiveSection(Section):
     """The actors that encode raw corpora while they are trained on; what each reserves may be a fraction."""
 
-    actors: int = Field(1, gt=0)
-    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, on any node")
-    gpus: float = Field(0.0, ge=0, description="GPUs of an actor: those beside the trainers, or shares of them")
+    actors: Count = 1
+    cpus: Cpus = Field(1.0, description="CPUs of an actor, on any node")
+    gpus: Gpus = Field(0.0, description="GPUs of an actor: those beside the trainers, or shares of them")
 
 
 class EncodersSection(Section):
@@ -76,7 +131,7 @@ class EncodersSection(Section):
 
     video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
     text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
-    text_len: int = Field(512, gt=0, description="tokens a caption is cut and padded to")
+    text_len: Whole = Field(512, ge=1, le=1 << 16, description="tokens a caption is cut and padded to")
     live: LiveSection | None = Field(
         None, description="encode raw corpora while they are trained on; none: they are encoded beforehand"
     )
@@ -95,33 +150,45 @@ class CorpusSection(Section):
         None, description="its builder; none: the shards are your own, indexed with `domainshuttle data index`"
     )
     buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
-    fps: float | None = Field(
-        None, ge=LEAST_FPS, le=MOST_FPS, description="rate at which clips are sampled; none: each clip's own"
-    )
+    fps: Fps | None = Field(None, description="rate at which clips are sampled; none: each clip's own")
 
     @property
     def parsed_buckets(self) -> list[Bucket]:
         return [parse_bucket(text) for text in self.buckets]
 
     @model_validator(mode="after")
-    def _buckets_parse(self) -> "CorpusSection":
-        _ = self.parsed_buckets
+    def _samples_fit(self) -> "CorpusSection":
+        buckets, build = self.parsed_buckets, self.build
+        if large := [str(one) for one in buckets if max(one.frames, one.height, one.width) > _MOST_SIDE]:
+            raise ValueError(f"buckets {large}: a side has more than {_MOST_SIDE:,} frames or pixels")
+        if build is not None:
+            frames, rate = (build.frames, build.fps) if build.kind == "video" else (1, None)
+            choose_bucket(frames_at(frames, rate, self.fps), build.side, build.side, buckets)
         return self
+
+
+_MOST_SIDE = 1 << 16
 
 
 class FlowSection(Section):
     """Timesteps of flow matching (docs/method.md, "Flow matching")."""
 
-    shift: float = Field(5.0, gt=0)
+    shift: Real = Field(5.0, gt=0, le=1e4)
     distribution: Literal["uniform", "logit_normal"] = "uniform"
-    low: float = Field(0.0, ge=0, lt=1, description="an expert's range of shifted t: from")
-    high: float = Field(1.0, gt=0, le=1, description="an expert's range of shifted t: to")
+    low: Time = Field(0.0, lt=1, description="an expert's range of shifted t: from")
+    high: Time = Field(1.0, gt=0, description="an expert's range of shifted t: to")
+
+
+Beta = Annotated[Real, Field(ge=0, lt=1)]
+Workers = Annotated[Whole, Field(gt=0, le=MOST_BATCH)]
+CorpusName = Annotated[str, Field(pattern=r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]
+"""Also the name of its folder, in `data`."""
 
 
 class LossSection(Section):
     """L = L_FM + cross_pair_weight * L_C."""
 
-    cross_pair_weight: float = Field(0.0, ge=0)
+    cross_pair_weight: Real = Field(0.0, ge=0, le=1e6)
     cross_pair_target: Literal["stop_gradient", "snapshot"] = "stop_gradient"
 
 
@@ -129,7 +196,11 @@ class StageSection(Section):
     """A segment of the schedule."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]] | list[str], Field(min_length=1)] = Field(
+    mixture: Annotated[
+        Annotated[dict[str, Annotated[Real, Field(ge=1e-9, le=1e9)]], Field(min_length=1), Tag(ONE)]
+        | Annotated[list[str], Field(min_length=1), Tag(SEVERAL)],
+        Discriminator(_how_many),
+    ] = Field(
         description="corpus name to its weight among the samples of a batch; a list of names: by their sample counts"
     )
     where: dict[str, str] = Field(
@@ -137,21 +208,21 @@ class StageSection(Section):
         description='corpus name to the filter of its samples, such as "seconds >= 2 and scores.aesthetic > 4.5"; '
         "the others are left out",
     )
-    steps: int = Field(gt=0, description="optimiser steps, at most where gpu_hours ends the stage before")
-    samples: int | None = Field(None, gt=0, description="instead of steps: samples trained on, rounded up to a step")
-    gpu_hours: float | None = Field(None, gt=0, description="ends the stage when it has used so many device-hours")
-    global_batch: int = Field(gt=0, description="samples of one optimiser step over all workers")
-    micro_batch: int = Field(gt=0, description="samples of one forward on one worker")
-    learning_rate: float = Field(1e-5, gt=0)
-    final_learning_rate: float | None = Field(None, gt=0, description="cosine decay to this; none: constant")
-    warmup_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clipping: float = Field(1.0, gt=0)
+    steps: Steps = Field(description="optimiser steps, at most where gpu_hours ends the stage before")
+    samples: Count | None = Field(None, description="instead of steps: samples trained on, rounded up to a step")
+    gpu_hours: Hours | None = Field(None, description="ends the stage when it has used so many device-hours")
+    global_batch: Batch = Field(description="samples of one optimiser step over all workers")
+    micro_batch: Batch = Field(description="samples of one forward on one worker")
+    learning_rate: Rate = 1e-5
+    final_learning_rate: Rate | None = Field(None, description="cosine decay to this; none: constant")
+    warmup_steps: Whole = Field(0, ge=0, le=MOST_STEPS)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Real = Field(0.0, ge=0, le=1e6)
+    gradient_clipping: Real = Field(1.0, ge=1e-6, le=1e20)
     trained: list[str] = Field(min_length=1, description="patterns of parameter names, such as 'blocks.*.attn1.*'")
-    references: int = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
-    reference_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their references")
-    text_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without their caption")
+    references: Whole = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
+    reference_dropout: Share = Field(0.0, description="share of samples without their references")
+    text_dropout: Share = Field(0.0, description="share of samples without their caption")
     flow: FlowSection = FlowSection()
     loss: LossSection = LossSection()
 
@@ -178,8 +249,12 @@ class StageSection(Section):
         """Steps follow from samples; by hours alone a stage has a bound that nobody reaches."""
         if not isinstance(content, dict) or "steps" in content:
             return content
-        if isinstance(content.get("samples"), int) and isinstance(batch := content.get("global_batch"), int) and batch:
-            return {**content, "steps": math.ceil(content["samples"] / batch)}
+        if content.get("samples") is not None:
+            try:
+                steps = -(-int(whole(content["samples"])) // int(whole(content["global_batch"])))
+            except (KeyError, TypeError, ValueError, ArithmeticError):
+                steps = 1  # their own faults are told
+            return {**content, "steps": max(steps, 1)}
         return {**content, "steps": _ENDLESS} if content.get("gpu_hours") is not None else content
 
     @model_validator(mode="after")
@@ -190,14 +265,31 @@ class StageSection(Section):
             )
         if self.final_learning_rate is not None and self.endless:
             raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
+        if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate:g} must not lie above learning_rate="
+                f"{self.learning_rate:g}, from which the rate decays"
+            )
+        if self.weight_decay * self.learning_rate >= 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay:g} times learning_rate={self.learning_rate:g} is 1 or more: each "
+                "step would take the whole weights away"
+            )
         if self.loss.cross_pair_weight and not self.references:
             raise ValueError("loss.cross_pair_weight needs references: raise `references` or set the weight to 0")
+        if self.loss.cross_pair_weight and self.reference_dropout == 1:
+            raise ValueError("loss.cross_pair_weight needs references, and reference_dropout=1 leaves none: lower it")
         if len(set(self.mixture)) < len(self.mixture):
             raise ValueError(f"mixture names a corpus twice: {self.mixture}")
         if unknown := sorted(set(self.where) - set(self.mixture)):
             raise ValueError(f"where names {unknown}, which the mixture does not have: {sorted(self.mixture)}")
         if self.flow.low >= self.flow.high:
             raise ValueError(f"flow.low={self.flow.low} must lie below flow.high={self.flow.high}")
+        if self.where:
+            from domainshuttle.pipelines.index.filter import RowFilter  # brings pyarrow along
+
+            for text in self.where.values():
+                RowFilter.columns(text)
         return self
 
 
@@ -210,8 +302,8 @@ class ExpertSection(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
     base: str | None = Field(None, description="folder or hub id to start from; none: a new model of model.size")
-    low: float = Field(0.0, ge=0, lt=1, description="its range of shifted t: from")
-    high: float = Field(1.0, gt=0, le=1, description="its range of shifted t: to")
+    low: Time = Field(0.0, lt=1, description="its range of shifted t: from")
+    high: Time = Field(1.0, gt=0, description="its range of shifted t: to")
 
     @model_validator(mode="after")
     def _ordered(self) -> "ExpertSection":
@@ -223,46 +315,53 @@ class ExpertSection(Section):
 class LoaderSection(Section):
     """How each worker reads its samples."""
 
-    most_bad: float = Field(MOST_BAD, ge=0, lt=1, description="share of unreadable samples above which the run ends")
-    read_ahead: int = Field(READ_AHEAD, ge=0, description="bytes of batches that a worker holds before they are needed")
-    threads: int = Field(2, gt=0, description="that read, of each worker")
+    most_bad: Share = Field(MOST_BAD, lt=1, description="share of unreadable samples above which the run ends")
+    read_ahead: Whole = Field(
+        READ_AHEAD, ge=0, le=MOST_COUNT, description="bytes of batches that a worker holds before they are needed"
+    )
+    threads: Whole = Field(2, ge=1, le=1024, description="that read, of each worker")
 
 
 class GuardSection(Section):
     """What happens to steps that would harm the model, and to workers that hang."""
 
-    spike_factor: float | None = Field(
-        10.0, gt=1, description="a loss above this many times the usual one drops the step; none: only one not finite"
+    spike_factor: Real | None = Field(
+        10.0,
+        gt=1,
+        le=1e9,
+        description="a loss above this many times the usual one drops the step; none: only one not finite",
     )
-    window: int = Field(50, gt=0, description="good steps whose median is the usual loss")
-    rollback_after: int = Field(5, gt=0, description="dropped steps in a row that send the run back to a checkpoint")
-    most_rollbacks: int = Field(3, ge=0, description="of a segment, before the run is given up")
-    hang_seconds: float = Field(1800.0, gt=0, description="without a step for so long, a worker is restarted")
+    window: Whole = Field(50, ge=1, le=1_000_000, description="good steps whose median is the usual loss")
+    rollback_after: Count = Field(5, description="dropped steps in a row that send the run back to a checkpoint")
+    most_rollbacks: Whole = Field(3, ge=0, le=MOST_COUNT, description="of a segment, before the run is given up")
+    hang_seconds: Seconds = Field(1800.0, description="without a step for so long, a worker is restarted")
 
 
 class EncodingSection(Section):
     """The actors with which `data encode` encodes corpora beforehand; what each reserves may be a fraction."""
 
-    actors: int | None = Field(None, gt=0, description="how many; none: as many as the cluster has room for")
-    cpus: float = Field(1.0, ge=0, description="CPUs of an actor, which decodes on one thread and encodes on another")
-    gpus: float | None = Field(None, ge=0, description="GPUs of an actor; none: one where the cluster has any, else 0")
+    actors: Count | None = Field(None, description="how many; none: as many as the cluster has room for")
+    cpus: Cpus = Field(1.0, description="CPUs of an actor, which decodes on one thread and encodes on another")
+    gpus: Gpus | None = Field(None, description="GPUs of an actor; none: one where the cluster has any, else 0")
 
 
 class ClusterSection(Section):
     """Which machines. In a Ray job its cluster is used; else `address`; without one, a cluster is started here."""
 
     address: str | None = Field(None, description="a running Ray cluster; none: start one here")
-    workers: int | tuple[int, int] = Field(
-        2, description="how many, or [least, most]: the run shrinks and grows with the cluster"
+    workers: Annotated[
+        Annotated[Workers, Tag(ONE)] | Annotated[tuple[Workers, Workers], Tag(SEVERAL)], Discriminator(_how_many)
+    ] = Field(2, description="how many, or [least, most]: the run shrinks and grows with the cluster")
+    resize_seconds: Real = Field(
+        60.0, ge=0, le=1e9, description="with [least, most]: between looks for room for more; a resize is a restart"
     )
-    resize_seconds: float = Field(
-        60.0, ge=0, description="with [least, most]: between looks for room for more; a resize is a restart"
-    )
-    cpus_per_worker: float = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
-    gpus_per_worker: int = Field(0, ge=0, le=1)
+    cpus_per_worker: Cpus = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
+    gpus_per_worker: Whole = Field(0, ge=0, le=1)
     encoding: EncodingSection = EncodingSection()
-    max_failures: int = Field(3, ge=0, description="faults in a row, without a newer checkpoint between, to survive")
-    dashboard_port: int | None = Field(
+    max_failures: Whole = Field(
+        3, ge=0, le=MOST_COUNT, description="faults in a row, without a newer checkpoint between, to survive"
+    )
+    dashboard_port: Whole | None = Field(
         None, ge=1024, le=65535, description="of a cluster started here; none: no dashboard"
     )
 
@@ -278,8 +377,6 @@ class ClusterSection(Section):
     @classmethod
     def _range(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
         least, most = (workers, workers) if isinstance(workers, int) else workers
-        if least < 1:
-            raise ValueError("should be greater than 0")
         if least > most:
             raise ValueError("should be [least, most]")
         return workers
@@ -292,7 +389,7 @@ class ActivationSection(Section):
         "none",
         description="recompute nothing; all blocks; each nth block; or all but what attention returns",
     )
-    every: int | None = Field(None, gt=0, description="with mode `every`: each nth block is recomputed")
+    every: Count | None = Field(None, description="with mode `every`: each nth block is recomputed")
     offload: bool = Field(False, description="the inputs of recomputed blocks wait in the host's memory")
 
     @model_validator(mode="after")
@@ -307,15 +404,15 @@ class ActivationSection(Section):
 class EngineSection(Section):
     """DeepSpeed ZeRO-3. Its own configuration is derived from this and the stage, and saved with the run."""
 
-    persistent_parameters: int = Field(
-        100_000, ge=0, description="parameters of at most this many elements stay whole on every worker"
+    persistent_parameters: Whole = Field(
+        100_000, ge=0, le=MOST_COUNT, description="parameters of at most this many elements stay whole on every worker"
     )
     precision: Literal["bf16", "float32"] = Field(
         "bf16", description="of the weights and products; masters are float32. CPUs may multiply bf16 far slower"
     )
     offload_optimizer: bool = Field(False, description="masters and optimiser states in the host's memory")
     activations: ActivationSection = ActivationSection()
-    ema: float | None = Field(
+    ema: Share | None = Field(
         None, gt=0, lt=1, description="decay a step of a moving average of the trained parameters; none: no average"
     )
     attention_backend: str | None = Field(
@@ -327,14 +424,14 @@ class EngineSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(gt=0, description="steps between checkpoints")
-    keep: int = Field(2, gt=0, description="newest checkpoints kept of a segment; the last of each segment stays")
-    keep_every: int | None = Field(None, gt=0, description="steps whose multiples are kept for good")
-    keep_best: int = Field(0, ge=0, description="how many of the lowest loss are kept too")
-    store: str | None = Field(None, description="folder or URI, such as s3://bucket/runs; none: the run's folder")
-    scratch: str | None = Field(None, description="a node's folder for copies to and from a store; none: temporary")
-    timeout: float = Field(1800.0, gt=0, description="seconds that all ranks have to write a checkpoint")
-    max_failed: int = Field(3, gt=0, description="checkpoints in a row that may fail before the run ends")
+    every: Count = Field(description="steps between checkpoints")
+    keep: Count = Field(2, description="newest checkpoints kept of a segment; the last of each segment stays")
+    keep_every: Count | None = Field(None, description="steps whose multiples are kept for good")
+    keep_best: Whole = Field(0, ge=0, le=MOST_COUNT, description="how many of the lowest loss are kept too")
+    store: Text | None = Field(None, description="folder or URI, such as s3://bucket/runs; none: the run's folder")
+    scratch: Text | None = Field(None, description="a node's folder for copies to and from a store; none: temporary")
+    timeout: Seconds = Field(1800.0, description="seconds that all ranks have to write a checkpoint")
+    max_failed: Count = Field(3, description="checkpoints in a row that may fail before the run ends")
 
     @field_validator("store", "scratch")
     @classmethod
@@ -350,39 +447,39 @@ class CheckpointSection(Section):
 
 
 class TrackingSection(Section):
-    uri: str | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
-    experiment: str = "domainshuttle"
-    every: int = Field(10, gt=0, description="steps between logged metrics")
+    uri: Text | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
+    experiment: Text = "domainshuttle"
+    every: Count = Field(10, description="steps between logged metrics")
 
 
 class GenerationSection(Section):
     """How clips are sampled for evaluation and sample grids."""
 
-    steps: int = Field(50, gt=0)
-    guidance: float = Field(5.0, ge=1)
-    shift: float = Field(5.0, gt=0)
-    fps: float = Field(16.0, gt=0)
+    steps: Whole = Field(50, ge=1, le=100_000)
+    guidance: Real = Field(5.0, ge=1, le=1e4)
+    shift: Real = Field(5.0, gt=0, le=1e4)
+    fps: Fps = 16.0
 
 
 class EvaluationSection(Section):
     """The held-out test of the demo: does a clip resemble its own references?"""
 
     corpus: str
-    candidates: int = Field(16, gt=1, description="references that a clip is compared with")
-    groups: int = Field(2, gt=0, description="disjoint groups of candidates")
+    candidates: Count = Field(16, gt=1, description="references that a clip is compared with")
+    groups: Count = Field(2, description="disjoint groups of candidates")
 
 
 class SamplingSection(Section):
     """Clips of fixed cases while a run trains, made from a snapshot of the weights beside the training."""
 
-    every: int = Field(gt=0, description="steps between them; a stage's last step is sampled too")
-    cases: int = Field(4, gt=0, description="held-out samples of evaluation.corpus, evenly spread over it")
-    cases_file: str | None = Field(
+    every: Count = Field(description="steps between them; a stage's last step is sampled too")
+    cases: Count = Field(4, description="held-out samples of evaluation.corpus, evenly spread over it")
+    cases_file: Text | None = Field(
         None, description="instead of them: a JSONL of cases, as `domainshuttle generate --cases` takes"
     )
-    cpus: float = Field(1.0, gt=0, description="what Ray reserves for it; where that is not free, rank 0 samples")
-    gpus: float = Field(0.0, ge=0, description="share of a GPU, such as 1 or 0.5; 0: on the CPU")
-    timeout: float = Field(600.0, gt=0, description="seconds until it is given up")
+    cpus: Cpus = Field(1.0, gt=0, description="what Ray reserves for it; where that is not free, rank 0 samples")
+    gpus: Gpus = Field(0.0, description="share of a GPU, such as 1 or 0.5; 0: on the CPU")
+    timeout: Seconds = Field(600.0, description="seconds until it is given up")
 
     @field_validator("cases_file")
     @classmethod
@@ -395,17 +492,17 @@ class RunConfig(Section):
     """A complete run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    data: str = Field(description="folder of the corpora")
-    output: str = Field(description="folder of the runs")
+    seed: Whole = Field(0, ge=0, le=MOST_COUNT)
+    data: Text = Field(description="folder of the corpora")
+    output: Text = Field(description="folder of the runs")
     model: ModelSection
     encoders: EncodersSection = EncodersSection()
-    corpora: dict[str, CorpusSection] = Field(min_length=1)
+    corpora: dict[CorpusName, CorpusSection] = Field(min_length=1)
     experts: list[ExpertSection] = Field(
         default_factory=list, description="two for Wan2.2: each is trained in each stage, as a segment of its own"
     )
     stages: list[StageSection] = Field(min_length=1)
-    budget_gpu_hours: float | None = Field(None, gt=0, description="the run stops, with a checkpoint, when it is spent")
+    budget_gpu_hours: Hours | None = Field(None, description="the run stops, with a checkpoint, when it is spent")
     loader: LoaderSection = LoaderSection()
     guard: GuardSection = GuardSection()
     cluster: ClusterSection = ClusterSection()
@@ -498,10 +595,27 @@ class RunConfig(Section):
             ]
         if self.experts and self.model.base is not None:
             return ["model.base: with experts each has its own `base`"]
+        if faults := [*self._expert_ranges()]:
+            return faults
         without = [expert.name for expert in self.experts if expert.base is None]
         return (
             [f"experts {without} have no `base`, and there is no model.size"] if without and not self.model.size else []
         )
+
+    def _expert_ranges(self) -> Iterator[str]:
+        """What is wrong with the times of the experts, which take the place of the stages'."""
+        if not self.experts:
+            return
+        for stage in self.stages:
+            if (stage.flow.low, stage.flow.high) != (0, 1):
+                yield f"stages.{stage.name}.flow: with experts each has its own `low` and `high`, leave them out here"
+        reached = 0.0
+        for expert in sorted(self.experts, key=lambda one: one.low):
+            if expert.low > reached:
+                yield f"experts: no one is trained on t from {reached:g} to {expert.low:g}: let their ranges meet"
+            reached = max(reached, expert.high)
+        if reached < 1:
+            yield f"experts: no one is trained on t from {reached:g} to 1: let their ranges meet"
 
     @property
     def run_folder(self) -> Path:

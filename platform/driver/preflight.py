@@ -1,24 +1,43 @@
 """What is checked before anything is made or a cluster is asked for anything."""
 
 import shlex
+from typing import TYPE_CHECKING
 
+from domainshuttle.model.encoder_sources import text_width
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
 from domainshuttle.pipelines.index.selection import selected_rows
 from domainshuttle.pipelines.index.table import read_metadata
-from domainshuttle.pipelines.storage.files import exists, open_parquet
+from domainshuttle.pipelines.shards.tensors import tensor_views
+from domainshuttle.pipelines.storage.files import exists, open_parquet, read_bytes
 from domainshuttle.pipelines.storage.uri import join, redacted
-from domainshuttle.platform.config.schema import ExpertSection, RunConfig
+from domainshuttle.platform.config.schema import ConfigError, EngineSection, ExpertSection, RunConfig, nearest
 from domainshuttle.platform.console import console
+from domainshuttle.platform.run.folder import Run
+
+if TYPE_CHECKING:
+    from domainshuttle.platform.engine.trained_parameters import TrainedParameters
+
+
+def missing_corpora(config: RunConfig) -> list[str]:
+    """The corpora that the stages need and that are not there in the form they train on (raw where encoders.live is
+    set)."""
+    needed = sorted({corpus for stage in config.stages for corpus in stage.mixture})
+    return [name for name in needed if not exists(_index_of(config, name))]
 
 
 def require_encoded(config: RunConfig) -> None:
     """Raises DataError that names every corpus that the stages need and that is not there in the form they train on
-    (raw where encoders.live is set), with the commands."""
-    needed = sorted({corpus for stage in config.stages for corpus in stage.mixture})
+    (raw where encoders.live is set), with the commands; or that is not as the configuration says."""
+    if message := no_data(config):
+        raise DataError(message)
+    require_as_configured(config)
+
+
+def no_data(config: RunConfig) -> str | None:
+    """Which corpora are missing, and the commands that make them; None where all are there."""
     form = config.trained_form
-    missing = [name for name in needed if not exists(join(config.corpus_folder(name, form), INDEX_NAME))]
-    if missing:
+    if missing := missing_corpora(config):
         commands = []
         if any(config.corpora[name].build for name in missing):
             commands.append("domainshuttle data build CONFIG")
@@ -27,12 +46,27 @@ def require_encoded(config: RunConfig) -> None:
             commands.append(f"domainshuttle data index {folder} --corpus {own[0]} ...")
         if form == "encoded":
             commands.append("domainshuttle data encode CONFIG")
-        raise DataError(
+        return (
             f"corpora {missing} are not {'encoded' if form == 'encoded' else 'built'} in {redacted(config.data)}. Run: "
             f"{', then '.join(commands)} (or point `data` at a folder that has them)"
         )
-    for name in needed:
-        _require_as_configured(config, name, join(config.corpus_folder(name, form), INDEX_NAME))
+    return None
+
+
+def require_as_configured(config: RunConfig) -> None:
+    """Raises DataError where a corpus that is there was made otherwise than the configuration says, or a stage's filter
+    leaves nothing of it."""
+    missing = missing_corpora(config)
+    for name in sorted({name for stage in config.stages for name in stage.mixture} - set(missing)):
+        _require_as_configured(config, name, _index_of(config, name))
+    for stage in config.stages:
+        for name, where in stage.where.items():
+            if name not in missing:
+                selected_rows(_index_of(config, name), where)
+
+
+def _index_of(config: RunConfig, corpus: str) -> str:
+    return join(config.corpus_folder(corpus, config.trained_form), INDEX_NAME)
 
 
 def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
@@ -69,20 +103,77 @@ def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
 
 
 def require_data(config: RunConfig) -> None:
-    """Raises DataError for corpora that are not encoded and filters that leave nothing."""
+    """Raises DataError for corpora that are not encoded or not as configured and filters that leave nothing,
+    ConfigError for a model of another text encoder."""
     require_encoded(config)
-    for stage in config.stages:
-        for name, where in stage.where.items():
-            selected_rows(join(config.corpus_folder(name, config.trained_form), INDEX_NAME), where)
+    if config.model.size:
+        _require_fit(config, config.model.size.get("text_dim"), config.model.size.get("max_references"))
 
 
 def require_model(config: RunConfig) -> None:
-    """Raises ConfigError for a size, a base or a pattern of trained parameters that does not fit the model."""
+    """Raises ConfigError for a size, a base, a backend or a pattern of trained parameters that does not fit the
+    model."""
+    selected_parameters(config)
+
+
+def selected_parameters(config: RunConfig) -> "dict[str, TrainedParameters]":
+    """Which parameters each segment trains, of a model that is not built; raises as `require_model`."""
     from domainshuttle.platform.engine.initialization import outline_model  # brings torch and diffusers along
     from domainshuttle.platform.engine.trained_parameters import select_trained
 
+    _require_backends(config.engine)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
-    for expert in experts:
-        outline = outline_model(config.model_of(expert))
-        for stage in config.stages:
-            select_trained(outline, stage.trained)
+    outlines = {expert: outline_model(config.model_of(expert)) for expert in experts}
+    for outline in outlines.values():
+        _require_fit(config, outline.config["text_dim"], outline.config["max_references"])
+    return {
+        segment.name: select_trained(outlines[segment.expert], segment.stage.trained)
+        for segment in Run(config).segments()
+    }
+
+
+def _require_backends(engine: EngineSection) -> None:
+    if engine.attention_backend is not None:
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        known = [backend.value for backend in AttentionBackendName]
+        if engine.attention_backend not in known:
+            raise ConfigError(
+                f"engine.attention_backend={engine.attention_backend!r} is no backend of diffusers"
+                f"{nearest(engine.attention_backend, known)}"
+            )
+    if engine.compile is not None:
+        import torch
+
+        known = sorted(torch.compiler.list_backends(exclude_tags=()))
+        if engine.compile not in known:
+            raise ConfigError(
+                f"engine.compile={engine.compile!r} is no backend of torch.compile{nearest(engine.compile, known)}"
+            )
+
+
+def _require_fit(config: RunConfig, text_dim: int | None, max_references: int | None) -> None:
+    """Raises ConfigError where a model takes fewer references than the stages show, or other captions than there are;
+    None is not known yet."""
+    for stage in config.stages:
+        if max_references is not None and stage.references > max_references:
+            raise ConfigError(
+                f"stages.{stage.name}.references={stage.references}, and the model takes max_references="
+                f"{max_references}: lower it, or raise model.size.max_references"
+            )
+    widths = {f"encoders.text={config.encoders.text}": text_width(config.encoders.text)}
+    if not config.encoders.live:
+        needed = sorted({name for stage in config.stages for name in stage.mixture})
+        widths |= {f"corpus {name!r}": _encoded_width(config, name) for name in needed}
+    for name, width in widths.items():
+        if None not in (width, text_dim) and width != text_dim:
+            raise ConfigError(
+                f"the captions of {name} have {width} channels, and the model has text_dim={text_dim}: set "
+                "model.size.text_dim, or encode with the text encoder of the model's base"
+            )
+
+
+def _encoded_width(config: RunConfig, corpus: str) -> int | None:
+    """Channels of an encoded corpus's captions; None where it does not say."""
+    place = join(config.corpus_folder(corpus, "encoded"), EMPTY_CAPTION_NAME)
+    return tensor_views(read_bytes(place), redacted(place))["text"].shape[-1] if exists(place) else None

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.config.loading import read_config
 from domainshuttle.platform.config.schema import (
     ConfigError,
     ExpertSection,
@@ -66,7 +65,7 @@ class Run:
         """Raises ConfigError, with the keys that differ, where a run of this name has another configuration."""
         if not self.config_path.exists():
             return
-        saved = RunConfig.model_validate(yaml.safe_load(self.config_path.read_text()))
+        saved = read_config(self.config_path)
         if saved.digest() != self.config.digest():
             raise ConfigError(
                 f"run {self.config.name!r} in {self.folder} was started with another configuration: "
@@ -86,7 +85,7 @@ class Run:
         there = self.folder.with_name(self.config.name)
         rename = "" if there == self.folder else f"mv {shlex.quote(str(self.folder))} {shlex.quote(str(there))} && "
         output = str(there.parent)
-        moved = "" if output == _saved(self.config_path).output else f" --set output={shlex.quote(output)}"
+        moved = "" if output == read_config(self.config_path).output else f" --set output={shlex.quote(output)}"
         return f"{rename}domainshuttle train {shlex.quote(str(there / 'config.yaml'))}{moved}"
 
     def next_name(self) -> str:
@@ -251,15 +250,11 @@ def find_run(folder: str | Path) -> Run:
             else "; a run's folder is <output>/<name> of its configuration"
         )
         raise ConfigError(f"no run in {path}{hint}")
-    config = _saved(saved)
+    config = read_config(saved)
     if config.run_folder.exists() and config.run_folder.samefile(path):
         return Run(config)
     path = path.resolve()
     return Run(_moved(config, path), path)
-
-
-def _saved(path: Path) -> RunConfig:
-    return RunConfig.model_validate(yaml.safe_load(path.read_text()))
 
 
 def _moved(config: RunConfig, folder: Path) -> RunConfig:
