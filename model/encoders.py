@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from domainshuttle.model.encoder_sources import BLOCK_DCT, BYTE_UMT5, BYTE_UMT5_WIDTH
+from domainshuttle.model.file_mode import UmaskMode
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
 
@@ -38,7 +39,7 @@ class VideoEncoder(Protocol):
         ...
 
 
-class BlockDCTCodec(ModelMixin, ConfigMixin):
+class BlockDCTCodec(UmaskMode, ModelMixin, ConfigMixin):
     """A fixed video codec: the strongest 16 coefficients of a block discrete cosine transform.
 
     A block is 8 x 8 pixels of YCbCr in one frame (the first) or in four (the others), as in the Wan VAE. Which

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from domainshuttle.model.encoders import BlockDCTCodec, TextEncoder, VideoEncoder, WanVideoEncoder
+from domainshuttle.model.file_mode import UmaskMode
 from domainshuttle.model.flow import sample_noise
 from domainshuttle.model.sampling import DenoisingState, References, denoise, letterbox
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
@@ -46,7 +47,7 @@ class DomainShuttlePipelineOutput(BaseOutput):
     """Most memory in use: of the accelerator during the call, on a CPU of the process since its start."""
 
 
-class DomainShuttlePipeline(DiffusionPipeline):
+class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
     """Subject-driven text-to-video generation.
 
     Args:

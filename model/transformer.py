@@ -22,6 +22,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from domainshuttle.model.file_mode import UmaskMode
 from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, ReferenceGate, ReferenceProjections
 from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
 
@@ -59,7 +60,7 @@ class ExactTimesteps(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], 1).float()
 
 
-class DomainShuttleTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Subject-driven text-to-video transformer (arXiv 2606.26058, section 3).
 
     The arguments up to ``eps`` are those of diffusers' ``WanTransformer3DModel``.

@@ -17,7 +17,7 @@ ROOMS = ("model", "pipelines", "cluster", "platform", "configs")
 
 MAY_IMPORT = {
     "model": ("model",),
-    "pipelines": ("pipelines", "model.batch", "model.encoders"),
+    "pipelines": ("pipelines", "model.batch", "model.encoders", "model.file_mode"),
     "cluster": ("cluster",),
     "platform": ("platform", "model", "pipelines", "cluster", "configs"),
     "configs": (),
@@ -99,6 +99,12 @@ def test_a_library_is_imported_in_its_place_alone(library: str) -> None:
     assert found
     others = {path for path in found if not path.startswith(ONLY_IMPORTER[library])}
     assert not others, f"{library} is imported by {others}"
+
+
+def test_safetensors_writes_in_one_place_alone() -> None:
+    """Its files have mode 0600, which is mended there."""
+    writing = [path for path in sources() if "save_file" in path.read_text() and "safetensors" in path.read_text()]
+    assert [str(path.relative_to(ROOT)) for path in writing] == ["model/file_mode.py"]
 
 
 def test_model_knows_no_ray_and_spec_no_torch() -> None:

@@ -15,9 +15,9 @@ import ray
 import ray.data
 import torch
 from ray.exceptions import RayTaskError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from domainshuttle.model.file_mode import save_tensors
 from domainshuttle.pipelines.encoding.sample_encoder import TRANSFORM, SampleEncoder, encode_rows, load_encoders
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, Parts
@@ -148,7 +148,7 @@ def encode(
         raise DataError(_would_be_lost(others[0], identity))
     for number, (job, raw, parts) in enumerate(zip(jobs, indexes, of_each, strict=True)):
         parts.begin()
-        save_file({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
+        save_tensors({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
         metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
         works.append(_Work(job, parts, metadata))
         missing += [{"job": number, "part": part} for part in parts.missing()]

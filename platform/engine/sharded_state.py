@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from domainshuttle.model.file_mode import save_tensors
 
 FOLDER = "zero"
 """The folder of the shards in a checkpoint."""
@@ -163,11 +164,8 @@ class Partition:
             "shapes": {name: part.shape for name, part in self.parts.items()},
         }
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        try:
-            # one entry: several come in no fixed order, and equal states shall make equal files
-            save_file(tensors, _shard(folder, self.rank, self.ranks), {_HEADER: json.dumps(header)})
-        except SafetensorError as error:  # which is how it says that the disk is full
-            raise OSError(f"{folder / FOLDER}: {error}") from error
+        # one entry: several come in no fixed order, and equal states shall make equal files
+        save_tensors(tensors, _shard(folder, self.rank, self.ranks), {_HEADER: json.dumps(header)})
 
     @torch.no_grad()
     def load(self, folder: Path, own: bool = False) -> None:

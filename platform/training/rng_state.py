@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from domainshuttle.model.file_mode import save_tensors
 
 
 def random_snapshot(rank: int) -> Callable[[Path], None]:
@@ -20,7 +22,7 @@ def random_snapshot(rank: int) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         path = _path(folder, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(states, path)
+        save_tensors(states, path)
 
     return write
 
