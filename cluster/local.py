@@ -25,7 +25,8 @@ class Resources:
 class Connection:
     """A connection to Ray, as a context manager. Raises ClusterError with one clear line when it can't be had.
 
-    Inside a Ray job, and with an address, that cluster is used; otherwise one is started here and ended at exit.
+    Inside a Ray job its cluster is used; else that at the address, or at RAY_ADDRESS where none is given; otherwise one
+    is started here and ended at exit.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Connection:
         needs: Resources | None = None,
         dashboard_port: int | None = None,
     ) -> None:
-        self.address = os.environ.get("RAY_ADDRESS") or address
+        around = os.environ.get("RAY_ADDRESS")
+        # which Ray sets in a job; elsewhere it may be left from other work
+        self.address = around if around and (_IN_JOB in os.environ or not address) else address
         self.needs, self.dashboard_port = needs, dashboard_port
         self.dashboard_url: str | None = None
 
@@ -73,6 +76,10 @@ class Connection:
         import ray
 
         ray.shutdown()
+
+
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a job."""
 
 
 def check_resources(available: dict[str, float], needs: Resources) -> None:

@@ -20,6 +20,16 @@ class Job:
     id: str
     client: Any
 
+    @property
+    def address(self) -> str:
+        """The dashboard of the cluster that has it."""
+        return str(self.client.get_address())
+
+    def log_command(self) -> str:
+        """The command that follows its log; Ray's own would prefer an address of the environment."""
+        hidden = " ".join(f"-u {name}" for name in _ADDRESSES if os.environ.get(name))
+        return f"{f'env {hidden} ' if hidden else ''}ray job logs --address {self.address} --follow {self.id}"
+
     def follow(self) -> Iterator[str]:
         """The job's log as it is written, until the job ends."""
         tail = self.client.tail_job_logs(self.id)
@@ -39,15 +49,19 @@ class Job:
 
 
 def submit_training(
-    config_yaml: str, name: str, address: str, options: Sequence[str] = (), stop_seconds: int = 600
+    config_yaml: str, name: str, address: str | None = None, options: Sequence[str] = (), stop_seconds: int = 600
 ) -> Job:
     """Submits `domainshuttle train` of a resolved configuration, with the command's own `options`.
 
+    `address` is the cluster's dashboard; None: the one that the environment names to Ray, else the one on this machine.
     The cluster's image has the package installed. `ray job stop` gives it `stop_seconds` for its last checkpoint.
 
     Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
     """
     quiet_ray()
+    if address is None and not any(os.environ.get(name) for name in _ADDRESSES):
+        address = _HERE
+    named = address or " or ".join(f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name))
     with tempfile.TemporaryDirectory() as folder, _token_mode():
         # imported here, since Ray takes its mode when it is imported
         from ray.exceptions import RayError
@@ -55,16 +69,38 @@ def submit_training(
 
         Path(folder, "run.yaml").write_text(config_yaml)
         try:
-            client = JobSubmissionClient(address)
+            with _without_addresses() if address else contextlib.nullcontext():
+                client = JobSubmissionClient(_with_scheme(address) if address else None)
             job = client.submit_job(
                 entrypoint=shlex.join(["domainshuttle", "train", "run.yaml", *options]),
                 # without it Ray kills a job three seconds after it asked it to stop
                 runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds)}},
                 metadata={"run": name},
             )
-        except (ConnectionError, RuntimeError, RayError) as error:
-            raise ClusterError(f"the job was not taken by {address}: {_remedy(str(error))}") from error
+        # a bare one for an address that is none
+        except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
+            raise ClusterError(f"the job was not taken by {named}: {_remedy(str(error))}") from error
     return Job(job, client)
+
+
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Variables that Ray's client prefers to the address it is given."""
+_HERE = "http://127.0.0.1:8265"
+
+
+@contextlib.contextmanager
+def _without_addresses() -> Iterator[None]:
+    """Hides the environment's addresses, so that the one that was asked for is the one that is called."""
+    hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _with_scheme(address: str) -> str:
+    """A dashboard's `HOST:PORT` would be taken for the address of a cluster's control."""
+    return address if "://" in address else f"http://{address}"
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class UmaskMode:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **named: Any) -> Any:
         """Save as diffusers does, with files that whoever may read the folder can read."""
         began = time.time_ns() - _SLACK
-        result = super().save_pretrained(save_directory, *arguments, **named)  # type: ignore[misc]
+        result = super().save_pretrained(save_directory, *arguments, **named)
         mode = 0o666 & ~umask()
         for path in Path(save_directory).rglob("*.safetensors"):
             if path.stat().st_mtime_ns > began:  # others are not ours to open

@@ -189,7 +189,12 @@ def submit(
     fresh: Fresh = False,
     stage: Stage = None,
     resume: Resume = "auto",
-    address: Annotated[str, typer.Option(help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS")] = "http://127.0.0.1:8265",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="The cluster's dashboard. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265."
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = False,
 ) -> None:  # fmt: skip
     """Submit a training run to a Ray cluster, as `ray job submit -- domainshuttle train CONFIG` would."""
@@ -199,7 +204,7 @@ def submit(
     settings = _load(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
     job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.patience))
-    console.print(f"Submitted job [bold]{job.id}[/] to {address}. Follow it with: ray job logs --follow {job.id}")
+    console.print(f"Submitted job [bold]{job.id}[/] to {job.address}. Follow it with: {job.log_command()}")
     if wait:
         for text in job.follow():
             sys.stdout.write(text)

@@ -195,19 +195,25 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """The commit of the code, where it runs from a checkout."""
+    """The commit of this code, where it runs from a checkout of its own; else empty.
+
+    git looks upwards for a repository, and an installed package often lies in one of somebody else's.
+    """
+    root = Path(__file__).resolve().parents[2]
+    # a hook, for example, names another repository to all programs that it starts
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def ask(*question: str) -> str:
+        command = ["git", "-C", str(root), *question]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=5, check=True, env=environment
+        ).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        ask("ls-files", "--error-unmatch", str(Path(__file__).resolve()))
+        return ask("rev-parse", "HEAD") if Path(ask("rev-parse", "--show-toplevel")).samefile(root) else ""
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def _show_progress(run: Run, show: object) -> None:

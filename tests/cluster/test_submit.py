@@ -1,0 +1,96 @@
+"""A job goes to the cluster that was asked for: python -m pytest tests/cluster/test_submit.py"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from domainshuttle.cluster.local import Connection
+from domainshuttle.cluster.submit import Job
+
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+@contextmanager
+def dashboard() -> Iterator[tuple[str, list[str]]]:
+    """A server that only notes what it is asked."""
+    calls: list[str] = []
+
+    class Notes(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            calls.append(self.path)
+            self.send_response(500)
+            self.end_headers()
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Notes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}", calls
+    finally:
+        server.shutdown()
+
+
+SUBMIT = """
+import os, sys
+from domainshuttle.cluster.submit import submit_training
+from domainshuttle.cluster.local import ClusterError
+for given in sys.argv[1:]:
+    before = [os.environ.get(n) for n in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")]
+    try: submit_training("name: x", "x", given or None)
+    except ClusterError as error: print(error)
+    assert [os.environ.get(n) for n in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")] == before
+"""
+
+
+def test_the_address_that_is_given_is_called_whatever_the_environment_says() -> None:
+    """In processes of their own, since Ray takes its authentication mode once."""
+    with ExitStack() as servers:
+        asked, asked_calls = servers.enter_context(dashboard())
+        others = [servers.enter_context(dashboard()) for _ in _ADDRESSES]
+        around = {name: f"http://{other}" for name, (other, _) in zip(_ADDRESSES, others, strict=True)}
+        command = [sys.executable, "-c", SUBMIT, f"http://{asked}", asked]
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120, env={**os.environ, **around}
+        )
+        assert len(asked_calls) >= 2
+        assert [calls for _, calls in others] == [[], []]
+        assert run.stdout.count(f"not taken by http://{asked}") == 1
+        assert run.stdout.count(f"not taken by {asked}") == 1
+        # and where none is given the environment's, in Ray's own order
+        run = subprocess.run(
+            [sys.executable, "-c", SUBMIT, ""], capture_output=True, text=True, check=True, timeout=120,
+            env={**os.environ, **around},
+        )  # fmt: skip
+        assert len(others[0][1]) >= 1
+        assert "not taken by RAY_API_SERVER_ADDRESS=http://" in run.stdout
+
+
+def test_the_command_that_follows_a_job_goes_to_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def get_address(self) -> str:
+            return "http://host:8265"
+
+    job = Job("job-1", Client())
+    for name in _ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    assert job.log_command() == "ray job logs --address http://host:8265 --follow job-1"
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
+    assert job.log_command() == "env -u RAY_ADDRESS ray job logs --address http://host:8265 --follow job-1"
+
+
+def test_a_given_cluster_is_used_unless_a_job_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "left:6379")
+    assert Connection("given:6379").address == "given:6379"
+    assert Connection().address == "left:6379"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert Connection("given:6379").address == "left:6379"
