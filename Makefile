@@ -19,10 +19,12 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/domainshuttle demo
 
-# two files at a time, each with its fixtures made once; then those that train, which need both cores
+# two files at a time, each with its fixtures made once; then those that train, which need both cores. Both always run.
 test: $(VENV)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow and not nightly" -n 2 --dist loadfile
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "slow and not nightly"
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; failed=0; \
+	$(BIN)/python -m pytest -m "not slow and not nightly" -n 2 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m "slow and not nightly" || failed=1; \
+	exit $$failed
 
 # whole trainings, for which a working day has no time
 test-nightly: $(VENV)/installed

@@ -1,0 +1,72 @@
+"""The examples in docs/extending.md do what the page says of them. Run: python -m pytest tests/test_docs.py"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.encoding.sample_encoder import decode_sample
+from domainshuttle.platform.cli import app
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What the page's examples define, run one after the other."""
+    names: dict[str, Any] = {"__name__": "extending"}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/extending.md", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_builder_makes_samples_that_training_can_use(page: dict[str, Any]) -> None:
+    builder = page["DiscsBuilder"](page["DiscsConfig"](samples=5), "discs")
+    samples = list(builder.build(1, 4))
+    assert [sample.key for sample in samples] == ["disc-0000001", "disc-0000002", "disc-0000003"]
+    (again,) = builder.build(2, 3)
+    assert again.members() == samples[1].members()
+    target, (reference,) = decode_sample(samples[0], parse_bucket("1x64x64"))
+    assert target.shape == (1, 64, 64, 3)
+    assert np.abs(target[0, 32, 32].astype(int) - reference[32, 32]).max() < 12  # the disc has its reference's colour
+
+
+def test_the_encoder_keeps_the_shapes_of_the_protocol(page: dict[str, Any]) -> None:
+    codec, pixels = page["MeanCodec"](), torch.rand(2, 3, 9, 32, 48) * 2 - 1
+    latents = codec.encode(pixels)
+    assert latents.shape == (2, 16, 3, 4, 6)
+    blocks = pixels[:, :, 0].unflatten(3, (6, 8)).unflatten(2, (4, 8))
+    torch.testing.assert_close(latents[:, :3, 0], blocks.mean((3, 5)))
+    assert codec.decode(latents).shape == pixels.shape
+    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents)
+
+
+def test_the_loss_and_the_metric_are_what_they_say(page: dict[str, Any]) -> None:
+    t = torch.tensor([0.1, 0.5, 0.9])
+    expected = [min(s, 5.0) / (s + 1) for s in (81.0, 1.0, 1 / 81)]
+    torch.testing.assert_close(page["min_snr_weights"](t), torch.tensor(expected))
+    batch = TrainingBatch.fake(2, frames=3, height=4, width=4, references=2, text_tokens=5, text_dim=8)
+    torch.testing.assert_close(page["reference_share"](batch), torch.tensor([2 / 5, 2 / 5]))
+    masked = replace(batch, reference_mask=torch.tensor([[True, False], [False, False]]))
+    torch.testing.assert_close(page["reference_share"](masked), torch.tensor([1 / 4, 0.0]))
+
+
+def test_every_file_and_verb_that_the_docs_name_is_there() -> None:
+    root = DOCS.parent
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    verbs |= {group.name for group in app.registered_groups if group.name}
+    for path in [root / "README.md", *DOCS.glob("*.md")]:
+        text = path.read_text()
+        for name in re.findall(r"`((?:platform|pipelines|model|cluster|tests|benchmarks|configs)/[\w/.-]+\.\w+)", text):
+            assert (root / name).exists(), f"{path.name} names {name}"
+        for name in re.findall(r"\]\(([\w/.-]+\.(?:md|png))\)", text):
+            assert (path.parent / name).exists(), f"{path.name} links to {name}"
+        for verb in re.findall(r"domainshuttle ([a-z]+)(?= )", text):
+            assert verb in verbs, f"{path.name} names `domainshuttle {verb}`"
