@@ -17,7 +17,7 @@ from domainshuttle.platform.run.ledger import Ledger
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 
 ENDS_THE_GROUP = ("TrainController", "SplitCoordinator", "SynchronizationActor", "RayTrainWorker")
-BESIDE = ("_StatsActor", "Autoscaling", "PlacementGroupCleaner", "DashboardAgent", "RuntimeEnvAgent")
+BESIDE = ("_StatsActor", "Autoscaling", "PlacementGroupCleaner")
 """Those that a run does not need while it trains; some live on some versions and clusters alone."""
 
 
