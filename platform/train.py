@@ -23,7 +23,7 @@ from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointS
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.engine.zero3 import Engine, frozen_copy
+from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
@@ -55,7 +55,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
     rank, world_size = dist.get_rank(), dist.get_world_size()
     last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first)
-    engine: Engine | None = None
+    engine = snapshot = None
     try:
         # Build
         base = identity_of_origin(run, segment, commit)
@@ -71,7 +71,6 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
             **config.loader.model_dump(),
             device=get_device(),
         )
-        snapshot = None
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(
                 blueprint(config.model_of(segment.expert), segment.origin, segment.seed, commit), config.engine
@@ -203,6 +202,8 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
         monitor.fail(error)
         raise
     finally:
+        if snapshot is not None:
+            release(snapshot)
         if engine is not None:
             engine.close()
 

@@ -98,6 +98,14 @@ class Partition:
 
     # Moving average
 
+    def release(self) -> None:
+        """Empties masters and optimiser states, and lets go of the average."""
+        for flats in self._flats().values():
+            for flat in flats:
+                flat.grad = None  # with offload the masters have them
+                flat.untyped_storage().resize_(0)
+        self._average = None
+
     def start_average(self) -> None:
         """Begins the moving average at the masters."""
         self._average = [flat.clone() for flat in self._masters]

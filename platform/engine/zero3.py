@@ -119,8 +119,9 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def close(self) -> None:
-        """Lets go of the model's memory, for the next engine of this process."""
-        self._engine.destroy()
+        """Gives the memory back, for the next engine of this process; it can't be used any more."""
+        self._partition.release()
+        release(self._engine)
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +233,18 @@ class Engine:
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+
+def release(engine: Any) -> None:
+    """Ends a DeepSpeed engine and empties what it holds: its hooks in the autograd graph keep the engine itself alive,
+    so that the garbage collector never takes it."""
+    engine.destroy()
+    held = [tensor for parameter in engine.module.parameters() for tensor in (parameter, parameter.ds_tensor)]
+    # gradients, and whatever else is kept flat
+    held += [value for value in vars(engine.optimizer).values() if isinstance(value, Tensor)]
+    for tensor in held:
+        tensor.grad = None
+        tensor.untyped_storage().resize_(0)
 
 
 def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
