@@ -239,12 +239,18 @@ def release(engine: Any) -> None:
     """Ends a DeepSpeed engine and empties what it holds: its hooks in the autograd graph keep the engine itself alive,
     so that the garbage collector never takes it."""
     engine.destroy()
-    held = [tensor for parameter in engine.module.parameters() for tensor in (parameter, parameter.ds_tensor)]
-    # gradients, and whatever else is kept flat
-    held += [value for value in vars(engine.optimizer).values() if isinstance(value, Tensor)]
-    for tensor in held:
+    parameters = [(parameter, parameter.ds_tensor) for parameter in engine.module.parameters()]
+    for tensor in _tensors_in([parameters, vars(engine.optimizer)]):  # of the optimiser gradients and buffers
         tensor.grad = None
         tensor.untyped_storage().resize_(0)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(inner)
 
 
 def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
