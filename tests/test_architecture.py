@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 ORDER = {
     "platform": [
-        {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"}, {"training"}, {"train"},
+        {"console", "report"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"}, {"training"}, {"train"},
         {"driver"}, {"evaluation"}, {"commands"}, {"cli"},
     ],
     "pipelines": [

@@ -4,13 +4,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
-
 from domainshuttle.platform.checkpoint.names import Name
 from domainshuttle.platform.checkpoint.retention import Retention
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
 from domainshuttle.platform.console import console
+from domainshuttle.platform.report.text import Advice, Prose, Records
 from domainshuttle.platform.run.folder import Run, find_run
 
 _WORDS = {"last": "last", "every": "every {every}th step", "best": "best loss"}
@@ -23,14 +21,11 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
     found = store.list(checksums=verify)
     if not found:
         every = run.config.checkpoint.every
-        console.print(f"No checkpoint yet in {escape(store.place.redacted())}: one is written every {every} steps.")
+        console.print(Prose(f"No checkpoint yet in {store.place.redacted()}: one is written every {every} steps."))
         return
     lines = {name: store.lines(name) for name in {Name.parse(text).segment for text, _ in found}}  # type: ignore[union-attr]
     kept = _reasons(run, found)
-    table = Table(title=f"Checkpoints of run {run.config.name} in {escape(store.place.redacted())}")
-    for column in ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept"):
-        table.add_column(column, justify="right" if column in ("step", "loss", "size", "workers") else "left")
-    notes = []
+    rows, notes = [], []
     in_line: list[Checkpoint] = []
     for text, entry in found:
         name = Name.parse(text)
@@ -40,41 +35,44 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
             why = "an earlier line" if left else ", ".join(kept.get(text, ["until the next is written"]))
             if any(line.origin == text for line in lines[name.segment]):
                 why += "; a later line began here"
-            table.add_row(text, *_cells(entry), "whole" if verify else "whole (sizes)", why)
+            rows.append([text, *_cells(entry), "whole" if verify else "whole (sizes)", why])
             if not left:
                 in_line.append(entry)
             continue
         unfinished = isinstance(entry, UnfinishedCheckpoint)
-        state = "unfinished" if unfinished else "[red]damaged[/]"
-        table.add_row(text, str(name.step), "", "", "", "", state, "")
+        rows.append([text, str(name.step), "", "", "", "", "unfinished" if unfinished else "damaged", ""])
         after = "it is being written, or a later save removes it" if unfinished else "remove it yourself"
-        notes.append(f"{text} is not chosen: {escape(str(entry))}; {after}.")
-    console.print(table)
+        notes.append(f"{text} is not chosen: {entry}; {after}.")
+    title = f"Checkpoints of run {run.config.name} in {store.place.redacted()}"
+    console.print(Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "unfinished": "yellow"}))
     for note in notes:
-        console.print(note)
-    whole = [entry for _, entry in found if isinstance(entry, Checkpoint)]
-    if whole:
-        console.print(_how_to_go_on(run, whole, in_line), markup=False)
+        console.print(Prose(note))
+    if whole := [entry for _, entry in found if isinstance(entry, Checkpoint)]:
+        console.print(_how_to_go_on(run, whole, in_line))
     if not verify:
-        console.print("Sizes were compared; checksums too with --verify.")
+        console.print(Prose("Sizes were compared; --verify compares checksums too."))
 
 
-def _how_to_go_on(run: Run, whole: list[Checkpoint], in_line: list[Checkpoint]) -> str:
+_FIELDS = ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept")
+_NUMERIC = ("step", "loss", "size", "workers")
+
+
+def _how_to_go_on(run: Run, whole: list[Checkpoint], in_line: list[Checkpoint]) -> Advice:
     """What a restart of the run does, and the command to go on from a checkpoint of one's choice."""
     current = next((segment.name for segment in run.segments() if not segment.finished), None)
     mine = [one for one in in_line if one.state.segment == current]
     if not mine:
         newest = max(whole, key=lambda checkpoint: checkpoint.written)
-        restart = f"A restart begins stage {current}. " if current else "The run is finished. "
-        return (
-            f"{restart}To go on from a checkpoint, in a run of its own: domainshuttle train CONFIG --set "
-            f"name={run.next_name()} --resume {newest.where}"
+        restart = f"A restart begins stage {current}." if current else "The run is finished."
+        return Advice(
+            f"{restart} To go on from a checkpoint, in a run of its own:",
+            f"domainshuttle train CONFIG --set name={run.next_name()} --resume {newest.where}",
         )
     newest = max(mine, key=lambda checkpoint: checkpoint.state.step)
     others = [one for one in whole if one.state.segment == current and one != newest] or [newest]
-    return (
-        f"A restart goes on from the newest whole one of its segment, here {newest.name}. To go on from another: "
-        f"domainshuttle train CONFIG --resume {others[-1].name}"
+    return Advice(
+        f"A restart goes on from the newest whole one of its segment, here {newest.name}. To go on from another:",
+        f"domainshuttle train CONFIG --resume {others[-1].name}",
     )
 
 

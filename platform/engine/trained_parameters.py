@@ -4,10 +4,10 @@ import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.table import Table
 from torch import nn
 
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.report.text import Records
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def group_name(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def parameter_table(selections: Mapping[str, TrainedParameters]) -> Table:
-    """Which parameters each segment trains, by group: the blocks' numbers are left out."""
+def parameter_table(selections: Mapping[str, TrainedParameters]) -> Records:
+    """Which parameters each segment trains, by group: the blocks' numbers are left out. Prints at any width."""
     sizes: dict[str, int] = {}
     trained: dict[str, set[str]] = {}
     for segment, selected in selections.items():
@@ -58,11 +58,8 @@ def parameter_table(selections: Mapping[str, TrainedParameters]) -> Table:
         sizes = {}
         for name, size in {**selected.trained, **selected.frozen}.items():
             sizes[group_name(name)] = sizes.get(group_name(name), 0) + size
-    table = Table(title="Parameters: trained, or frozen (.)")
-    table.add_column("group", overflow="fold")
-    table.add_column("elements", justify="right")
-    for segment in selections:
-        table.add_column(segment)
-    for group, size in sizes.items():
-        table.add_row(group, f"{size:,}", *("trained" if group in trained[name] else "." for name in selections))
-    return table
+    rows = [
+        [group, f"{size:,}", *("trained" if group in trained[name] else "." for name in selections)]
+        for group, size in sizes.items()
+    ]
+    return Records(("group", "elements", *selections), rows, "Parameters: trained, or frozen (.)", numeric=["elements"])
