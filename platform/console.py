@@ -1,12 +1,20 @@
-"""What people see of long work: a line that moves on a terminal, a line now and then in a log."""
+"""Standard output and errors, and the progress of long work: a bar on a terminal, a line now and then in a log."""
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from domainshuttle.platform.report.text import visible
+
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):  # a name that the terminal's encoding does not have ends no command
+        _stream.reconfigure(errors="backslashreplace")
 
 console = Console(highlight=False, soft_wrap=True)
 """Standard output."""
@@ -15,36 +23,34 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @contextlib.contextmanager
 def progress(what: str, unit: str, log_every: float = 10.0) -> Iterator[Callable[..., None]]:
-    """Shows progress of `what`: call the result with (done, total), and a `note` to show behind.
+    """Prints the progress of `what`: call the result with (done, total), and a `note` to print behind.
 
-    On a terminal a bar moves; elsewhere a line is printed every `log_every` seconds.
+    On a terminal a bar moves; elsewhere a line is printed every `log_every` seconds. Markup in the texts has no effect.
     """
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn(unit),
-                   TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]} {task.fields[note]}", markup=False), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None, note="")
+            task = bar.add_task(what, total=None, unit=unit, note="")
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
         return
-    last, shown = time.monotonic(), ""
+    last, printed = time.monotonic(), ""
 
     def line(done: int, total: int, note: str = "") -> None:
-        nonlocal last, shown
-        if time.monotonic() - last >= log_every and shown != f"{done} {note}":
-            last, shown = time.monotonic(), f"{done} {note}"
-            console.print(f"{what}: {done} of {total} {unit} {note}".rstrip())
+        nonlocal last, printed
+        if time.monotonic() - last >= log_every and printed != f"{done} {note}":
+            last, printed = time.monotonic(), f"{done} {note}"
+            console.print(f"{what}: {done} of {total} {unit} {note}".rstrip(), markup=False)
 
     yield line
     sys.stdout.flush()
 
 
 def fail(message: str, code: int = 2) -> "SystemExit":
-    """What to raise for a mistake of the user's: one message, no traceback."""
-    errors.print(f"[bold red]Error:[/] {_escaped(message)}")
+    """Prints a mistake of the user's as one message without a traceback. Returns what to raise."""
+    text = escape(visible(message, but="\n"))
+    errors.print(f"[bold red]Error:[/] {text}")
     return SystemExit(code)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

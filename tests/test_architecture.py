@@ -24,8 +24,8 @@ MAY_IMPORT = {
 }
 ORDER = {
     "platform": [
-        {"console", "report"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"}, {"training"}, {"train"},
-        {"driver"}, {"evaluation"}, {"commands"}, {"cli"},
+        {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"},
+        {"training"}, {"train"}, {"driver"}, {"evaluation"}, {"commands"}, {"cli"},
     ],
     "pipelines": [
         {"errors"}, {"sample"}, {"buckets", "quarantine", "ray_tasks", "values"}, {"storage"}, {"shards"}, {"media"},

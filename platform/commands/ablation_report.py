@@ -1,4 +1,4 @@
-"""What an ablation showed: a table, a picture and a page, of the variants that are done."""
+"""The results of an ablation: a table, a picture and a page, of the variants that are done."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
-
 from domainshuttle.platform.commands import compare, compare_page, curves
 from domainshuttle.platform.commands.ablation import Plan, result_of
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.engine.initialization import outline_model
 from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.tracking.queries import read_history
@@ -78,17 +77,11 @@ def report(plan: Plan) -> None:
     results = [result for name in plan.variants if (result := read_result(plan, name)) is not None]
     left = [name for name in plan.variants if name not in {result.name for result in results}]
     if not results:
-        console.print(f"No variant is done yet; left: {', '.join(left)}")
+        console.print(Prose(f"No variant is done yet; left: {', '.join(left)}"))
         return
-    heads, lines = _texts(results)
-    table = Table(header_style="bold", title=f"{plan.name}: {results[0].clips} clips of held-out subjects a variant")
-    for place, head in enumerate(heads):
-        # names and figures stay whole in a narrow terminal; the heads break between their words
-        widest = max(len(part) for part in [*head.split(), *(line[place] for line in lines)])
-        table.add_column(head, justify="right" if place else "left", min_width=widest)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    fields, lines = _texts(results)
+    title = f"{plan.name}: {results[0].clips} clips of held-out subjects a variant"
+    console.print(Records(fields, lines, title, numeric=fields[1:]))
     uri = next(iter(plan.variants.values())).tracking_uri
     done = [result.name for result in results]
     rows = compare.compare(uri, [plan.name], done)
@@ -98,19 +91,18 @@ def report(plan: Plan) -> None:
     if plan.shared is not None:
         hours = Ledger(Run(plan.shared).ledger_path).summary().used
         note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} GPU-hours)."
-    console.print(note)
-    lead = (
-        f"<h2>Variants</h2>{compare_page.table_of(heads, lines)}<p>{note}</p>"
-        f"{compare_page.image(picture.read_bytes(), 'Identity and loss of each variant')}<h2>Runs</h2>"
-    )
-    page = compare_page.write_page(uri, rows, losses, plan.folder / "ablation.html", plan.name, lead)
-    console.print(f"Picture: {picture}; curves: {losses}; page: {page}")
+    console.print(Prose(note))
+    page = compare_page.write_page(
+        uri, rows, losses, plan.folder / "ablation.html", plan.name, "ablation.html",
+        variant_fields=fields, variants=lines, note=note, picture=picture.read_bytes(),
+    )  # fmt: skip
+    console.print(Prose(f"Picture: {picture}; curves: {losses}; page: {page}"))
     if left:
-        console.print(f"Left: {', '.join(left)}. The same command without --only goes on with them.")
+        console.print(Prose(f"Left: {', '.join(left)}. The same command without --only goes on with them."))
 
 
 def _texts(results: list[VariantResult]) -> tuple[list[str], list[list[str]]]:
-    heads = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", "GPU-hours"]
+    fields = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", "GPU-hours"]
     lines = [
         [
             result.name,
@@ -123,7 +115,7 @@ def _texts(results: list[VariantResult]) -> tuple[list[str], list[list[str]]]:
         ]
         for result in results
     ]
-    return heads, lines
+    return fields, lines
 
 
 def draw(results: list[VariantResult], path: Path) -> Path:

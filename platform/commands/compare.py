@@ -1,82 +1,114 @@
-"""`domainshuttle compare`: the runs of one or more experiments side by side, as a table, a picture and a page.
+"""`domainshuttle compare`: the runs of one or more experiments side by side, as text, a picture and a page.
 
-The table is a tree, a schedule with its segments below it, and shows of the configuration only the keys in which the
+The records are a tree, a schedule with its segments below it, and show of the configuration only the keys in which the
 schedules, and the segments of one name, differ. `curves` draws the losses, `compare_page` writes the page. All of it is
-read through `records`.
+read through `tracking.queries`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from domainshuttle.platform.report.text import Prose, Records, headline
 from domainshuttle.platform.tracking.queries import RunRecord, read_history, read_runs
+from domainshuttle.platform.tracking.training_steps import last_training_step
 
 HOURS = "gpu_hours/used"
 _IDENTITY = "evaluation/identity_own"
-_SPARE = ("flow", "cross pair", "min", "samples/s", "duration")  # what a narrow console goes without, in this order
 _STATUS_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "killed": "yellow"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run in the table: `depth` 0 is a schedule, 1 one of its segments; texts by column and by configuration key."""
+    """A run of the comparison: texts by field and by configuration key."""
 
     run: RunRecord
     label: str
     depth: int
+    """0: a schedule; 1: one of its segments; more: a run below another, which is not of our making."""
     values: dict[str, str]
     differences: dict[str, str]
 
 
 def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> list[Row]:
-    """The rows of the table: schedules, oldest first, each with its segments after it.
+    """The rows: schedules, oldest first, each with its segments after it.
 
-    `runs` chooses schedules by their name or the beginning of their id; without it all are shown. Raises
+    `runs` chooses schedules by their name or the beginning of their id; without it all are there. Raises
     ConnectionError when the server does not answer, LookupError for an experiment or a run that is not there.
     """
     records = read_runs(uri, experiments)
-    ids = {record.id for record in records}
-    parents = [record for record in records if record.parent not in ids]
+    trees = _trees(records)
     for wanted in runs:
-        if not any(_is(record, wanted) for record in parents):
-            names = ", ".join(sorted({record.name for record in parents}))
+        if not any(_is(tree[0].run, wanted) for tree in trees):
+            names = ", ".join(sorted({tree[0].run.name for tree in trees}))
             raise LookupError(f"no run {wanted!r} in {', '.join(experiments)}; there are: {names}")
     if runs:
-        parents = [record for record in parents if any(_is(record, wanted) for wanted in runs)]
-    titles = [(record.experiment, record.name) for record in parents]
-    configs = fold_absent([configuration(record) for record in parents])
+        trees = [tree for tree in trees if any(_is(tree[0].run, wanted) for wanted in runs)]
+    titles = Counter((tree[0].run.experiment, tree[0].run.name) for tree in trees)
+    configs = fold_absent([configuration(tree[0].run) for tree in trees])
     keys = differing(configs)
-    below = {parent.id: [record for record in records if record.parent == parent.id] for parent in parents}
-    same = _differing_by_name([child for children in below.values() for child in children], keys)
-    evaluated = any(_IDENTITY in record.metrics for children in below.values() for record in children)
+    same = _differing_by_name([node.run for tree in trees for node in tree[1:]], keys)
+    evaluated = any(_IDENTITY in record.metrics for record in records)
     rows: list[Row] = []
-    for parent, config in zip(parents, configs, strict=True):
-        unique = titles.count((parent.experiment, parent.name)) == 1
-        label = parent.name if unique else f"{parent.name} ({parent.id[:6]})"
+    for tree, config in zip(trees, configs, strict=True):
+        parent, below = tree[0].run, tree[1:]
+        label = _label(parent, titles[parent.experiment, parent.name] == 1)
         if len(experiments) > 1:
             label = f"{parent.experiment}: {label}"
-        children = below[parent.id]
-        used = [child.metrics.get(HOURS, 0.0) for child in children]
+        used = [node.run.metrics.get(HOURS, 0.0) for node in below]
         total = parent.metrics.get(HOURS, max(used, default=0.0))
-        steps = sum(last_step(record) or 0 for record in [parent, *children]) or None
+        steps = sum(trained_steps(node.run) or 0 for node in tree) or None
         values = _values(uri, parent, steps, total, evaluated)
         rows.append(Row(parent, label, 0, values, {key: config.get(key, "") for key in keys}))
-        before = 0.0
-        for child, hours in zip(children, used, strict=True):
+        before, siblings = 0.0, Counter(node.run.name for node in below)
+        for node, hours in zip(below, used, strict=True):
+            child = node.run
             # the ledger counts over the whole schedule: a segment's own hours are those since the segment before it
-            values = _values(uri, child, last_step(child), hours - before if hours else 0.0, evaluated)
+            values = _values(uri, child, trained_steps(child), max(0.0, hours - before), evaluated)
             own = configuration(child)
-            rows.append(Row(child, child.name, 1, values, {key: own.get(key, "") for key in same[child.name]}))
+            label = _label(child, siblings[child.name] == 1)
+            rows.append(Row(child, label, node.depth, values, {key: own.get(key, "") for key in same[child.name]}))
             before = max(before, hours)
     return rows
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A run and how many runs are above it."""
+
+    run: RunRecord
+    depth: int
+
+
+def _trees(records: Sequence[RunRecord]) -> list[list[_Node]]:
+    """Each run without a parent among them, oldest first, with all that is below it, however deep."""
+    children: dict[str | None, list[RunRecord]] = {}
+    ids = {record.id for record in records}
+    for record in records:
+        children.setdefault(record.parent if record.parent in ids else None, []).append(record)
+    placed: set[str] = set()
+
+    def tree(run: RunRecord, depth: int) -> Iterator[_Node]:
+        placed.add(run.id)
+        yield _Node(run, depth)
+        for child in children.get(run.id, []):
+            if child.id not in placed:
+                yield from tree(child, depth + 1)
+
+    trees = [list(tree(run, 0)) for run in children.get(None, [])]
+    # runs that name each other as parents are below nothing
+    return trees + [list(tree(record, 0)) for record in records if record.id not in placed]
+
+
+def _label(record: RunRecord, unique: bool) -> str:
+    """A run's name, with the beginning of its id where the name is not enough."""
+    return record.name if unique and record.name.strip() else f"{record.name} ({record.id[:6]})".lstrip()
 
 
 def fold_absent(configs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -103,9 +135,9 @@ def _differing_by_name(segments: Sequence[RunRecord], known: Sequence[str]) -> d
     """For each name of a segment the params in which its runs differ, but for those that `known` has of the stage."""
     found = {}
     for name in {segment.name for segment in segments}:
-        told = [key for key in known if key.startswith(f"stages.{name}.")]
+        known_of_stage = [key for key in known if key.startswith(f"stages.{name}.")]
         keys = differing([configuration(segment) for segment in segments if segment.name == name])
-        found[name] = [key for key in keys if not any(long.endswith(f".{key}") for long in told)]
+        found[name] = [key for key in keys if not any(long.endswith(f".{key}") for long in known_of_stage)]
     return found
 
 
@@ -125,9 +157,9 @@ def differing(configs: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({config.get(key) for config in configs}) > 1]
 
 
-def last_step(record: RunRecord) -> int | None:
-    """The last step that anything was logged at; system metrics count samples, not steps."""
-    return max((step for key, step in record.steps.items() if not key.startswith("system/")), default=None)
+def trained_steps(record: RunRecord) -> int | None:
+    """How many steps a run has trained, as far as they are logged; None where it is no training."""
+    return last_training_step(record.steps)
 
 
 def _values(uri: str, record: RunRecord, steps: int | None, hours: float, evaluated: bool) -> dict[str, str]:
@@ -146,7 +178,7 @@ def _values(uri: str, record: RunRecord, steps: int | None, hours: float, evalua
         **({"identity": "" if identity is None else f"{identity:.1%}"} if evaluated else {}),
         "samples/s": _number(metrics.get("samples/s")),
         "GPU-hours": _number(hours or None),
-        "duration": _duration((record.end or time.time()) - record.start),
+        "duration": _duration(max(0.0, (record.end or time.time()) - record.start)),
     }
 
 
@@ -160,54 +192,36 @@ def _duration(seconds: float) -> str:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Prints the rows, then what differs and what failed; on a narrow console without the less important columns.
-
-    What differs is columns of the same table where that fits, else a table of its own, else a line a run.
-    """
+    """Prints the runs, then the keys in which they differ with the value of each run, then what failed."""
     if not rows:
         console.print("There are no runs yet.")
         return
-    columns, keys = list(rows[0].values), list(rows[0].differences)
-    among_segments = any(row.differences for row in rows if row.depth)
-    beside = keys if not among_segments and _fits(_table(rows, columns, keys), console) else []
-    for name in _SPARE:
-        if _fits(_table(rows, columns, beside), console):
-            break
-        columns.remove(name)
-    console.print(_table(rows, columns, beside))
-    if beside != keys or among_segments:
-        labels, lines = differences(rows)
-        table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-        for head in ("differs", *labels):
-            table.add_column(escape(head), overflow="fold")
-        for key, texts in lines:
-            table.add_row(escape(key), *map(escape, texts))
-        if _fits(table, console):
-            console.print(table)
-        else:
-            for place, label in enumerate(labels):
-                console.print(f"[bold]{escape(label)}[/]", escape(", ".join(f"{k} = {t[place]}" for k, t in lines)))
+    fields = ("run", *rows[0].values)
+    lines = [[f"{'  ' * row.depth}{'└ ' if row.depth else ''}{row.label}", *row.values.values()] for row in rows]
+    numeric = [name for name in fields if name not in ("run", "status")]
+    console.print(Records(fields, lines, "", numeric, _STATUS_STYLES), soft_wrap=True)
+    labels, different = differences(rows)
+    if different:
+        texts = [[key, *values] for key, values in different]
+        console.print(Records(("key", *labels), texts, "What differs"), soft_wrap=True)
     for label, error in errors(rows):
-        console.print(f"[red]{escape(label)}[/] failed: {escape(error)}")
+        console.print(Prose(f"{label} failed: {error}", style="red"), soft_wrap=True)
 
 
-def differences(rows: Sequence[Row], short: bool = True) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The schedules' labels, and for each key that differs its (short) name and its text in each schedule.
+def differences(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The schedules' labels, and for each key that differs its text in each schedule.
 
     Keys of segments, which have the segment's name before them, come after those of the configuration.
     """
     schedules = [row for row in rows if row.depth == 0]
     keys = list(schedules[0].differences) if schedules else []
-    lines = [
-        (name, [row.differences[key] or _ABSENT for row in schedules])
-        for key, name in zip(keys, short_names(keys) if short else keys, strict=True)
-    ]
+    lines = [(key, [row.differences[key] or _ABSENT for row in schedules]) for key in keys]
     texts: dict[str, list[str]] = {}
-    place = -1
+    column = -1
     for row in rows:
-        place += row.depth == 0
+        column += row.depth == 0
         for key, text in row.differences.items() if row.depth else ():
-            texts.setdefault(f"{row.label}: {key}", [_ABSENT] * len(schedules))[place] = text or _ABSENT
+            texts.setdefault(f"{row.label}: {key}", [_ABSENT] * len(schedules))[column] = text or _ABSENT
     return [row.label for row in schedules], lines + sorted(texts.items())
 
 
@@ -215,43 +229,10 @@ _ABSENT = "–"
 
 
 def errors(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Label and error of each run that failed and said why."""
+    """Label and error of each run that failed and has a tag with its error."""
     failed, schedule = [], ""
     for row in rows:
         schedule = row.label if row.depth == 0 else schedule
-        if row.run.status == "FAILED" and (lines := row.run.tags.get("error", "").strip().splitlines()):
-            # of a traceback the kind of failure and its cause; MLflow has the whole of it
-            error = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1].strip()}"
-            failed.append((row.label if row.depth == 0 else f"{schedule}, {row.label}", error))
+        if row.run.status == "FAILED" and (error := row.run.tags.get("error", "").strip()):
+            failed.append((row.label if row.depth == 0 else f"{schedule}, {row.label}", headline(error)))
     return failed
-
-
-def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table, options=console.options.update(max_width=100_000)).maximum <= console.width
-
-
-def _table(rows: Sequence[Row], columns: Sequence[str], keys: Sequence[str]) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
-    for name in short_names(keys):
-        table.add_column(escape(name))
-    for row in rows:
-        texts = {name: escape(row.values[name]) for name in columns}
-        if style := _STATUS_STYLES.get(row.values["status"]):
-            texts["status"] = f"[{style}]{texts['status']}[/]"
-        name = f"[bold]{escape(row.label)}[/]" if row.depth == 0 else f"  └ {escape(row.label)}"
-        table.add_row(name, *texts.values(), *(escape(row.differences.get(key, "")) for key in keys))
-    return table
-
-
-def short_names(keys: Sequence[str]) -> list[str]:
-    """The keys without leading parts that are not needed to tell them apart: `a.b.lr`, `a.c.lr` -> `b.lr`, `c.lr`."""
-    names = []
-    for key in keys:
-        parts = key.split(".")
-        ends = (".".join(parts[first:]) for first in range(len(parts) - 1, -1, -1))
-        alone = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
-        names.append(next(alone, key))
-    return names

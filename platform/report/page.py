@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.report.text import visible
@@ -43,4 +42,5 @@ def _environment() -> Environment:
 
 def _seen(value: Any) -> Any:
     """Text without characters that no page can hold, or that would turn what stands around it."""
-    return visible(value, but="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")  # what a macro made has been through here
+    return visible(value, but="\n\t") if is_text else value

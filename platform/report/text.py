@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
@@ -24,7 +24,7 @@ class Records:
     """Prints a table with a row a record where that fits the width, else a block of `field  value` lines a record.
 
     Values are plain text: neither markup nor control characters in them have an effect. In a block, short fields share
-    lines, in columns that are the same for all records; an empty value is left out.
+    lines, in columns; an empty value is left out.
     """
 
     fields: Sequence[str]
@@ -57,80 +57,88 @@ class Records:
             right = name in self.numeric
             table.add_column(Text(visible(name)), justify="right" if right else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*(Text(value, self.styles.get(value, "")) for value in row))
+            table.add_row(*map(self._styled, row))
         return table
 
     def _blocks(self, rows: Sequence[Sequence[str]], width: int, breaks: bool) -> Iterator[Text]:
-        fields = {name: [row[place] for row in rows] for place, name in enumerate(self.fields) if place >= self.heads}
-        longest = {name: max(map(cell_len, values)) for name, values in fields.items() if any(values)}
-        short = [name for name in longest if longest[name] <= _SHORT]
-        lines = _lay_out(short, longest, width) if short else []
-        own_line = [name for name in longest if name not in short]
-        label = max(map(cell_len, own_line), default=0)
-        apart = len(lines) + len(own_line) > 1
+        room = width if breaks else _UNLIMITED
+        names = [visible(name) for name in self.fields]
+        cells = {place: max(cell_len(row[place]) for row in rows) for place in range(self.heads, len(names))}
+        shared = [_Cell(place, cell_len(names[place]), size) for place, size in cells.items() if size]
+        shared = [cell for cell in shared if max(cell.label, cell.value) <= _SHORT and _INDENT + cell.width <= width]
+        patterns = {tuple(cell for cell in shared if row[cell.place]) for row in rows}
+        lines = {pattern: _lay_out(pattern, width) for pattern in patterns}  # records with the same fields look alike
+        own_line = [place for place, size in cells.items() if size and place not in {cell.place for cell in shared}]
+        label = max((size for place in own_line if (size := cell_len(names[place])) <= _SHORT), default=0)
+        apart = max(map(len, lines.values())) + len(own_line) > 1
         for number, row in enumerate(rows):
             if number and apart:
                 yield Text()
-            heading = [row[0], *(f"{self.fields[place]} {row[place]}" for place in range(1, self.heads))]
-            # the indent of a name says what it belongs to
-            yield from _wrapped(Text(", ".join(heading), "bold"), width if breaks else _UNLIMITED)
-            for line in lines:
-                if any(fields[name][number] for name, _, _ in line):
-                    yield self._line((name, fields[name][number], at, end) for name, at, end in line)
-            for name in own_line:
-                if value := fields[name][number]:
-                    value_text = Text(value, self.styles.get(value, ""))
-                    yield from _labelled(name, value_text, label, width if breaks else _UNLIMITED)
+            heading = ", ".join([row[0], *(f"{names[place]} {row[place]}" for place in range(1, self.heads))])
+            yield from _wrapped(Text(heading, "bold"), room)
+            for line in lines[tuple(cell for cell in shared if row[cell.place])]:
+                text = Text()
+                for place, label_at, value_at in line:
+                    text.append(" " * (label_at - text.cell_len) + names[place])
+                    text.append(" " * (value_at - text.cell_len))
+                    text.append_text(self._styled(row[place]))
+                yield text
+            for place in own_line:
+                if row[place]:
+                    yield from _labelled(names[place], self._styled(row[place]), label, room)
         yield Text()
 
-    def _line(self, cells: Iterable[tuple[str, str, int, int]]) -> Text:
-        """A line of labels and values; those of empty values stay blank. `at` is where the label, `end` the value is."""
-        line = Text()
-        for name, value, label_at, value_at in cells:
-            if value:
-                line.append(" " * (label_at - line.cell_len) + visible(name))
-                line.append(" " * (value_at - line.cell_len))
-                line.append(value, self.styles.get(value))
-        return line
+    def _styled(self, value: str) -> Text:
+        return Text(value, self.styles.get(value, ""))
 
 
-_Line = list[tuple[str, int, int]]
-"""Fields of a line: name, and where its label and its value begin."""
+@dataclass(frozen=True)
+class _Cell:
+    """A field that shares its line: its place among the fields, and the widths of its label and its longest value."""
+
+    place: int
+    label: int
+    value: int
+
+    @property
+    def width(self) -> int:
+        return self.label + 2 + self.value
 
 
-def _lay_out(fields: Sequence[str], longest: Mapping[str, int], width: int) -> list[_Line]:
-    """Fields in their order, in as few lines as fit the width, with no more columns than that needs."""
-    fitting = next((n for n in range(len(fields), 1, -1) if _columns(fields, longest, n)[-1] <= width), 1)
-    lines = -(-len(fields) // fitting)
-    columns = -(-len(fields) // lines)
-    *starts, _ = _columns(fields, longest, columns)
-    labels = _label_widths(fields, columns)
-    placed = [(name, starts[n % columns], starts[n % columns] + labels[n % columns] + 2) for n, name in enumerate(fields)]
-    return [placed[first : first + columns] for first in range(0, len(placed), columns)]
+def _lay_out(cells: Sequence[_Cell], width: int) -> list[list[tuple[int, int, int]]]:
+    """The cells in their order, in as few lines as fit, with no more columns than these need.
+
+    Of each cell of a line: its place, and where its label and its value begin.
+    """
+    if not cells:
+        return []
+    fitting = next((count for count in range(len(cells), 1, -1) if _columns(cells, count)[1] <= width), 1)
+    count = -(-len(cells) // -(-len(cells) // fitting))
+    starts, _ = _columns(cells, count)
+    placed = [(cell.place, *starts[number % count]) for number, cell in enumerate(cells)]
+    return [placed[first : first + count] for first in range(0, len(placed), count)]
 
 
-def _columns(fields: Sequence[str], longest: Mapping[str, int], count: int) -> list[int]:
-    """Where each of `count` columns begins, and the width of all."""
+def _columns(cells: Sequence[_Cell], count: int) -> tuple[list[tuple[int, int]], int]:
+    """Where the labels and the values of each of `count` columns begin, and the width of a line."""
     starts, at = [], _INDENT
-    for column, label in enumerate(_label_widths(fields, count)):
-        starts.append(at)
-        at += label + 2 + max(longest[name] for name in fields[column::count]) + _GAP
-    return [*starts, at - _GAP]
-
-
-def _label_widths(fields: Sequence[str], count: int) -> list[int]:
-    return [max(cell_len(visible(name)) for name in fields[column::count]) for column in range(count)]
+    for column in (cells[first::count] for first in range(count)):
+        value_at = at + max(cell.label for cell in column) + 2
+        starts.append((at, value_at))
+        at = value_at + max(cell.value for cell in column) + _GAP
+    return starts, at - _GAP
 
 
 def _labelled(name: str, value: Text, label: int, width: int) -> Iterator[Text]:
-    """A field on lines of its own: the value behind its label, or below it where its longest word needs the room."""
-    name, indent = visible(name), _INDENT + label + 2
-    room = width - indent
-    if max(map(cell_len, value.plain.split(" "))) > room:
-        yield Text(" " * _INDENT + name)
-        lead, indent = " " * (_INDENT + 2), _INDENT + 2
-    else:
+    """A field on lines of its own: the value behind its label, or below it where one of the two needs the room."""
+    indent = _INDENT + label + 2
+    if cell_len(name) <= label and max(map(cell_len, value.plain.split(" "))) <= width - indent:
         lead = " " * _INDENT + name + " " * (indent - _INDENT - cell_len(name))
+    else:
+        for line in _wrapped(Text(name), width - _INDENT):
+            yield Text.assemble(" " * _INDENT, line)
+        indent = _INDENT + 2
+        lead = " " * indent
     for line in _wrapped(value, width - indent):
         yield Text.assemble(lead, line)
         lead = " " * indent
@@ -177,10 +185,12 @@ def _is_seen(character: str) -> bool:
 
 
 def headline(text: str) -> str:
-    """An error's text in a line: of a traceback what failed and its cause, and how many lines are left out."""
-    lines = text.strip().splitlines() or [""]
-    between = f" [{len(lines) - 2} lines] " if len(lines) > 2 else " "
-    return lines[0] if len(lines) == 1 else f"{lines[0]}{between}{lines[-1].strip()}"
+    """An error's text in one line: of a traceback the first and the last line, and how many are left out."""
+    first, *rest = text.strip().splitlines() or [""]
+    if not rest:
+        return first
+    between = f" [{len(rest) - 1} more line{'s' if len(rest) > 2 else ''}]" if len(rest) > 1 else ""
+    return f"{first}{between} {rest[-1].strip()}"
 
 
 def _breaks_lines(console: Console) -> bool:

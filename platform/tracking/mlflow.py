@@ -60,6 +60,7 @@ from domainshuttle.platform.tracking.outbox import (
     texts_event,
     uploads_journal,
 )
+from domainshuttle.platform.tracking.training_steps import last_training_step
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -369,7 +370,7 @@ class _Sender:
             dataset = Dataset(event["name"], event["digest"], "local", source, profile=rows)
             self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         elif kind == "resume":
-            reached = max((step for key, step in last_step.items() if not key.startswith("system/")), default=0)
+            reached = last_training_step(last_step) or 0
             if reached > event["step"]:
                 again = f"steps {event['step'] + 1} to {reached} are computed again, the points are the first ones"
                 self._set_tags(run_id, {f"resumed.{event['step']}": again})

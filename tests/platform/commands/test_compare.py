@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from domainshuttle.platform.commands import compare, compare_page, curves
-from domainshuttle.platform.tracking.mlflow import MetricLogger, open_schedule
+from domainshuttle.platform.report.text import visible
+from domainshuttle.platform.tracking.mlflow import PARENT_TAG, MetricLogger, connect, open_schedule
 
 
 def train(uri: str, experiment: str, name: str, folder: Path, cross_pair: bool, lr: float, scale: float) -> None:
@@ -102,20 +103,19 @@ def test_a_param_that_was_changed_on_a_resume_counts_as_changed(uri: str, tmp_pa
     assert [row.differences for row in compare.compare(uri, ["changed"])] == [{"lr": "0.1"}, {"lr": "0.3"}]
 
 
-@pytest.mark.parametrize("width", [200, 110, 80])
-def test_the_table_fits_the_console_and_says_everything_that_matters(uri: str, width: int) -> None:
-    shown = text(compare.compare(uri, ["paper"]), width)
+@pytest.mark.parametrize("width", [200, 110, 80, 40])
+def test_all_fields_of_all_runs_are_there_at_any_width(uri: str, width: int) -> None:
+    rows = compare.compare(uri, ["paper"])
+    shown = text(rows, width)
     assert max(len(line) for line in shown.splitlines()) <= width
     assert "…" not in shown
     for needed in ("full", "without", "└ stage2", "finished", "killed", "GPU-hours", "cross_pair", "False"):
         assert needed in shown
-    assert (" flow " in shown) == (width > 80)
+    for row in rows:
+        for field, value in row.values.items():
+            assert field in shown and value in shown
+    assert "stages.1.cross_pair" in shown  # as `--set` takes it
     assert text([], width).strip() == "There are no runs yet."
-
-
-def test_short_names_are_the_ends_that_tell_keys_apart() -> None:
-    assert compare.short_names(["a.b.lr", "a.c.lr", "seed", "a.steps"]) == ["b.lr", "c.lr", "seed", "steps"]
-    assert compare.short_names(["lr", "a.lr"]) == ["lr", "a.lr"]
 
 
 def test_segments_follow_each_other_and_gpu_hours_are_read_between_the_logged_ones(uri: str) -> None:
@@ -178,7 +178,7 @@ def test_what_differs_in_stages_is_a_table_of_its_own_and_failures_say_why(uri: 
     labels, lines = compare.differences(rows)
     assert labels == ["first", "second"]
     # the steps are told once, by the configuration; what only one run has does not differ from anything
-    assert lines == [("steps", ["100", "200"]), ("s1: mixture", ["a: 1", "b: 1"])]
+    assert lines == [("stages.s1.steps", ["100", "200"]), ("s1: mixture", ["a: 1", "b: 1"])]
     for width in (160, 40):
         shown = text(rows, width)
         assert "s1: mixture" in shown.replace("\n", " ") and "b: 1" in shown
@@ -219,6 +219,130 @@ def test_hours_between_two_looks_at_the_ledger_are_drawn_as_a_line() -> None:
     logged = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 4.0), (5, 4.0), (6, 4.0)]
     assert list(curves._hours([1, 2, 3, 4, 5, 6], logged)) == pytest.approx([1, 1.6, 2.2, 2.8, 3.4, 4])
     assert [math.isnan(hour) for hour in curves._hours([1, 2], [])] == [True, True]
+
+
+def test_what_is_logged_beside_the_training_is_no_step(uri: str, tmp_path: Path) -> None:
+    """The driver's hours, evaluations and system metrics, each on steps of their own, in a run that was restarted."""
+    folder = tmp_path / "spool"
+    tracker = open_schedule(uri, "beside", "run", {}, {}, folder)
+    hours = 0.0
+    for attempt, (segment, first, last) in enumerate([("s1", 1, 4), ("s2", 1, 57), ("s2", 41, 120)], 1):
+        logger = MetricLogger(tracker.ids, segment, folder, start_step=first - 1, system_every=0.02)
+        for step in range(first, last + 1):
+            hours += 1.0
+            losses = {} if step == 120 else {"loss": 0.5, "loss/flow": 0.5}  # the last step was dropped
+            logger.log(step, {**losses, "learning_rate": 0.1, "gpu_hours/used": hours})
+        assert logger.finish()
+        hours += 10.0
+        tracker.log({"gpu_hours/used": hours}, None, segment)  # as the driver does when the workers have ended
+        tracker.log({"gpu_hours/used": hours}, attempt)
+    tracker.log({"evaluation/identity_own": 0.5}, 999, "s2")
+    assert tracker.finish()
+    rows = compare.compare(uri, ["beside"])
+    assert {row.label: row.values["steps"] for row in rows} == {"run": "124", "s1": "4", "s2": "120"}
+    assert not any(name.startswith("resumed.") for name in rows[1].run.tags)
+    assert [name for name in rows[2].run.tags if name.startswith("resumed.")] == ["resumed.40"]
+    assert "steps 41 to 57" in rows[2].run.tags["resumed.40"]
+    first, second = curves.pieces(uri, rows, "loss")
+    assert (list(first.steps), second.first_step, second.steps[0]) == ([1, 2, 3, 4], 4, 5)
+    assert list(first.hours) == pytest.approx([1, 2, 3, 4])  # not the 14 that the driver logged after the last step
+    assert second.hours[-1] == pytest.approx(4 + 10 + 57 + 10 + 79)
+
+
+def test_a_run_that_is_no_training_has_no_steps(uri: str, tmp_path: Path) -> None:
+    tracker = open_schedule(uri, "none", "judged", {}, {}, tmp_path / "spool")
+    tracker.log({"gpu_hours/used": 3.0}, 7)
+    tracker.log({"evaluation/identity_own": 0.5}, 999)
+    (row,) = compare.compare(uri, ["none"])
+    assert (row.values["steps"], row.values["GPU-hours"], row.values["identity"]) == ("", "3", "50.0%")
+
+
+HOSTILE = (
+    "[bold]not bold[/] [/] [link=x]",
+    "<script>alert(1)</script> {{ 7 * 7 }} {% raw %}",
+    "$x^{$ _{ \\frac",
+    "_hidden",
+    "\x1b[31mred\x1b[0m\u202eturned\nnext",
+    "名前" * 30,
+    "n" * 240,
+)
+
+
+def test_names_of_any_kind_and_length_are_shown_and_do_nothing(uri: str, tmp_path: Path) -> None:
+    client = connect(uri)
+    experiment = client.create_experiment("hostile", artifact_location=(tmp_path / "artifacts").as_uri())
+    for name in HOSTILE:
+        parent = client.create_run(experiment, run_name=name).info.run_id
+        client.log_param(parent, "stages.a.note", name)
+        child = client.create_run(experiment, run_name=name, tags={PARENT_TAG: parent}).info.run_id
+        for step in range(1, 4):
+            client.log_metric(child, "loss", 1.0 / step, step=step)
+        client.set_tag(child, "error", f"{name}\n  of a traceback\n{name}")
+        client.set_terminated(child, "FAILED")
+    rows = compare.compare(uri, ["hostile"])
+    assert [row.label for row in rows if row.depth == 0] == list(HOSTILE)
+    for width in (40, 80, 400):
+        shown = text(rows, width)
+        assert "\x1b" not in shown and "\u202e" not in shown and "…" not in shown
+        for name in HOSTILE:
+            assert visible(name) in shown
+    picture = curves.plot(uri, rows, tmp_path / "losses.png")
+    colours = {colour for _, colour in Image.open(picture).convert("RGB").getcolors(maxcolors=1 << 24) or []}
+    assert all(tuple(bytes.fromhex(colour[1:])) in colours for colour in curves.COLOURS)
+
+    class Page(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: set[str] = set()
+            self.texts: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.tags.add(tag)
+
+        def handle_data(self, data: str) -> None:
+            self.texts.add(data)
+
+    page = Page()
+    page.feed(compare_page.write_page(uri, rows, picture, tmp_path / "page.html", HOSTILE[1]).read_text())
+    assert not page.tags & {"script", "i", "link"}
+    for name in HOSTILE:
+        assert visible(name, but="\n") in page.texts
+
+
+def test_runs_of_another_layout_are_all_there(uri: str, tmp_path: Path) -> None:
+    """Of other programs: runs below runs below runs, of one name, whose parent is gone, or in a ring."""
+    client = connect(uri)
+    experiment = client.create_experiment("foreign", artifact_location=(tmp_path / "artifacts").as_uri())
+    made: dict[str, str] = {}
+
+    def make(key: str, name: str, parent: str | None = None) -> None:
+        tags = {PARENT_TAG: made.get(parent, parent)} if parent else {}
+        made[key] = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+
+    make("root", "root")
+    make("child", "child", "root")
+    make("grandchild", "grandchild", "child")
+    make("twin", "child", "root")
+    make("orphan", "orphan", "0" * 32)
+    make("ring", "ring")
+    make("ring2", "ring2", "ring")
+    client.set_tag(made["ring"], PARENT_TAG, made["ring2"])
+    client.log_param(made["child"], "depth", "1")
+    client.log_param(made["twin"], "depth", "2")
+    client.log_metric(made["grandchild"], "train_loss", 0.5, step=300)
+    client.log_metric(made["grandchild"], "loss", 0.25, step=200)
+    rows = compare.compare(uri, ["foreign"])
+    assert sorted(row.run.id for row in rows) == sorted(made.values())
+    depths = {row.run.id: row.depth for row in rows}
+    assert [depths[made[key]] for key in ("root", "child", "grandchild", "orphan")] == [0, 1, 2, 0]
+    steps = {row.run.id: row.values["steps"] for row in rows}
+    assert (steps[made["root"]], steps[made["grandchild"]], steps[made["orphan"]]) == ("200", "200", "")
+    labels = [row.label for row in rows if row.run.name == "child"]
+    assert labels == [f"child ({made[key][:6]})" for key in ("child", "twin")]
+    shown = text(rows, 80)
+    assert "    └ grandchild" in shown and all(label in shown for label in labels)
+    page = compare_page.write_page(uri, rows, curves.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html")
+    assert "grandchild" in page.read_text()
 
 
 def test_a_stage_that_only_some_runs_have_is_one_difference() -> None:
