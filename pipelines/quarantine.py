@@ -1,9 +1,10 @@
-"""The quarantine: samples that were left out and why, and whose fault an exception is.
+"""The quarantine: what is left out and why, how much of it is accepted, and to what an error is attributed.
 
-A fault of a sample puts it into quarantine; a fault of the machine ends the work.
+An error of a sample puts the sample into quarantine; an error of the machine ends the work.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,19 +12,52 @@ from domainshuttle.pipelines.errors import DataError, StorageError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
-
-MOST_BAD_RAW = 0.05
-"""Share of samples that can't be decoded or fitted above which a corpus gets no index, unless a command says more."""
+MOST_BAD_IN_CORPUS = 0.05
+"""Share of bad samples, or of bad shards, above which a corpus gets no index, unless a command says more."""
+MOST_BAD_IN_RUN = 0.01
+"""Share of unreadable samples above which a training run ends, unless its configuration says more."""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A row of the quarantine table: a sample that was left out, and why."""
+    """A row of the quarantine table: a sample that is left out (with an empty `key` a whole shard), and why, as 'kind:
+    detail'."""
 
     source: str
     shard: str
     key: str
     reason: str
+
+
+class SampleFault(DataError):
+    """What is wrong with a sample or a shard: a kind, by which faults are counted, and the details."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind, self.detail = kind, detail
+
+    def __reduce__(self) -> tuple[type["SampleFault"], tuple[str, str]]:
+        return type(self), (self.kind, self.detail)
+
+
+def fault_kind(reason: str) -> str:
+    """The kind of a reason, by which faults are counted: what stands before its colon."""
+    return reason.partition(":")[0]
+
+
+def fault_reason(error: DataError) -> str:
+    """The reason of an error for the quarantine table, with a kind."""
+    return str(error) if isinstance(error, SampleFault) else f"unreadable sample: {error}"
+
+
+def bad_share(bad: int, good: int) -> float:
+    """The share of bad ones, 0 where there are none at all."""
+    return bad / max(bad + good, 1)
+
+
+def accepted_share(share: float) -> str:
+    """The least share of two decimals, as one types it, that accepts `share`."""
+    return f"{min(math.ceil(share * 100) / 100, 1):g}"
 
 
 # of a GPU or of memory, by name, as torch is not imported here and its types differ by version

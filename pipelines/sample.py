@@ -28,8 +28,8 @@ ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")
 LATENT_CHANNELS = 16
-READ_AHEAD, MOST_BAD = 256 << 20, 0.01
-"""Bytes of batches that a rank holds ahead, and the share of unreadable samples above which a run ends, by default."""
+READ_AHEAD = 256 << 20
+"""Bytes of batches that a rank holds ahead, by default."""
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
 """Rates of clips, in frames a second: others are mistakes, and no fraction with a small denominator stands for them."""
 

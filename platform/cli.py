@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
+
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
     from domainshuttle.platform.config.schema import RunConfig
@@ -47,7 +49,7 @@ Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these c
 
 
 @data.command("build")
-def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = 0.05) -> None:
+def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = MOST_BAD_IN_CORPUS) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
     settings = _load(config, set_)
     from domainshuttle.platform.commands.data import build_corpora
@@ -62,10 +64,11 @@ def data_encode(
     config: Config,
     set_: Set = None,
     corpus: Corpus = None,
-    most_bad: MostBad = 0.05,
-    anew: Annotated[
-        bool, typer.Option("--anew", help="Remove whole encoded corpora of other data or encoders.")
+    most_bad: MostBad = MOST_BAD_IN_CORPUS,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove whole encoded corpora of other data or encoders.")
     ] = False,
+    anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,  # its name until November 2026
 ) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
     settings = _load(config, set_)
@@ -73,7 +76,7 @@ def data_encode(
     from domainshuttle.platform.driver.ray_cluster import connected
 
     with connected(settings, cpus=1):
-        encode_corpora(settings, corpus, anew, most_bad)
+        encode_corpora(settings, corpus, overwrite or anew, most_bad)
 
 
 @data.command("index")
@@ -88,7 +91,7 @@ def data_index(
     fps: Annotated[
         float | None, typer.Option(help="Rate at which clips are sampled; without it each clip's own.")
     ] = None,
-    most_bad: MostBad = 0.05,
+    most_bad: MostBad = MOST_BAD_IN_CORPUS,
     shards: Annotated[str, typer.Option(help="Only shards of this pattern, without .tar, such as: 'part-00*'")] = "*",
     name: Annotated[str, typer.Option(help="Name of the index file in the folder.")] = "index.parquet",
     merge: Annotated[

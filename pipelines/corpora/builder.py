@@ -9,7 +9,7 @@ from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfi
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import Parts
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
-from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, BadSample
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample
 from domainshuttle.pipelines.ray_tasks import Progress
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import ShardWriter
@@ -45,7 +45,7 @@ def build_part(
                 frames = frames_at(sample.info.frames, sample.info.fps, fps)
                 bucket = choose_bucket(frames, *sample.info.size, buckets)
             except DataError as error:
-                bad.append(BadSample(sample.info.source, "", sample.key, str(error)))
+                bad.append(BadSample(sample.info.source, "", sample.key, f"no bucket: {error}"))
                 continue
             writer.write(sample.key, sample.members())
             infos[sample.key] = sample.info, bucket
@@ -62,7 +62,7 @@ def build_corpus(
     samples_per_part: int = 128,
     shard_bytes: int = 256 << 20,
     fps: float | None = None,
-    most_bad: float = MOST_BAD_RAW,
+    most_bad: float = MOST_BAD_IN_CORPUS,
 ) -> tuple[IndexMetadata, int]:
     """Builds what is missing of a raw corpus on the Ray cluster that is connected, and its index.
 

@@ -23,7 +23,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, Parts
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, read_metadata
 from domainshuttle.pipelines.plan.feed import EncoderSources
-from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, BadSample
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress
 from domainshuttle.pipelines.shards.tar import ShardWriter
 
@@ -97,7 +97,7 @@ class _EncodingActor:
         with ShardWriter(work.parts.folder, work.parts.prefix(part), self.shard_bytes) as writer:
             for row, sample in encode_rows(rows, self.video, self.text, work.metadata.fps):
                 if isinstance(sample, DataError):
-                    bad.append(BadSample(row.source, row.shard, row.key, str(sample)))
+                    bad.append(BadSample(row.source, row.shard, row.key, fault_reason(sample)))
                     continue
                 writer.write(sample.key, sample.members())
                 infos[sample.key] = sample.info, row.bucket, len(sample.text)
@@ -118,14 +118,15 @@ def encode(
     pool: EncodingPool | None = None,
     samples_per_part: int = 64,
     shard_bytes: int = 1 << 30,
-    anew: bool = False,
-    most_bad: float = MOST_BAD_RAW,
+    overwrite: bool = False,
+    most_bad: float = MOST_BAD_IN_CORPUS,
 ) -> list[tuple[IndexMetadata, int]]:
     """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
 
     Returns, for each job, its index's metadata and the number of samples in quarantine. Raises DataError for encoders
-    that can't be loaded, for a whole corpus of other encoders or other raw samples unless it is to be made `anew`, and,
-    when all others have their indexes, for those of which more than `most_bad` of the samples are bad.
+    that can't be loaded, for a whole corpus of other encoders or other raw samples unless it is to be removed
+    (`overwrite`), and, when all others have their indexes, for those of which more than `most_bad` of the samples are
+    bad.
     """
     pool = pool or EncodingPool()
     device = "cuda" if pool.gpus else "cpu"
@@ -144,7 +145,7 @@ def encode(
         for job, raw in zip(jobs, indexes, strict=True)
     ]
     others = [parts for parts in of_each if parts.index_path.exists() and not parts.complete()]
-    if others and not anew:
+    if others and not overwrite:
         raise DataError(_would_be_lost(others[0], identity))
     for number, (job, raw, parts) in enumerate(zip(jobs, indexes, of_each, strict=True)):
         parts.begin()
@@ -172,12 +173,15 @@ def encode(
     merged, faults = [], []
     for work in works:
         try:
-            merged.append(work.parts.merge(work.metadata, most_bad))
+            merged.append(work.parts.merge(work.metadata, most_bad, _REPAIR))
         except DataError as error:
             faults.append(str(error))
     if faults:
         raise DataError("; ".join(faults))
     return merged
+
+
+_REPAIR = "Repair their raw samples, index the raw corpus again (domainshuttle data index), and encode again"
 
 
 def _would_be_lost(parts: Parts, identity: dict[str, str]) -> str:
@@ -186,5 +190,5 @@ def _would_be_lost(parts: Parts, identity: dict[str, str]) -> str:
     return (
         f"{parts.folder} is a whole encoded corpus, made of other raw samples or by other encoders"
         f"{' (' + '; '.join(changed) + ')' if changed else ''}. Encoding removes it first: say so (domainshuttle "
-        "data encode CONFIG --anew), or keep it and encode into another `data` folder"
+        "data encode CONFIG --overwrite), or keep it and encode into another `data` folder"
     )

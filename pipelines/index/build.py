@@ -3,27 +3,35 @@
 Each shard's samples become a part beside the shards, `.index/<shard>.parquet`, which says of which size and time of
 change the shard was. A part that still fits its shard is not made again: so a job that was stopped goes on, and after
 shards were added, changed or removed only those are read. The index and the quarantine table are then the parts, joined
-in the order of the shards' names. Rows stay columns on the way: an index of millions is not held as objects.
+in the order of the shards' names. Rows stay columns on the way: an index of millions is not held as objects. Files of
+the folder that are not read are listed beside the index (`folder`).
 
 Buckets are chosen when the parts are joined. Other buckets or another frame rate make another index without reading
 the shards again.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.index.folder import (
+    PARTS_FOLDER,
+    Skipped,
+    beside,
+    list_folder,
+    no_shards,
+    write_skipped,
+)
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import (
     FORMAT_VERSION,
@@ -34,12 +42,21 @@ from domainshuttle.pipelines.index.table import (
     rows_table,
     write_index,
 )
-from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, BadSample
+from domainshuttle.pipelines.quarantine import (
+    MOST_BAD_IN_CORPUS,
+    QUARANTINE_NAME,
+    BadSample,
+    SampleFault,
+    accepted_share,
+    bad_share,
+    fault_kind,
+    fault_reason,
+)
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
 from domainshuttle.pipelines.shards.checks import MOST_DESCRIPTION_BYTES, check_files, check_tensors, read_description
-from domainshuttle.pipelines.shards.scan import Fault, SampleFault, fault_kind, scan_contents, scan_shard
+from domainshuttle.pipelines.shards.scan import Fault, scan_contents, scan_shard
 from domainshuttle.pipelines.shards.scan import shown as printable
-from domainshuttle.pipelines.shards.tar import ShardEntry, check_shard_name
+from domainshuttle.pipelines.shards.tar import ShardEntry
 from domainshuttle.pipelines.storage.files import (
     delete,
     exists,
@@ -49,26 +66,19 @@ from domainshuttle.pipelines.storage.files import (
     write_bytes,
     writing,
 )
-from domainshuttle.pipelines.storage.uri import (
-    Location,
-    absolute,
-    is_remote,
-    join,
-    local_path,
-    name_of,
-    parent,
-    redacted,
-)
+from domainshuttle.pipelines.storage.uri import Location, absolute, join, name_of, parent, redacted
 
-PARTS_FOLDER = ".index"
 _PART_KEY = b"domainshuttle.part"
+_RULES = 2  # of what is a sample: a part that was made by others is made again
 _AT_ONCE = 16  # parts that are read at a time: in a store each is some requests, which wait rather than work
 _MOST_TENSOR_BYTES = 256 << 20  # of one sample's latents, which are held; real ones are megabytes
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What indexing made: the index's metadata, how many samples and shards, and what was left out, by kind."""
+    """What indexing made: the index's metadata, how many samples and shards, of which `scanned` were read now and
+    `unchanged` before; what was left out, by kind; captions that are cut; and what lies beside the shards, or in them,
+    that is not read."""
 
     metadata: IndexMetadata
     path: Location
@@ -76,13 +86,10 @@ class Indexed:
     shards: int
     scanned: int = 0
     scanned_bytes: int = 0
+    unchanged: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-
-
-def beside(index: Location, name: str) -> Location:
-    """Where the file `name` of an index lies: beside `index.parquet`, and under its name beside another."""
-    own = name_of(index)
-    return join(parent(index), name if own == INDEX_NAME else f"{own.removesuffix('.parquet')}.{name}")
+    cut_captions: int = 0
+    skipped: tuple[Skipped, ...] = ()
 
 
 def index_folder(
@@ -90,7 +97,7 @@ def index_folder(
     metadata: IndexMetadata,
     buckets: Sequence[Bucket],
     progress: Progress,
-    most_bad: float = 0.05,
+    most_bad: float = MOST_BAD_IN_CORPUS,
     shards: str = "*",
     name: str = INDEX_NAME,
 ) -> Indexed:
@@ -105,12 +112,23 @@ def index_folder(
     folder = absolute(folder)
     if metadata.stage == "raw" and not buckets:
         raise DataError(f"{redacted(folder)}: no buckets for raw samples; give some, such as 81x480x832")
-    stamps, faults = _shards(folder, shards, metadata.stage)
+    if "/" in shards:
+        raise DataError(
+            f"shards {shards!r}: expected a pattern of names, of shards that lie in {redacted(folder)} itself"
+        )
+    held = list_folder(folder, shards)
+    if not held.shards:
+        raise no_shards(folder, shards, held)
+    stamps: dict[str, dict[str, Any]] = {
+        name: {"size": size, "mtime_ns": changed, "stage": metadata.stage, "format": FORMAT_VERSION, "rules": _RULES}
+        for name, (size, changed) in held.shards.items()
+    }
+    faults = [Fault(printable(name), "", str(fault)) for name, fault in held.misnamed.items()]
     parts_folder = join(folder, PARTS_FOLDER)
-    parts = {shard: join(parts_folder, f"{shard}.parquet") for shard in stamps}
+    parts = {shard: _part_of(folder, shard) for shard in stamps}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        made_of = dict(zip(parts, pool.map(_part_stamp, parts.values()), strict=True))
-    old = [shard for shard in stamps if made_of[shard] != stamps[shard]]
+        notes = dict(zip(parts, pool.map(_part_notes, parts.values()), strict=True))
+    old = [shard for shard, stamp in stamps.items() if not stamp.items() <= (notes[shard] or {}).items()]
     if metadata.stage == "raw":
         _refuse_encoded(join(folder, shard) for shard in old)
     total, done = sum(stamps[shard]["size"] for shard in old), 0
@@ -129,18 +147,23 @@ def index_folder(
             if stale.removesuffix(".parquet") not in parts:
                 delete(join(parts_folder, stale))
     whole = [shard for shard in stamps if name_of(parts[shard]) in left and shard not in lost]
-    tables = []
+    tables, companions = [], held.companions
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for shard, (table, own) in zip(whole, pool.map(_part, [parts[shard] for shard in whole]), strict=True):
+        read = pool.map(_part, [parts[shard] for shard in whole])
+        for shard, (table, own) in zip(whole, read, strict=True):
             tables.append(table)
-            faults += [Fault(shard, *fault) for fault in own]
+            faults += [Fault(shard, *fault) for fault in own["faults"]]
+            companions.update(own["companions"])
     joined = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     quarantined = [BadSample(metadata.corpus, fault.shard, fault.key, fault.reason) for fault in faults]
-    made = _join(joined, metadata, buckets, join(folder, name), quarantined, len(stamps), most_bad)
-    return Indexed(**{**made.__dict__, "scanned": len(old), "scanned_bytes": total})
+    path = join(folder, name)
+    skipped = write_skipped(path, held.skipped, companions)
+    made = _join(joined, metadata, buckets, path, quarantined, most_bad)
+    unchanged = len(stamps) - len(old)
+    return replace(made, scanned=len(old), scanned_bytes=total, unchanged=unchanged, skipped=tuple(skipped))
 
 
-def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = 0.05) -> Indexed:
+def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = MOST_BAD_IN_CORPUS) -> Indexed:
     """Joins indexes of one folder, made of different shards, into one at `out` in that folder, in the order of the
     shards' names.
 
@@ -176,53 +199,36 @@ def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = 
             quarantined.update(dict.fromkeys(read_bytes(table).decode().splitlines()))
     bad = [BadSample(**json.loads(line)) for line in quarantined]
     table = pa.concat_tables([held[shard][1] for shard in sorted(held)])
-    return _join(table, first, None, absolute(out), bad, len(held), most_bad)
+    found, known = list_folder(folder), sorted({*held, *(row.shard for row in bad)})
+    left = [Skipped(name, "in none of these indexes", "index it too") for name in found.shards if name not in known]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for notes in pool.map(_part_notes, [_part_of(folder, shard) for shard in known]):
+            found.companions.update(notes["companions"] if notes else {})
+    skipped = write_skipped(absolute(out), [*left, *found.skipped], found.companions)
+    made = _join(table, first, None, absolute(out), bad, most_bad)
+    return replace(made, skipped=tuple(skipped))
 
 
-def _shards(folder: Location, pattern: str, stage: str) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """The stamp of each shard by its name, in order: what a part says of the shard that it was made of."""
-    if not is_remote(folder) and not local_path(folder).is_dir():
-        raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
-    if "/" in pattern:
-        raise DataError(
-            f"shards {pattern!r}: expected a pattern of names, of shards that lie in {redacted(folder)} itself"
-        )
-    files = list_dated(folder)
-    found, faults = {}, []
-    for name, size, changed in files:
-        if name.startswith(".") or not fnmatchcase(name, f"{pattern}.tar"):
-            continue
-        try:
-            stamp = {"size": size, "mtime_ns": changed, "stage": stage, "format": FORMAT_VERSION}
-            found[check_shard_name(name)] = stamp
-        except DataError as error:
-            faults.append(Fault(printable(name), "", f"unsafe name: {error}; rename the shard"))
-    if not found:
-        packed = [name for name, *_ in files if name.endswith((".tar.gz", ".tgz", ".tar.zst"))]
-        remedy = "unpack them (gunzip): samples are read by offset" if packed else "shards are WebDataset tars"
-        raise DataError(f"{redacted(folder)}: no shard {pattern}.tar; it has {packed[:3] or 'none'}: {remedy}")
-    return found, faults
+def _part_of(folder: Location, shard: str) -> Location:
+    return join(folder, f"{PARTS_FOLDER}/{shard}.parquet")
 
 
-def _part(part: Location) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """The rows of a shard's part, and what was left out of it, as (key, reason)."""
-    file = open_parquet(part)
-    return file.read().replace_schema_metadata(None), _part_notes(file.metadata)["faults"]
-
-
-def _part_notes(metadata: pq.FileMetaData) -> dict[str, Any]:
-    notes: dict[str, Any] = json.loads(metadata.metadata[_PART_KEY])
-    return notes
-
-
-def _part_stamp(part: Location) -> dict[str, Any] | None:
+def _part_notes(part: Location) -> dict[str, Any] | None:
+    """What a shard's part says of itself: the shard's stamp, `faults`, what was left out as (key, reason), and
+    `companions`, by pattern; None where there is no whole part of these rules."""
     try:
-        notes = _part_notes(open_parquet(part).metadata)
+        notes: dict[str, Any] = json.loads(open_parquet(part).metadata.metadata[_PART_KEY])
     except StorageError:  # of which nothing follows for the part
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return {name: value for name, value in notes.items() if name != "faults"}
+    return notes if notes.get("rules") == _RULES else None
+
+
+def _part(part: Location) -> tuple[pa.Table, dict[str, Any]]:
+    """The rows of a shard's part, and its notes."""
+    file = open_parquet(part)
+    return file.read().replace_schema_metadata(None), json.loads(file.metadata.metadata[_PART_KEY])
 
 
 def _refuse_encoded(shards: Iterable[Location]) -> None:
@@ -241,22 +247,22 @@ def _index_shard(shard: Location, stamp: dict[str, Any], part: Location) -> int:
     meanwhile makes the part an old one."""
     rows: list[IndexRow] = []
     faults: list[tuple[str, str]] = []
+    companions = Counter[str]()
     read = ("json",) if stamp["stage"] == "raw" else ("json", "safetensors")
-    for found in scan_contents(shard, read, _MOST_TENSOR_BYTES):
+    for found in scan_contents(shard, read, _MOST_TENSOR_BYTES, companions):
         if isinstance(found, Fault):
             faults.append((found.key, found.reason))
             continue
         entry, contents = found
         try:
             rows.append(_row(entry, contents, stamp["stage"]))
-        except SampleFault as fault:
-            faults.append((entry.key, str(fault)))
         except DataError as error:
-            faults.append((entry.key, f"unreadable sample: {error}"))
+            faults.append((entry.key, fault_reason(error)))
     table = _table(rows, faults)
+    notes = {**stamp, "faults": faults, "companions": companions}
     with writing(part) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({_PART_KEY: json.dumps({**stamp, "faults": faults}).encode()})
+        writer.add_key_value_metadata({_PART_KEY: json.dumps(notes).encode()})
     return len(table)
 
 
@@ -297,7 +303,6 @@ def _join(
     buckets: Sequence[Bucket] | None,
     path: Location,
     bad: list[BadSample],
-    shards: int,
     most_bad: float,
 ) -> Indexed:
     """Writes the index of rows in the order of their shards, and its quarantine table."""
@@ -310,18 +315,22 @@ def _join(
     quarantine = beside(path, QUARANTINE_NAME)
     write_bytes(quarantine, "".join(json.dumps(asdict(row)) + "\n" for row in bad).encode())
     faults = Counter(fault_kind(row.reason) for row in bad)
-    samples, broken = sum(bool(row.key) for row in bad), len({row.shard for row in bad if not row.key})
-    share = max(samples / max(1, samples + len(table)), broken / max(1, shards))
+    samples, broken = len({(row.shard, row.key) for row in bad if row.key}), {row.shard for row in bad if not row.key}
+    # each shard has rows, or a fault that says why it has none
+    shards = {*pc.unique(table.column("shard")).to_pylist(), *(row.shard for row in bad)}
+    share = max(bad_share(samples, len(table)), len(broken) / max(1, len(shards)))
     if share > most_bad or not len(table):
         counted = ", ".join(f"{kind} {count}" for kind, count in faults.most_common())
-        accept = f", or accept them: --most-bad {math.ceil(share * 100) / 100:g}" if len(table) else ""
+        accept = f", or accept them: --most-bad {accepted_share(share)}" if len(table) else ""
         raise DataError(
-            f"{redacted(parent(path))}: {samples} of {samples + len(table)} samples and {broken} of {shards} shards "
-            f"are bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons: {redacted(quarantine)}. "
-            f"Repair what they name and run the command again (only changed shards are read){accept}"
+            f"{redacted(parent(path))}: {samples} of {samples + len(table)} samples and {len(broken)} of {len(shards)} "
+            f"shards are bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons are in "
+            f"{redacted(quarantine)}. Repair what they name and run the command again (only changed shards are read)"
+            f"{accept}"
         )
     written = write_index(path, table, metadata)
-    return Indexed(written, path, len(table), shards, faults=faults)
+    cut = pc.sum(pc.greater(table.column("caption_tokens"), table.column("text_tokens"))).as_py() or 0
+    return Indexed(written, path, len(table), len(shards), faults=faults, cut_captions=cut)
 
 
 def _first_of_each(table: pa.Table, corpus: str) -> tuple[pa.Table, list[BadSample]]:

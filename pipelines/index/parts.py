@@ -6,6 +6,7 @@ corpus's. So a job that was killed goes on where it was, and a corpus has an ind
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,14 @@ import pyarrow as pa
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import OLDEST_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
-from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME, BadSample
+from domainshuttle.pipelines.quarantine import (
+    MOST_BAD_IN_CORPUS,
+    QUARANTINE_NAME,
+    BadSample,
+    accepted_share,
+    bad_share,
+    fault_kind,
+)
 from domainshuttle.pipelines.storage.files import write_bytes
 
 INDEX_NAME = "index.parquet"
@@ -22,6 +30,9 @@ WORK_NAME = ".parts"
 """The folder, in a corpus's, of what is known of its parts."""
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 """The text encoder's states of an empty caption, beside an encoded corpus's index."""
+
+
+_REPAIR = "Change what builds them (the corpus's `build` and `buckets`) and run the command again"
 
 
 @dataclass(frozen=True)
@@ -79,24 +90,30 @@ class Parts:
         self._done(part).touch()
         return len(rows), len(bad)
 
-    def merge(self, metadata: IndexMetadata, most_bad: float = MOST_BAD_RAW) -> tuple[IndexMetadata, int]:
+    def merge(
+        self, metadata: IndexMetadata, most_bad: float = MOST_BAD_IN_CORPUS, repair: str = _REPAIR
+    ) -> tuple[IndexMetadata, int]:
         """Makes the corpus's index and quarantine table of the parts'. Returns the index's metadata and the bad count.
 
-        Raises DataError when parts are missing or more than `most_bad` of the samples are bad.
+        Raises DataError when parts are missing or more than `most_bad` of the samples are bad, which is repaired as
+        `repair` says.
         """
         if missing := self.missing():
             raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
-        bad = "".join(self._work.joinpath(f"{self.prefix(p)}.quarantine").read_text() for p in range(self.count))
-        write_bytes(self.quarantine_path, bad.encode())
+        lines = "".join(self._work.joinpath(f"{self.prefix(p)}.quarantine").read_text() for p in range(self.count))
+        write_bytes(self.quarantine_path, lines.encode())
         table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
-        count = bad.count("\n")
-        if count > most_bad * (count + len(table)):
+        bad = [json.loads(line)["reason"] for line in lines.splitlines()]
+        share = bad_share(len(bad), len(table))
+        if share > most_bad or not len(table):
+            counted = ", ".join(f"{kind} {count}" for kind, count in Counter(map(fault_kind, bad)).most_common())
+            accept = f", or accept them: --most-bad {accepted_share(share)} (nothing is made again)"
             raise DataError(
-                f"{self.folder}: {count} of {count + len(table)} samples are bad, more than {most_bad:.0%}: see the "
-                f"reasons in {self.quarantine_path}; to accept them say --most-bad with a larger share (nothing is "
-                "made again)"
+                f"{self.folder}: {len(bad)} of {len(bad) + len(table)} samples are bad, at most {most_bad:.0%} may be: "
+                f"{counted}. Shards, keys and reasons are in {self.quarantine_path}. "
+                f"{repair}{accept if len(table) else ''}"
             )
-        return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), count
+        return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), len(bad)
 
     def _tables(self) -> Iterator[pa.Table]:
         for part in range(self.count):

@@ -18,27 +18,26 @@ import pyarrow as pa
 
 from domainshuttle.pipelines.buckets import Bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.errors import DataError, MissingError
-from domainshuttle.pipelines.index.build import beside
+from domainshuttle.pipelines.index.folder import VERIFY_NAME, Skipped, beside, list_folder
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, IndexRow
 from domainshuttle.pipelines.media.decode import decode_image, decode_video
-from domainshuttle.pipelines.quarantine import BadSample
+from domainshuttle.pipelines.quarantine import BadSample, SampleFault, fault_kind, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
 from domainshuttle.pipelines.sample import Buffer, RawSample, SampleInfo
 from domainshuttle.pipelines.shards.checks import check_files, check_finite, check_tensors, read_description
-from domainshuttle.pipelines.shards.scan import SampleFault, fault_kind
 from domainshuttle.pipelines.shards.tar import ShardCache, ShardEntry, check_shard_name, sample_checksum
-from domainshuttle.pipelines.storage.files import exists, list_dated, read_ranges, size, writing
+from domainshuttle.pipelines.storage.files import exists, read_ranges, size, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, redacted
 
-VERIFY_NAME = "verify.jsonl"
+_RENAME = "rename them: letters, digits, _ and -, then .tar"
 _MOST_BYTES = 64 << 20  # of samples that are asked of a store, and held, at once
 
 
 @dataclass(frozen=True)
 class Verified:
     """What verifying found: faults by kind, in how many samples and shards; `unindexed` names shards of the folder that
-    the index does not have."""
+    the index does not have, `skipped` its files that are none."""
 
     samples: int
     decoded: int
@@ -49,6 +48,7 @@ class Verified:
     bad_samples: int = 0
     bad_shards: int = 0
     unindexed: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 def verify_index(
@@ -100,12 +100,18 @@ def verify_index(
             read += bytes_read
             done += len(table)
             progress(done, len(index))
-    known = set(whole.codes("shard")[1])
-    files = [name for name, *_ in list_dated(folder) if name.endswith(".tar") and not name.startswith(".")]
-    unindexed = [name for name in files if name not in known]
-    shards = len(set(index.column("shard").tolist()))
+    known, held = set(whole.codes("shard")[1]), list_folder(folder)
     return Verified(
-        len(index), int(decoded.sum()), shards, read, report, faults, bad_samples, len(bad_shards), tuple(unindexed)
+        samples=len(index),
+        decoded=int(decoded.sum()),
+        shards=len(set(index.codes("shard")[0].tolist())),
+        read_bytes=read,
+        path=report,
+        faults=faults,
+        bad_samples=bad_samples,
+        bad_shards=len(bad_shards),
+        unindexed=tuple(sorted(held.shards.keys() - known)),
+        skipped=(*held.skipped, *(Skipped(name, "unsafe name", _RENAME) for name in held.misnamed)),
     )
 
 
@@ -142,10 +148,8 @@ def _verify_shard(
                 _verify_raw(row, members, metadata.fps, whole)
             else:
                 _verify_encoded(row, members, whole)
-        except SampleFault as fault:
-            bad.append(BadSample(row.source, row.shard, row.key, str(fault)))
         except DataError as error:
-            bad.append(BadSample(row.source, row.shard, row.key, f"unreadable sample: {error}"))
+            bad.append(BadSample(row.source, row.shard, row.key, fault_reason(error)))
     return bad, read
 
 

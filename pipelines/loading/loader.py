@@ -28,7 +28,8 @@ from domainshuttle.pipelines.loading.device_prefetch import on_device
 from domainshuttle.pipelines.loading.encoded import EncodedReader
 from domainshuttle.pipelines.loading.reader import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.pipelines.sample import MOST_BAD, READ_AHEAD
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
+from domainshuttle.pipelines.sample import READ_AHEAD
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Loader(Generic[B]):
         quarantine: Path,
         read_ahead: int = READ_AHEAD,
         threads: int = 2,
-        most_bad: float = MOST_BAD,
+        most_bad: float = MOST_BAD_IN_RUN,
         device: torch.device | None = None,
         source: Source[B] | None = None,
     ) -> None:

@@ -1,4 +1,4 @@
-"""What must hold of a sample in a shard, shared by indexing and verifying. What does not is a `SampleFault`."""
+"""What must hold of a sample in a shard, for indexing and verifying. What does not hold is a `SampleFault`."""
 
 from collections.abc import Iterable
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from domainshuttle.pipelines.buckets import SPACE_STRIDE, TIME_STRIDE, Bucket
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.quarantine import SampleFault
 from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Buffer, RawSample, SampleInfo
-from domainshuttle.pipelines.shards.scan import SampleFault
 from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 MOST_DESCRIPTION_BYTES = 16 << 20

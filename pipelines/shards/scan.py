@@ -1,19 +1,23 @@
 """Scanning: the samples of tars that others wrote, by offset and with checksums, and what is wrong with the rest.
 
-Nothing of a tar is trusted. A tar that was cut, which `tarfile`, webdataset and Ray Data may read as one with fewer
-samples, has a fault here; a declared size is never allocated; no member is written anywhere, opened or unpickled. A
-fault costs what it touches: a member with an odd name its sample, a cut what comes after it.
+Each header and size is checked before it is used. A tar that was cut, which `tarfile`, webdataset and Ray Data may read
+as one with fewer samples, has a fault here; a declared size is never allocated; no member is written anywhere, opened
+or unpickled. A fault costs what it touches: a member with an odd name its sample, a cut what comes after it. Files that
+systems and tools leave beside others are counted and ignored (`companions`).
 """
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.quarantine import SampleFault, fault_kind
 from domainshuttle.pipelines.sample import EXTENSION_PATTERN, KEY_PATTERN
+from domainshuttle.pipelines.shards.companions import companion, is_index_name
 from domainshuttle.pipelines.shards.tar import (
     BLOCK,
     Member,
@@ -29,17 +33,10 @@ _PIECE = 1 << 20
 _BUFFER = 8 << 20  # of a store's file, which is read from its beginning to its end
 _MOST_EXTENDED = 1 << 20  # bytes of a header that extends the next one: long names, not data
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-_PASSED_OVER = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_SKIPPED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 _WITHOUT_DATA = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
-
-
-class SampleFault(DataError):
-    """What is wrong with a sample or a shard: a kind, by which faults are counted, and the details."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +47,9 @@ class Fault:
     key: str
     reason: str
 
-
-def fault_kind(reason: str) -> str:
-    """The kind of a reason, by which faults are counted: what stands before its colon."""
-    return reason.partition(":")[0]
+    @property
+    def kind(self) -> str:
+        return fault_kind(self.reason)
 
 
 def scan_shard(path: str | Path) -> Iterator[ShardEntry | Fault]:
@@ -62,11 +58,12 @@ def scan_shard(path: str | Path) -> Iterator[ShardEntry | Fault]:
 
 
 def scan_contents(
-    path: str | Path, extensions: Container[str] = (), most: int = 0
+    path: str | Path, extensions: Container[str] = (), most: int = 0, companions: Counter[str] | None = None
 ) -> Iterator[tuple[ShardEntry, dict[str, bytes]] | Fault]:
     """The samples of a tar in order, with checksums, and its faults where they lie; reads the file once.
 
     With each sample come the bytes of its members of these extensions, but for those of more than `most` bytes.
+    `companions` counts, by the pattern of their names, the files of the tar that are no samples' and are ignored.
 
     A sample is the members of one key that stand together. Left out, with a fault that names them, are: names that are
     not `key.extension` in the safe form, what is not a regular file, and a key that came before (the first stays).
@@ -77,10 +74,14 @@ def scan_contents(
     StorageError where a store fails.
     """
     shard = check_shard_name(name_of(path))
+    companions = Counter() if companions is None else companions
     empty = True
     try:
         with open_file(path, buffer=_BUFFER) as file:
-            for found in _samples(file, shard, extensions, most):
+            for found in _samples(file, shard, extensions, most, companions):
+                if isinstance(found, _Sample) and found.is_index():
+                    companions["index .json"] += 1
+                    continue
                 empty = False
                 yield found.finished(shard) if isinstance(found, _Sample) else found
     except SampleFault as fault:
@@ -105,6 +106,10 @@ class _Sample:
     digests: list[bytes] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
 
+    def is_index(self) -> bool:
+        """Whether it is another loader's index: a JSON file of such a name, beside which nothing has its key."""
+        return not self.fault and [*self.members] == ["json"] and is_index_name(self.key)
+
     def finished(self, shard: str) -> tuple[ShardEntry, dict[str, bytes]] | Fault:
         if self.fault:
             return Fault(shard, self.key, self.fault)
@@ -122,7 +127,9 @@ class _Header:
     size: int
 
 
-def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) -> Iterator[_Sample | Fault]:
+def _samples(
+    file: BinaryIO, shard: str, extensions: Container[str], most: int, companions: Counter[str]
+) -> Iterator[_Sample | Fault]:
     """Samples and faults; raises SampleFault where the tar can't be followed further, after all that came before."""
     size = file.seek(0, os.SEEK_END)
     seen: set[str] = set()
@@ -141,7 +148,10 @@ def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) 
         if header.type == tarfile.DIRTYPE and header.name in (".", "./"):  # as `tar -C folder .` begins
             continue
         stem, key, extension, fault = _named(header)
-        if key is None:  # it can't belong to a sample, so it breaks none
+        if pattern := companion(header.name):  # belongs to no sample, so it breaks none
+            companions[pattern] += 1
+            key, extension, fault = None, "", ""
+        elif key is None:
             if stem != stray:
                 yield Fault(shard, stem, fault)
             stray = stem
@@ -161,7 +171,7 @@ def _samples(file: BinaryIO, shard: str, extensions: Container[str], most: int) 
             )
             if key is not None and sample is not None:
                 sample.fault = sample.fault or str(broken)
-        elif sample is not None and not fault:
+        elif key is not None and sample is not None and not fault:
             sample.members[extension] = Member(extension, header.offset, header.size)
             pieces: Iterable[bytes] = _pieces(file, header)
             try:
@@ -222,11 +232,11 @@ def _headers(file: BinaryIO, size: int) -> Iterator[_Header]:
         except (tarfile.HeaderError, ValueError) as error:
             raise SampleFault("corrupt shard", f"no tar header at byte {position} ({error}); copy it again") from error
         offset = position + BLOCK
-        if header.size < 0 or (header.type in _EXTENDED + _PASSED_OVER and header.size > _MOST_EXTENDED):
+        if header.size < 0 or (header.type in _EXTENDED + _SKIPPED and header.size > _MOST_EXTENDED):
             raise SampleFault(
                 "corrupt shard", f"the header at byte {position} declares {header.size} bytes; copy it again"
             )
-        if header.type in _EXTENDED + _PASSED_OVER:
+        if header.type in _EXTENDED + _SKIPPED:
             content = _at(file, header.size, offset)
             if len(content) < header.size:
                 raise SampleFault("cut shard", f"the file ends at byte {size} inside a header; copy it again")

@@ -1,7 +1,6 @@
 """The data verbs: what a configuration says of its corpora, carried out with progress and an end line."""
 
 import contextlib
-import json
 import shlex
 import time
 from pathlib import Path
@@ -12,20 +11,25 @@ from rich.markup import escape
 from domainshuttle.cluster.local import quiet_ray
 from domainshuttle.pipelines.corpora.builder import build_corpus
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.build import beside
+from domainshuttle.pipelines.index.folder import read_skipped
 from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
 from domainshuttle.pipelines.index.table import Index
-from domainshuttle.pipelines.quarantine import MOST_BAD_RAW, QUARANTINE_NAME
-from domainshuttle.pipelines.storage.files import exists, read_bytes
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.pipelines.storage.uri import redacted, require_local
 from domainshuttle.platform.commands.contact_sheet import draw_sheet
-from domainshuttle.platform.commands.data_index import index_location, print_summary
+from domainshuttle.platform.commands.data_index import (
+    CUT_CAPTIONS,
+    index_location,
+    print_quarantine,
+    print_skipped,
+    print_summary,
+)
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.run.lock import RunLock, holder_named
 
 
-def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_RAW) -> None:
+def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
     for name in _chosen(config, only):
         section, folder = config.corpora[name], require_local(config.corpus_folder(name, "raw"), f"building {name}")
@@ -47,9 +51,9 @@ def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: fl
 
 
 def encode_corpora(
-    config: RunConfig, only: list[str] | None = None, anew: bool = False, most_bad: float = MOST_BAD_RAW
+    config: RunConfig, only: list[str] | None = None, overwrite: bool = False, most_bad: float = MOST_BAD_IN_CORPUS
 ) -> None:
-    """Encodes the raw corpora on the connected Ray cluster; `anew`: also where that removes whole ones."""
+    """Encodes the raw corpora on the connected Ray cluster; `overwrite`: also where that removes whole ones."""
     import ray
 
     from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, encode
@@ -70,7 +74,7 @@ def encode_corpora(
         for job in jobs:
             stack.enter_context(_being_made(job.folder))
         show = stack.enter_context(progress("Encoding", "samples"))
-        results = encode(jobs, config.encoders.sources(), show, pool, anew=anew, most_bad=most_bad)
+        results = encode(jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad)
     for job, (metadata, bad) in zip(jobs, results, strict=True):
         _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
     console.print("Next: domainshuttle train (the same configuration)")
@@ -96,10 +100,8 @@ def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: st
     if not len(index):
         raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {redacted(place)}")
     print_summary(index)
-    quarantine = beside(place, QUARANTINE_NAME)
-    if exists(quarantine) and (lines := read_bytes(quarantine).splitlines()):
-        reason = json.loads(lines[0])["reason"]
-        console.print(f"{len(lines)} samples in quarantine ({escape(redacted(quarantine))}), such as: {escape(reason)}")
+    print_quarantine(place)
+    print_skipped(read_skipped(place))
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(index, samples).save(sheet)
@@ -114,10 +116,13 @@ def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
 
 
 def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:
-    count = len(Index.load(folder / INDEX_NAME, verify=False))
+    index = Index.load(folder / INDEX_NAME, ("text_tokens", "caption_tokens"), verify=False)
     size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 2**20
     quarantined = f", {bad} in quarantine" if bad else ""
     console.print(
-        f"{done} [bold]{name}[/]: {count} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
+        f"{done} [bold]{name}[/]: {len(index)} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
         f"{time.monotonic() - began:.0f} s, in {escape(str(folder))}"
     )
+    print_quarantine(folder / INDEX_NAME)
+    if cut := int((index.column("caption_tokens") > index.column("text_tokens")).sum()):
+        console.print(CUT_CAPTIONS.format(cut))

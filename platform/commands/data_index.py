@@ -1,5 +1,6 @@
 """Indexing, verifying and looking at corpora: the commands' work and what they print."""
 
+import json
 import shlex
 import time
 from collections import Counter
@@ -12,17 +13,21 @@ from rich.table import Table
 
 from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, standard_buckets
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.build import Indexed, beside, index_folder, merge_indexes
+from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
+from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata
 from domainshuttle.pipelines.index.verify import verify_index
-from domainshuttle.pipelines.quarantine import QUARANTINE_NAME
-from domainshuttle.pipelines.storage.files import exists
+from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, fault_kind
+from domainshuttle.pipelines.shards.scan import shown as printable
+from domainshuttle.pipelines.storage.files import exists, read_bytes
 from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, redacted
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 
 _MOST_ROWS = 12
+_MOST_NAMED = 20
+CUT_CAPTIONS = "[yellow]{} captions are cut[/]: they have more tokens than encoders.text_len"
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -91,7 +96,9 @@ def index_shards(
         made = index_folder(folder, metadata, buckets, show, most_bad, shards, _require_name(name))
     seconds = time.monotonic() - began
     read = f"{made.scanned} read ({made.scanned_bytes / 2**20:.1f} MiB in {seconds:.0f} s)"
-    _report(made, f"{made.shards} shards: {read}, {made.shards - made.scanned} unchanged")
+    refused = made.shards - made.scanned - made.unchanged
+    more = f", {refused} refused for {'its name' if refused == 1 else 'their names'}" if refused else ""
+    _report(made, f"{made.shards} shards: {read}, {made.unchanged} unchanged{more}")
 
 
 def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name: str) -> None:
@@ -108,10 +115,16 @@ def _report(made: Indexed, shards: str) -> None:
         f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {made.samples} samples, {shards}, index "
         f"{made.metadata.digest[:8]}, in {escape(index)}"
     )
-    _print_faults(made.faults, "left out")
+    print_faults(made.faults, "left out")
     if made.faults:
-        table = redacted(beside(made.path, QUARANTINE_NAME))
-        console.print(f"What was left out, with shard, key and reason: {escape(table)}")
+        console.print(
+            f"What was left out, with shard, key and reason: {escape(redacted(beside(made.path, QUARANTINE_NAME)))}"
+        )
+    print_skipped(made.skipped)
+    if made.skipped:
+        console.print(f"All that was not read, by name: {escape(redacted(beside(made.path, SKIPPED_NAME)))}")
+    if made.cut_captions:
+        console.print(CUT_CAPTIONS.format(made.cut_captions))
     raw = made.metadata.stage == "raw"
     following = "data encode CONFIG (in which the corpus has no `build`)" if raw else "train CONFIG"
     console.print(f"Next: domainshuttle data verify {escape(shlex.quote(index))}, then domainshuttle {following}")
@@ -132,11 +145,15 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
     )
     if found.unindexed:
         names = ", ".join(found.unindexed[:3]) + (" ..." if len(found.unindexed) > 3 else "")
-        console.print(f"{len(found.unindexed)} shards of the folder are not in the index: {names}")
+        console.print(
+            f"{len(found.unindexed)} shards of the folder are not in the index: {escape(names)}. Add them with: "
+            "domainshuttle data index (the same options)"
+        )
+    print_skipped(found.skipped)
     if not found.faults:
         console.print("[green]No faults.[/] Next: domainshuttle data inspect, data encode or train")
         return True
-    _print_faults(found.faults, "samples or shards")
+    print_faults(found.faults, "samples or shards")
     console.print(
         f"[red]{found.bad_samples} samples in {found.bad_shards} shards have faults[/]; shard, key and reason of each: "
         f"{escape(redacted(found.path))}\nNext: copy the shards that it names again from their source, then "
@@ -146,7 +163,40 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
     return False
 
 
-def _print_faults(faults: Counter[str], of: str) -> None:
+def print_quarantine(index: Location) -> None:
+    """Prints how many samples and shards an index's quarantine table has, by kind, and one reason."""
+    table = beside(index, QUARANTINE_NAME)
+    rows = [json.loads(line) for line in read_bytes(table).splitlines()] if exists(table) else []
+    if not rows:
+        return
+    shards = sum(not row["key"] for row in rows)
+    counted = [f"{len(rows) - shards} samples"] * (shards < len(rows)) + [f"{shards} shards"] * bool(shards)
+    kinds = Counter(fault_kind(row["reason"]) for row in rows).most_common(_MOST_ROWS)
+    console.print(
+        f"[yellow]{' and '.join(counted)} in quarantine[/] ({escape(redacted(table))}): "
+        f"{escape(', '.join(f'{kind} {count}' for kind, count in kinds))}; such as: {escape(rows[0]['reason'])}"
+    )
+
+
+def print_skipped(skipped: Sequence[Skipped]) -> None:
+    """Prints what was not read of a corpus's folder: each kind with its remedy and names, companions as a count."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for one in skipped:
+        if one.kind != COMPANION:
+            kinds.setdefault((one.kind, one.remedy), []).append(printable(one.file))
+    if kinds:
+        count = sum(map(len, kinds.values()))
+        console.print(f"[yellow]Not read, {count} of the folder's files:[/]")
+    for (kind, remedy), names in kinds.items():
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        console.print(f"  {len(names)} {kind}: {escape(', '.join(names[:_MOST_NAMED]))}{more} ({remedy})")
+    if ignored := {one.file: one.count for one in skipped if one.kind == COMPANION}:
+        listed = ", ".join(f"{printable(name)} {count}" for name, count in ignored.items())
+        console.print(f"{sum(ignored.values())} companion files of other tools were ignored: {escape(listed)}")
+
+
+def print_faults(faults: Counter[str], of: str) -> None:
+    """Prints faults by kind, as a small table."""
     if not faults:
         return
     table = Table(box=None, padding=(0, 2), show_edge=False)

@@ -17,7 +17,8 @@ from typing_extensions import TypedDict
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
-from domainshuttle.pipelines.sample import DOMAINS, LATENT_CHANNELS, MOST_BAD, READ_AHEAD
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
+from domainshuttle.pipelines.sample import DOMAINS, LATENT_CHANNELS, READ_AHEAD
 from domainshuttle.pipelines.storage.uri import absolute, join
 from domainshuttle.pipelines.values import (
     MOST_BATCH,
@@ -315,7 +316,7 @@ class ExpertSection(Section):
 class LoaderSection(Section):
     """How each worker reads its samples."""
 
-    most_bad: Share = Field(MOST_BAD, lt=1, description="share of unreadable samples above which the run ends")
+    most_bad: Share = Field(MOST_BAD_IN_RUN, lt=1, description="share of unreadable samples above which the run ends")
     read_ahead: Whole = Field(
         READ_AHEAD, ge=0, le=MOST_COUNT, description="bytes of batches that a worker holds before they are needed"
     )

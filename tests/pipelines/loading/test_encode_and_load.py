@@ -121,7 +121,7 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
     assert bad == 0
     assert metadata.encoders["video"].startswith("block-dct:")
     # other encoders would take the whole corpus's place: only when that is wanted
-    with pytest.raises(DataError, match=r"is a whole encoded corpus.*text was .*:48, now .*:40.*--anew"):
+    with pytest.raises(DataError, match=r"is a whole encoded corpus.*text was .*:48, now .*:40.*--overwrite"):
         encode([job], replace(SOURCES, text_len=40), silent, samples_per_part=16)
     assert shard.stat().st_mtime_ns == before and read_metadata(corpus / "encoded" / INDEX_NAME) == metadata
 

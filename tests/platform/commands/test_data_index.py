@@ -4,6 +4,10 @@ Run: python -m pytest tests/platform/commands/test_data_index.py
 """
 
 import contextlib
+import gzip
+import io
+import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,51 @@ def test_from_shards_to_a_verified_corpus(shards: Path) -> None:
     code, text = run(*INDEX, "--most-bad", "0.5")
     assert code == 0 and "0 read" in text and "2 unchanged" in text and "cut shard" in text  # the one before read it
     assert run("data", "verify", "raw")[0] == 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_not_read_is_named_and_counted(shards: Path) -> None:
+    video = (shards / "video-000000.tar").read_bytes()
+    (shards / "packed.tar.gz").write_bytes(gzip.compress(video))
+    (shards / "UPPER.TAR").write_bytes(video)
+    (shards / "more").mkdir()
+    (shards / "more" / "nested.tar").write_bytes(video)
+    (shards / "s#3.tar").write_bytes(video)
+    (shards / "notes [draft].txt").touch()
+    (shards / "video-000000.tar.md5").touch()
+    with tarfile.open(shards / "image-000000.tar", "a") as archive:
+        for name in (".DS_Store", "._k.jpg", "._k.json"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    (shards / "image-000000.tar").rename(shards / "mac.tar")
+    with pytest.raises(ValueError, match=r"0 of 8 samples and 1 of 3 shards are bad.*accept them: --most-bad 0\.34"):
+        run(*INDEX)
+    code, text = run(*INDEX, "--most-bad", "0.34")
+    assert code == 0 and "8 samples, 3 shards: 0 read" in text and "2 unchanged, 1 refused for its name" in text
+    expected = [
+        "Not read, 4 of the folder's files:",
+        "1 packed shard: packed.tar.gz (samples are read by offset: unpack them with gunzip)",
+        "1 upper-case ending: UPPER.TAR (rename them to NAME.tar)",
+        "1 in a subfolder: more/nested.tar (move them",
+        "1 other file: notes [draft].txt (",
+        "4 companion files of other tools were ignored: *.md5 1, .DS_Store 1, ._* 2",
+    ]
+    for line in expected:
+        assert line in text, text
+    assert "unsafe name" in text and "s#3.tar" in (shards / "quarantine.jsonl").read_text()
+    inspected = run("data", "inspect", "raw")[1]
+    assert all(line in inspected for line in expected) and "1 shards in quarantine" in inspected
+    verified = run("data", "verify", "raw", "--decode", "0")[1]
+    assert all(line in verified for line in expected[1:-1]) and "1 unsafe name: s#3.tar (rename them" in verified
+    # a pattern asks for no others
+    assert "Not read" not in run(*INDEX, "--shards", "mac*", "--name", "mac.parquet")[1]
+    text = run("data", "index", "raw", "--merge", "mac.parquet")[1]
+    assert "1 in none of these indexes: video-000000.tar (index it too)" in text
+    assert all(line in text for line in expected[1:])
+    # what was put right is no longer named
+    subprocess.run(["gunzip", "packed.tar.gz"], cwd=shards, check=True)
+    (shards / "s#3.tar").unlink()
+    code, text = run(*INDEX, "--most-bad", "0.5")
+    assert "4 samples" not in text and "duplicate key" in text and "packed.tar.gz" not in text
 
 
 @pytest.mark.usefixtures("ray_cluster")
