@@ -119,6 +119,8 @@ def quiet_ray() -> None:
     # what Ray gave no GPU sees none: torch and DeepSpeed would take it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # deaths of workers are explained by the driver (platform/driver/restarts.py), with Ray's report in a file
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed|running low on memory")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -118,10 +118,10 @@ class Schedule:
             + f", with {group.size} worker{'s' if group.size > 1 else ''}"
         )
         self._follow(group, first)
-        self._ledger.end_open("the workers ended without a last line")
         if group.error is not None:
             self._handle_fault(group.error)
             return None
+        self._ledger.end_open("the workers ended without a last line")
         return "stopped" if group.end is None else self._handle_end(group.end)
 
     def _start_point(self, segment: Segment, resume: str = AUTO) -> StartPoint:

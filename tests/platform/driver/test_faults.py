@@ -268,6 +268,18 @@ def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
     assert "went back to a checkpoint 1 times" in cli("train", tiny, *never, expect=2)
 
 
+def test_a_rate_that_destroys_the_weights_never_finishes_a_stage(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+    """The last loss tells nothing of the last update: the weights that leave a stage are checked by themselves."""
+    for steps in (1, 6):
+        _, run, more = run_of(
+            tiny, f"destroyed-{steps}", f"stages.stage2.steps={steps}", "stages.stage2.learning_rate=1e30"
+        )
+        skip_stage1(run, unbroken[0])
+        printed = " ".join(cli("train", tiny, *more, expect=2).split())
+        assert "left weights whose loss is not finite" in printed and "--resume PATH" in printed
+        assert not run.segment("stage2").finished
+
+
 @pytest.fixture
 def nodes() -> Iterator[Any]:
     """A Ray cluster of three nodes on this machine: a head without workers, and two with room for one each."""
