@@ -7,27 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-DOMAINS = ("human", "object", "fantasy", "background", "other")
-"""Domain attribute wanted for a subject in the generated video; the position is the id, -1 means none."""
-_ALIASES = {"man": "human", "woman": "human", "others": "other"}
-
-
-def domain_id(domain: int | str | None, num_domains: int = len(DOMAINS)) -> int:
-    """Id of a domain given as an id, a name ("Human", "fantasy", the release's "Fantasy Domain") or None (-1).
-
-    Raises:
-        ValueError: for an unknown domain.
-    """
-    if isinstance(domain, str):
-        name = domain.strip().lower().removesuffix("domain").strip()
-        name = _ALIASES.get(name, name)
-        found = DOMAINS.index(name) if name in DOMAINS else len(DOMAINS)
-    else:
-        found = -1 if domain is None else int(domain)
-    if not -1 <= found < num_domains:
-        known = ", ".join(f"{name} ({i})" for i, name in enumerate(DOMAINS[:num_domains]))
-        raise ValueError(f"unknown domain {domain!r}; expected one of {known}, or None (-1) for no domain")
-    return found
+from domainshuttle.model.domains import DOMAINS
 
 
 @dataclass(frozen=True)
@@ -134,11 +114,6 @@ class TrainingBatch:
                     device, dtype if value.is_floating_point() else None, non_blocking=value.is_pinned()
                 )
         return replace(self, **moved)
-
-    def pin_memory(self) -> TrainingBatch:
-        """The batch in page-locked memory, from which copies to the accelerator need not wait."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, Tensor)})
 
     @classmethod
     def fake(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.model.batch import domain_id
+from domainshuttle.model.domains import domain_id
 
 _PROMPT_KEYS = ("cap", "prompts", "prompt")
 

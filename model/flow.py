@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from domainshuttle.model.splitmix64 import GAMMA, mixed, mixed_int
+
 TimestepDistribution = Literal["uniform", "logit_normal"]
 
-# splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. As signed 64-bit.
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _NOISE, _TIMESTEP = 1, 2  # separate streams of one sample and step
 
 
@@ -51,26 +50,10 @@ class FlowConfig:
             raise ValueError(f"timestep range {self.low}..{self.high} must satisfy 0 <= low < high <= 1")
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Finaliser of splitmix64 on int64; ``>>`` keeps the sign, so the copied sign bits are masked off."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX[0]
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX[1]
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _mix_int(x: int) -> int:
-    """:func:`_mix` of a Python integer, as a signed 64-bit integer."""
-    x &= 2**64 - 1
-    for shift, factor in ((30, _MIX[0]), (27, _MIX[1])):
-        x = ((x ^ (x >> shift)) * factor) & (2**64 - 1)
-    x ^= x >> 31
-    return x - 2**64 if x >= 2**63 else x
-
-
 def _keys(run_seed: int, sample_ids: Tensor, step: int, stream: int) -> Tensor:
     """A well-mixed int64 [b] that differs for every seed, sample, step and stream."""
-    salt = _mix_int(_mix_int(_mix_int(run_seed) + step * 4 + stream))
-    return _mix(_mix(sample_ids + _GAMMA) ^ salt)
+    salt = mixed_int(mixed_int(mixed_int(run_seed) + step * 4 + stream))
+    return mixed(mixed(sample_ids + GAMMA) ^ salt)
 
 
 def sample_noise(
@@ -104,7 +87,7 @@ def sample_noise(
     device = torch.device(device) if device is not None else sample_ids.device
     keys = _keys(run_seed, sample_ids.to(device), step, _NOISE)
     counter = torch.arange(1, (count + 1) // 2 + 1, device=device)
-    bits = _mix(keys[:, None] + counter * _GAMMA)  # b count/2
+    bits = mixed(keys[:, None] + counter * GAMMA)  # b count/2
     # Box-Muller: 64 random bits make two normal deviates; half a unit keeps the logarithm finite.
     radius = (((bits >> 32) & (2**32 - 1)).float() + 0.5).mul_(2.0**-32).clamp_(max=1.0).log_().mul_(-2).sqrt_()
     angle = (bits & (2**32 - 1)).float().mul_(2 * math.pi * 2.0**-32)
@@ -127,7 +110,7 @@ def sample_timesteps(
     The distribution of t is cut to the range that the shift maps onto [low, high], so an expert sees exactly the share
     of the whole model's distribution that lies in its range.
     """
-    bits = _mix(_keys(run_seed, sample_ids, step, _TIMESTEP))
+    bits = mixed(_keys(run_seed, sample_ids, step, _TIMESTEP))
     uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
     first, last = (_cumulative(unshift(t, shift), distribution) for t in (low, high))
     t = first + (last - first) * uniform

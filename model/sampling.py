@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, UniPCMult
 from PIL import Image
 from torch import Tensor
 
-from domainshuttle.model.batch import domain_id
+from domainshuttle.model.domains import domain_id
 from domainshuttle.model.flow import sampling_schedule
 
 Sampler = Literal["euler", "unipc"]

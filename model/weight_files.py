@@ -17,6 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from domainshuttle.model.tensor_file import TensorFileError, tensor_extents, tensor_header
+
 STEM = "diffusion_pytorch_model"
 _DTYPES = {
     "F64": torch.float64,
@@ -100,25 +102,24 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file: 8 bytes of length, then JSON, then data."""
-    total = path.stat().st_size
+    """Tensors of one safetensors file."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > total - 8:
-            raise ValueError(f"{path} is damaged: its header would take {length} of {total} bytes; fetch it again")
-        header = json.loads(file.read(length))
-    infos = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{name} in {path} has type {entry['dtype']}; supported are {', '.join(_DTYPES)}")
-        first, last = entry["data_offsets"]
-        if 8 + length + last > total:
-            raise ValueError(f"{path} is cut off: {name} ends at {8 + length + last} of {total} bytes; fetch it again")
-        shape = tuple(entry["shape"])
-        infos[name] = TensorInfo(shape, _DTYPES[entry["dtype"]], path, 8 + length + first, last - first)
-    return infos
+
+        def read(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
+
+        try:
+            extents = tensor_extents(read, path.stat().st_size, path.name)
+        except TensorFileError as error:
+            raise ValueError(f"{path} is damaged or is cut off: {error}; fetch it again") from error
+    for name, one in extents.items():
+        if one.dtype not in _DTYPES:
+            raise ValueError(f"{name} in {path} has type {one.dtype}; supported are {', '.join(_DTYPES)}")
+    return {
+        name: TensorInfo(one.shape, _DTYPES[one.dtype], path, one.start, one.stop - one.start)
+        for name, one in extents.items()
+    }
 
 
 def write_shards(
@@ -169,17 +170,9 @@ def _write_file(
     path: Path, shard: list[tuple[str, tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor]
 ) -> int:
     """Write one safetensors file; returns the bytes of its tensors."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape, dtype in shard:
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # data begin at a multiple of 8
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(tensor_header([(name, _NAMES[dtype], shape) for name, shape, dtype in shard], {"format": "pt"}))
         for name, shape, dtype in shard:
             tensor = read(name)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -189,4 +182,4 @@ def _write_file(
         file.flush()
         os.fsync(file.fileno())  # else the name can outlive a loss of power, and the bytes not
     os.replace(partial, path)  # noqa: PTH105 - atomic also over an older file
-    return offset
+    return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in shard)

@@ -19,11 +19,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.errors import DataError
 
 Buffer = bytes | bytearray | memoryview
 
-DOMAINS = ("human", "object", "fantasy", "background", "other")
 ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")

@@ -17,11 +17,14 @@ ROOMS = ("model", "pipelines", "cluster", "platform", "configs")
 
 MAY_IMPORT = {
     "model": ("model",),
-    "pipelines": ("pipelines", "model.batch", "model.encoders", "model.file_mode"),
+    "pipelines": (
+        "pipelines", "model.batch", "model.encoders", "model.domains", "model.file_mode", "model.splitmix64",
+        "model.tensor_file",
+    ),
     "cluster": ("cluster",),
     "platform": ("platform", "model", "pipelines", "cluster", "configs"),
     "configs": (),
-}
+}  # fmt: skip
 ORDER = {
     "platform": [
         {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"},

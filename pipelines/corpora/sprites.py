@@ -12,9 +12,10 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.corpora.drawing import MOST_IDENTITIES, SCENES, Identity, Pose, draw_scene, identities
 from domainshuttle.pipelines.media.decode import Pixels, encode_jpeg, encode_mp4
-from domainshuttle.pipelines.sample import DOMAINS, RawSample, Reference, SampleInfo, Subject
+from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject
 from domainshuttle.pipelines.values import MOST_COUNT, Fps, Section, Share, Whole
 
 MOTIONS: dict[str, tuple[float, float, float]] = {

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.sample import DOMAINS, ORIGINS
+from domainshuttle.pipelines.sample import ORIGINS
 
 _COMPARISONS = {
     ast.Lt: pc.less,

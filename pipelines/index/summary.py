@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from domainshuttle.pipelines.sample import DOMAINS
+from domainshuttle.model.domains import DOMAINS
 
 
 def summarise(table: pa.Table) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.digest import combined_digest, table_digest
 from domainshuttle.pipelines.index.filter import RowFilter, as_written
 from domainshuttle.pipelines.index.summary import summarise
-from domainshuttle.pipelines.sample import DOMAINS, SampleInfo, sample_id
+from domainshuttle.pipelines.sample import SampleInfo, sample_id
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.pipelines.storage.files import open_parquet, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, parent, redacted

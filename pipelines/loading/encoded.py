@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.tensor_file import TensorExtent
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.errors import DataError, MissingError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
@@ -23,7 +24,7 @@ from domainshuttle.pipelines.loading.reader import BadPlacesError, Drawn, Reader
 from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.pipelines.plan.pairing import Pairing
 from domainshuttle.pipelines.shards.tar import MemberReader, open_member
-from domainshuttle.pipelines.shards.tensors import TensorExtent, tensor_extents, tensor_views
+from domainshuttle.pipelines.shards.tensors import read_extents, tensor_views
 from domainshuttle.pipelines.storage.files import read_bytes
 from domainshuttle.pipelines.storage.uri import join
 
@@ -107,7 +108,7 @@ class EncodedReader(Reader[Located, TrainingBatch]):
         if not members:
             raise DataError(f"{row.source}/{row.key}: no safetensors member; encode the corpus again")
         member = open_member(row.folder, row.shard, members[0])
-        return member, tensor_extents(member.read, members[0].size, f"{row.source}/{row.key}")
+        return member, read_extents(member.read, members[0].size, f"{row.source}/{row.key}")
 
     def fill(self, samples: list[Located]) -> TrainingBatch:
         """Reads the tensors into a batch; raises BadPlacesError for samples that are cut short or not finite."""

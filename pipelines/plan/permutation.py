@@ -7,6 +7,8 @@ machine and with every version of numpy.
 
 import numpy as np
 
+from domainshuttle.model.splitmix64 import mixed
+
 ROUNDS = 8
 _SMALL = 1024  # ranges up to this size are permuted by sorting: a network of few bits mixes poorly
 
@@ -16,7 +18,7 @@ def permuted(places: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     if size == 1:
         return np.zeros_like(places)
     if size <= _SMALL:
-        return np.argsort(mixed(np.arange(size, dtype=np.uint64) ^ keys[0]), kind="stable")[places]
+        return np.argsort(hashed(np.arange(size, dtype=np.uint64) ^ keys[0]), kind="stable")[places]
     bits = (size - 1).bit_length()
     values = places.astype(np.uint64)
     outside = np.arange(len(values))
@@ -34,14 +36,12 @@ def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     low, high = values & low_mask, values >> low_bits
     for number, key in enumerate(keys):
         if number % 2:
-            high = high ^ (mixed(low ^ key) & high_mask)
+            high = high ^ (hashed(low ^ key) & high_mask)
         else:
-            low = low ^ (mixed(high ^ key) & low_mask)
+            low = low ^ (hashed(high ^ key) & low_mask)
     return (high << low_bits) | low
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def hashed(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of uint64 values."""
+    return mixed(values.view(np.int64)).view(np.uint64)

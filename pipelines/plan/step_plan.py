@@ -32,7 +32,7 @@ import numpy as np
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import Index
-from domainshuttle.pipelines.plan.permutation import ROUNDS, mixed, permuted
+from domainshuttle.pipelines.plan.permutation import ROUNDS, hashed, permuted
 
 ORDER_VERSION = 1  # raised with every change that makes another order of the same input
 _SCALE = 1 << 44  # rates as integers: fine enough for any mixture, and slot * rate stays within 64 bits
@@ -145,7 +145,7 @@ class StepPlan:
             rows[slots], epochs[slots] = stream.take(position, len(slots))
         # Turns alternate regularly: unshuffled, a rank would meet the same sources in every step.
         order = np.argsort(
-            mixed(np.arange(self.global_batch, dtype=np.uint64) ^ self._key(f"slots {step}")), kind="stable"
+            hashed(np.arange(self.global_batch, dtype=np.uint64) ^ self._key(f"slots {step}")), kind="stable"
         )
         return PlannedBatch(step, bucket, rows[order], epochs[order], np.arange(self.global_batch, dtype=np.int32))
 
@@ -157,17 +157,6 @@ class StepPlan:
         """The bucket of a step, and how many steps it had before."""
         group, turn = self._bucket_turns.holder(step)
         return group.holder(turn)
-
-    def batches(self, start: int = 0) -> Iterator[PlannedBatch]:
-        """The batches of steps start, start + 1, ..., without end."""
-        step = start
-        while True:
-            yield self[step]
-            step += 1
-
-    def bucket_of(self, step: int) -> Bucket:
-        """The bucket of a step, without drawing its samples."""
-        return self._bucket_turn(int(step))[0]
 
     def substitute(self, step: int, slot: int, attempt: int) -> int:
         """The row that takes the place of a bad sample: of the same bucket, and as far as it has others of the same

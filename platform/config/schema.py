@@ -647,12 +647,6 @@ class RunConfig(Section):
         """The model of a segment: of its expert, where there are experts."""
         return self.model if expert is None else self.model.model_copy(update={"base": expert.base})
 
-    def stage(self, name: str) -> StageSection:
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise ConfigError(f"no stage {name!r}{nearest(name, [s.name for s in self.stages])}")
-
     def digest(self) -> str:
         """Of all that decides what is learned: the rest may change on resume."""
         return hashlib.blake2b(json.dumps(self._decisive(), sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -129,11 +129,6 @@ class Partition:
 
     # Saving and loading
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's shard into folder/zero."""
-        flats = {kind: [flat.cpu() for flat in each] for kind, each in self._flats().items()}
-        self._write(folder, flats, self.steps)
-
     def snapshot(self) -> Callable[[Path], None]:
         """Copies this rank's part into the host's memory; what is returned writes it, also from another thread.
 

@@ -173,15 +173,11 @@ class Engine:
         """About how many bytes all ranks write of so many trained parameters: master and two moments, and average."""
         return trained * 4 * (4 if self.averages else 3)
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's shard (trained parameters, optimiser states and average) into folder/zero.
-
-        Raises OSError when it can't be written.
-        """
-        self._partition.save(folder)
-
     def snapshot(self) -> Callable[[Path], None]:
-        """Copies what `save` would write; the function returned writes it later, from any thread, to a folder."""
+        """Copies this rank's shard: trained parameters, optimiser states and average.
+
+        The function returned writes it later, from any thread, into folder/zero; it raises OSError when it can't.
+        """
         return self._partition.snapshot()
 
     def load(self, folder: Path, own: bool = False) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.decode import Pixels
-from domainshuttle.pipelines.sample import DOMAINS
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress

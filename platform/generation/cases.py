@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.decode import Pixels, decode_image
-from domainshuttle.pipelines.sample import DOMAINS, RawSample
+from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import read_members
 from domainshuttle.platform.config.schema import ConfigError
 

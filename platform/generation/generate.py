@@ -10,8 +10,8 @@ import torch
 import transformers
 from PIL import Image
 
-from domainshuttle.model.batch import domain_id
 from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.domains import domain_id
 from domainshuttle.model.encoders import network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.media.decode import encode_mp4

@@ -4,7 +4,7 @@
 `progress` lines and, if something is left to write it, an `end` line. A line carries the seconds since the one before
 by what they went to, and is synced to the disk off the caller's thread. One torn by a crash is skipped.
 
-Steps are only productive while they are preserved: when a later attempt, or a rollback, goes on from step 40 of a
+Steps are only productive while they are preserved: when a later attempt goes on from step 40 of a
 segment that had reached step 57, the seconds of steps 41 to 57 move from productive to lost. Nobody has to say so: the
 summary sees it in the recorded ranges of steps. Time that nobody attributed is `other`. The time after the last line of
 a killed attempt is lost, until its death is noticed or the next one begins; no second counts in two attempts. The parts
@@ -14,11 +14,10 @@ is none, a worker.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,15 +119,6 @@ class Attempt:
             raise ValueError(f"ledger category {category!r}: expected one of {', '.join(CATEGORIES)}")
         self._seconds[category] += max(0.0, seconds)
 
-    @contextlib.contextmanager
-    def measure(self, category: str) -> Iterator[None]:
-        """Adds the time of the block, also of one that raises, to a category."""
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self.add(category, self._clock() - began)
-
     def progress(self, step: int, every: float = 0.0) -> None:
         """Notes that `step` is done; writes a line when the last one is `every` seconds old.
 
@@ -137,12 +127,6 @@ class Attempt:
         self._reached = step
         if self._clock() - self._last >= every:
             self._writer.put(self._line("progress"))
-
-    def enter(self, segment: str, step: int) -> None:
-        """Goes on at `step` of the next segment, or of this one after a rollback, which loses what was beyond it."""
-        self._writer.put(self._line("progress"))
-        self._segment, self._step, self._reached = segment, step, step
-        self._writer.put(self._line("enter"))
 
     def end(self, reason: str, timeout: float = 5.0) -> bool:
         """Writes the last line, once, with a reason in a few words; True if it is on the disk in `timeout` seconds."""
@@ -195,7 +179,7 @@ class Ledger:
         self._newest, self._newest_began = "", 0.0  # the attempt that started last
         self._latest = 0.0  # time of the latest line
         self._records: dict[str, AttemptRecord] = {}
-        self._entries: list[tuple[str, str, int]] = []  # attempt, segment and step of each start and enter
+        self._entries: list[tuple[str, str, int]] = []  # attempt, segment and step of each start
         self._begun: dict[str, int] = {}  # how many entries there were when an attempt had started
 
     def start(
@@ -315,7 +299,7 @@ class Ledger:
             self._open[attempt] = line
         if line["kind"] == "end":
             self._open.pop(attempt, None)
-        if line["kind"] in ("start", "enter") and attempt == self._newest:
+        if line["kind"] == "start":
             self._ranges = self._preserved(self._ranges, segment, first)
             self._entries.append((attempt, segment, first))
             self._begun.setdefault(attempt, len(self._entries))

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from domainshuttle.model.batch import DOMAINS, TrainingBatch
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.objective import LossOutput
 from domainshuttle.pipelines.sample import ORIGINS
 

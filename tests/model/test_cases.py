@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from domainshuttle.model.batch import domain_id
 from domainshuttle.model.cases import GenerationCase
+from domainshuttle.model.domains import domain_id
 
 
 @pytest.mark.parametrize(

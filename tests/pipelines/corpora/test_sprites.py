@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.drawing import PALETTE, identities
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
@@ -21,7 +22,6 @@ from domainshuttle.pipelines.media.decode import (
     fit_reference,
     fit_target,
 )
-from domainshuttle.pipelines.sample import DOMAINS
 from domainshuttle.platform.evaluation.identity import describe
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "media"

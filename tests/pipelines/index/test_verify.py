@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from domainshuttle.pipelines.media.decode import encode_jpeg
 from domainshuttle.pipelines.sample import SampleInfo
 from domainshuttle.pipelines.shards.scan import fault_kind
 from domainshuttle.pipelines.shards.tar import ShardWriter
-from domainshuttle.pipelines.shards.tensors import EncodedSample, to_bfloat16_bits
+from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -228,7 +229,7 @@ def test_latents_are_checked_in_full(tmp_path: Path, samples: dict[str, tuple[Me
             **{f"reference{n}": random.normal(size=(16, 4, 4)) for n in range(len(info.references))},
             **changes,
         }
-        bits = {name: to_bfloat16_bits(value.astype(np.float32)) for name, value in values.items()}
+        bits = {name: torch.from_numpy(value).bfloat16().view(torch.uint16).numpy() for name, value in values.items()}
         references = [bits[f"reference{n}"] for n in range(len(info.references))]
         return EncodedSample(key, info, bits["target"], references, bits["text"])
 

@@ -41,7 +41,7 @@ from domainshuttle.pipelines.plan.pairing import choose_references
 from domainshuttle.pipelines.quarantine import BadSample
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import read_members
-from domainshuttle.pipelines.shards.tensors import EncodedSample, from_bfloat16_bits
+from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
 CONFIG = SpritesConfig(kind="image", samples=48, identities=72, side=48, seed=4)
@@ -106,9 +106,9 @@ def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
     ((_, found),) = encode_rows([row], video, text)
     assert not isinstance(found, DataError)
     latents = video.encode(to_pixels(target))[0]
-    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(found.target)), latents.bfloat16().float())
+    torch.testing.assert_close(torch.from_numpy(found.target).view(torch.bfloat16), latents.bfloat16())
     reference = video.encode(to_pixels(references[1][None]))[0, :, 0]
-    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(found.references[1])), reference.bfloat16().float())
+    torch.testing.assert_close(torch.from_numpy(found.references[1]).view(torch.bfloat16), reference.bfloat16())
     assert found.text.shape[0] == len(sample.info.caption.encode()) + 1
 
 
@@ -375,7 +375,8 @@ def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_p
     original = RawSample.from_members(raw.key, read_members(raw.folder, raw.shard, raw.members))
     target, _ = decode_sample(original, BUCKETS[0])
     expected = load_video_encoder(str(tmp_path)).encode(to_pixels(target))[0]
-    torch.testing.assert_close(torch.from_numpy(from_bfloat16_bits(sample.target)), expected, atol=0.02, rtol=0.02)
+    found = torch.from_numpy(sample.target).view(torch.bfloat16).float()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
 def test_few_tasks_make_the_blocks_of_a_long_run_one_row_each(corpus: Path) -> None:

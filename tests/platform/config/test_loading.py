@@ -58,7 +58,7 @@ def test_all_faults_come_at_once() -> None:
 
 def test_overrides_reach_lists_by_name_and_values_are_yaml() -> None:
     config = load_config("demo", ["stages.stage2.steps=7", "stages.0.betas=[0.8, 0.9]", "cluster.address=null"])
-    assert config.stage("stage2").steps == 7
+    assert config.stages[2].steps == 7
     assert config.stages[0].betas == (0.8, 0.9)
     assert config.cluster.address is None
 
@@ -138,8 +138,8 @@ def test_how_samples_are_read_may_change_on_resume() -> None:
 
 def test_an_elastic_group_needs_only_some_sizes_that_share_the_batch() -> None:
     config = load_config("demo", ["cluster.workers=[1, 3]"])  # three share no batch of 64
-    assert config.worker_sizes(config.stage("stage1")) == [1, 2]
-    assert load_config("demo").worker_sizes(config.stage("stage1")) == [2]
+    assert config.worker_sizes(config.stages[1]) == [1, 2]
+    assert load_config("demo").worker_sizes(config.stages[1]) == [2]
 
 
 def test_a_worker_has_longer_for_a_save_than_saves_may_take() -> None:

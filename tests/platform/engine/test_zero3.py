@@ -51,7 +51,7 @@ def model() -> DomainShuttleTransformer3DModel:
 
 
 def stage(**changes: object) -> StageSection:
-    base = load_config("demo").stage("stage2")
+    base = load_config("demo").stages[2]
     return base.model_copy(update=changes)
 
 

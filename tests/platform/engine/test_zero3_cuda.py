@@ -94,7 +94,7 @@ def what_the_cpu_saved_goes_on_here(folder: Path) -> None:
     """A checkpoint has no device in it: an optimiser in the host's memory and one on the device exchange theirs."""
     host, device = engine(ATTENTION, offload_optimizer=True), engine(ATTENTION)
     train(host, 0, 2)
-    host.save(folder / "host")
+    host.snapshot()(folder / "host")
     device.load(folder / "host")
     same(*({n: v.cpu() for n, v in everything(model).items()} for model in (host, device)))
     train(device, 2, 3)

@@ -182,11 +182,11 @@ def shards_resume_bit_for_bit_and_at_another_size(folder: Path) -> None:
     """Here 2 -> 2 and 1 -> 2; the process of its own does 1 -> 1 and 2 -> 1."""
     section = {"ema": 0.9, "persistent_parameters": 600}  # the attention's weights stay gathered, others do not
     model = engine(ATTENTION, **section)
-    model.save(folder / "empty")
+    model.snapshot()(folder / "empty")
     first = everything(model)
     train(model, 0, 3)
     saved = everything(model)
-    model.save(folder / "two")
+    model.snapshot()(folder / "two")
     after = train(model, 3, 5)
     final = everything(model)
     fresh = engine(ATTENTION, seed=4, **section)
@@ -246,9 +246,9 @@ def wrong_shards_are_refused_by_name(folder: Path) -> None:
 
     refused(folder / "nothing", "holds no shards")
     other = engine(["blocks.*.attn2.*"])
-    other.save(folder / "other")
+    other.snapshot()(folder / "other")
     good = folder / "good"
-    model.save(good)
+    model.snapshot()(good)
     dist.barrier()
     refused(folder / "other", "other parameters", "attn2", "`trained`")
     names = [f"rank-{rank:05d}-of-00002.safetensors" for rank in range(2)]
@@ -267,7 +267,7 @@ def a_snapshot_is_the_checkpoint_of_its_step(folder: Path) -> None:
     model = engine(ATTENTION, ema=0.9)
     train(model, 0, 2)
     name = f"zero/rank-{dist.get_rank():05d}-of-00002.safetensors"
-    model.save(folder / "now")
+    model.snapshot()(folder / "now")
     write = model.snapshot()
     train(model, 2, 4)
     second = model.snapshot()  # before the first is written
@@ -285,7 +285,7 @@ def a_snapshot_is_the_checkpoint_of_its_step(folder: Path) -> None:
     )
     # memory is used again: two snapshots were open at a time
     assert len(model._partition._spare) == 2
-    model.save(folder / "third-now")
+    model.snapshot()(folder / "third-now")
     assert (folder / "third-now" / name).read_bytes() == (folder / "third" / name).read_bytes()
 
 
@@ -406,7 +406,7 @@ def run_alone(folder: Path) -> dict[str, str]:
     model = engine(ATTENTION, ema=0.9)
     train(model, 0, 3)
     saved = everything(model)
-    model.save(folder / "one")
+    model.snapshot()(folder / "one")
     save_file(saved, folder / "one-whole.safetensors")
     (folder / "one-ready").touch()
     after = train(model, 3, 4)

@@ -64,15 +64,15 @@ def test_durations_are_steps_samples_or_hours(tmp_path: Path) -> None:
 
     write(samples=6401)
     config = load_config(str(path))
-    assert config.stage("stage1").steps == 101  # of 64 samples each
+    assert config.stages[1].steps == 101  # of 64 samples each
     path.write_text(config.to_yaml())  # the resolved file says both
-    assert load_config(str(path)).stage("stage1").steps == 101
+    assert load_config(str(path)).stages[1].steps == 101
     with pytest.raises(ConfigError, match="give one"):
         load_config(str(path), ["stages.stage1.samples=64"])
     write(gpu_hours=2)
     with pytest.raises(ConfigError, match="final_learning_rate needs an end"):
         load_config(str(path))
-    assert load_config(str(path), ["stages.stage1.final_learning_rate=null"]).stage("stage1").gpu_hours == 2
+    assert load_config(str(path), ["stages.stage1.final_learning_rate=null"]).stages[1].gpu_hours == 2
 
 
 def test_a_finished_stage_knows_after_how_many_steps(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domainshuttle.platform.run.journal import Journal, JournalWriter
-from domainshuttle.platform.run.ledger import ALLOWANCE, CATEGORIES, Ledger, LedgerSummary
+from domainshuttle.platform.run.ledger import ALLOWANCE, CATEGORIES, Attempt, Ledger, LedgerSummary
 
 
 class Clock:
@@ -40,6 +40,12 @@ def ledger(tmp_path: Path, clock: Clock) -> Ledger:
     return Ledger(tmp_path / "checkpoints" / "ledger.jsonl", clock)
 
 
+def spend(attempt: Attempt, clock: Clock, category: str, seconds: float) -> None:
+    """Time passes, and goes to a category."""
+    clock.now += seconds
+    attempt.add(category, seconds)
+
+
 def total(summary: LedgerSummary) -> float:
     return sum(getattr(summary, category) for category in CATEGORIES)
 
@@ -47,11 +53,9 @@ def total(summary: LedgerSummary) -> float:
 def test_hours_by_what_they_went_to(ledger: Ledger, clock: Clock) -> None:
     attempt = ledger.start(devices=4, segment="stage1", step=0, began=clock.now - 36)
     for category, seconds in {"starting": 36, "waiting": 18, "checkpointing": 9, "productive": 720}.items():
-        with attempt.measure(category):
-            clock.now += seconds
+        spend(attempt, clock, category, seconds)
     clock.now += 117  # nobody says what this was
-    with attempt.measure("sampling"):
-        clock.now += 20
+    spend(attempt, clock, "sampling", 20)
     attempt.progress(10)
     assert attempt.end("finished")
     summary = ledger.summary(budget_gpu_hours=2.0)
@@ -77,16 +81,14 @@ def test_hours_by_what_they_went_to(ledger: Ledger, clock: Clock) -> None:
 def test_steps_that_are_done_again_are_lost(ledger: Ledger, clock: Clock) -> None:
     first = ledger.start(2, "stage1", 0)
     for step in (30, 57):  # 30 steps of 2 s, 27 of 4 s
-        with first.measure("productive"):
-            clock.now += 60 if step == 30 else 108
+        spend(first, clock, "productive", 60 if step == 30 else 108)
         first.progress(step)
     first.end("a worker died")
     second = ledger.start(2, "stage1", 40)
     summary = ledger.summary()
     assert summary.lost == pytest.approx(2 * 17 * 4 / 3600)  # steps 41 to 57
     assert summary.productive == pytest.approx(2 * (60 + 10 * 4) / 3600)
-    with second.measure("productive"):
-        clock.now += 40
+    spend(second, clock, "productive", 40)
     second.progress(50)
     second.end("stopped")
     ledger.start(2, "stage2", 0).end("stopped")  # another segment's steps are other steps
@@ -96,23 +98,6 @@ def test_steps_that_are_done_again_are_lost(ledger: Ledger, clock: Clock) -> Non
     assert summary.productive == pytest.approx(2 * 20 * 2 / 3600)
     assert summary.used == pytest.approx(2 * 208 / 3600) == pytest.approx(total(summary))
     assert summary.attempts == 4
-
-
-def test_a_rollback_inside_an_attempt_loses_what_was_beyond(ledger: Ledger, clock: Clock) -> None:
-    attempt = ledger.start(1, "stage1", 0)
-    for step in range(1, 31):
-        with attempt.measure("productive"):
-            clock.now += 10
-        attempt.progress(step, every=70)  # so that the last of it is not written yet
-    attempt.enter("stage1", 20)
-    with attempt.measure("productive"):
-        clock.now += 100
-    attempt.progress(30)
-    attempt.enter("stage2", 0)
-    attempt.end("finished")
-    summary = ledger.summary()
-    assert summary.lost == pytest.approx(100 / 3600)
-    assert summary.productive == pytest.approx(300 / 3600)
 
 
 def test_the_time_of_a_step_that_never_ended_is_lost_when_it_starts_again(ledger: Ledger, clock: Clock) -> None:
@@ -141,18 +126,15 @@ def test_the_driver_ends_attempts_whose_workers_died(ledger: Ledger, clock: Cloc
 
 def test_late_lines_of_a_replaced_attempt_count_for_nothing(ledger: Ledger, clock: Clock) -> None:
     old = ledger.start(1, "stage1", 0)
-    with old.measure("productive"):
-        clock.now += 40
+    spend(old, clock, "productive", 40)
     old.progress(40)
     clock.now += 17
     time.sleep(0.2)  # its line is on the disk
     new = ledger.start(1, "stage1", 40)
-    with new.measure("productive"):
-        clock.now += 10
+    spend(new, clock, "productive", 10)
     new.progress(50)
     assert new.end("stopped")
-    old.progress(57)
-    old.enter("stage1", 10)  # a worker that hung and does not know that it was replaced
+    old.progress(57)  # a worker that hung and does not know that it was replaced
     assert old.end("too late")
     for reader in (ledger, Ledger(ledger.journal.path, clock)):
         summary = reader.summary()
@@ -239,8 +221,7 @@ def test_devices_that_wait_for_a_restart_are_lost(ledger: Ledger, clock: Clock) 
 def test_each_attempt_has_an_account_of_its_own(ledger: Ledger, clock: Clock) -> None:
     for first, last, reason in ((0, 57, "a worker died"), (40, 60, "stopped")):
         attempt = ledger.start(2, "stage1", first, began=clock.now - 3)
-        with attempt.measure("productive"):
-            clock.now += last - first
+        spend(attempt, clock, "productive", last - first)
         attempt.progress(last)
         attempt.end(reason)
         clock.now += 1000
@@ -341,8 +322,7 @@ def test_a_line_that_was_written_twice_counts_once(ledger: Ledger, clock: Clock)
 def test_a_checkpoint_brings_the_account_to_a_new_disk(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     attempt = ledger.start(1, "stage1", 0)
     for step in range(1, 11):
-        with attempt.measure("productive"):
-            clock.now += 360
+        spend(attempt, clock, "productive", 360)
         attempt.progress(step)
     attempt._writer.close()
     snapshot = json.loads(json.dumps(ledger.snapshot()))
@@ -420,7 +400,6 @@ def test_an_unknown_category_names_those_there_are(ledger: Ledger) -> None:
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("start"), st.integers(1, 4), st.sampled_from(["a", "b"]), st.integers(0, 12)),
-        st.tuples(st.just("enter"), st.sampled_from(["a", "b"]), st.integers(0, 12)),
         st.tuples(st.just("steps"), st.integers(1, 6), st.integers(1, 50)),
         st.tuples(st.just("time"), st.sampled_from(CATEGORIES), st.integers(1, 50)),
         st.tuples(st.just("idle"), st.integers(1, 50)),
@@ -457,21 +436,15 @@ def test_the_parts_add_up_to_the_total_whatever_happens(actions: list[tuple]) ->
                 go_back()
             elif attempt is None:
                 continue
-            elif action == "enter":
-                segment, step = values
-                attempt.enter(segment, step)
-                go_back()
             elif action == "steps":
                 for _ in range(values[0]):
-                    with attempt.measure("productive"):
-                        clock.now += values[1]
+                    spend(attempt, clock, "productive", values[1])
                     step += 1
                     attempt.progress(step)
                     steps.append((segment, step, devices * values[1]))
                     used += devices * values[1]
             elif action == "time":
-                with attempt.measure(values[0]):
-                    clock.now += values[1]
+                spend(attempt, clock, values[0], values[1])
                 used += devices * values[1]
                 lost += devices * values[1] if values[0] == "lost" else 0
                 if values[0] == "productive":  # it belongs to the step that is under way
