@@ -1,8 +1,8 @@
 """Shards: WebDataset tars that appear whole or not at all, and their samples read in place by offset.
 
-A shard is an uncompressed tar of regular files `key.extension`, the members of one sample side by side. The writer
-notes each member's offset, so the index is made without a second read; the reader maps shards into memory and hands out
-views. Tars of others are taken in by `scan`.
+A shard is an uncompressed tar of regular files `key.extension`, the members of one sample side by side. webdataset
+writes it, and each member's offset is noted, so that the index is made without a second read; the reader maps shards
+into memory and hands out views. Tars of others are taken in by `scan`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, check_extension, check_key
@@ -25,8 +25,12 @@ from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import read_ranges
 from domainshuttle.pipelines.storage.uri import is_remote, join
 
+if TYPE_CHECKING:
+    from webdataset import TarWriter
+
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBER_BYTES = 8**11 - 1  # what the plain (ustar) header can hold
+_BUFFER = 1 << 20  # of a shard that is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class ShardWriter:
         self.shards: list[str] = []
         self._pending: list[ShardEntry] = []
         self._keys: set[str] = set()
-        self._file: BinaryIO | None = None
+        self._tar: TarWriter | None = None
         self._unfinished = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -125,43 +129,41 @@ class ShardWriter:
             raise DataError(f"key {key!r} was written before in shards {self.prefix!r}: expected each key once")
         if not members:
             raise DataError(f"sample {key!r} has no members: expected at least 'json' and one file")
-        for extension, data in members.items():
+        held = {name: data if isinstance(data, bytes) else memoryview(data).cast("B") for name, data in members.items()}
+        for extension, data in held.items():
             check_extension(extension)
-            if len(memoryview(data).cast("B")) > MAX_MEMBER_BYTES:
+            if len(data) > MAX_MEMBER_BYTES:
                 raise DataError(f"member {key}.{extension} is larger than {MAX_MEMBER_BYTES} bytes: split the clip")
-        order = sorted(members, key=lambda extension: (extension != "json", extension))
-        size = sum(BLOCK + _padded(len(memoryview(members[extension]).cast("B"))) for extension in order)
-        if self._file is not None and self._file.tell() + size + 2 * BLOCK > self.max_bytes:
+        size = sum(BLOCK + _padded(len(data)) for data in held.values())
+        if self._tar is not None and self._tar.tarstream.offset + size + 2 * BLOCK > self.max_bytes:
             self._finish()
-        file = self._file if self._file is not None else self._start()
+        tar = self._tar if self._tar is not None else self._start()
         placed = []
-        for extension in order:
-            data = memoryview(members[extension]).cast("B")
-            header = tarfile.TarInfo(f"{key}.{extension}")
-            header.size, header.mtime, header.mode = len(data), 0, 0o644
-            file.write(header.tobuf(tarfile.USTAR_FORMAT))
-            placed.append(Member(extension, file.tell(), len(data)))
-            file.write(data)
-            file.write(bytes(_padded(len(data)) - len(data)))
+        for extension in sorted(held, key=lambda extension: (extension != "json", extension)):
+            tar.write({"__key__": key, extension: held[extension]})  # one by one, as it puts them in another order
+            length = len(held[extension])
+            placed.append(Member(extension, tar.tarstream.offset - _padded(length), length))
         self._keys.add(key)
-        checksum = sample_checksum({name: memoryview(data).cast("B") for name, data in members.items()})
-        self._pending.append(ShardEntry(self._name, key, tuple(placed), checksum))
+        self._pending.append(ShardEntry(self._name, key, tuple(placed), sample_checksum(held)))
 
     @property
     def _name(self) -> str:
         return f"{self.prefix}-{len(self.shards):06d}.tar"
 
-    def _start(self) -> BinaryIO:
+    def _start(self) -> "TarWriter":
+        from webdataset import TarWriter  # which brings torch: readers of shards go without
+
         aside = self._unfinished.enter_context(atomic_file(self.folder / self._name))
-        self._file = self._unfinished.enter_context(aside.open("wb"))
-        return self._file
+        file = self._unfinished.enter_context(aside.open("wb", buffering=_BUFFER))
+        # no time, no user: the same samples give the same bytes
+        tar = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self._tar = self._unfinished.enter_context(tar)
+        return self._tar
 
     def _finish(self) -> None:
-        if self._file is None:
+        if self._tar is None:
             return
-        self._file.write(bytes(2 * BLOCK))
-        self._file.write(bytes(-self._file.tell() % tarfile.RECORDSIZE))
-        self._file = None
+        self._tar = None
         self._unfinished.close()
         final = self.folder / self._name
         _open_shards.forget(final)

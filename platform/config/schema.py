@@ -15,10 +15,11 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import TypedDict
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
-from domainshuttle.pipelines.sample import DOMAINS, LATENT_CHANNELS, READ_AHEAD
+from domainshuttle.pipelines.sample import LATENT_CHANNELS, READ_AHEAD
 from domainshuttle.pipelines.storage.uri import absolute, join
 from domainshuttle.pipelines.values import (
     MOST_BATCH,

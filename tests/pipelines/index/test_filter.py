@@ -18,12 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index import table as index_module
 from domainshuttle.pipelines.index.digest import table_digest
 from domainshuttle.pipelines.index.filter import RowFilter
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, IndexRow, rows_table, write_index
-from domainshuttle.pipelines.sample import DOMAINS, ORIGINS, SampleInfo
+from domainshuttle.pipelines.sample import ORIGINS, SampleInfo
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 
 RAW = IndexMetadata(corpus="c", stage="raw")

@@ -1,5 +1,6 @@
 """Shards: written whole or not at all, nothing lost silently. Run: pytest tests/pipelines/shards/test_tar.py"""
 
+import hashlib
 import signal
 import subprocess
 import sys
@@ -96,6 +97,28 @@ def test_the_same_samples_give_the_same_names_and_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
 
 
+def test_bytes_do_not_depend_on_the_day_the_process_or_the_user(tmp_path: Path) -> None:
+    """So that a corpus that is made again has the digests that it had."""
+    samples = {
+        f"k{n:03d}": {"mp4": bytes([n]) * (700 * n), "json": b'{"n": %d}' % n, "ref0.jpg": bytes(range(n))}
+        for n in range(40)
+    }
+    writer = write(tmp_path, samples, 200_000)
+    assert len(writer.shards) == 4
+    written = hashlib.blake2b(b"".join((tmp_path / shard).read_bytes() for shard in writer.shards), digest_size=8)
+    assert written.hexdigest() == "b511292e5ebee0ce"
+
+
+def test_members_of_any_buffer_are_written(tmp_path: Path) -> None:
+    array = np.arange(1000, dtype=np.int32)
+    members = {"json": bytearray(b"{}"), "mp4": memoryview(array)}
+    with ShardWriter(tmp_path, "part", 1 << 20) as writer:
+        writer.write("k", members)
+    (entry,) = writer.entries
+    assert read_members(tmp_path, entry.shard, entry.members) == {"json": b"{}", "mp4": array.tobytes()}
+    assert [*scan_shard(tmp_path / entry.shard)] == [entry]
+
+
 def test_a_checksum_sees_every_change() -> None:
     members = {"jpg": b"ab", "json": b"c"}
     changed = [{"jpg": b"ac", "json": b"c"}, {"png": b"ab", "json": b"c"}, {"jpg": b"abc", "json": b""}, {"jpg": b"ab"}]
@@ -132,6 +155,25 @@ def test_a_killed_writer_leaves_no_shard_that_is_not_whole(tmp_path: Path) -> No
     assert list(tmp_path.glob(".*partial"))
     write(tmp_path, make_samples(2))  # the next writer of the prefix clears what was left
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_full_disk_leaves_whole_shards_only(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys\n"
+        "from domainshuttle.pipelines.shards.tar import ShardWriter\n"
+        "try:\n"
+        "    with ShardWriter(sys.argv[1], 'part', 200_000) as writer:\n"
+        "        writer.write('k0', {'json': b'x' * 150_000})\n"
+        "        writer.write('k1', {'json': b'x' * 150_000})\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))\n"
+        "        writer.write('k2', {'json': b'x' * 150_000})\n"
+        "except OSError as error:\n"
+        "    print(error.strerror, writer.shards)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "File too large ['part-000000.tar']\n", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["part-000000.tar"]
+    assert [entry.key for entry in scan_shard(tmp_path / "part-000000.tar")] == ["k0"]
 
 
 def test_an_empty_writer_makes_no_shard(tmp_path: Path) -> None:
