@@ -139,9 +139,10 @@ def build(layers: int, trained: list[str]) -> Any:
     from domainshuttle.platform.engine.initialization import blueprint
     from domainshuttle.platform.engine.trained_parameters import select_trained
     from domainshuttle.platform.engine.zero3 import Engine
+    from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
     size = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": layers, "ffn_dim": 2048}
-    design = blueprint(ModelSection(size={**size, "text_dim": 64, "text_len": 8}), None, 1)
+    design = blueprint(ModelSection(size={**size, "text_dim": 64, "text_len": 8}), WeightsOrigin(None, 1))
     select_trained(design.outline, trained)
     stage = StageSection(
         name="stage1", mixture={"x": 1}, steps=1000, global_batch=2, micro_batch=1, learning_rate=1e-4, trained=trained

@@ -41,6 +41,7 @@ from domainshuttle.platform.engine.initialization import Blueprint, blueprint
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import audit_samples
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.queries import read_history, read_runs
 from domainshuttle.platform.training.mfu import Utilization
 
@@ -93,7 +94,7 @@ def one_engine(options: argparse.Namespace) -> dict[str, float]:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
     size = sized(options.size, options.layers)
-    design = drawn_on_the_device(blueprint(ModelSection(size=size), None, 0))
+    design = drawn_on_the_device(blueprint(ModelSection(size=size), WeightsOrigin(None, 0)))
     trained = select_trained(design.outline, STAGE_2)
     stage = StageSection(
         name="stage2", mixture={"clips": 1}, steps=100, global_batch=1, micro_batch=1, learning_rate=1e-5,

@@ -27,7 +27,8 @@ from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
-from domainshuttle.platform.run.weights_digest import sizes_digest, weights_identity
+from domainshuttle.platform.run.weights_digest import sizes_digest
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.training.loss_guard import LossGuard
 from domainshuttle.platform.training.mfu import Utilization
 from domainshuttle.platform.training.monitor import Monitor, Stop
@@ -51,15 +52,15 @@ def train_schedule(job: WorkerJob) -> SegmentEnd:
 def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> SegmentEnd:
     """Trains one segment from its start point to its end, or until all ranks agree to stop."""
     config, segment = run.config, run.segment(start.segment)
-    stage, last_step, commit = segment.stage, segment.last_step, job.commits[segment.name]
+    stage, last_step = segment.stage, segment.last_step
     rank, world_size = dist.get_rank(), dist.get_world_size()
     last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first)
     engine = snapshot = None
     try:
         # Build
-        base = identity_of_origin(run, segment, commit)
-        design = blueprint(config.model_of(segment.expert), segment.origin, segment.seed, commit)
+        origin = identified_origin(run, job.origins[segment.name])
+        design = blueprint(config.model_of(segment.expert), origin)
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment)
         loader: Loader[TrainingBatch] = Loader(
@@ -72,9 +73,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
             device=get_device(),
         )
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
-            snapshot = frozen_copy(
-                blueprint(config.model_of(segment.expert), segment.origin, segment.seed, commit), config.engine
-            )
+            snapshot = frozen_copy(blueprint(config.model_of(segment.expert), origin), config.engine)
         engine = Engine(design, stage, config.engine, loader.accumulation)
         loss_of = functools.partial(
             training_loss,
@@ -96,13 +95,13 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
             ray.train.get_context().get_local_world_size(),
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )
-        sampler = Sampler(run, segment, monitor.logger)
+        sampler = Sampler(run, segment, monitor.logger, job.origins)
         monitor.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained))
 
         # Restore
         if start.checkpoint:
             saved = read_checkpoint(start.checkpoint, checksums=False)
-            require_fit(saved, segment, base, sizes_digest(selected.trained), feed)
+            require_fit(saved, segment, origin, sizes_digest(selected.trained), feed)
             as_before = saved.state.world_size == world_size
             folder = store.fetch(saved, {rank} if as_before else None)
             engine.load(folder, own=as_before)
@@ -122,12 +121,12 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
                     plan=feed.plan().state(),
                     ledger=monitor.ledger_snapshot(),
                     mlflow=run.read_ids() or {},
-                    base=base,
+                    base=origin.identity,
                     loss=guard.median_loss(),
                     guard=guard.state(),
                     config=config.decisive(),
                     trained=sizes_digest(selected.trained),
-                    origin=segment.origin,
+                    origin=origin.place,
                     finished={other.name: other.last_step for other in run.segments() if other.finished},
                     passed_over={other.name: run.skipped(other.name) for other in run.segments()},
                 )
@@ -193,7 +192,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
         if done < last_step and stop is not Stop.DURATION_REACHED:
             return monitor.close(done, stop.end)
         with monitor.checkpointing():
-            export_weights(engine, segment, done)
+            export_weights(engine, run, segment, done)
         return monitor.close(done, End.FINISHED, asked=stop.end if stop is not Stop.DURATION_REACHED else None)
     except SavesFailedError as error:
         # no failure to Ray, since another start would meet the same full disk
@@ -208,14 +207,11 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
             engine.close()
 
 
-def identity_of_origin(run: Run, segment: Segment, commit: str | None) -> str:
-    """The identity of the weights that a segment begins with: rank 0 reads them, all ranks are told."""
-    identity: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        identity = [weights_identity(segment.origin, segment.seed, run.fingerprints_path, commit)]
-    dist.broadcast_object_list(identity)
-    assert identity[0] is not None
-    return identity[0]
+def identified_origin(run: Run, origin: WeightsOrigin) -> WeightsOrigin:
+    """The weights that a segment begins with, and their identity: rank 0 reads them, all ranks are told."""
+    found = [origin.identified(run.fingerprints) if dist.get_rank() == 0 else origin]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def preempted_nodes() -> list[str]:
@@ -224,11 +220,11 @@ def preempted_nodes() -> list[str]:
     return announced.preempted_node_ids if announced else []
 
 
-def export_weights(engine: Engine, segment: Segment, steps: int) -> None:
+def export_weights(engine: Engine, run: Run, segment: Segment, steps: int) -> None:
     """Writes the segment's weights as a diffusers folder, and their moving average beside them where one is kept."""
     engine.export(segment.weights)
     if engine.averages:
         engine.export(segment.averaged_weights, ema=True)
     if dist.get_rank() == 0:
-        segment.finish(steps)
+        segment.finish(steps, run.fingerprints)
     dist.barrier()

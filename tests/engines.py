@@ -51,9 +51,10 @@ def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any
     from domainshuttle.platform.config.schema import ModelSection
     from domainshuttle.platform.engine.initialization import Blueprint, blueprint
     from domainshuttle.platform.engine.trained_parameters import select_trained
+    from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
     section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE)
-    made = blueprint(section, section.base, seed)
+    made = blueprint(section, WeightsOrigin(section.base, seed))
 
     def moved() -> Iterator[tuple[str, Tensor]]:
         for name, value in made.weights():

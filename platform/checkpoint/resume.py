@@ -12,7 +12,8 @@ from domainshuttle.platform.checkpoint.names import Name, candidates
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.run.weights_digest import DIGEST_NAME
+from domainshuttle.platform.run.weights_digest import DIGEST_NAME, verified_digest, weights_files
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 AUTO, NONE = "auto", "none"
 
@@ -126,18 +127,21 @@ def begin(
         store.branch(segment, origin)
 
 
-def require_fit(checkpoint: Checkpoint, segment: Segment, base: str, trained: str | None, feed: Feed) -> None:
+def require_fit(
+    checkpoint: Checkpoint, segment: Segment, origin: WeightsOrigin, trained: str | None, feed: Feed
+) -> None:
     """Raises IncompatibleError that says why a checkpoint can't be gone on from; its configuration may be another.
 
-    `base` is the identity of the weights that the segment begins with, `trained` the digest of the parameters that it
+    `origin` are the weights that the segment begins with, identified; `trained` is the digest of the parameters that it
     trains, None where it is not known yet.
     """
     state, name = checkpoint.state, checkpoint.name
-    if state.base != base:
+    if state.base != origin.identity:
         raise IncompatibleError(
             f"checkpoint {name} was trained on the weights {state.base}"
             + (f" (of {state.origin})" if state.origin else "")
-            + f", but segment {segment.name} now begins with {base}: restore model.base, or start anew with --fresh"
+            + f", but segment {segment.name} now begins with {origin.identity}: restore model.base, or start anew "
+            "with --fresh"
         )
     if trained and state.trained and state.trained != trained:
         raise IncompatibleError(
@@ -159,7 +163,8 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
     """Gives a run of a new name the finished stages before a checkpoint of another run that it goes on from.
 
     They are found beside the weights that the checkpoint's segment began with, and need no space on the same disk.
-    Nothing happens where the checkpoint is not whole, is of the run's first segment, or the weights are gone.
+    Nothing happens where the checkpoint is not whole, is of the run's first segment, or the weights are gone. Raises
+    ChangedError for weights that were changed since they were exported.
     """
     try:
         checkpoint = store.read(resume, checksums=False)
@@ -176,8 +181,11 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
             continue
         for source, target in ((found, segment.weights), (_averaged(found), segment.averaged_weights)):
             if source.is_dir():
+                digest = verified_digest(source, run.fingerprints)
                 with atomic_folder(target) as aside:
                     shutil.copytree(source, aside, copy_function=_link, dirs_exist_ok=True)
+                if all(one.samefile(target / one.relative_to(source)) for one in weights_files(source)):
+                    run.fingerprints.remember(target, digest)
         say(f"Stage {segment.name} is taken over, finished, from {found}")
 
 

@@ -24,6 +24,7 @@ from domainshuttle.platform.config.schema import AblationSection, ConfigError, R
 from domainshuttle.platform.console import console
 from domainshuttle.platform.driver.preflight import require_encoded
 from domainshuttle.platform.run.folder import Run, find_run
+from domainshuttle.platform.run.weights_digest import verified_digest
 
 _PLAIN = AblationSection(reference_projections="shared", domain_adaln=False)
 """Without anything of its own for references: what a Wan is."""
@@ -161,6 +162,7 @@ def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:
         if not last.finished:
             timer.run("Train what the variants share", "train", str(settings / f"{plan.shared.name}.yaml"))
         if not (plan.base / "config.json").exists():
+            verified_digest(last.weights, run.fingerprints)
             write_base(last.weights, plan.base)
     for name, config in plan.variants.items():
         if not only or name in only:

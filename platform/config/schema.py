@@ -267,11 +267,6 @@ class StageSection(Section):
             )
         if self.final_learning_rate is not None and self.endless:
             raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
-        if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate={self.final_learning_rate:g} must not lie above learning_rate="
-                f"{self.learning_rate:g}, from which the rate decays"
-            )
         if self.weight_decay * self.learning_rate >= 1:
             raise ValueError(
                 f"weight_decay={self.weight_decay:g} times learning_rate={self.learning_rate:g} is 1 or more: each "

@@ -21,15 +21,15 @@ from domainshuttle.platform.config.schema import ConfigError, differences
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
-from domainshuttle.platform.engine.hub import commit_of
+from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.initialization import outline_model
 from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, select_trained
-from domainshuttle.platform.run.data import make_feed
+from domainshuttle.platform.run.data import make_feed, require_unchanged
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
 from domainshuttle.platform.run.ledger import ALLOWANCE, Ledger
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
-from domainshuttle.platform.run.weights_digest import sizes_digest, weights_identity
+from domainshuttle.platform.run.weights_digest import sizes_digest
 from domainshuttle.platform.tracking.mlflow import Tracker
 from domainshuttle.platform.tracking.outbox import tag_segment
 
@@ -58,10 +58,7 @@ class Schedule:
         self._config, self._digest = run.config, run.config.digest()
         self._ledger, self._store = Ledger(run.ledger_path), CheckpointStore.of(run.config)
         self._notices = Notices(run.notices_path, echo)
-        made = {str(segment.weights) for segment in run.segments()}
-        self._commits = {
-            segment.name: None if segment.origin in made else commit_of(segment.origin) for segment in run.segments()
-        }
+        self._origins = resolve_all(run)
         self._faults: dict[str, FaultsInARow] = {}
         self._leaving: set[str] = set()
         self._opened: set[str] = set()
@@ -107,7 +104,7 @@ class Schedule:
         job = WorkerJob(
             config=self._config.model_dump(mode="json"),
             starts=tuple(starts),
-            commits=self._commits,
+            origins=self._origins,
             mlflow=self._tracker.ids.to_dict(),
             times={"command": psutil.Process().create_time(), "asked": time.time()},
         )
@@ -128,10 +125,11 @@ class Schedule:
         """Where the workers begin: the one decision, checked against the configuration, the weights and the data."""
         self._require_origin(segment)
         feed = make_feed(self._config, segment)
-        base = weights_identity(segment.origin, segment.seed, self.run.fingerprints_path, self._commits[segment.name])
+        require_unchanged(feed, self.run.fingerprints)
+        origin = self._origins[segment.name].identified(self.run.fingerprints)
         checkpoint = self._choose(segment, resume)
         if checkpoint:
-            require_fit(checkpoint, segment, base, sizes_digest(self._selected(segment).trained), feed)
+            require_fit(checkpoint, segment, origin, sizes_digest(self._selected(segment).trained), feed)
             if checkpoint.state.config_digest != self._digest:
                 before = checkpoint.state.config
                 changes = differences(before, self._config.decisive()) if before else "it does not say which"
@@ -165,7 +163,8 @@ class Schedule:
 
     def _selected(self, segment: Segment) -> TrainedParameters:
         if segment.name not in self._selections:
-            outline = outline_model(self._config.model_of(segment.expert))
+            first = next(one for one in self.run.segments() if one.expert == segment.expert)
+            outline = outline_model(self._config.model_of(segment.expert), self._origins[first.name])
             self._selections[segment.name] = select_trained(outline, segment.stage.trained)
         return self._selections[segment.name]
 

@@ -4,6 +4,7 @@ An id is `owner/name`, with the folder of one transformer where there are two, a
 `owner/name/transformer_2@main`. A branch may move, so a run notes the commit, and its workers load that one.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -12,35 +13,75 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from domainshuttle.model.convert import expert_folders
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*(?:/\w[\w.-]*)*))?(?:@(\w[\w./-]*))?")
 _DESCRIPTIONS = ["config.json", "transformer*/config.json", "*_noise_model/config.json"]
 
 
-def weights_folder(origin: str, commit: str | None = None) -> Path:
-    """The folder of an origin's transformer, fetched from the hub where it is there; `commit` is that of a run.
+def resolve(place: str | None, seed: int = 0) -> WeightsOrigin:
+    """The origin that a place means now: a new model, a folder, or of an id of the hub its present commit.
 
-    Raises ConfigError for an origin that is neither a folder nor on the hub, or that holds two experts,
-    FileNotFoundError for a folder without a model.
+    Raises ConfigError for a place that is neither a folder nor on the hub.
     """
-    if Path(origin).is_dir():
-        return _one_expert(origin, Path(origin))
-    described = _described(origin, commit)
-    found = _one_expert(origin, described)
+    if place is None or Path(place).expanduser().is_dir():
+        return WeightsOrigin(place and str(Path(place).expanduser()), seed)
+    return WeightsOrigin(place, seed, _described(place).name)
+
+
+def resolve_all(run: Run) -> dict[str, WeightsOrigin]:
+    """The origin of each segment of a run; raises as `resolve`."""
+    made = {str(segment.weights) for segment in run.segments()}  # they may not be there yet
+    return {
+        segment.name: WeightsOrigin(segment.origin, segment.seed)
+        if segment.origin in made
+        else resolve(segment.origin, segment.seed)
+        for segment in run.segments()
+    }
+
+
+def weights_folder(origin: WeightsOrigin) -> Path:
+    """The folder of an origin's transformer, fetched from the hub where it is there.
+
+    Raises ConfigError where the hub does not give it or it holds two experts, FileNotFoundError for a folder without a
+    model.
+    """
+    assert origin.place is not None
+    if origin.kind == "folder":
+        return _one_expert(origin.place, Path(origin.place))
+    described = _described(origin.place, origin.commit)
+    found = _one_expert(origin.place, described)
     inside = found.relative_to(described)
     patterns = [f"{inside}/*"] if inside.parts else ["config.json", "diffusion_pytorch_model*"]
-    _fetch(origin, described.name, patterns)
+    _fetch(origin.place, described.name, patterns)
     return found
 
 
-def description_folder(origin: str) -> Path:
-    """The folder with the `config.json` of the transformer that an id of the hub means; nothing else is fetched."""
-    return _one_expert(origin, _described(origin))
+def description_folder(origin: WeightsOrigin) -> Path:
+    """The folder with the `config.json` of an origin's transformer; of one on the hub nothing else is fetched."""
+    assert origin.place is not None
+    described = Path(origin.place) if origin.kind == "folder" else _described(origin.place, origin.commit)
+    return _one_expert(origin.place, described)
 
 
-def commit_of(origin: str | None) -> str | None:
-    """The commit that an id of the hub means now; None for folders and for a new model."""
-    return None if origin is None or Path(origin).is_dir() else _described(origin).name
+def require_as_downloaded(folder: Path) -> None:
+    """Compares the large files of a snapshot of the hub with the SHA-256 by which its cache names them; each is read
+    once, and again where it has changed.
+
+    Raises ChangedError for one that is not what the hub gave. Files that are no links into the cache have no such name.
+    """
+    for path in sorted(folder.rglob("*.safetensors")):
+        stored = path.resolve()
+        if not path.is_symlink() or not re.fullmatch("[0-9a-f]{64}", stored.name):
+            continue
+        fingerprints = Fingerprints(stored.parent.parent / ".domainshuttle-read.json")
+        if (found := fingerprints.of_file(stored, hashlib.sha256)) != stored.name:
+            raise ChangedError(
+                f"{path} is not the file that the hub gave: its SHA-256 is {found}, expected {stored.name}. Remove "
+                f"{stored}; it is then fetched again"
+            )
 
 
 def _described(origin: str, commit: str | None = None) -> Path:

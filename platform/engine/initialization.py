@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from domainshuttle.model.convert import outline_transformer, stream_transformer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.config.schema import ConfigError, ModelSection
-from domainshuttle.platform.engine.hub import description_folder, weights_folder
+from domainshuttle.platform.engine.hub import description_folder, require_as_downloaded, resolve, weights_folder
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 
 @dataclass(frozen=True)
@@ -34,37 +34,46 @@ class Blueprint:
         return self.outline
 
 
-def blueprint(section: ModelSection, origin: str | None, seed: int, commit: str | None = None) -> Blueprint:
-    """The transformer with the weights in `origin`, or without one a new model of the configured size; `commit` is
-    what an id of the hub meant when the run began.
+def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
+    """The transformer with the weights of `origin`: of the configured size where that is a new model.
 
-    Raises ConfigError for an origin that is neither a folder nor on the hub or that holds two experts,
-    FileNotFoundError and ValueError for one whose files do not make a model.
+    Raises ConfigError for an origin that the hub does not give or that holds two experts, FileNotFoundError and
+    ValueError for one whose files do not make a model; reading the weights raises ChangedError for files of the hub
+    that were changed or damaged in its cache.
     """
-    if origin is None:
+    if origin.kind == "new":
         with torch.device("meta"):
             outline = _construct(section)
-        return Blueprint(outline, lambda: _new_weights(section, seed))
+        return Blueprint(outline, lambda: _new_weights(section, origin.seed))
     # of a Wan these are ours to choose; a model that was trained with references knows its own
-    overrides: dict[str, Any] = section.choices if origin == section.base else {}
-    return Blueprint(*stream_transformer(weights_folder(origin, commit), **overrides))
+    overrides: dict[str, Any] = section.choices if origin.place == section.base else {}
+    folder = weights_folder(origin)
+    outline, stream = stream_transformer(folder, **overrides)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        if origin.kind == "hub":
+            require_as_downloaded(folder)
+        return stream()
+
+    return Blueprint(outline, weights)
 
 
-def build_model(section: ModelSection, origin: str | None, seed: int) -> DomainShuttleTransformer3DModel:
+def build_model(section: ModelSection, origin: WeightsOrigin) -> DomainShuttleTransformer3DModel:
     """The whole transformer of a blueprint, on the CPU in float32."""
-    return blueprint(section, origin, seed).build()
+    return blueprint(section, origin).build()
 
 
-def outline_model(section: ModelSection) -> DomainShuttleTransformer3DModel:
+def outline_model(section: ModelSection, origin: WeightsOrigin | None = None) -> DomainShuttleTransformer3DModel:
     """A model's parameters without their memory, to check a configuration by; of a base on the hub only its
-    `config.json` is fetched.
+    `config.json` is fetched. `origin` is that of the base, where it is resolved already.
 
     Raises ConfigError for a size that no model can have, and as `blueprint` for a base.
     """
     if section.base is not None:
-        if Path(section.base).is_dir():
-            return blueprint(section, section.base, 0).outline
-        return outline_transformer(description_folder(section.base), **section.choices)
+        origin = origin or resolve(section.base)
+        if origin.kind == "folder":
+            return blueprint(section, origin).outline
+        return outline_transformer(description_folder(origin), **section.choices)
     try:
         with torch.device("meta"):
             return _construct(section)

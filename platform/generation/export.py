@@ -14,6 +14,7 @@ from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_digest import verified_digest
 
 
 def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool = True) -> str:
@@ -21,12 +22,16 @@ def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool 
 
     With experts it holds all of them. Where a moving average of the weights was kept it is taken, unless `averaged` is
     False. The folder appears whole or not at all; one that is there is replaced if it is a pipeline. Raises ConfigError
-    when no stage is finished, or for a folder that holds something else.
+    when no stage is finished, or for a folder that holds something else, ChangedError for a stage whose weights were
+    changed since they were trained.
     """
     name, segments = _finished_stage(run, stage)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
-    pipeline: Any = assemble_pipeline(run.config, *_networks(segments, averaged))
+    folders, boundary = _networks(segments, averaged)
+    for one in folders:
+        verified_digest(one, run.fingerprints)
+    pipeline: Any = assemble_pipeline(run.config, folders, boundary)
     with atomic_folder(folder) as aside:
         pipeline.save_pretrained(aside)
     return name

@@ -5,6 +5,14 @@ from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_digest import Fingerprints
+
+
+def require_unchanged(feed: Feed, fingerprints: Fingerprints) -> None:
+    """Compares the rows of each index with the digest that the data order is known by; read once, and again where the
+    file has changed. Raises DataError."""
+    for place in feed.indexes:
+        fingerprints.of_index(place)
 
 
 def make_feed(config: RunConfig, segment: Segment) -> Feed:

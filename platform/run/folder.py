@@ -27,6 +27,7 @@ from domainshuttle.platform.config.schema import (
 from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.run.lock import HOLDER_NAME, LOCK_NAME
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_digest import Fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,11 @@ class Run:
     def fingerprints_path(self) -> Path:
         """Digests of weights, so that they are not read whole at every start."""
         return self.folder / "fingerprints.json"
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """What the run remembers of the weights and corpora that it has read."""
+        return Fingerprints(self.fingerprints_path)
 
     @property
     def failed_checkpoints_path(self) -> Path:

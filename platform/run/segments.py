@@ -9,7 +9,8 @@ from typing import Any
 
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import ExpertSection, FlowSection, StageSection
-from domainshuttle.platform.run.weights_digest import DIGEST_NAME, folder_digest
+from domainshuttle.platform.run.weights_digest import DIGEST_NAME, Fingerprints, folder_digest
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 STEPS_NAME = "steps.txt"
 
@@ -62,10 +63,15 @@ class Segment:
         self.weights.mkdir(parents=True, exist_ok=True)
         write_bytes(self.weights / STEPS_NAME, str(steps).encode())
 
-    def finish(self, steps: int) -> None:
+    def finish(self, steps: int, fingerprints: Fingerprints | None = None) -> None:
         """Notes that the exported weights are whole, after so many steps; the digest, written last, says so."""
         self.end_at(steps)
-        write_bytes(self.weights / DIGEST_NAME, folder_digest(self.weights).encode())
+        for folder in (self.averaged_weights, self.weights):
+            if folder.exists():
+                digest = folder_digest(folder)
+                write_bytes(folder / DIGEST_NAME, digest.encode())
+                if fingerprints is not None:
+                    fingerprints.remember(folder, digest)
 
     def begin_anew(self) -> None:
         """Forgets after how many steps it ended before, when it is to be trained again."""
@@ -115,8 +121,8 @@ class WorkerJob:
     """The run's configuration, JSON-ready."""
     starts: tuple[StartPoint, ...]
     """The segments to train, one after the other."""
-    commits: Mapping[str, str | None]
-    """Of each segment's origin on the hub the commit that it meant when the driver started."""
+    origins: Mapping[str, WeightsOrigin]
+    """Of each segment: the weights that it begins with, as they were when the driver started."""
     mlflow: Mapping[str, Any]
     """The ids of the MLflow runs (tracking/mlflow.py)."""
     times: Mapping[str, float]

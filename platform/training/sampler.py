@@ -4,7 +4,7 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from domainshuttle.platform.config.schema import RunConfig, SamplingSection
 from domainshuttle.platform.generation.training_samples import OVER_STEPS_NAME, generate_samples, required_sampling
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.outbox import BackgroundLog
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,10 @@ class _Flight:
 class Sampler:
     """The samples of a segment. All ranks have one and call `after` at every step; only rank 0's has a log."""
 
-    def __init__(self, run: Run, segment: Segment, log: BackgroundLog | None) -> None:
-        self.config, self.segment, self._log = run.config, segment, log
+    def __init__(
+        self, run: Run, segment: Segment, log: BackgroundLog | None, origins: Mapping[str, WeightsOrigin]
+    ) -> None:
+        self.config, self.segment, self._log, self._origins = run.config, segment, log, origins
         self.folder = run.folder / "samples" / segment.name
         self.skipped = self.failed = 0
         self._flight: _Flight | None = None
@@ -109,7 +112,7 @@ class Sampler:
                     name=f"samples of {self.segment.name}, step {step}",
                 )
                 arguments = self.segment.name, str(self.snapshot_folder(step)), str(self._out(step))
-                found = task.remote(self.config.model_dump(mode="json"), *arguments)
+                found = task.remote(self.config.model_dump(mode="json"), *arguments, self._origins)
                 self._flight = _Flight(step, found, time.monotonic() + section.timeout)
                 return
             self._sample_here(step, section)
@@ -124,7 +127,7 @@ class Sampler:
         try:
             with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
                 arguments = self.segment.name, self.snapshot_folder(step), self._out(step)
-                generate_samples(self.config, *arguments, device, section.timeout)
+                generate_samples(self.config, *arguments, device, section.timeout, self._origins)
         finally:
             gc.collect()
             if on_gpu:
@@ -186,10 +189,12 @@ def _free(section: SamplingSection) -> bool:
     return free.get("CPU", 0.0) >= section.cpus and free.get("GPU", 0.0) >= section.gpus and bool(free)
 
 
-def _sample_elsewhere(config: dict[str, Any], segment: str, weights: str, out: str) -> None:
+def _sample_elsewhere(
+    config: dict[str, Any], segment: str, weights: str, out: str, origins: Mapping[str, WeightsOrigin]
+) -> None:
     """The Ray task."""
     settings = RunConfig.model_validate(config)
     section = required_sampling(settings)
     torch.set_num_threads(max(1, int(section.cpus)))
     device = "cuda" if section.gpus else "cpu"
-    generate_samples(settings, segment, Path(weights), Path(out), device, section.timeout)
+    generate_samples(settings, segment, Path(weights), Path(out), device, section.timeout, origins)

@@ -28,7 +28,8 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import SKIPPED, Journal, Notices
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.run.weights_digest import folder_digest, weights_identity
+from domainshuttle.platform.run.weights_digest import Fingerprints, folder_digest
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 
 class PlanOf:
@@ -85,11 +86,15 @@ def test_a_checkpoint_fits_by_its_weights_its_data_and_its_parameters(
     found = save(run, segment, changes.pop("step", 5), origin="/old/weights", **changes)
     feed: Any = PlanOf(1)
     if message is None:
-        require_fit(found, segment, "theirs", "abc", feed)
-        require_fit(found, segment, "theirs", None, feed)
+        require_fit(found, segment, WeightsOrigin("/base", identity="theirs"), "abc", feed)
+        require_fit(found, segment, WeightsOrigin("/base", identity="theirs"), None, feed)
         return
     with pytest.raises(IncompatibleError, match=message):
-        require_fit(found, segment, "theirs", "abc", feed)
+        require_fit(found, segment, WeightsOrigin("/base", identity="theirs"), "abc", feed)
+
+
+def identity_of(place: str | None, seed: int, known: Path | None = None) -> str:
+    return WeightsOrigin(place, seed).identified(Fingerprints(known)).identity
 
 
 def test_what_differs_from_a_checkpoints_configuration_is_listed(tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_a_run_of_a_new_name_takes_the_finished_stages_over(tmp_path: Path) -> N
     assert new.segment("stage1").last_step == 7
     assert len(said) == 2
     ours = new.segment("stage2")
-    assert weights_identity(ours.origin, ours.seed) == weights_identity(stage2.origin, stage2.seed)
+    assert identity_of(ours.origin, ours.seed) == identity_of(stage2.origin, stage2.seed)
     shutil.rmtree(old.folder)
     assert (new.segment("stage1").weights / "model.safetensors").read_bytes() == b"trained"
     # and nothing where there is nothing to take
@@ -179,18 +184,18 @@ def test_large_weights_are_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
     folder, known = tmp_path / "wan", tmp_path / "fingerprints.json"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"one")
-    first = weights_identity(str(folder), 0, known)
-    assert first == folder_digest(folder) == weights_identity(str(folder), 0)
+    first = identity_of(str(folder), 0, known)
+    assert first == folder_digest(folder) == identity_of(str(folder), 0)
     from domainshuttle.platform.run import weights_digest as fingerprints
 
     hashed: list[Path] = []
     monkeypatch.setattr(fingerprints, "folder_digest", lambda path: hashed.append(path) or "new")
-    assert weights_identity(str(folder), 0, known) == first
+    assert identity_of(str(folder), 0, known) == first
     assert not hashed
     (folder / "model.safetensors").write_bytes(b"other")
-    assert weights_identity(str(folder), 0, known) == "new"
+    assert identity_of(str(folder), 0, known) == "new"
     known.write_text("{")  # torn
-    assert weights_identity(str(folder), 0, known) == "new"
+    assert identity_of(str(folder), 0, known) == "new"
     assert len(hashed) == 2
 
 

@@ -16,6 +16,7 @@ from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.engine.initialization import blueprint, build_model
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_the_shipped_variants_differ_only_in_what_they_take_away(shipped: Plan) 
 def test_every_variant_begins_with_the_same_network_and_trains_what_it_names(shipped: Plan) -> None:
     """The base is a Wan that diffusers reads; references begin as copies of its video branch, or have nothing."""
     assert shipped.shared is not None
-    plain = build_model(shipped.shared.model, None, 3)
+    plain = build_model(shipped.shared.model, WeightsOrigin(None, 3))
     torch.nn.init.normal_(plain.proj_out.weight, std=0.1)
     plain.save_pretrained(shipped.folder / "trained")
     write_base(shipped.folder / "trained", shipped.base)
@@ -67,7 +68,7 @@ def test_every_variant_begins_with_the_same_network_and_trains_what_it_names(shi
         expected = WanTransformer3DModel.from_pretrained(shipped.base)(latents, time, text).sample
     counts = {}
     for name, config in shipped.variants.items():
-        model = blueprint(config.model, config.model.base, 0).build()
+        model = blueprint(config.model, WeightsOrigin(config.model.base)).build()
         assert model.config.text_len == 48
         with torch.no_grad():
             torch.testing.assert_close(model(latents, time, text, *nothing).sample, expected, rtol=1e-4, atol=1e-4)

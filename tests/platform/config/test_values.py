@@ -313,7 +313,6 @@ def test_anchors_and_what_they_share_are_read(tmp_path: Path) -> None:
         (["stages.base.betas=0.9"], "stages.0.betas: should be a list"),
         (["stages.base.betas=[0.9, 1]"], "stages.0.betas.1: .*less than 1"),
         (["stages.base.where={sprites-images: 'seconds >'}"], "filter 'seconds >' can't be evaluated"),
-        (["stages.base.learning_rate=1e-4"], "final_learning_rate=0.0003 must not lie above learning_rate=0.0001"),
         (["stages.stage1.weight_decay=1000"], "weight_decay=1000 times learning_rate=0.003 is 1 or more"),
         (["stages.stage2.reference_dropout=1"], "reference_dropout=1 leaves none"),
         (["experts=[{name: a, low: 0.5}, {name: b, high: 0.4}]"], "no one is trained on t from 0.4 to 0.5"),

@@ -5,6 +5,7 @@ The hub is read as on a machine without a network: from its cache, laid out here
 Run: python -m pytest tests/platform/engine/test_hub.py
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
 from domainshuttle.model.spec import ModelSpec
 from domainshuttle.platform.commands.plan import print_plan
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, ModelSection, RunConfig
 from domainshuttle.platform.console import console
-from domainshuttle.platform.engine.hub import commit_of, weights_folder
+from domainshuttle.platform.engine.hub import resolve, resolve_all, weights_folder
 from domainshuttle.platform.engine.initialization import blueprint, build_model, outline_model
 from domainshuttle.platform.engine.trained_parameters import select_trained
 from domainshuttle.platform.engine.zero3 import deepspeed_configs
+from domainshuttle.platform.generation.training_samples import networks_beside
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.weights_digest import weights_identity
+from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 SIZE: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 48, "text_dim": 16, "freq_dim": 8,
@@ -67,8 +71,16 @@ def wan(folder: Path, seed: int) -> WanTransformer3DModel:
 
 
 def same(section: ModelSection, origin: str, model: WanTransformer3DModel, commit: str | None = None) -> bool:
-    found = dict(blueprint(section, origin, 0, commit).build().named_parameters())
+    found = dict(
+        blueprint(section, WeightsOrigin(origin, commit=commit) if commit else resolve(origin))
+        .build()
+        .named_parameters()
+    )
     return all(found[name].equal(parameter) for name, parameter in model.named_parameters())
+
+
+def identity_of(origin: str) -> str:
+    return resolve(origin).identified(Fingerprints()).identity
 
 
 def test_one_expert_of_a_repository_is_named_by_its_folder(hub: Hub) -> None:
@@ -76,26 +88,74 @@ def test_one_expert_of_a_repository_is_named_by_its_folder(hub: Hub) -> None:
     experts = {name: wan(files / name, seed) for seed, name in enumerate(("transformer", "transformer_2"))}
     for name, model in experts.items():
         origin = f"maker/moe/{name}"
-        assert weights_folder(origin) == files / name
+        assert weights_folder(resolve(origin)) == files / name
         assert same(ModelSection(base=origin), origin, model)
     with pytest.raises(ConfigError, match="two experts: name one of maker/moe/transformer and maker/moe/transformer_2"):
-        build_model(ModelSection(base="maker/moe"), "maker/moe", 0)
+        build_model(ModelSection(base="maker/moe"), resolve("maker/moe"))
+
+
+def test_the_other_expert_is_loaded_at_the_runs_commit(hub: Hub, tmp_path: Path) -> None:
+    """Samples of one expert generate with the other as it began, though the branch has moved since."""
+    before = wan(hub.commit("maker/moe", OLD) / "transformer_2", 1)
+    wan(hub.folder / "models--maker--moe" / "snapshots" / OLD / "transformer", 3)
+    experts = "experts=[{name: high, base: maker/moe/transformer, low: 0.5}, "
+    experts += "{name: low, base: maker/moe/transformer_2, high: 0.5}]"
+    config = load_config("demo", [f"output={tmp_path}/runs", "model={}", experts, "engine.precision=float32"])
+    run = Run.open(config)
+    origins = resolve_all(run)
+    assert {name: origin.commit for name, origin in origins.items() if origin.kind == "hub"} == {
+        "base-high": OLD,
+        "base-low": OLD,
+    }
+    assert origins["stage1-low"].kind == "folder"
+    after = wan(hub.commit("maker/moe", NEW) / "transformer_2", 2)
+    wan(hub.folder / "models--maker--moe" / "snapshots" / NEW / "transformer", 4)
+    high = run.segment("base-high")
+
+    def loaded(origins: dict[str, WeightsOrigin]) -> dict[str, torch.Tensor]:
+        (_, other), _ = networks_beside(run, high, tmp_path / "snapshot", origins)
+        return load_file(other / "diffusion_pytorch_model.safetensors")
+
+    found = loaded(origins)
+    assert all(found[name].equal(parameter) for name, parameter in before.named_parameters())
+    # and anew where a later start of the driver begins with another commit
+    found = loaded(resolve_all(run))
+    assert all(found[name].equal(parameter) for name, parameter in after.named_parameters())
+
+
+def test_files_of_the_hub_that_were_damaged_in_its_cache_are_refused(hub: Hub) -> None:
+    """As huggingface_hub keeps them: links to files that are called by their SHA-256."""
+    files = hub.commit("maker/wan", OLD) / "transformer"
+    wan(files, 1)
+    weights = files / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    stored = hub.folder / "models--maker--wan" / "blobs" / hashlib.sha256(content).hexdigest()
+    stored.parent.mkdir()
+    weights.rename(stored)
+    weights.symlink_to(stored)
+    section = ModelSection(base="maker/wan")
+    first = build_model(section, resolve("maker/wan"))
+    stored.write_bytes(content[:-64] + bytes(64))
+    with pytest.raises(ChangedError, match=rf"is not the file that the hub gave.*Remove {stored}"):
+        build_model(section, resolve("maker/wan"))
+    stored.write_bytes(content)
+    again = build_model(section, resolve("maker/wan"))
+    assert all(one.equal(other) for one, other in zip(first.parameters(), again.parameters(), strict=True))
 
 
 def test_a_run_keeps_its_commit_when_the_branch_moves(hub: Hub) -> None:
     before = wan(hub.commit("maker/wan", OLD) / "transformer", 1)
     section, origin = ModelSection(base="maker/wan"), "maker/wan"
-    commit = commit_of(origin)
-    identity = weights_identity(origin, 0, commit=commit)
+    commit, identity = resolve(origin).commit, identity_of(origin)
     assert (commit, identity) == (OLD, f"hub:maker/wan@{OLD}")
     after = wan(hub.commit("maker/wan", NEW) / "transformer", 2)
     assert same(section, origin, before, commit) and same(section, origin, after)
-    assert weights_identity(origin, 0, commit=commit_of(origin)) != identity  # so that a checkpoint refuses it
+    assert identity_of(origin) != identity  # so that a checkpoint refuses it
     pinned = f"maker/wan@{OLD}"
     assert same(ModelSection(base=pinned), pinned, before)
-    assert weights_identity(pinned, 0, commit=commit_of(pinned)) == identity
+    assert identity_of(pinned) == identity
     hub.commit("maker/wan", "3" * 40, branch="trial")
-    assert commit_of("maker/wan@trial") == "3" * 40
+    assert resolve("maker/wan@trial").commit == "3" * 40
 
 
 def test_a_configuration_is_checked_by_the_description_alone(hub: Hub) -> None:
@@ -105,12 +165,12 @@ def test_a_configuration_is_checked_by_the_description_alone(hub: Hub) -> None:
     outline = outline_model(ModelSection(base="maker/wan"))
     assert sum(p.numel() for p in outline.parameters()) == ModelSpec.preset("wan2.1-t2v-14b").parameters()
     with pytest.raises(FileNotFoundError, match="safetensors"):
-        blueprint(ModelSection(base="maker/wan"), "maker/wan", 0)
+        blueprint(ModelSection(base="maker/wan"), resolve("maker/wan"))
 
 
 @pytest.mark.parametrize("origin", ["./no/folder", "/weights/wan", "wan", "maker/wan@", "nobody/nothing", "a/b/../c"])
 def test_an_origin_that_is_nowhere_is_one_clear_error(origin: str, hub: Hub) -> None:
-    for ask in (commit_of, weights_folder, lambda base: outline_model(ModelSection(base=base))):
+    for ask in (resolve, lambda base: outline_model(ModelSection(base=base))):
         with pytest.raises(ConfigError, match="is no folder, and"):
             ask(origin)
 

@@ -19,6 +19,7 @@ from domainshuttle.platform.engine.initialization import build_model
 from domainshuttle.platform.generation import export, generate
 from domainshuttle.platform.generation.export import assemble_pipeline
 from domainshuttle.platform.generation.generate import load_pipeline
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 
 def as_on_a_gpu(device: str) -> torch.dtype:
@@ -34,7 +35,7 @@ def clip(pipeline: Any) -> np.ndarray:
 
 def test_clips_in_bf16_keep_what_wan_keeps_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("demo")
-    model = build_model(config.model, None, 0)
+    model = build_model(config.model, WeightsOrigin(None, 0))
     with torch.no_grad():  # as made, the last layer is zero
         model.proj_out.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(tmp_path / "weights")

@@ -31,10 +31,12 @@ from domainshuttle.platform.config.schema import (
     StageSection,
 )
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
+from domainshuttle.platform.engine.hub import resolve
 from domainshuttle.platform.engine.initialization import blueprint, build_model, outline_model
 from domainshuttle.platform.engine.trained_parameters import select_trained
 from domainshuttle.platform.engine.zero3 import deepspeed_config
 from domainshuttle.platform.run.segments import learning_rate
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 SIZE = {
     "num_attention_heads": 2,
@@ -139,7 +141,7 @@ def test_modes_of_activation_checkpointing_are_checked(section: dict[str, Any], 
 
 def recomputed_blocks(section: ActivationSection) -> tuple[list[int], dict[str, Tensor]]:
     """How often each block runs in a forward and a backward pass, and the gradients."""
-    network = build_model(ModelSection(size=SIZE | {"num_layers": 5}), None, 1)
+    network = build_model(ModelSection(size=SIZE | {"num_layers": 5}), WeightsOrigin(None, 1))
     nn.init.normal_(network.proj_out.weight, generator=torch.Generator().manual_seed(2))  # else no gradient flows
     network.set_attention_backend("native")
     checkpoint_blocks(network, section)
@@ -202,7 +204,7 @@ def test_a_size_that_no_model_has_is_refused_before_a_cluster_is_asked() -> None
     assert outline is not None
     assert all(parameter.is_meta for parameter in outline.parameters())
     assert {n: p.shape for n, p in outline.named_parameters()} == {
-        n: p.shape for n, p in build_model(section, None, 1).named_parameters()
+        n: p.shape for n, p in build_model(section, WeightsOrigin(None, 1)).named_parameters()
     }
     for size in ({**section.size, "num_leyers": 3}, {**section.size, "reference_rope": "spiral"}):
         with pytest.raises(ConfigError, match=r"model.size can't be built.*(num_leyers|reference_rope)"):
@@ -215,21 +217,21 @@ def test_a_base_is_loaded_in_every_layout(tmp_path: Path) -> None:
     wan = WanTransformer3DModel(**SIZE)
     wan.save_pretrained(tmp_path / "wan")
     section = ModelSection(base=str(tmp_path / "wan"), reference_gate="video")
-    loaded = build_model(section, section.base, seed=0)
+    loaded = build_model(section, resolve(section.base))
     parameters = dict(loaded.named_parameters())
     for name, parameter in wan.named_parameters():
         assert parameters[name].equal(parameter), name
     assert parameters["blocks.1.attn1.to_k_ref.weight"].equal(parameters["blocks.1.attn1.to_k.weight"])
     assert loaded.config.reference_gate == "video"
     loaded.save_pretrained(tmp_path / "next")
-    again = build_model(section, str(tmp_path / "next"), seed=0)
+    again = build_model(section, resolve(str(tmp_path / "next")))
     assert all(parameter.equal(parameters[name]) for name, parameter in again.named_parameters())
 
 
 def test_the_blueprint_of_a_base_has_no_memory_and_reads_one_tensor_at_a_time(tmp_path: Path) -> None:
     WanTransformer3DModel(**SIZE).save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="20KB")
     section = ModelSection(base=str(tmp_path / "pipeline"))
-    made = blueprint(section, section.base, seed=0)
+    made = blueprint(section, resolve(section.base))
     assert all(parameter.is_meta for parameter in made.outline.parameters())
     stream = made.weights()
     first, _ = next(stream)
@@ -241,14 +243,14 @@ def test_the_blueprint_of_a_base_has_no_memory_and_reads_one_tensor_at_a_time(tm
     # two experts are no base
     shutil.copytree(tmp_path / "pipeline" / "transformer", tmp_path / "pipeline" / "transformer_2")
     with pytest.raises(ConfigError, match=r"two experts: name one of .*transformer and .*transformer_2"):
-        blueprint(section, section.base, seed=0)
+        blueprint(section, resolve(section.base))
 
 
 def test_a_base_that_is_not_there_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("./no/such/folder", "nobody/nothing"):
         with pytest.raises(ConfigError, match=f"base '{name}' is no folder"):
-            blueprint(ModelSection(base=name), name, seed=0)
+            blueprint(ModelSection(base=name), resolve(name))
 
 
 @torch.no_grad()
@@ -273,7 +275,7 @@ def wans_initialisation(section: ModelSection, seed: int) -> DomainShuttleTransf
 def test_a_new_model_made_tensor_by_tensor_is_that_made_whole(changes: dict[str, Any]) -> None:
     section = ModelSection(size=SIZE, ablation=changes)
     state = torch.get_rng_state()
-    made = dict(build_model(section, None, seed=11).named_parameters())
+    made = dict(build_model(section, WeightsOrigin(None, 11)).named_parameters())
     assert torch.get_rng_state().equal(state)
     whole = dict(wans_initialisation(section, seed=11).named_parameters())
     assert list(made) == list(whole)
@@ -282,7 +284,7 @@ def test_a_new_model_made_tensor_by_tensor_is_that_made_whole(changes: dict[str,
 
 def test_a_new_model_depends_on_the_seed_and_starts_at_zero_output() -> None:
     section = load_config("demo").model
-    first, again, other = (build_model(section, None, seed) for seed in (1, 1, 2))
+    first, again, other = (build_model(section, WeightsOrigin(None, seed)) for seed in (1, 1, 2))
     one, two, three = (dict(m.named_parameters()) for m in (first, again, other))
     assert all(one[name].equal(two[name]) for name in one)
     assert not one["blocks.0.attn1.to_q.weight"].equal(three["blocks.0.attn1.to_q.weight"])

@@ -91,9 +91,10 @@ def no_worker_holds_the_model_whole(folder: Path) -> None:
     from domainshuttle.platform.config.schema import ModelSection
     from domainshuttle.platform.engine.initialization import blueprint
     from domainshuttle.platform.engine.zero3 import _materialise
+    from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
     size = SIZE | {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 10, "ffn_dim": 1400}
-    made, warm = (blueprint(ModelSection(size=size), None, 3) for _ in range(2))
+    made, warm = (blueprint(ModelSection(size=size), WeightsOrigin(None, 3)) for _ in range(2))
     for each in (made, warm):
         each.outline.requires_grad_(False)
     count = sum(parameter.numel() for parameter in made.outline.parameters())

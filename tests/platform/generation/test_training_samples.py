@@ -16,9 +16,11 @@ from domainshuttle.pipelines.media.decode import decode_video
 from domainshuttle.platform.commands.data import build_corpora
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, ExpertSection, RunConfig
+from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.initialization import build_model
 from domainshuttle.platform.generation.training_samples import generate_samples, networks_beside, sample_cases
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.mlflow import MetricLogger, open_schedule
 from domainshuttle.platform.tracking.queries import RunRecord, list_artifacts, read_runs
 from domainshuttle.platform.training.sampler import Sampler
@@ -36,7 +38,7 @@ def config(tiny_yaml: Path, ray_cluster: None) -> RunConfig:
 @pytest.fixture(scope="module")
 def weights(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
     """Writes a snapshot as the engine's export would; each one has other weights."""
-    model = build_model(config.model, None, 0)
+    model = build_model(config.model, WeightsOrigin(None, 0))
 
     def export(folder: Path) -> None:
         with torch.no_grad():
@@ -64,7 +66,7 @@ class Training:
         self.run = Run.open(self.config)
         tracker = open_schedule(config.tracking_uri, name, name, {}, {}, self.run.spool)
         self.log = MetricLogger(tracker.ids, "stage1", self.run.spool)
-        self.sampler = Sampler(self.run, self.run.segment("stage1"), self.log)
+        self.sampler = Sampler(self.run, self.run.segment("stage1"), self.log, resolve_all(self.run))
         self.folder = self.run.folder / "samples" / "stage1"
 
     def tracked(self) -> RunRecord:
@@ -82,24 +84,27 @@ def test_of_two_experts_both_generate(config: RunConfig, weights: Callable[[Path
     high, low, _, low2 = run.segments()
     assert (high.name, low.name, low2.name) == ("stage1-high", "stage1-low", "stage2-low")
     weights(snapshot := tmp_path / "snapshot")
-    (first, second), boundary = networks_beside(run, high, snapshot)
+    (first, second), boundary = networks_beside(run, high, snapshot, resolve_all(run))
     assert (first, boundary) == (snapshot, 0.4)
-    begun = build_model(run.config.model, None, low.seed)
+    begun = build_model(run.config.model, WeightsOrigin(None, low.seed))
     loaded = DomainShuttleTransformer3DModel.from_pretrained(second)
     for (name, one), other in zip(loaded.named_parameters(), begun.parameters(), strict=True):
         torch.testing.assert_close(one, other.bfloat16().float(), msg=name)
-    assert networks_beside(run, low, snapshot) == ([run.folder / "samples" / "begins-stage1-high", snapshot], 0.4)
+    assert networks_beside(run, low, snapshot, resolve_all(run)) == (
+        [run.folder / "samples" / "begins-stage1-high", snapshot],
+        0.4,
+    )
     weights(high.weights)
     high.finish(4)
-    assert networks_beside(run, low, snapshot) == ([high.weights, snapshot], 0.4)
+    assert networks_beside(run, low, snapshot, resolve_all(run)) == ([high.weights, snapshot], 0.4)
     shutil.copytree(high.weights, high.averaged_weights)
-    assert networks_beside(run, low2, snapshot) == ([high.averaged_weights, snapshot], 0.4)
+    assert networks_beside(run, low2, snapshot, resolve_all(run)) == ([high.averaged_weights, snapshot], 0.4)
     out = run.folder / "samples" / "stage2-low" / "step-000002"
     out.parent.mkdir(parents=True)
-    generate_samples(run.config, "stage2-low", snapshot, out, "cpu", 120)
+    generate_samples(run.config, "stage2-low", snapshot, out, "cpu", 120, resolve_all(run))
     assert (out / "grid.png").exists()
     alone = run.config.model_copy(update={"experts": []})
-    assert networks_beside(Run(alone), Run(alone).segments()[0], snapshot) == ([snapshot], None)
+    assert networks_beside(Run(alone), Run(alone).segments()[0], snapshot, {}) == ([snapshot], None)
 
 
 def test_samples_are_made_beside_the_training_and_reach_mlflow(
@@ -141,7 +146,7 @@ def test_samples_are_made_beside_the_training_and_reach_mlflow(
 def test_without_resources_rank_0_makes_the_same_samples_between_two_steps(
     config: RunConfig, alone: None, tmp_path: Path
 ) -> None:
-    model = build_model(config.model, None, 1)
+    model = build_model(config.model, WeightsOrigin(None, 1))
     torch.nn.init.normal_(model.proj_out.weight)
     model.save_pretrained(tmp_path / "weights")
 
