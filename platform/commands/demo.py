@@ -1,7 +1,8 @@
 """The demo: the whole job at desk size, by the same commands that a user would type.
 
 Corpora are built and encoded, the schedule is trained, stage 2 is stopped half way by Ctrl-C and started again, the
-model is exported, clips are generated and judged. The books are then checked: every planned sample trained on once.
+model is exported, clips are generated and judged. The sample audit then checks that every planned sample was trained on
+once.
 """
 
 import json
@@ -52,7 +53,10 @@ class Timer:
 
 
 def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
-    """Runs the demo and prints its summary; raises ConfigError when a part of it fails or the books do not balance."""
+    """Runs the demo and prints its summary.
+
+    Raises ConfigError when a part of it fails, or samples were lost or repeated.
+    """
     began = time.monotonic()
     config = load_config(config_name, overrides)
     folder = Path(config.output).parent
@@ -77,9 +81,9 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     timer.run("Generate and judge clips", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
     timer.run("Compare", "compare", config.tracking.experiment, "--uri", config.tracking_uri,
               "--page", str(folder / "compare.html"))  # fmt: skip
-    books = audit_samples(config)
+    audit = audit_samples(config)
     result = json.loads((evaluation / "identity.json").read_text())
-    _print_summary(config, run, books, result, timer, time.monotonic() - began, evaluation)
+    _print_summary(config, run, audit, result, timer, time.monotonic() - began, evaluation)
     if not result["learned"]:
         raise ConfigError(
             "the clips are not clearly closer to their own references than to others: see the table above"
@@ -100,7 +104,7 @@ def _interrupt_at(process: subprocess.Popen[bytes], run: Run, stage: str, step: 
 def _print_summary(
     config: RunConfig,
     run: Run,
-    books: SampleAudit,
+    audit: SampleAudit,
     result: dict[str, float],
     timer: Timer,
     seconds: float,
@@ -111,8 +115,8 @@ def _print_summary(
     console.print(
         Panel.fit(
             f"[bold]Time[/]\n{parts}\n  {'in all':<34}{seconds:6.0f} s\n\n"
-            f"[bold]Samples[/]  planned {books.planned}, trained {books.trained}, lost {books.lost}, repeated "
-            f"{books.repeated}, trained again after a restore {books.recomputed}, substituted {books.substituted}\n"
+            f"[bold]Samples[/]  planned {audit.planned}, trained {audit.trained}, lost {audit.lost}, repeated "
+            f"{audit.repeated}, trained again after a restore {audit.recomputed}, substituted {audit.substituted}\n"
             f"[bold]Workers[/]  {hours.attempts} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} device-hours\n"
             f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
@@ -124,5 +128,5 @@ def _print_summary(
         ),
         soft_wrap=False,
     )
-    if books.lost or books.repeated:
-        raise ConfigError(f"the books do not balance: {books}")
+    if audit.lost or audit.repeated:
+        raise ConfigError(f"the sample audit found samples that were lost or repeated: {audit}")

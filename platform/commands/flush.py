@@ -20,12 +20,12 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
         console.print(f"Run {run.config.name} was never started: there is nothing to send.")
         return True
     address = absolute_uri(uri or run.config.tracking_uri)
-    shown = mask_secrets(address)
+    redacted = mask_secrets(address)
     known = RunIds.from_dict(ids, address)
     if not reachable(address) or flush_spool(known, run.spool, timeout):
         console.print(
-            f"Not all of {run.spool} could be sent: {shown} did not take it within {timeout:g} s. Start the server, or "
-            "name another with --uri, and run this again"
+            f"Not all of {run.spool} could be sent: {redacted} did not take it within {timeout:g} s. Start the server, "
+            "or name another with --uri, and run this again"
         )
         return False
     if uri is None:
@@ -35,11 +35,11 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
         console.print(f"The artifact {run.folder / path} could not be written: {error}", markup=False)
     if failed:
         console.print(
-            f"{shown} has all but {len(failed)} artifacts, whose store did not take them: they stay where they are, "
+            f"{redacted} has all but {len(failed)} artifacts, whose store did not take them: they stay where they are, "
             "and this command tries them again"
         )
     else:
         console.print(
-            f"Nothing is left in {run.spool}: {shown} has it all. Next: domainshuttle compare {known.experiment}"
+            f"Nothing is left in {run.spool}: {redacted} has it all. Next: domainshuttle compare {known.experiment}"
         )
     return True

@@ -164,3 +164,65 @@ def test_a_sample_is_in_quarantine_once(
 )
 def test_times_for_people(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def shown_at(run: Run, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(console, "width", width)
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_status(run.folder)
+    return capsys.readouterr().out
+
+
+ERROR = (
+    "RuntimeError: [bold]x[/] \x1b[31m名前 "
+    + "a word " * 40
+    + "\n  File <here>\n  File <there>\nOSError: [Errno 28] full"
+)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 300])
+def test_all_of_it_is_there_at_any_width(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    an_attempt(run, "base", 0, 57, 100, ERROR)
+    an_attempt(run, "stage1", 40, 80, 50, "finished")
+    progress(run, "base", 57, metrics={"loss": 0.25, "loss/flow": 0.2, "loss/cross_pair": 0.5})
+    shown = shown_at(run, width, capsys, monkeypatch)
+    folder = str(run.folder)
+    assert all(len(line) <= width or " " not in line.strip() or folder in line for line in shown.splitlines())
+    together = " ".join(shown.replace("│", " ").split())
+    for needed in ("0.2500 (flow 0.2000, cross_pair 0.5000)", "0-57", "40-80", "checkpointing", "sampling", "finished"):
+        assert needed in together
+    assert "\x1b" not in shown and "…" not in shown
+    ended = "RuntimeError: [bold]x[/] \\x1b[31m名前 " + "a word " * 40 + "[2 more lines] OSError: [Errno 28] full"
+    assert ended in together
+    assert folder in shown  # in one piece
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "7", '{"step": 3}', '{"segment": "renamed", "step": 3, "state": "training", "time": 1, "metrics": {}}',
+     '{"segment": "base", "step": "3", "state": "training", "time": 1, "metrics": {}}',
+     '{"segment": "base", "step": 3, "state": "training", "time": 1, "metrics": {"loss": [1]}}'],
+)  # fmt: skip
+def test_a_progress_of_another_version_is_left_out_with_a_word(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    run.progress_path.write_text(content)
+    (run.folder / "quarantine" / "base.rank00000.jsonl").write_text('[1]\n{"source": "s"}\n')
+    shown = printed(run, capsys, monkeypatch)
+    assert f"{run.progress_path} is left out" in shown
+    assert "not begun" in shown and "Device-hours: used" in shown and "1 samples in quarantine" in shown
+
+
+def test_earlier_attempts_are_counted_not_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    for number in range(23):
+        an_attempt(run, "base", 10 * number, 10 * number + 10, 36)
+    shown = printed(run, capsys, monkeypatch)
+    assert sum("base" in line and "-" in line and "│" in line for line in shown.splitlines()) == 20
+    assert f"3 earlier attempts used 0.087 device-hours: see {run.ledger_path}" in shown
