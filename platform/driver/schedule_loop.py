@@ -94,10 +94,12 @@ class Schedule:
         first = left[0]
         start = self._start_point(first, resume)
         self._open(first)
-        starts = [start]
+        starts, size = [start], self._size(first)
         for segment in left[1:]:
             if self._store.names(segment.name):
                 break  # it has been trained before: where it starts is decided when its turn comes
+            if size not in self._config.worker_sizes(segment.stage):
+                break  # its batch is shared by another number of workers
             starts.append(dataclasses.replace(start, segment=segment.name, first_step=0, checkpoint=None,
                                               skipped=self._skipped(segment)))  # fmt: skip
         self.run.regroup_path.unlink(missing_ok=True)
@@ -108,7 +110,7 @@ class Schedule:
             mlflow=self._tracker.ids.to_dict(),
             times={"command": psutil.Process().create_time(), "asked": time.time()},
         )
-        group = WorkerGroup(self.run, job, self._size(first))
+        group = WorkerGroup(self.run, job, size)
         self._echo(
             f"Stage {first.name}: "
             + (f"goes on after step {start.first_step}" if start.checkpoint else "begins")
