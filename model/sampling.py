@@ -17,6 +17,7 @@ from torch import Tensor
 
 from domainshuttle.model.domains import domain_id
 from domainshuttle.model.flow import sampling_schedule
+from domainshuttle.model.pictures import as_shown, fit_reference
 
 Sampler = Literal["euler", "unipc"]
 TRAIN_TIMESTEPS = 1000
@@ -103,16 +104,9 @@ class References:
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Tensor:
-    """Picture [3, height, width] in -1..1, scaled to fit and padded with white, as in the released pipeline."""
-    if image.mode in ("RGBA", "LA", "PA", "P"):  # cut-out subjects stand on white
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    scale = min(height / image.height, width / image.width)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 127.5 - 1
+    """Picture [3, height, width] in -1..1, as it is meant to be looked at, fitted as in training."""
+    pixels = fit_reference(np.asarray(as_shown(image)), height, width)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def make_scheduler(sampler: Sampler, shift: float) -> SchedulerMixin:

@@ -169,20 +169,6 @@ def cover_geometry(size: tuple[int, int], bucket: Bucket) -> tuple[tuple[int, in
     return scaled, (top, left, bucket.height, bucket.width)
 
 
-def contain_geometry(size: tuple[int, int], bucket: Bucket) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a reference of `size` (height, width) lies in its bucket's frame: the largest scale that fits, centred on
-    white.
-
-    Returns the (height, width) to scale to, and the (top, left) at which to lay it on a canvas of the bucket's size.
-    """
-    height, width = _checked_size(size)
-    if height * bucket.width >= width * bucket.height:  # taller than the frame: the height fits exactly
-        scaled = (bucket.height, min(bucket.width, max(1, round(width * bucket.height / height))))
-    else:
-        scaled = (min(bucket.height, max(1, round(height * bucket.width / width))), bucket.width)
-    return scaled, ((bucket.height - scaled[0]) // 2, (bucket.width - scaled[1]) // 2)
-
-
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
     if min(size) < 1:
         raise DataError(f"a picture of {size[0]}x{size[1]} pixels: expected at least 1x1")

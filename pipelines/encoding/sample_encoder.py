@@ -15,7 +15,14 @@ from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.augment import AugmentedView, apply_view, augmented_view
-from domainshuttle.pipelines.media.decode import Pixels, decode_image, decode_video, fit_reference, fit_target
+from domainshuttle.pipelines.media.decode import (
+    DECODERS,
+    Pixels,
+    decode_image,
+    decode_video,
+    fit_reference,
+    fit_target,
+)
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.plan.pairing import single_pictures
 from domainshuttle.pipelines.quarantine import of_sample
@@ -24,9 +31,10 @@ from domainshuttle.pipelines.shards.tar import read_members
 from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 TRANSFORM = (
-    "pictures upright by EXIF, 16 bits scaled; target: cover and centre crop, sampled by time; references, single ones "
-    "with a view: contain on white; v3"
+    "as shown: upright, square pixels, sRGB, on white; target: cover and centre crop, sampled by time; references, "
+    f"single ones with a view: contain on white; v4; {DECODERS}"
 )
+"""What is done to pixels before they are encoded, and by which versions of what: corpora of others are not mixed."""
 
 
 def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEncoder, TextEncoder]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from domainshuttle.pipelines.media.decode import Pixels
+from domainshuttle.model.pictures import Pixels
 
 _MASK = (1 << 64) - 1
 _VIEW_STREAM = 2  # 0 and 1 are pairing's

@@ -1,7 +1,8 @@
 """Pictures and clips: bytes to arrays and back, resizing to a bucket.
 
-Arrays are uint8 RGB, [height, width, 3] for pictures and [frames, height, width, 3] for clips. Anything that can't
-be decoded raises `DataError` with the reason, so that a bad sample becomes a row of the quarantine table; whatever a
+Arrays are uint8 sRGB, [height, width, 3] for pictures and [frames, height, width, 3] for clips, as they are meant to be
+looked at: docs/corpus.md has a table of what is obeyed and what is refused. Anything that can't be decoded, or not
+rightly, raises `DataError` with the reason, so that a bad sample becomes a row of the quarantine table; whatever a
 decoder raises of a file's bytes is such a reason, since their errors are as many as their formats' corners.
 """
 
@@ -13,16 +14,39 @@ import av
 import numpy as np
 import simplejpeg
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
-from domainshuttle.pipelines.buckets import Bucket, checked_rate, contain_geometry, cover_geometry
+from domainshuttle.model import pictures
+from domainshuttle.model.pictures import Pixels, resized
+from domainshuttle.pipelines.buckets import Bucket, checked_rate, cover_geometry
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media import colours
+from domainshuttle.pipelines.media.clips import Clip, heard_decoder
 from domainshuttle.pipelines.media.file_types import clip_format, picture_format
-from domainshuttle.pipelines.media.orientation import jpeg_orientation, orientation, upright
+from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, jpeg_is_plain, png_tags
 from domainshuttle.pipelines.sample import Buffer
 
-Pixels = NDArray[np.uint8]
+__all__ = [
+    "DECODERS",
+    "Pixels",
+    "decode_image",
+    "decode_video",
+    "encode_jpeg",
+    "encode_mp4",
+    "fit_reference",
+    "fit_target",
+]
+
+DECODERS = "; ".join(
+    (
+        f"av {av.__version__}",
+        *(f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale")),
+        f"Pillow {Image.__version__}",
+        *(f"{name} {features.version(name)}" for name in ("littlecms2", "jpg", "webp")),
+        f"simplejpeg {simplejpeg.__version__}",
+    )
+)
+"""What decides pixels, with its version: it is part of what encoded corpora name."""
 
 MAX_PIXELS = 64_000_000
 """A picture, or a frame, that declares more is refused before it is decoded (decompression bombs)."""
@@ -77,20 +101,20 @@ _AVCOL_SPC_BT709 = 1
 
 
 def decode_image(data: Buffer, name: str = "image", out: Pixels | None = None) -> Pixels:
-    """JPEG, PNG or WebP bytes to [h,w,3] uint8, turned as their EXIF says. Transparent pictures are laid on white; of
-    16 bits a channel the upper 8 are taken.
+    """JPEG, PNG or WebP bytes to [h,w,3] uint8 as they are meant to be looked at: turned upright, sRGB, on white where
+    they are transparent.
 
     `out`, contiguous, is where the picture goes, such as its place in a batch: a JPEG is decoded straight into it,
     which saves a page fault every 4 KiB of fresh memory, and the copy.
 
-    Raises DataError when the bytes are no such picture, are cut short, declare more than 64 million pixels, or are of
-    another size than `out`.
+    Raises DataError when the bytes are no such picture, are cut short, declare more than 64 million pixels, have
+    colours or pixels that can't be shown rightly, or are of another size than `out`.
     """
     if out is not None and not out.flags.c_contiguous:
         raise ValueError("decode_image needs memory without gaps")
     kind = picture_format(data, name)
     try:
-        if kind != "JPEG" or (pixels := _decode_jpeg(data, name, out)) is None:
+        if kind != "JPEG" or (pixels := _decode_plain_jpeg(data, name, out)) is None:
             pixels = _decode_with_pillow(data, kind, name)
         if out is None or pixels is out:
             return pixels
@@ -103,38 +127,66 @@ def decode_image(data: Buffer, name: str = "image", out: Pixels | None = None) -
         raise DataError(f"{name}: not a readable {kind} picture ({_reason(error)})") from error
 
 
-def _decode_jpeg(data: Buffer, name: str, out: Pixels | None) -> Pixels | None:
-    """[h,w,3] by libjpeg-turbo, in `out` unless it is to be turned; None where its binding does not know the chroma
-    sampling, as of some rare ones."""
+def _decode_plain_jpeg(data: Buffer, name: str, out: Pixels | None) -> Pixels | None:
+    """[h,w,3] by libjpeg-turbo, in `out` where that is given; None for a JPEG that is to be turned or converted, and
+    where the binding does not know the chroma sampling, as of some rare ones."""
+    if not jpeg_is_plain(data, name) and not _only_noted(data, name):
+        return None
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
     except (KeyError, ValueError):
         return None
     _check_size(width, height, name)
-    turned = jpeg_orientation(data)
-    # strict: a truncated picture is an error, not half a picture with grey below
-    if out is not None and turned == 1:
+    if out is not None:
         _check_same_size((height, width, 3), out, name)
-        simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out)
-        return out
-    return upright(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), turned)
+    # strict: a truncated picture is an error, not half a picture with grey below
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=out)
+    return pixels if out is None else out
+
+
+def _only_noted(data: Buffer, name: str) -> bool:
+    """Whether what a JPEG has beside its pixels, as cameras' have, leaves them as they are."""
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
+        _check_size(picture.width, picture.height, name)
+        noted = "icc_profile" not in picture.info and pictures.upright_turn(picture) is None
+        return noted and picture.mode in ("L", "RGB")
 
 
 def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
     with Image.open(io.BytesIO(data), formats=[kind]) as picture:
         _check_size(picture.width, picture.height, name)
-        turned = jpeg_orientation(data) if kind == "JPEG" else orientation(picture.info.get("exif", b""))
-        if picture.mode.startswith("I"):
-            # grey of 16 bits, which Pillow would cut off at 255
-            levels = np.asarray(picture)
-            grey = (levels >> 8).astype(np.uint8)
-            if (hidden := picture.info.get("transparency")) is not None:
-                grey[levels == hidden] = 255
-            return upright(np.repeat(grey[..., None], 3, axis=2), turned)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-            return upright(np.asarray(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")), turned)
-        return upright(np.asarray(picture.convert("RGB")), turned)
+        if kind != "PNG":
+            return np.asarray(pictures.as_shown(picture))
+        tags = png_tags(data, name)
+        if tags.coded:
+            picture.info.pop("icc_profile", None)
+        if tags.colour_type == GREY and tags.hidden and tags.depth in (2, 4):
+            # Pillow spreads the levels over 0..255, but not the one that is transparent
+            picture.info["transparency"] *= 255 // ((1 << tags.depth) - 1)
+        if tags.space is None and not (tags.depth == 16 and tags.colour_type == RGB and tags.hidden):
+            return np.asarray(pictures.as_shown(picture))
+        return _decode_png_levels(data, picture, tags)
+
+
+def _decode_png_levels(data: Buffer, picture: Image.Image, tags: PngTags) -> Pixels:
+    """A PNG whose colours are not sRGB's, or whose transparent colour has 16 bits, of which Pillow keeps 8."""
+    if tags.depth < 16:
+        return np.asarray(pictures.as_shown(picture, lambda image: _converted(image, tags)))
+    picture.load()  # checks what FFmpeg's decoder lets pass
+    decoder = av.VideoCodecContext.create("png", "r")
+    decoder.thread_count = 1
+    frame = [*decoder.decode(av.Packet(bytes(data))), *decoder.decode(None)][0]
+    levels = VideoReformatter().reformat(frame, format="rgba64le", threads=1).to_ndarray()
+    colour = levels[..., :3]
+    shown = (colour >> 8).astype(np.uint8) if tags.space is None else colours.to_srgb(colour, tags.space)
+    image = pictures.to_srgb(Image.fromarray(shown), None if tags.space else picture.info.get("icc_profile"))
+    opacity = Image.fromarray((levels[..., 3] >> 8).astype(np.uint8))
+    return np.asarray(pictures.upright_on_white(image, opacity, pictures.upright_turn(picture)))
+
+
+def _converted(image: Image.Image, tags: PngTags) -> Image.Image:
+    assert tags.space is not None
+    return Image.fromarray(colours.to_srgb(np.asarray(image.convert("RGB")).astype(np.uint16) * 257, tags.space))
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -156,22 +208,27 @@ def _reason(error: Exception) -> str:
 def decode_video(
     data: Buffer, frames: int, fps: float | None = None, name: str = "video", fit: Bucket | None = None
 ) -> Pixels:
-    """The first `frames` frames of a clip, [frames,h,w,3] uint8, sampled at `fps` (None: every frame, in order).
+    """The first `frames` frames of a clip as they are meant to be looked at, [frames,h,w,3] uint8, sampled at `fps`
+    (None: every frame, in order).
 
     With `fit` each is brought to the bucket's size as soon as it is decoded, to what `fit_target` gives of them all, so
     that no more than one is held at its full size. Frame k is the last one shown at time k / fps after the first, by
-    the clip's timestamps, so a variable rate is sampled rightly. Raises DataError when the clip can't be decoded, is
-    too short, or has more pixels than MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
+    the clip's timestamps, so a variable rate is sampled rightly, and the last one lasts as long as the clip says.
+    Raises DataError when the clip can't be decoded or shown rightly, is damaged, is too short, or has more pixels than
+    MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
     """
     kind = clip_format(data, name)
     checked_rate(fps, name)
     try:
         # some stock footage has tags that are not UTF-8: they must not stop the decoding
-        with av.open(io.BytesIO(data), mode="r", format=kind, metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            _check_clip(stream.width, stream.height, frames, name)
-            stream.thread_type = "NONE"
-            return _collect(_sampled(_bounded(container.decode(stream), name), stream, fps), frames, fps, name, fit)
+        with (
+            heard_decoder() as said,
+            av.open(io.BytesIO(data), mode="r", format=kind, metadata_errors="replace") as container,
+        ):
+            clip = Clip.of(container, data, kind, said, name)
+            _check_clip(clip.stream.width, clip.stream.height, frames, name)
+            decoded = _bounded(clip.frames(), name)
+            return _collect(_sampled(decoded, clip.stream, fps, clip), clip, frames, fps, fit)
     except av.FFmpegError as error:
         raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
     except (DataError, MemoryError):
@@ -202,28 +259,40 @@ def _bounded(decoded: Iterator[av.VideoFrame], name: str) -> Iterator[av.VideoFr
         yield frame
 
 
-def _collect(shown: Iterator[av.VideoFrame], frames: int, fps: float | None, name: str, fit: Bucket | None) -> Pixels:
+def _collect(shown: Iterator[av.VideoFrame], clip: Clip, frames: int, fps: float | None, fit: Bucket | None) -> Pixels:
     """`frames` frames in one array, which is all that is held of them; raises DataError where there are fewer."""
-    clip: Pixels | None = None
-    count = 0
+    kept: Pixels | None = None
+    count, name = 0, clip.name
     for frame in shown:
-        if clip is None:
+        if kept is None:
             # the container may have said another size
             _check_clip(frame.width, frame.height, frames, name)
-            size = frame.height, frame.width
-            clip = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
-        if (frame.height, frame.width) != size:
-            raise DataError(f"{name}: frames of {size[1]}x{size[0]} and of {frame.width}x{frame.height} pixels")
-        pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-        clip[count] = pixels if fit is None else _covered(pixels, fit)
+            stored = frame.height, frame.width
+        if (frame.height, frame.width) != stored:
+            raise DataError(f"{name}: frames of {stored[1]}x{stored[0]} and of {frame.width}x{frame.height} pixels")
+        pixels, aspect = clip.show(frame)
+        size = _square((pixels.shape[0], pixels.shape[1]), aspect)
+        if kept is None:
+            _check_clip(size[1], size[0], frames, name)
+            kept = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
+        kept[count] = np.asarray(resized(pixels, size)) if fit is None else _covered(pixels, fit, size)
         count += 1
         if count == frames:
-            return clip
+            return kept
     rate = f"{fps:g} fps" if fps else "its own rate"
     raise DataError(f"{name}: {count} frames at {rate} could be read; the bucket needs {frames}")
 
 
-def _sampled(decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: float | None) -> Iterator[av.VideoFrame]:
+def _square(size: tuple[int, int], aspect: Fraction) -> tuple[int, int]:
+    """The (height, width) of a picture whose pixels are `aspect` times as wide as high, in square ones: one side as it
+    is, the other longer."""
+    height, width = size
+    return (height, round(width * aspect)) if aspect >= 1 else (round(height / aspect), width)
+
+
+def _sampled(
+    decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: float | None, clip: Clip | None = None
+) -> Iterator[av.VideoFrame]:
     """The frames shown at times 0, 1 / fps, 2 / fps ... after the first, until the last one's end."""
     if fps is None:
         yield from decoded
@@ -249,7 +318,16 @@ def _sampled(decoded: Iterator[av.VideoFrame], stream: av.VideoStream, fps: floa
                 count += 1
             begins = after
         shown = frame
-    while shown is not None and count * wanted + slack < begins + period:
+    if shown is None:
+        return
+    lasts = shown.duration * shown.time_base if shown.duration and shown.time_base else period
+    if (
+        clip is not None and clip.lasts is not None
+    ):  # frames that are stored in another order carry each other's durations
+        lasts = max(lasts, clip.lasts - begins)
+    if tick and abs(lasts - period) <= tick:
+        lasts = period
+    while count * wanted + slack < begins + lasts:
         yield shown
         count += 1
 
@@ -261,27 +339,20 @@ _USUAL_RATE = Fraction(24)
 def fit_target(frames: Pixels, bucket: Bucket) -> Pixels:
     """[F,h,w,3] to the bucket's [F,H,W,3]: scaled to cover it, then cut from the centre. Raises DataError for frames so
     narrow that this takes more than 64 million pixels."""
-    return np.stack([_covered(frame, bucket) for frame in frames])
+    return np.stack([_covered(frame, bucket, (frame.shape[0], frame.shape[1])) for frame in frames])
 
 
-def _covered(frame: Pixels, bucket: Bucket) -> Pixels:
-    size, (top, left, height, width) = cover_geometry((frame.shape[0], frame.shape[1]), bucket)
+def _covered(frame: Pixels, bucket: Bucket, shown: tuple[int, int]) -> Pixels:
+    """A frame that is `shown` as (height, width), its pixels being square or not."""
+    size, (top, left, height, width) = cover_geometry(shown, bucket)
     if size[0] * size[1] > MAX_PIXELS:
         raise DataError(
-            f"a target of {frame.shape[0]}x{frame.shape[1]} pixels would be {size[0]}x{size[1]} to cover {bucket}; at "
+            f"a target of {shown[0]}x{shown[1]} pixels would be {size[0]}x{size[1]} to cover {bucket}; at "
             f"most {MAX_PIXELS} pixels are made: it is too narrow"
         )
-    return np.asarray(_resize(frame, size).crop((left, top, left + width, top + height)))
+    return np.asarray(resized(frame, size).crop((left, top, left + width, top + height)))
 
 
 def fit_reference(picture: Pixels, bucket: Bucket) -> Pixels:
     """[h,w,3] to the bucket's [H,W,3]: scaled to lie inside it, padded with white (as the release does)."""
-    size, (top, left) = contain_geometry((picture.shape[0], picture.shape[1]), bucket)
-    canvas = Image.new("RGB", (bucket.width, bucket.height), (255, 255, 255))
-    canvas.paste(_resize(picture, size), (left, top))
-    return np.asarray(canvas)
-
-
-def _resize(picture: Pixels, size: tuple[int, int]) -> Image.Image:
-    image = Image.fromarray(picture)
-    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return pictures.fit_reference(picture, bucket.height, bucket.width)

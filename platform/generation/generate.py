@@ -14,7 +14,8 @@ from domainshuttle.model.cases import GenerationCase
 from domainshuttle.model.domains import domain_id
 from domainshuttle.model.encoders import network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
-from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.generation.cases import read_cases
@@ -58,6 +59,8 @@ def generate_clips(
     if (prompt is None) == (cases is None):
         raise ConfigError("give either --prompt (and --reference for each picture) or --cases FILE.jsonl")
     todo = list(read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
+    for _, case in todo:
+        _references(case)
     pipeline = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -66,7 +69,7 @@ def generate_clips(
             result: Any = pipeline(
                 prompt=case.prompt,
                 negative_prompt="",
-                references=[Image.open(path) for path in case.references] or None,
+                references=_references(case) or None,
                 reference_subjects=list(case.subjects) or None,
                 reference_domains=list(case.domains) or None,
                 height=sampling.height,
@@ -88,6 +91,14 @@ def generate_clips(
         f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     return written
+
+
+def _references(case: GenerationCase) -> list[Image.Image]:
+    """A case's pictures, decoded as those that training sees; raises ConfigError for one that can't be."""
+    try:
+        return [Image.fromarray(decode_image(path.read_bytes(), str(path))) for path in case.references]
+    except DataError as error:
+        raise ConfigError(f"a reference picture can't be used: {error}") from error
 
 
 def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:

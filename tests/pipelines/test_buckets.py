@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domainshuttle.model.pictures import contain_geometry
 from domainshuttle.pipelines.buckets import (
     Bucket,
     choose_bucket,
-    contain_geometry,
     cover_geometry,
     frames_at,
     parse_bucket,
@@ -122,7 +122,7 @@ def test_cover_leaves_no_gap_and_cuts_the_centre(height: int, width: int, bucket
 
 @given(SIDES, SIDES, st.sampled_from([*standard_buckets("480p", [5]), Bucket(5, 64, 64)]))
 def test_contain_keeps_everything_within_the_frame(height: int, width: int, bucket: Bucket) -> None:
-    scaled, (top, left) = contain_geometry((height, width), bucket)
+    scaled, (top, left) = contain_geometry((height, width), (bucket.height, bucket.width))
     assert scaled[0] == bucket.height or scaled[1] == bucket.width
     assert 1 <= scaled[0] <= bucket.height - top and 1 <= scaled[1] <= bucket.width - left
     assert abs(bucket.height - scaled[0] - 2 * top) <= 1 and abs(bucket.width - scaled[1] - 2 * left) <= 1
@@ -133,6 +133,6 @@ def test_contain_keeps_everything_within_the_frame(height: int, width: int, buck
 def test_what_fits_exactly_is_left_alone() -> None:
     bucket = Bucket(81, 480, 832)
     assert cover_geometry((480, 832), bucket) == ((480, 832), (0, 0, 480, 832))
-    assert contain_geometry((480, 832), bucket) == ((480, 832), (0, 0))
+    assert contain_geometry((480, 832), (480, 832)) == ((480, 832), (0, 0))
     with pytest.raises(DataError, match="0x5"):
         cover_geometry((0, 5), bucket)

@@ -1,0 +1,157 @@
+"""What MP4, QuickTime and Matroska say of a clip that PyAV does not tell: its crop, speed, and Dolby Vision."""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from domainshuttle.pipelines.sample import Buffer
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Rows and columns that are not shown."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+
+
+@dataclass(frozen=True)
+class CleanAperture:
+    """The part of an MP4's picture that is shown: its size, and its centre's distance from that of the picture."""
+
+    width: Fraction
+    height: Fraction
+    right: Fraction
+    down: Fraction
+
+    def crop(self, height: int, width: int) -> Crop:
+        """Of a picture of that size; negative where the aperture is larger than it."""
+        left = round((width - self.width) / 2 + self.right)
+        top = round((height - self.height) / 2 + self.down)
+        return Crop(top, height - top - round(self.height), left, width - left - round(self.width))
+
+
+@dataclass(frozen=True)
+class ContainerTags:
+    """Of one video track."""
+
+    aperture: CleanAperture | Crop | None = None
+    other_speed: bool = False
+    """Whether an edit plays a part at another speed, or stands still."""
+    dolby_vision: int | None = None
+    """The profile."""
+
+
+def mp4_tags(data: Buffer, track: int) -> ContainerTags:
+    """Of the track with that number."""
+    view = memoryview(data).cast("B")
+    for trak in _inside(view, (b"moov", b"trak")):
+        headers = [head for kind, head in _boxes(trak) if kind == b"tkhd"]
+        if not headers or _track_number(headers[0]) != track:
+            continue
+        aperture, profile = None, None
+        for entry in _sample_entries(trak):
+            for kind, content in _boxes(entry[78:]):
+                if kind == b"clap" and len(content) >= 32:
+                    aperture = _clean_aperture(content)
+                elif kind in (b"dvcC", b"dvvC", b"dvwC") and len(content) >= 4:
+                    profile = content[2] >> 1
+        other_speed = any(rate != 1 << 16 for edits in _inside(trak, (b"edts", b"elst")) for rate in _edit_rates(edits))
+        return ContainerTags(aperture, other_speed, profile)
+    return ContainerTags()
+
+
+def matroska_tags(data: Buffer, number: int) -> ContainerTags:
+    """Of the video track at that place among the video tracks."""
+    view, seen = memoryview(data).cast("B"), 0
+    for kind, segment in _elements(view):
+        if kind != 0x18538067:
+            continue
+        for kind, tracks in _elements(segment):
+            if kind != 0x1654AE6B:
+                continue
+            for kind, entry in _elements(tracks):
+                fields = dict(_elements(entry)) if kind == 0xAE else {}
+                if 0xE0 not in fields or int.from_bytes(fields.get(0x83, b"\1"), "big") != 1:
+                    continue
+                if seen == number:
+                    video = {field: int.from_bytes(value[:8], "big") for field, value in _elements(fields[0xE0])}
+                    crop = Crop(*(video.get(field, 0) for field in (0x54BB, 0x54AA, 0x54CC, 0x54DD)))
+                    return ContainerTags(crop if crop != Crop() else None)
+                seen += 1
+            return ContainerTags()
+    return ContainerTags()
+
+
+def _boxes(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """Kind and content of each box; what is cut off or has no sense ends it."""
+    position = 0
+    while position + 8 <= len(view):
+        size, head = int.from_bytes(view[position : position + 4], "big"), 8
+        if size == 1:
+            size, head = int.from_bytes(view[position + 8 : position + 16], "big"), 16
+        elif size == 0:
+            size = len(view) - position
+        if size < head:
+            return
+        yield bytes(view[position + 4 : position + 8]), view[position + head : position + size]
+        position += size
+
+
+def _inside(view: memoryview, path: tuple[bytes, ...]) -> Iterator[memoryview]:
+    for kind, content in _boxes(view):
+        if kind == path[0]:
+            yield from _inside(content, path[1:]) if len(path) > 1 else [content]
+
+
+def _track_number(header: memoryview) -> int:
+    start = 20 if header[:1] == b"\1" else 12
+    return int.from_bytes(header[start : start + 4], "big")
+
+
+def _sample_entries(trak: memoryview) -> Iterator[memoryview]:
+    for descriptions in _inside(trak, (b"mdia", b"minf", b"stbl", b"stsd")):
+        yield from (entry for _, entry in _boxes(descriptions[8:]))
+
+
+def _clean_aperture(content: memoryview) -> CleanAperture | None:
+    values = struct.unpack(">IIIIiIiI", content[:32])
+    if not all(values[1::2]):
+        return None
+    return CleanAperture(*(Fraction(over, under) for over, under in zip(values[::2], values[1::2], strict=True)))
+
+
+def _edit_rates(edits: memoryview) -> Iterator[int]:
+    if len(edits) < 8:
+        return
+    entry = struct.Struct(">Qqi" if edits[0] == 1 else ">Iii")
+    count = min(int.from_bytes(edits[4:8], "big"), (len(edits) - 8) // entry.size)
+    for number in range(count):
+        _, start, rate = entry.unpack_from(edits, 8 + number * entry.size)
+        if start >= 0:  # else nothing is shown
+            yield rate
+
+
+def _elements(view: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of each element of EBML; those of unknown length go to the end."""
+    position = 0
+    while position < len(view):
+        first = view[position]
+        length = 9 - first.bit_length()
+        if length > 4 or position + length >= len(view):
+            return
+        number = int.from_bytes(view[position : position + length], "big")
+        position += length
+        first = view[position]
+        length = 9 - first.bit_length()
+        if length > 8 or position + length > len(view):
+            return
+        size = int.from_bytes(view[position : position + length], "big") & ((1 << 7 * length) - 1)
+        position += length
+        if size == (1 << 7 * length) - 1:
+            size = len(view) - position
+        yield number, view[position : position + size]
+        position += size
