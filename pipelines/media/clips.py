@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import av
 import av.filter
@@ -14,7 +15,9 @@ import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from numpy.typing import NDArray
 from PIL import Image
 
 from domainshuttle.model.pictures import Pixels, to_srgb, upright_on_white
@@ -152,11 +155,12 @@ class Clip:
                 )
         self.said.clear()
 
-    def _decoder(self) -> av.VideoStream | av.VideoCodecContext:
+    def _decoder(self) -> av.VideoStream | VideoCodecContext:
         """The stream itself, or, for VP8 and VP9 with transparency, the decoders that know it."""
         if self.stream.metadata.get("alpha_mode") != "1" or self.stream.codec_context.name not in _ALPHA_DECODERS:
             return self.stream
-        decoder = av.VideoCodecContext.create(_ALPHA_DECODERS[self.stream.codec_context.name], "r")
+        decoder = VideoCodecContext.create(_ALPHA_DECODERS[self.stream.codec_context.name], "r")
+        assert isinstance(decoder, VideoCodecContext)
         decoder.thread_count = 1
         return decoder
 
@@ -187,7 +191,7 @@ class Clip:
             if frame.rotation != self._rotation:
                 raise DataError(f"{self.name}: frames turned by {self._rotation} and by {frame.rotation} degrees")
             return self._notes
-        notes = {note.type: bytes(note) for note in frame.side_data}
+        notes = {note.type: bytes(note) for note in _notes(frame)}
         self._notes, self._rotation = notes, frame.rotation
         if SideData.SPHERICAL in notes:
             raise DataError(f"{self.name}: a spherical clip: what of it is seen is not said")
@@ -248,7 +252,8 @@ class _Look:
         return cls(_PRECISE, "gbrap16le" if alpha else "gbrp16le", _SWSCALE_WHITE, space, grey and limited)
 
     def pixels(self, frame: av.VideoFrame, reformatter: VideoReformatter) -> Pixels:
-        levels = reformatter.reformat(frame, format=self.format, interpolation=self.flags, threads=1).to_ndarray()
+        coded = reformatter.reformat(frame, format=self.format, interpolation=self.flags, threads=1)
+        levels: NDArray[Any] = coded.to_ndarray()
         shown = levels[..., :3]
         if self.expand:
             black, most = self.white * 16 / 255, levels.dtype.type(self.white)
@@ -263,6 +268,11 @@ class _Look:
         opacity = levels[..., 3] if self.space is None else (levels[..., 3] >> 8).astype(np.uint8)
         picture, mask = (Image.fromarray(np.ascontiguousarray(one)) for one in (shown, opacity))
         return np.asarray(upright_on_white(picture, mask, None))
+
+
+def _notes(frame: av.VideoFrame) -> Iterator[Any]:
+    """What PyAV declares as a mapping yields the notes themselves."""
+    return iter(frame.side_data)
 
 
 def _turned(pixels: Pixels, matrix: bytes, name: str) -> tuple[Pixels, bool]:

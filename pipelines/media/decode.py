@@ -9,11 +9,13 @@ decoder raises of a file's bytes is such a reason, since their errors are as man
 import io
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
 import simplejpeg
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from numpy.typing import NDArray
 from PIL import Image, features
 
 from domainshuttle.model import pictures
@@ -176,7 +178,7 @@ def _decode_png_levels(data: Buffer, picture: Image.Image, tags: PngTags) -> Pix
     decoder = av.VideoCodecContext.create("png", "r")
     decoder.thread_count = 1
     frame = [*decoder.decode(av.Packet(bytes(data))), *decoder.decode(None)][0]
-    levels = VideoReformatter().reformat(frame, format="rgba64le", threads=1).to_ndarray()
+    levels: NDArray[Any] = VideoReformatter().reformat(frame, format="rgba64le", threads=1).to_ndarray()
     colour = levels[..., :3]
     shown = (colour >> 8).astype(np.uint8) if tags.space is None else colours.to_srgb(colour, tags.space)
     image = pictures.to_srgb(Image.fromarray(shown), None if tags.space else picture.info.get("icc_profile"))

@@ -30,7 +30,7 @@ def jpeg_is_plain(data: Buffer, name: str) -> bool:
         if marker in _START_OF_FRAME:
             return len(content) > 5 and content[0] == 8 and content[5] in (1, 3)
         if marker == 0xE0 and bytes(content[:5]) == b"JFIF\0" and len(content) >= 12:
-            _check_square(*struct.unpack_from(">HH", content, 8), name)
+            _check_square(name, *struct.unpack_from(">HH", content, 8))
         if marker == 0xDA or size < 2 or marker == 0xE1 or (marker == 0xE2 and bytes(content[:11]) == b"ICC_PROFILE"):
             return False
         position += 2 + size
@@ -59,7 +59,7 @@ def png_tags(data: Buffer, name: str) -> PngTags:
     if len(header) != 13:
         raise DataError(f"{name}: not a readable PNG picture (no header)")
     if len(density := chunks.get(b"pHYs", b"")) == 9:
-        _check_square(*struct.unpack_from(">II", density), name)
+        _check_square(name, *struct.unpack_from(">II", density))
     space = None
     if coded := len(chunks.get(b"cICP", b"")) == 4:
         primaries, transfer, matrix, full = chunks[b"cICP"]
@@ -79,7 +79,7 @@ def _by_gamma(chunks: dict[bytes, bytes]) -> ColourSpace | None:
         wx, wy, *rgb = (value / 100_000 for value in struct.unpack(">8I", chunks[b"cHRM"]))
         found = (*rgb, wx, wy)
         if max(abs(one - other) for one, other in zip(found, BT709, strict=True)) > 0.002:
-            chromaticities = found  # type: ignore[assignment]
+            chromaticities = found
     if chromaticities == BT709 and (not gamma or abs(gamma - _SRGB_GAMMA) < 100):
         return None
     return ColourSpace(chromaticities, 100_000 / gamma if gamma else "sRGB")
@@ -96,7 +96,7 @@ def _chunks(data: Buffer) -> Iterator[tuple[bytes, bytes]]:
         position += 12 + size
 
 
-def _check_square(across: int, down: int, name: str) -> None:
+def _check_square(name: str, across: int, down: int) -> None:
     """Densities are read in two ways, as pixels an inch and as the shape of one, so neither is guessed."""
     if across and down and abs(across / down - 1) > 0.01:
         raise DataError(
