@@ -222,7 +222,7 @@ def test_earlier_attempts_are_counted_not_listed(
 ) -> None:
     run = a_run(tmp_path)
     for number in range(23):
-        an_attempt(run, "base", 10 * number, 10 * number + 10, 36)
+        an_attempt(run, "base", 100 * number, 100 * number + 10, 36)  # 36 s and 16 s before them, on two devices
     shown = printed(run, capsys, monkeypatch)
     assert sum("base" in line and "-" in line and "│" in line for line in shown.splitlines()) == 20
     assert f"3 earlier attempts used 0.087 device-hours: see {run.ledger_path}" in shown
