@@ -74,8 +74,11 @@ class Connection:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         import ray
+        from ray.exceptions import RayError, RayTaskError
 
         ray.shutdown()
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # that is of a task's own code
+            raise ClusterError(f"the Ray cluster failed meanwhile: {_first_line(error)}") from error
 
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

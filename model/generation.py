@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from domainshuttle.model.batch import domain_id
 from domainshuttle.model.encoders import BlockDCTCodec, TextEncoder, VideoEncoder, WanVideoEncoder
 from domainshuttle.model.file_mode import UmaskMode
 from domainshuttle.model.flow import sample_noise
@@ -33,6 +35,10 @@ NEGATIVE_PROMPT = (
 """The negative prompt of Wan."""
 
 Domains = Sequence[int | str | None]
+
+
+class InputError(ValueError):
+    """Arguments of a pipeline that contradict each other or the model: what is wrong with each, and what to use."""
 
 
 @dataclass
@@ -134,7 +140,7 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
         config = self.transformer.config
         counts = [len(images) for images in references]
         if max(counts) > config.max_references:
-            raise ValueError(f"{max(counts)} reference images, the model takes {config.max_references}: drop some")
+            raise InputError(f"{max(counts)} reference images, the model takes {config.max_references}: drop some")
         size = height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
         latents = torch.zeros(0, config.in_channels, *size, device=self._execution_device)
         pixels = [letterbox(image, height, width) for images in references for image in images]
@@ -222,14 +228,31 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
                 ``negative_prompt_embeds``.
 
         Raises:
-            ValueError: for arguments that contradict each other or the model.
+            InputError: for arguments that contradict each other or the model, before anything is computed.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         one = isinstance(prompt, str)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        self._check_inputs(prompts, prompt_embeds, height, width, num_frames, callback_on_step_end_tensor_inputs)
+        if one and references is not None:  # a single prompt comes with plain lists
+            references, reference_subjects, reference_domains = (
+                None if x is None else [x] for x in (references, reference_subjects, reference_domains)
+            )
         scales = guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2
+        self.check_inputs(
+            prompts,
+            prompt_embeds,
+            height,
+            width,
+            num_frames,
+            num_inference_steps,
+            scales if reference_guidance_scale is None else (*scales, reference_guidance_scale),
+            seed,
+            references,
+            reference_subjects,
+            reference_domains,
+            callback_on_step_end_tensor_inputs,
+        )
         device = self._execution_device
         _reset_peak_memory(device)
 
@@ -240,14 +263,6 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
             negatives = [negative_prompt] * b if isinstance(negative_prompt, str) else negative_prompt
             negative_prompt_embeds = self.encode_prompt(negatives)
         if references is not None:
-            if one:  # a single prompt comes with plain lists
-                references, reference_subjects, reference_domains = (
-                    None if x is None else [x] for x in (references, reference_subjects, reference_domains)
-                )
-            if len(references) != b:
-                raise ValueError(
-                    f"references of {len(references)} samples for {b} prompts: pass a list for each prompt"
-                )
             reference_latents = self.encode_references(references, reference_subjects, reference_domains, height, width)
         if latents is None:
             frames = (num_frames - 1) // TEMPORAL_STRIDE + 1
@@ -306,16 +321,22 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
         pixels = torch.cat([encoder.decode(sample[None]) for sample in latents])
         return self.video_processor.postprocess_video(pixels, output_type=output_type)
 
-    def _check_inputs(
+    def check_inputs(
         self,
         prompts: Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        callback_inputs: Sequence[str],
+        prompt_embeds: Tensor | None = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 40,
+        guidance_scales: Sequence[float] = (),
+        seed: int | Sequence[int] | None = None,
+        references: Sequence[Sequence[Any]] | None = None,
+        reference_subjects: Sequence[Sequence[int]] | None = None,
+        reference_domains: Sequence[Domains] | None = None,
+        callback_inputs: Sequence[str] = (),
     ) -> None:
-        """Raise one ValueError that lists what is wrong with the arguments."""
+        """Raise one InputError that lists what is wrong with the arguments of a call: lists have an entry a prompt."""
         problems = []
         if (prompts is None) == (prompt_embeds is None):
             problems.append("pass either prompt or prompt_embeds")
@@ -330,11 +351,46 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
         if num_frames < 1 or (num_frames - 1) % TEMPORAL_STRIDE:
             nearest_frames = max(0, round((num_frames - 1) / TEMPORAL_STRIDE)) * TEMPORAL_STRIDE + 1
             problems.append(f"num_frames {num_frames} must be {TEMPORAL_STRIDE} n + 1: use {nearest_frames}")
+        if num_inference_steps < 1:
+            problems.append(f"num_inference_steps {num_inference_steps} must be at least 1")
+        if wrong := [scale for scale in guidance_scales if not 0 <= scale < math.inf]:
+            problems.append(f"guidance scale {wrong[0]} must be a number of at least 0, and 1 is no guidance")
+        seeds = [seed] if isinstance(seed, int) else seed or []
+        if wrong_seeds := [one for one in seeds if not -(2**63) <= one < 2**63]:
+            problems.append(f"seed {wrong_seeds[0]} must be a whole number of 64 bits, such as 0")
+        if references is not None:
+            count = len(prompts) if prompts is not None else 0 if prompt_embeds is None else len(prompt_embeds)
+            problems += self._reference_problems(references, reference_subjects, reference_domains, count)
         unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             problems.append(f"callback tensors {sorted(unknown)} are not among {self._callback_tensor_inputs}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise InputError("; ".join(problems))
+
+    def _reference_problems(
+        self,
+        references: Sequence[Sequence[Any]],
+        subjects: Sequence[Sequence[int]] | None,
+        domains: Sequence[Domains] | None,
+        count: int,
+    ) -> Iterator[str]:
+        most, num_domains = self.transformer.config.max_references, self.transformer.config.num_domains
+        if len(references) != count:
+            yield f"references of {len(references)} samples for {count} prompts: pass a list for each prompt"
+        counts = [len(images) for images in references]
+        if max(counts, default=0) > most:
+            yield f"{max(counts)} reference images, the model takes {most}: drop some"
+        given: Sequence[Any] | None
+        for name, given in (("reference_subjects", subjects), ("reference_domains", domains)):
+            if given is not None and (lengths := [len(entries) for entries in given]) != counts:
+                yield f"{name} has {lengths} entries a sample for {counts} reference images"
+        if wrong := [one for sample in subjects or () for one in sample if not 0 <= one < most]:
+            yield f"subject {wrong[0]} must be one of 0 to {most - 1}"
+        for domain in {domain for sample in domains or () for domain in sample}:
+            try:
+                domain_id(domain, num_domains)
+            except ValueError as error:
+                yield str(error)
 
 
 def _synchronise(device: torch.device) -> None:

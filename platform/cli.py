@@ -147,6 +147,7 @@ def data_inspect(
     where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
 ) -> None:
     """Show what a corpus holds: counts by source, bucket, domain and references; and pictures of it."""
+    _require_png("--sheet", sheet)
     from domainshuttle.platform.commands.data import inspect_corpus
 
     inspect_corpus(index, sheet, samples, where)
@@ -254,6 +255,7 @@ def compare(
     page: Annotated[Path | None, typer.Option(help="Write table, curves and samples as one HTML page here.")] = None,
 ) -> None:
     """Compare the runs of experiments: a table, and curves against steps and device-hours."""
+    _require_png("--plot", plot)
     from domainshuttle.platform.commands import compare as comparison
     from domainshuttle.platform.console import console
 
@@ -355,6 +357,13 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     return load_config(config, overrides)
 
 
+def _require_png(option: str, path: Path | None) -> None:
+    from domainshuttle.platform.config.schema import ConfigError
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(f"{option} {path}: expected a name that ends with .png")
+
+
 def _ray(address: str | None) -> "Connection":
     from domainshuttle.cluster.local import Connection, Resources
 
@@ -372,7 +381,7 @@ def _nearest_store() -> str:
 
 
 def main() -> Any:
-    """The entry point: known mistakes end with one message, Ctrl-C with exit code 130."""
+    """The entry point: mistakes and faults of the place end with one message and code 2, Ctrl-C with code 130."""
     # a shell may start us with SIGINT ignored; Ctrl-C from another program and SIGTERM must stop us all the same
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -386,20 +395,31 @@ def main() -> Any:
         errors.print("Stopped. The same command goes on where it was.")
         raise SystemExit(130) from None
     except Exception as error:
-        if not _is_known(error):
-            raise
+        message = _message(error)
+        if message is None:
+            raise  # a fault of ours: a traceback and code 1
         from domainshuttle.platform.console import fail
 
-        raise fail(str(error)) from None
+        raise fail(message) from None
 
 
-def _is_known(error: Exception) -> bool:
-    """Whether an error is a message for the user rather than a fault of ours."""
-    known = (
-        "ConfigError", "DataError", "ClusterError", "CheckpointError", "StorageError", "DivergedError", "LookupError",
-        "ConnectionError", "RunLockedError",
-    )  # fmt: skip
-    return any(kind.__name__ in known for kind in type(error).__mro__)
+def _message(error: BaseException | None) -> str | None:
+    """What to show of a mistake of the user's, or a fault of the place; None: it is neither.
+
+    These are UserFacingError and ClusterError, of a room that imports no other, and what the operating system reports
+    of a place: an OSError with its number. Of an error in a task of Ray's its cause counts.
+    """
+    from domainshuttle.cluster.local import ClusterError
+    from domainshuttle.pipelines.errors import UserFacingError
+
+    if error is None or (message := _message(getattr(error, "cause", None))) is not None:
+        return None if error is None else message
+    if isinstance(error, UserFacingError | ClusterError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{places}: {error.strerror}" if places else str(error.strerror)
+    return None
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.storage.files import free_bytes
 from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.pipelines.storage.uri import join, name_of, parent
@@ -64,7 +65,7 @@ class TrainingState:
     version: int = VERSION
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserFacingError, RuntimeError):
     """A checkpoint that can't be used or written, and why."""
 
 

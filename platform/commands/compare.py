@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from domainshuttle.platform.report.text import Prose, Records, headline
-from domainshuttle.platform.tracking.queries import RunRecord, read_history, read_runs
+from domainshuttle.platform.tracking.queries import RunRecord, UnknownRecordError, read_history, read_runs
 from domainshuttle.platform.tracking.training_steps import last_training_step
 
 HOURS = "gpu_hours/used"
@@ -47,7 +47,7 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     for wanted in runs:
         if not any(_is(tree[0].run, wanted) for tree in trees):
             names = ", ".join(sorted({tree[0].run.name for tree in trees}))
-            raise LookupError(f"no run {wanted!r} in {', '.join(experiments)}; there are: {names}")
+            raise UnknownRecordError(f"no run {wanted!r} in {', '.join(experiments)}; there are: {names}")
     if runs:
         trees = [tree for tree in trees if any(_is(tree[0].run, wanted) for wanted in runs)]
     titles = Counter((tree[0].run.experiment, tree[0].run.name) for tree in trees)

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at, parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
 from domainshuttle.pipelines.sample import LATENT_CHANNELS, READ_AHEAD
 from domainshuttle.pipelines.storage.uri import absolute, join
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from domainshuttle.pipelines.plan.feed import EncoderSources
 
 
-class ConfigError(ValueError):
+class ConfigError(UserFacingError, ValueError):
     """A configuration that can't be run. The message lists every fault: the key, its value and the remedy."""
 
 

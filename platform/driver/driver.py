@@ -38,6 +38,7 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
     `resume` is `auto`, a checkpoint's name, path or URI, or `none` (resume.py). Nothing is removed for `fresh` before
     all else is checked and the cluster is there. Raises RunLockedError when there is another driver.
     """
+    _require_ray_train()
     require_data(config)
     chosen = Run(config).choose(stage)
     if fresh:
@@ -56,6 +57,15 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
         )
         stack.enter_context(connected(config, *needs, meanwhile=functools.partial(_load, config)))
         return run_training(prepare_run(config, fresh), lock, stage, resume)
+
+
+def _require_ray_train() -> None:
+    """Raises ConfigError where the environment chooses the Ray Train of before, which has other workers."""
+    if os.environ.get("RAY_TRAIN_V2_ENABLED", "1").lower() not in ("1", "true"):
+        raise ConfigError(
+            f"RAY_TRAIN_V2_ENABLED={os.environ['RAY_TRAIN_V2_ENABLED']} is set, and training needs Ray Train's second "
+            "version, which is its default: unset it"
+        )
 
 
 def _load(config: RunConfig) -> None:

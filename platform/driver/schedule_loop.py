@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import psutil
 
+from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
@@ -39,11 +40,11 @@ WAITING_SECONDS = 120.0
 """How long no worker is at its work before people are told."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserFacingError, RuntimeError):
     """The loss went wrong, and going back did not help."""
 
 
-class WorkersFailedError(RuntimeError):
+class WorkersFailedError(UserFacingError, RuntimeError):
     """The workers died too often between two checkpoints."""
 
 

@@ -109,7 +109,10 @@ def _fetch(origin: str, commit: str | None, patterns: list[str]) -> Path:
 def _one_expert(origin: str, checkpoint: Path) -> Path:
     on_hub = not Path(origin).is_dir()
     folder = _parts(origin)[1] if on_hub else None
-    found = expert_folders(checkpoint / folder if folder else checkpoint)
+    try:
+        found = expert_folders(checkpoint / folder if folder else checkpoint)
+    except FileNotFoundError as error:
+        raise ConfigError(f"base {origin!r}: {error}") from error
     if len(found) > 1:
         repository = _parts(origin)[0] if on_hub else origin
         names = " and ".join(f"{repository}/{path.name}" for path in found)

@@ -10,9 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainshuttle.model.convert import outline_transformer, stream_transformer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.pipelines.errors import one_line
 from domainshuttle.platform.config.schema import ConfigError, ModelSection
 from domainshuttle.platform.engine.hub import description_folder, require_as_downloaded, resolve, weights_folder
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
+
+
+class MissingWeightsError(ConfigError, FileNotFoundError):
+    """A model's folder without its weights."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Blueprint:
 def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
     """The transformer with the weights of `origin`: of the configured size where that is a new model.
 
-    Raises ConfigError for an origin that the hub does not give or that holds two experts, FileNotFoundError and
-    ValueError for one whose files do not make a model; reading the weights raises ChangedError for files of the hub
+    Raises ConfigError for an origin that the hub does not give, that holds two experts, or whose files do not
+    make a model; reading the weights raises ChangedError for files of the hub
     that were changed or damaged in its cache.
     """
     if origin.kind == "new":
@@ -48,7 +53,11 @@ def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
     # of a Wan these are ours to choose; a model that was trained with references knows its own
     overrides: dict[str, Any] = section.choices if origin.place == section.base else {}
     folder = weights_folder(origin)
-    outline, stream = stream_transformer(folder, **overrides)
+    try:
+        outline, stream = stream_transformer(folder, **overrides)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of files that are damaged, or others'
+        kind = MissingWeightsError if isinstance(error, FileNotFoundError) else ConfigError
+        raise kind(f"the weights in {folder} do not make a model: {one_line(error)}") from error
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         if origin.kind == "hub":

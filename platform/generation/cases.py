@@ -18,6 +18,7 @@ from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import read_members
+from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError
 
 
@@ -66,12 +67,12 @@ def read_cases(path: Path) -> Iterator[tuple[str, GenerationCase]]:
     """Name and case of each line of a JSONL file; raises ConfigError that names the line that is not understood."""
     if not path.is_file():
         raise ConfigError(f"no file {path}: expected a JSONL of cases, one a line")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             yield f"{path.stem}-{number:04d}", GenerationCase.from_release(json.loads(line), path.parent)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # of a line that is no mapping, or of other types
             raise ConfigError(f"{path}, line {number}: {error}") from error
 
 

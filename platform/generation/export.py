@@ -1,20 +1,27 @@
 """Export: a run's weights and its encoders as one diffusers pipeline folder."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
+from safetensors import SafetensorError
 
 from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder, network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.pipelines.errors import one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import verified_digest
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What diffusers, transformers and safetensors raise for a folder that is missing, damaged or of something else."""
 
 
 def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool = True) -> str:
@@ -28,6 +35,7 @@ def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool 
     name, segments = _finished_stage(run, stage)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)  # where it can't be made, that is said at once
     folders, boundary = _networks(segments, averaged)
     for one in folders:
         verified_digest(one, run.fingerprints)
@@ -71,9 +79,11 @@ def assemble_pipeline(
     transformers.utils.logging.disable_progress_bar()
     encoders = config.encoders
     dtype = network_dtype(device)
-    video = load_video_encoder(encoders.video)
-    text = load_text_encoder(encoders.text, encoders.text_len, dtype=dtype)
-    first, *others = [DomainShuttleTransformer3DModel.from_pretrained(folder, torch_dtype=dtype) for folder in weights]
+    with _explained(f"the encoders {encoders.video} and {encoders.text} can't be loaded"):
+        video = load_video_encoder(encoders.video)
+        text = load_text_encoder(encoders.text, encoders.text_len, dtype=dtype)
+    with _explained(f"the weights in {' and '.join(map(str, weights))} can't be loaded"):
+        first, *others = [DomainShuttleTransformer3DModel.from_pretrained(one, torch_dtype=dtype) for one in weights]
     pipeline: Any = DomainShuttlePipeline(
         transformer=first,
         transformer_2=others[0] if others else None,
@@ -85,3 +95,12 @@ def assemble_pipeline(
     )
     placed: DomainShuttlePipeline = pipeline.to(device)
     return placed
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns what the libraries raise of weights that are missing or damaged into a ConfigError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from error

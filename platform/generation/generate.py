@@ -1,5 +1,7 @@
 """`domainshuttle generate`: cases to clips on disk."""
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from PIL import Image
 from domainshuttle.model.cases import GenerationCase
 from domainshuttle.model.domains import domain_id
 from domainshuttle.model.encoders import network_dtype
-from domainshuttle.model.generation import DomainShuttlePipeline
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.model.generation import DomainShuttlePipeline, InputError
+from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.generation.cases import read_cases
+from domainshuttle.platform.generation.export import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,34 @@ class Sampling:
     fps: float
     seed: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < math.inf:
+            raise ConfigError(f"--fps {self.fps:g}: expected frames a second above 0, such as 16")
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def load_pipeline(model: str | Path) -> DomainShuttlePipeline:
-    """The exported pipeline, on a GPU if there is one, else on the CPU."""
+    """The exported pipeline, on a GPU if there is one, else on the CPU. Raises ConfigError where there is none."""
+    if not Path(model).is_dir() and not _HUB_ID.fullmatch(str(model)):
+        raise ConfigError(f"no exported model in {model}: make one with domainshuttle export")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Any = {"default": network_dtype(device), "vae": torch.float32}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = DomainShuttlePipeline.from_pretrained(model, dtype=dtype)
-    except OSError as error:
-        raise ConfigError(f"no exported model in {model}: make one with domainshuttle export ({error})") from error
+        pipeline: Any = DomainShuttlePipeline.from_pretrained(model, dtype=dtype)
+    except UNREADABLE as error:
+        raise ConfigError(
+            f"no exported model in {model}: make one with domainshuttle export ({one_line(error)})"
+        ) from error
+    if not isinstance(pipeline.transformer, DomainShuttleTransformer3DModel):
+        kind = type(pipeline.transformer).__name__
+        raise ConfigError(f"{model} holds a {kind}, and no model of ours: make one with domainshuttle export")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    placed: DomainShuttlePipeline = pipeline.to(device)
+    return placed
 
 
 def generate_clips(
@@ -59,10 +78,22 @@ def generate_clips(
     if (prompt is None) == (cases is None):
         raise ConfigError("give either --prompt (and --reference for each picture) or --cases FILE.jsonl")
     todo = list(read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
+    if not todo:
+        raise ConfigError(f"{cases} has no cases: expected one a line")
     for _, case in todo:
         _references(case)
-    pipeline = load_pipeline(model)
     out.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(model)
+    for number, (name, case) in enumerate(todo):
+        try:
+            pipeline.check_inputs(
+                [case.prompt], None, sampling.height, sampling.width, sampling.frames, sampling.steps,
+                [scale for scale in (sampling.guidance, sampling.reference_guidance) if scale is not None],
+                sampling.seed + number, [case.references] if case.references else None,
+                [case.subjects] if case.references else None, [case.domains] if case.references else None,
+            )  # fmt: skip
+        except InputError as error:
+            raise ConfigError(f"{cases}, case {name}: {error}" if cases else str(error)) from error
     written = []
     with progress("Generating", "clips") as show:
         for number, (name, case) in enumerate(todo):

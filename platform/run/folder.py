@@ -202,7 +202,7 @@ class Run:
     def skipped(self, segment: str) -> list[list[int]]:
         """The steps of a segment that are not trained on, since they made it diverge: one list a rollback."""
         path = self.folder / "passed_over" / f"{segment}.json"
-        steps: list[list[int]] = json.loads(path.read_text()) if path.exists() else []
+        steps: list[list[int]] = _read_json(path, [])
         return steps
 
     def skip(self, segment: str, *rollbacks: list[int]) -> None:
@@ -233,12 +233,21 @@ class Run:
 
     def read_ids(self) -> dict[str, Any] | None:
         """The ids of the run's MLflow runs, as they were saved last."""
-        path = self.folder / "mlflow.json"
-        ids: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        ids: dict[str, Any] | None = _read_json(self.folder / "mlflow.json", None)
         return ids
 
     def write_ids(self, ids: Mapping[str, Any]) -> None:
         write_bytes(self.folder / "mlflow.json", json.dumps(dict(ids), indent=2).encode())
+
+
+def _read_json(path: Path, absent: Any) -> Any:
+    """What a file of the run says, `absent` where there is none; raises ConfigError where it is damaged."""
+    if not path.exists():
+        return absent
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): bring it back from a copy of the run, or remove it") from error
 
 
 def find_run(folder: str | Path) -> Run:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import psutil
 
+from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.storage.locks import locked
 
@@ -29,7 +30,7 @@ PATIENCE_SECONDS = 30.0
 """Without a beat for so long, the holder on another node is dead."""
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(UserFacingError, RuntimeError):
     """Another driver works at the run: which, and what to do about it."""
 
 

@@ -118,14 +118,16 @@ class TrackingError(UserFacingError):
 def ask(uri: str, question: Callable[[], T]) -> T:
     """What the server or store at `uri` answers; one that is too busy is asked again, for some seconds.
 
-    Raises TrackingError for what MLflow, or whatever stores its artifacts, raise.
+    Raises TrackingError for what MLflow, its database, or whatever stores its artifacts, raise.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for pause in (*_PAUSES, None):
         try:
             return question()
-        except (MlflowException, OSError) as error:
+        # the import is that of a database's driver, or of what reads an artifact's store
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             if pause is None or getattr(error, "error_code", None) not in _TEMPORARY:
                 raise TrackingError(f"{mask_secrets(uri)} can't be read: {one_line(error)}") from error
             time.sleep(pause)
