@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from domainshuttle.model.batch import domain_id
+from domainshuttle.model.domains import domain_id
 from domainshuttle.model.encoders import BlockDCTCodec, TextEncoder, VideoEncoder, WanVideoEncoder
 from domainshuttle.model.file_mode import UmaskMode
 from domainshuttle.model.flow import sample_noise
@@ -377,6 +377,7 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
         most, num_domains = self.transformer.config.max_references, self.transformer.config.num_domains
         if len(references) != count:
             yield f"references of {len(references)} samples for {count} prompts: pass a list for each prompt"
+            return
         counts = [len(images) for images in references]
         if max(counts, default=0) > most:
             yield f"{max(counts)} reference images, the model takes {most}: drop some"

@@ -45,8 +45,7 @@ def resolve_all(run: Run) -> dict[str, WeightsOrigin]:
 def weights_folder(origin: WeightsOrigin) -> Path:
     """The folder of an origin's transformer, fetched from the hub where it is there.
 
-    Raises ConfigError where the hub does not give it or it holds two experts, FileNotFoundError for a folder without a
-    model.
+    Raises ConfigError where the hub does not give it, it holds two experts, or the folder is without a model.
     """
     assert origin.place is not None
     if origin.kind == "folder":

@@ -26,6 +26,7 @@ from domainshuttle.platform.engine.initialization import build_model
 from domainshuttle.platform.generation.export import export_run
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.lock import RunLockedError
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.queries import ServerAwayError, TrackingError, UnknownRecordError
 
 
@@ -88,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     run = Run.open(load_config(str(tiny_yaml), [f"output={folder / 'runs'}"]))
     segment = run.segment("stage1")
-    build_model(run.config.model, None, 3).save_pretrained(segment.weights)
+    build_model(run.config.model, WeightsOrigin(None, 3)).save_pretrained(segment.weights)
     segment.finish(4)
     export_run(run, folder / "model")
     (folder / "plain").write_text("a file")
@@ -140,8 +141,8 @@ MISTAKES = [
     (generate(guidance="nan"), "guidance scale nan"),
     (generate(guidance="inf"), "guidance scale inf"),
     (generate(fps=0), "--fps 0"),
-    (generate(reference="no.jpg"), "no.jpg is no picture"),
-    (generate(reference="cut.png"), "cut.png is no picture"),
+    (generate(reference="no.jpg"), "a reference picture can't be used"),
+    (generate(reference="cut.png"), "a reference picture can't be used"),
     (generate(reference="absent.png"), "no picture absent.png"),
     (generate(reference="good.png:9"), "subject 9"),
     (generate(reference="good.png:-1"), "subject -1"),
