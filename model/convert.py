@@ -332,7 +332,8 @@ def convert_checkpoint(
         target: folder to write: ``transformer[_2]/`` or, in the released layout, ``high_noise_model/`` and
             ``low_noise_model/``; one expert in the released layout is written into ``target`` itself.
         layout: of the target.
-        dtype: of the target's weights; None keeps each tensor's.
+        dtype: of the target's weights; None keeps each tensor's. In this package's layout those that every model keeps
+            in float32 (time embedding, modulation and norms) are not rounded to it.
         max_shard_bytes: largest file.
         overrides: as in :func:`load_transformer`.
 
@@ -371,7 +372,9 @@ def _convert_one(
 
     def dtype_of(name: str) -> torch.dtype:
         origin = source.origin(name)
-        return dtype or (base if origin is None else reader.infos[origin].dtype)
+        stored = base if origin is None else reader.infos[origin].dtype
+        kept = layout == "domainshuttle" and DomainShuttleTransformer3DModel.keeps_float32(name)
+        return stored if dtype is None or (kept and stored == torch.float32) else dtype
 
     def read(written: str) -> Tensor:
         name = ours[written]

@@ -72,7 +72,11 @@ class JointAttention(WanAttention):
         if self.reference_projections == "shared":
             return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
         num_video_tokens = hidden_states.shape[1] - num_reference_tokens
-        video, reference = hidden_states.split([num_video_tokens, num_reference_tokens], 1)
+        # contiguous: else each product would copy its part, and add the bias to a product that is rounded already, so
+        # that a sample's queries in bf16 would depend on whether others are beside it
+        video, reference = (
+            part.contiguous() for part in hidden_states.split([num_video_tokens, num_reference_tokens], 1)
+        )
         return (
             torch.cat([self.to_q(video), self.to_q_ref(reference)], 1),
             torch.cat([self.to_k(video), self.to_k_ref(reference)], 1),

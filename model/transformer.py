@@ -20,9 +20,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from domainshuttle.model.file_mode import UmaskMode
+from domainshuttle.model.mixed_precision import linear, mix_precision
 from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, ReferenceGate, ReferenceProjections
 from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
 
@@ -40,7 +40,7 @@ class PatchEmbedding(nn.Conv3d):
         patches = latents.view(b, c, f // pt, pt, h // ph, ph, w // pw, pw)
         # b c f pt h ph w pw -> b f (h w) (c pt ph pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(b, f // pt, (h // ph) * (w // pw), c * pt * ph * pw)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)
 
 
 class ExactTimesteps(nn.Module):
@@ -168,7 +168,27 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self._compute_dtype: torch.dtype | None = None
         self.initialise_references()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of tokens and products; that of the weights unless :meth:`compute_in` chose another."""
+        return self._compute_dtype or self.patch_embedding.weight.dtype
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Computes in ``dtype`` with parameters that may be float32, as training in bf16 needs.
+
+        What is computed is what a model loaded in ``dtype`` computes, if the parameters that :meth:`keeps_float32`
+        names are float32 in both.
+        """
+        self._compute_dtype = dtype
+        mix_precision(self)
+
+    @classmethod
+    def keeps_float32(cls, name: str) -> bool:
+        """Whether the parameter ``name`` is float32 in a model of any type: time embedding, modulation and norms."""
+        return any(part in cls._keep_in_fp32_modules for part in name.split("."))
 
     @torch.no_grad()
     def initialise_references(self) -> None:
@@ -186,7 +206,7 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         tokens = embed(latents.transpose(1, 2))  # references as frames
         if not self.config.domain_adaln:
             return tokens, tokens.new_zeros(*domains.shape, tokens.shape[-1])
-        domain = self.domain_embedding_ref(domains.clamp(min=0)) * (domains >= 0)[..., None]
+        domain = self.domain_embedding_ref(domains.clamp(min=0)).to(tokens.dtype) * (domains >= 0)[..., None]
         gamma, beta = self.film_scale_ref(domain), self.film_shift_ref(domain)
         return torch.addcmul(beta[:, :, None], tokens, 1 + gamma[:, :, None]), domain
 
@@ -251,7 +271,7 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         pt, ph, pw = self.config.patch_size
         grid = f // pt, h // ph, w // pw
         num_references = reference_latents.shape[1]
-        dtype = self.patch_embedding.weight.dtype
+        dtype = self.compute_dtype
 
         images = image_index(reference_subjects, reference_mask)
         rotary_emb = rotary_embedding(

@@ -4,6 +4,7 @@ import os
 import socket
 import zlib
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,16 @@ def engine(trained: list[str], accumulation: int = 1, seed: int = 3, **section: 
 def loss_of(model: Any, step: int, share: int | None = None, snapshot: Any = None, weight: float = 0.1) -> Tensor:
     """The training loss of two samples that only this share (a rank's, unless named) has."""
     from domainshuttle.model.batch import TrainingBatch
+
+    batch = TrainingBatch.fake(2, height=4, width=4, seed=100 * step + (dist.get_rank() if share is None else share))
+    return batch_loss(model, batch, step, snapshot, weight)
+
+
+def batch_loss(model: Any, batch: Any, step: int = 0, snapshot: Any = None, weight: float = 0.1) -> Tensor:
+    """The training loss of a micro-batch, of an engine or a plain model."""
     from domainshuttle.model.flow import FlowConfig
     from domainshuttle.model.objective import training_loss
 
-    batch = TrainingBatch.fake(2, height=4, width=4, seed=100 * step + (dist.get_rank() if share is None else share))
-    target = "snapshot" if snapshot is not None else "stop_gradient"
     return training_loss(
         model,
         batch.to(model.device, model.dtype),
@@ -88,9 +94,15 @@ def loss_of(model: Any, step: int, share: int | None = None, snapshot: Any = Non
         step=step,
         flow=FlowConfig(),
         cross_pair_weight=weight,
-        cross_pair_target=target,
+        cross_pair_target="snapshot" if snapshot is not None else "stop_gradient",
         snapshot_model=snapshot,
     ).loss
+
+
+def rows(batch: Any, first: int, last: int) -> Any:
+    """The samples [first, last) of a batch."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value[first:last] for name, value in values.items() if value is not None})
 
 
 def train(model: Any, first: int, last: int, weight: float = 0.1) -> list[float]:
@@ -104,7 +116,7 @@ def train(model: Any, first: int, last: int, weight: float = 0.1) -> list[float]
 
 
 def everything(model: Any) -> dict[str, Tensor]:
-    """Masters, optimiser states and averages, whole, and the bf16 weights that the next forward pass uses."""
+    """Masters, optimiser states and averages, whole, and the weights that the next forward pass uses."""
     import deepspeed
 
     partition = model._partition

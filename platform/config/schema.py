@@ -406,7 +406,7 @@ class EngineSection(Section):
         100_000, ge=0, le=MOST_COUNT, description="parameters of at most this many elements stay whole on every worker"
     )
     precision: Literal["bf16", "float32"] = Field(
-        "bf16", description="of the weights and products; masters are float32. CPUs may multiply bf16 far slower"
+        "bf16", description="of products; what is trained is float32 in both. CPUs may multiply bf16 far slower"
     )
     offload_optimizer: bool = Field(False, description="masters and optimiser states in the host's memory")
     activations: ActivationSection = ActivationSection()

@@ -90,12 +90,6 @@ class Partition:
             flats[AVERAGE] = self._average
         return flats
 
-    @torch.no_grad()
-    def set_masters(self, values: dict[str, Tensor]) -> None:
-        """Gives the masters their first values, this rank's part of each without padding; empties `values`."""
-        for name, part in self.parts.items():
-            part.view(self._masters).copy_(values.pop(name))
-
     # Moving average
 
     def release(self) -> None:
@@ -193,7 +187,7 @@ class Partition:
                     continue
                 for part in self.parts.values():
                     shards.read_into(part.view(flats), f"{kind}/{part.name}", part)
-            for group in range(len(self._masters)):  # the bf16 weights follow their masters
+            for group in range(len(self._masters)):  # where the masters are in the host's memory
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
             self._optimizer.checkpoint_event_epilogue()
             if self._average is not None and AVERAGE not in shards.kinds:

@@ -1,8 +1,12 @@
 """The engine: DeepSpeed ZeRO-3 behind a small interface. This is the only module that imports deepspeed.
 
 Parameters, gradients and optimiser states are partitioned over the workers; blocks are gathered as a whole, one after
-the other. Frozen parameters are partitioned too, and have neither gradients nor optimiser states. Weights train in
-bf16, or as a section says in float32, with float32 masters in the optimiser.
+the other. Frozen parameters are partitioned too, and have neither gradients nor optimiser states.
+
+What is trained is float32, and is its own master: layers round it to bf16 for their products, unless a section says
+float32. Gradients are float32 from the products of a micro-batch on, and add up in it over micro-batches and ranks.
+Frozen parameters are held in bf16, but for those that generation keeps in float32; an export has them from where they
+came.
 """
 
 import contextlib
@@ -27,7 +31,7 @@ from domainshuttle.model.weight_files import write_shards
 from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
 from domainshuttle.platform.engine.initialization import Blueprint
-from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition, even_share
+from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
 from domainshuttle.platform.run.segments import learning_rate
 
 if TYPE_CHECKING:
@@ -50,7 +54,10 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
         "train_micro_batch_size_per_gpu": stage.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": stage.gradient_clipping,
+        # what is trained is float32 for DeepSpeed: the model's layers round it for their products (mixed_precision.py)
         "bf16": {"enabled": engine.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -68,13 +75,14 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
             "stage3_param_persistence_threshold": engine.persistent_parameters,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            # of float32: half of DeepSpeed's default, as many bytes; the demo's gigabyte would never be filled
+            "reduce_bucket_size": 250_000_000 if on_gpu else 1_000_000,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
     if not on_gpu:
-        # the defaults zero gigabyte buffers that a small model never fills
-        config["zero_optimization"] |= {"reduce_bucket_size": 1_000_000, "stage3_prefetch_bucket_size": 1_000_000}
+        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 1_000_000
     if engine.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config
@@ -85,7 +93,7 @@ class Engine:
 
     All ranks must make the same calls. The blueprint's outline, its trained parameters selected, becomes the model:
     rank 0 reads its weights, and each rank receives its part of one tensor after the other, so that none ever holds
-    the whole. Masters have the weights of the source in float32.
+    the whole.
     """
 
     def __init__(self, blueprint: Blueprint, stage: StageSection, section: EngineSection, accumulation: int) -> None:
@@ -93,8 +101,8 @@ class Engine:
         self.config = deepspeed_config(stage, section, accumulation, torch.cuda.is_available())
         self.stage, self._decay = stage, section.ema
         self._accumulation, self._pending = accumulation, 0
-        model = blueprint.outline
-        masters = _materialise(blueprint, self.config)
+        model, self._source = blueprint.outline, blueprint.weights
+        _materialise(blueprint, self.config)
         checkpoint_blocks(model, section.activations)
         _choose_attention(model, section)
         if section.compile is not None:
@@ -111,7 +119,6 @@ class Engine:
             model=model, model_parameters=trained, config=self.config
         )
         self._partition = Partition(self._optimizer, names)
-        self._partition.set_masters(masters)
         if self._decay is not None:
             self._partition.start_average()
 
@@ -129,7 +136,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and products, and of the batches that the model is given."""
+        """Of the products, and of the batches that the model is given."""
         return _dtype(self.config)
 
     def backward(self, loss: Tensor) -> None:
@@ -189,38 +196,68 @@ class Engine:
         self._partition.load(folder, own)
 
     def full_parameters(self, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after the other, in float32 on the CPU: the masters of those that are trained.
+        """Every parameter whole, one after the other, in float32 on the CPU: what is trained, and the others' sources.
 
-        With `ema`, their moving averages. All ranks must run through it to the end; what is yielded is valid until the
-        next. Raises RuntimeError when no average is kept.
+        With `ema`, the moving averages of what is trained. All ranks must run through it to the end, and each reads the
+        sources; what is yielded is valid until the next. Raises RuntimeError when no average is kept, OSError and
+        ValueError for sources that can't be read or that are not what they were when the engine was built.
         """
+        source = self._frozen()
+        for name, held in self._gathered(ema):
+            yield name, self._exact(name, held, source)
+
+    def _gathered(self, ema: bool) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole on all ranks, on the CPU: a trained one's master or average, a frozen one as held."""
         if ema and self._decay is None:
             raise RuntimeError("no moving average is kept: set engine.ema, such as 0.9999")
         deepspeed = _deepspeed()
         for name, parameter in self._engine.module.named_parameters():
-            if parameter.requires_grad:
+            if name in self._partition.parts:
                 yield name, self._partition.gather(name, AVERAGE if ema else MASTER).cpu()
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    whole = parameter.detach().float().cpu()
-                yield name, whole
+                    held = parameter.detach().cpu()
+                yield name, held
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of the frozen parameters, where they came from."""
+        left = sum(1 for _ in self._engine.module.parameters()) - len(self._partition.parts)
+        for name, value in self._source() if left else ():
+            if name not in self._partition.parts:
+                yield name, value
+                left -= 1
+            if not left:
+                return
+
+    def _exact(self, name: str, held: Tensor, source: Iterator[tuple[str, Tensor]]) -> Tensor:
+        """A parameter in float32: as it is held where it is trained, else of its source, which must still agree."""
+        if name in self._partition.parts:
+            return held
+        found, value = next(source)
+        if found != name or value.shape != held.shape or not value.to(held.dtype).equal(held):
+            raise ValueError(
+                f"{name} is frozen, and is not what it was when this run loaded it: the model that the stage began "
+                "with has changed meanwhile. Restore it, and run the command again: it goes on from the last checkpoint"
+            )
+        return value.float()
 
     def export(self, folder: Path, ema: bool = False) -> None:
         """Writes the whole model as a diffusers folder, float32; rank 0 writes, all ranks must call.
 
-        Raises OSError, on every rank, when it can't be written.
+        Frozen parameters are bit for bit those that the engine was built with. Raises OSError, on every rank, when the
+        folder can't be written or the source of frozen parameters can't be read or has changed.
         """
-        parameters = self.full_parameters(ema)
+        gathered = self._gathered(ema)
         faults: list[str | None] = [None]
         if dist.get_rank() == 0:
-            module = self._engine.module
+            module, source = self._engine.module, self._frozen()
             order = [(name, tuple(p.ds_shape), torch.float32) for name, p in module.named_parameters()]
             try:
-                write_shards(folder, order, lambda _: next(parameters)[1], MAX_SHARD_BYTES)
+                write_shards(folder, order, lambda _: self._exact(*next(gathered), source), MAX_SHARD_BYTES)
                 module.save_config(folder)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 faults = [str(error)]
-        for _ in parameters:  # on rank 0 what a fault left: the others wait for it in every gathering
+        for _ in gathered:  # on rank 0 what a fault left: the others wait for it in every gathering
             pass
         dist.broadcast_object_list(faults)
         if faults[0] is not None:
@@ -268,51 +305,34 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
 
 
 @torch.no_grad()
-def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Gives the outline its weights, divided over the ranks; returns this rank's parts of the trained ones.
+def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> None:
+    """Gives the outline its weights, divided over the ranks.
 
-    They are float32, flat and on the CPU, as the source has them: bf16 weights have lost their lower bits.
+    What is trained, and what generation keeps in float32, is float32; all else is of the configured type.
     """
     deepspeed, dtype = _deepspeed(), _dtype(config)
     with _quiet():
         deepspeed.init_distributed()
         initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
-    rank, ranks, device = dist.get_rank(), dist.get_world_size(), initialisation.local_device
     outline = blueprint.outline
-    weights = blueprint.weights() if rank == 0 else None
-    masters: dict[str, Tensor] = {}
+    weights = blueprint.weights() if dist.get_rank() == 0 else None
     for name, parameter in list(outline.named_parameters()):
-        whole = torch.empty(parameter.shape, dtype=dtype, device=device)
-        value = None
+        own = torch.float32 if parameter.requires_grad or outline.keeps_float32(name) else dtype
+        whole = torch.empty(parameter.shape, dtype=own, device=initialisation.local_device)
         if weights is not None:
             source, value = next(weights)
             if source != name:
                 raise RuntimeError(f"the weights are out of order: {source} came where {name} was expected")
             whole.copy_(value)
-        if parameter.requires_grad:
-            masters[name] = _scatter(value, parameter.numel(), rank, ranks, device)
         owner, _, short = name.rpartition(".")
         real = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         setattr(outline.get_submodule(owner), short, real)
         initialisation._convert_to_zero_parameters([real])  # sends rank 0's to all, and keeps this rank's part
-    return masters
+    outline.compute_in(dtype)
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-
-
-def _scatter(value: Tensor | None, size: int, rank: int, ranks: int, device: torch.device) -> Tensor:
-    """This rank's share of rank 0's `value`, float32 on the CPU."""
-    share = even_share(size, 0, ranks)[1]
-    mine = torch.empty(share, device=device)
-    parts = None
-    if value is not None:
-        flat = value.to(device, torch.float32).flatten()
-        parts = list(nn.functional.pad(flat, (0, share * ranks - size)).chunk(ranks))
-    dist.scatter(mine, parts)
-    first, last = even_share(size, rank, ranks)
-    return mine[: last - first].cpu()
 
 
 def _gather_whole_blocks(model: nn.Module) -> None:

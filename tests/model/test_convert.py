@@ -269,3 +269,24 @@ def test_index_of_absent_files_is_named(make_model: MakeModel, tmp_path: Path) -
     next(tmp_path.glob("*-00001-*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match="names 1 files that are not there"):
         load_transformer(tmp_path)
+
+
+def test_what_every_model_keeps_in_float32_is_not_rounded(make_model: MakeModel, tmp_path: Path) -> None:
+    """Not on the way to bf16 in our layout, nor in the release's and back; and what is computed is the same."""
+    model = make_model(num_layers=2)
+    model.save_pretrained(tmp_path / "exact")
+    (half,) = convert_checkpoint(tmp_path / "exact", tmp_path / "half", dtype=torch.bfloat16)
+    (release,) = convert_checkpoint(half, tmp_path / "release", layout="release")
+    (back,) = convert_checkpoint(release, tmp_path / "back")
+    state_dict, config = to_release(load_transformer(half))
+    kept = 0
+    for folder in (half, back):
+        stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+        for name, parameter in model.named_parameters():
+            wanted = parameter.detach() if model.keeps_float32(name) else parameter.detach().bfloat16()
+            assert stored[name].dtype == wanted.dtype and stored[name].equal(wanted), name
+            assert dict(from_release(state_dict, config).named_parameters())[name].equal(wanted), name
+            kept += model.keeps_float32(name)
+    assert kept == 2 * (4 + 1 + 2 * 4)  # time embedding, last table, and two blocks' tables and norms
+    expected = DomainShuttleTransformer3DModel.from_pretrained(tmp_path / "exact", torch_dtype=torch.bfloat16)
+    assert outputs(load_transformer(back)).equal(outputs(expected))
