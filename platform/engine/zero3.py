@@ -163,13 +163,23 @@ class Engine:
         return StepResult(float(norm if norm is not None else 0.0), skipped)
 
     def drop(self, step: int) -> StepResult:
-        """Throws the gradients of a step away, as if they had overflowed: nothing is changed."""
-        # DeepSpeed discards a step by its gradients' norm, after which all its buffers are as after a step
-        self._optimizer._get_norm_groups = lambda: [torch.tensor(float("inf"))]
-        try:
-            return self.step(step)
-        finally:
-            del self._optimizer._get_norm_groups
+        """Throws the gradients of a step away, as if they had overflowed: nothing is changed.
+
+        Raises RuntimeError when DeepSpeed applied them all the same.
+        """
+        # it discards a step whose gradients have no finite norm, after which all its buffers are as after a step
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        for parameter in self._engine.module.parameters():
+            if parameter.requires_grad:
+                safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("nan")))
+        result = self.step(step)
+        if not result.skipped:
+            raise RuntimeError(
+                f"step {step} was to be dropped, and DeepSpeed applied it: the weights in memory are spoilt, the last "
+                "checkpoint is not. Install the version of deepspeed that pyproject.toml names, and run again"
+            )
+        return result
 
     @property
     def averages(self) -> bool:

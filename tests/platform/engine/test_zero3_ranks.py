@@ -521,6 +521,19 @@ def a_step_that_is_not_finite_changes_nothing(folder: Path) -> None:
 
 
 @check
+def a_drop_that_changed_something_is_an_error(folder: Path) -> None:
+    """As with another DeepSpeed, whose check of the norm were another."""
+    model = engine(ATTENTION)
+    train(model, 0, 1)
+    model.backward(loss_of(model, 1))
+    norms = model._optimizer._get_norm_groups
+    model._optimizer._get_norm_groups = lambda: [torch.tensor(1.0)]
+    with pytest.raises(RuntimeError, match=r"step 1 was to be dropped.*last checkpoint is not"):
+        model.drop(1)
+    model._optimizer._get_norm_groups = norms
+
+
+@check
 def the_snapshot_target_stays(folder: Path) -> None:
     from domainshuttle.platform.config.schema import EngineSection
     from domainshuttle.platform.engine.zero3 import frozen_copy
