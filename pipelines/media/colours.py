@@ -125,7 +125,7 @@ def _to_xyz(chromaticities: Chromaticities) -> NDArray[np.float64]:
     """Linear RGB to XYZ, white having Y = 1; raises DataError where there is no such matrix."""
     x, y = np.array(chromaticities).reshape(4, 2).T
     xyz = np.stack([x, y, 1 - x - y])
-    if (y <= 0).any() or (xyz < 0).any() or abs(np.linalg.det(xyz[:, :3])) < 1e-4:
+    if (y <= 0).any() or (xyz < -1e-6).any() or abs(np.linalg.det(xyz[:, :3])) < 1e-4:
         raise DataError(f"chromaticities {chromaticities} are those of no screen")
     primaries, white = xyz[:, :3] / y[:3], xyz[:, 3] / y[3]
     matrix: NDArray[np.float64] = primaries * np.linalg.solve(primaries, white)

@@ -277,7 +277,10 @@ def _collect(shown: Iterator[av.VideoFrame], clip: Clip, frames: int, fps: float
         if kept is None:
             _check_clip(size[1], size[0], frames, name)
             kept = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
-        kept[count] = np.asarray(resized(pixels, size)) if fit is None else _covered(pixels, fit, size)
+        if fit is not None:
+            kept[count] = _covered(pixels, fit, size)
+        else:
+            kept[count] = pixels if pixels.shape[:2] == size else np.asarray(resized(pixels, size))
         count += 1
         if count == frames:
             return kept
