@@ -256,7 +256,10 @@ class Schedule:
         fault = explain(error)
         at = self.run.read_progress().get("segment")
         segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)
-        segment = segment or next(one for one in self.run.segments() if not one.finished)
+        segment = segment or next((one for one in self.run.segments() if not one.finished), None)
+        if segment is None:
+            self._echo(f"The workers died after everything was finished: {fault.what}")
+            return
         report = self._write_report(fault)
         self._record_restart(segment, fault)
         if fault.final is not None:

@@ -217,6 +217,15 @@ def test_what_does_not_go_away_ends_the_run_at_once(schedule: Schedule, error: E
             schedule._handle_fault(of_workers(LOST, raised))
 
 
+def test_a_death_after_everything_is_finished_ends_nothing(run: Run, schedule: Schedule, shown: list[str]) -> None:
+    for segment in run.segments():
+        (segment.weights / "config.json").parent.mkdir(parents=True, exist_ok=True)
+        (segment.weights / "config.json").write_text("{}")
+        segment.finish(segment.stage.steps)
+    schedule._handle_fault(of_workers(died()))
+    assert shown == ["The workers died after everything was finished: worker 0 died: it was killed, or crashed"]
+
+
 def test_an_error_of_the_driver_is_no_fault_of_the_workers(schedule: Schedule) -> None:
     with pytest.raises(KeyError):
         schedule._handle_fault(KeyError("ours"))
