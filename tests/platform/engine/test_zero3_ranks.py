@@ -327,7 +327,7 @@ def a_checkpoint_of_before_is_loaded(folder: Path) -> None:
                 stored = torch.cat([shard[f"{kind}/{name}"] for shard in shards if f"{kind}/{name}" in shard])
                 assert model._partition.gather(name, kind).flatten().equal(stored), (kind, name)
         train(model, 2, 3)
-        model.save(folder / f"new-{'-'.join(section)}")
+        model.snapshot()(folder / f"new-{'-'.join(section)}")
         again = load_file(
             folder / f"new-{'-'.join(section)}" / "zero" / f"rank-{dist.get_rank():05d}-of-00002.safetensors"
         )
