@@ -87,7 +87,7 @@ def wait_for_step(process: subprocess.Popen[bytes], run: Run, stage: str, step: 
         if state and state["segment"] == stage and state["step"] >= step and state["state"] == "training":
             return
         time.sleep(0.05)
-    raise AssertionError(f"stage {stage} did not reach step {step}")
+    raise AssertionError(f"stage {stage} did not reach step {step}; the driver's code is {process.poll()}")
 
 
 STARTED: list[subprocess.Popen[bytes]] = []

@@ -88,7 +88,16 @@ def test_each_command_takes_the_folder_that_is_named(
             assert "Nofaults" in run("data", "verify", index, "--decode", "all")
             assert f"corpus{number}(raw):2samples" in run("data", "inspect", index)
         held = {name for name, _ in list_files(folder) if not name.startswith(".")}
-        own = ["all.parquet", "a#1.parquet", "b%20.parquet", "index.parquet", "s-000000.tar", "verify.jsonl"]
+        own = [
+            "all.skipped.jsonl",
+            "skipped.jsonl",
+            "all.parquet",
+            "a#1.parquet",
+            "b%20.parquet",
+            "index.parquet",
+            "s-000000.tar",
+            "verify.jsonl",
+        ]
         assert held == {*own, "all.quarantine.jsonl", "all.verify.jsonl", "quarantine.jsonl"}
     for other in ("raw", "raw 2"):
         with pytest.raises(DataError, match="expected some of the folder"):
