@@ -1,23 +1,19 @@
-"""The mapped index: the joint index of a feed in one uncompressed Arrow file, which all processes of a node map.
+"""The mapped index: the rows of each corpus in an uncompressed Arrow file, which all processes of a node map.
 
-Loaded, ten million rows are gigabytes in each rank. Mapped, they are pages of one file that the kernel shares, and a
-rank touches those of its samples. The first process of a node makes the file in a cache folder of its user, from the
-Parquet files, while the others wait; a file that is not exactly the one that was made is made again.
+Loaded, ten million rows are gigabytes in each rank. Mapped, they are pages of files that the kernel shares, and a rank
+touches those of its samples. The first process of a node that needs a corpus makes its file in a cache folder of its
+user, from the Parquet file, while the others wait; a file that is not exactly the one that was made is made again.
 """
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,7 +22,6 @@ from domainshuttle.pipelines.index.digest import combined_digest
 from domainshuttle.pipelines.index.selection import selected_digest, selected_rows
 from domainshuttle.pipelines.index.table import (
     FORMAT_VERSION,
-    PLACES,
     SCHEMA,
     Index,
     IndexMetadata,
@@ -34,46 +29,25 @@ from domainshuttle.pipelines.index.table import (
     read_metadata,
     reading_index,
     upgraded,
+    with_place,
 )
-from domainshuttle.pipelines.storage.files import open_parquet, writing
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.pipelines.storage.files import open_parquet
+from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.pipelines.storage.uri import Location, absolute, parent
 
 ROWS_PER_BATCH = 1 << 19
-"""Rows of a record batch: what the process that makes the file holds at once."""
-LAYOUT_VERSION = 1
+"""Rows of a record batch: what the process that makes a file holds at once."""
+LAYOUT_VERSION = 2
 UNUSED_SECONDS = 21 * 24 * 3600
 """A file that no process has opened for so long is removed."""
+_LOCK_SECONDS = 3600.0
 
 _NAMED = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
-_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, pa.dictionary(pa.int32(), pa.string())) for name in PLACES)])
-
-
-class MappedIndex(Index):
-    """An index whose table is a mapped file of several record batches."""
-
-    def _taken(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        # batch by batch: a table's `take` first makes one chunk of each nested column, which would read all of them
-        batches, starts = self._batches
-        batch = np.searchsorted(starts, numbers, side="right") - 1
-        order = np.argsort(batch, kind="stable")
-        found: list[dict[str, Any]] = [{}] * len(numbers)
-        for places in np.split(order, np.flatnonzero(np.diff(batch[order])) + 1):
-            if len(places):
-                of = batch[places[0]]
-                rows = batches[of].take(pa.array(numbers[places] - starts[of])).to_pylist()
-                for place, row in zip(places.tolist(), rows, strict=True):
-                    found[place] = row
-        return found
-
-    @cached_property
-    def _batches(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
-        """The record batches, and the number of each one's first row."""
-        batches = self.table.to_batches()
-        return batches, np.cumsum([0, *(len(batch) for batch in batches)])[:-1]
 
 
 def mapped_index(places: Sequence[Location], folder: Path | None = None, where: Sequence[str | None] = ()) -> Index:
-    """What `Index.concat` of these index files would be, unverified, with its rows mapped from a file that the node's
+    """What `Index.concat` of these index files would be, unverified, with its rows mapped from files that the node's
     processes share; `folder` holds such files. `where` has the filter of each file's rows (None: all), or nothing.
 
     Raises DataError as `Index.load`, `Index.concat` and `selected_rows` do, StorageError where a store or the node's
@@ -87,21 +61,39 @@ def mapped_index(places: Sequence[Location], folder: Path | None = None, where: 
     joint = Index.concat(
         [Index(empty, (part,), selected_digest(part, one)) for part, one in zip(parts, filters, strict=True)]
     )
-    versions = f"{LAYOUT_VERSION}.{FORMAT_VERSION}"
-    name = combined_digest(versions, *map(str, places), joint.digest)
     folder = cache_folder() if folder is None else folder
-    with _explaining(folder), _locked(folder / f"{name}.lock") as lock:
-        path = folder / f"{name}.arrow"
-        table = _mapped(path, lock)
-        if table is None:
-            _remove_unused(folder)
-            rows = _make(path, places, parts, filters)
-            _note(lock, _state(path) | {"rows": rows})
-            table = _mapped(path, lock)
-        os.utime(lock)  # by which it is known when the file was last used
+    with _explaining(folder), locked(folder / "lock", _LOCK_SECONDS) as held:
+        if not held:
+            raise StorageError(f"another process has held {folder / 'lock'} for an hour: end it, or set TMPDIR")
+        tables = [
+            with_place(_corpus(folder, place, part, one), part.corpus, str(parent(place)))
+            for place, part, one in zip(places, parts, filters, strict=True)
+        ]
+        table = pa.concat_tables(tables)
+        if len(parts) > 1:  # once a node, as sorting millions of ids takes a rank more memory than all else here
+            checked = folder / f"{combined_digest('unique', joint.digest)}.json"
+            if not checked.exists():
+                check_unique(table.column("sample_id").to_numpy(), f"corpora {[part.corpus for part in parts]}")
+            checked.touch()
+    return Index(table, joint.parts, joint.digest)
+
+
+def _corpus(folder: Path, place: Location, part: IndexMetadata, where: str | None) -> pa.Table:
+    """The rows of an index file that a filter leaves, mapped from their file, which is made where it is not there."""
+    name = combined_digest(f"{LAYOUT_VERSION}.{FORMAT_VERSION}", part.corpus, selected_digest(part, where))
+    path = folder / f"{name}.arrow"
+    note = path.with_suffix(".json")
+    table = _mapped(path, note)
+    if table is None:
+        _remove_unused(folder)
+        _make(path, place, part, where)
+        with atomic_file(note) as aside:
+            aside.write_text(json.dumps(_state(path)))
+        table = _mapped(path, note)
     if table is None:
         raise StorageError(f"{path} was changed as soon as it was made: nobody else may write to {folder}")
-    return MappedIndex(table, joint.parts, joint.digest)
+    os.utime(note)  # by which it is known when the file was last used
+    return table
 
 
 def cache_folder() -> Path:
@@ -134,45 +126,16 @@ def _explaining(folder: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Holds a lock, among the node's processes and threads, until the block ends; gives the lock file's descriptor."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, path):  # whoever had it before removed it
-                continue
-            yield descriptor
-            return
-        finally:
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _state(path: Path) -> dict[str, int]:
     """What changes whenever a file is written to, cut or replaced; of the change time nobody can say otherwise."""
     status = path.stat()
     return {"inode": status.st_ino, "size": status.st_size, "changed_ns": status.st_ctime_ns}
 
 
-def _note(lock: int, made: dict[str, int]) -> None:
-    """Notes in the lock file which file was made."""
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, json.dumps(made).encode(), 0)
-
-
-def _mapped(path: Path, lock: int) -> pa.Table | None:
+def _mapped(path: Path, note: Path) -> pa.Table | None:
     """The file's rows, mapped; None where it is not there, or not the one that was made, unchanged and readable."""
     try:
-        noted = json.loads(os.pread(lock, 1000, 0))
-        if noted != _state(path) | {"rows": noted["rows"]}:
+        if json.loads(note.read_text()) != _state(path):
             return None
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -180,39 +143,26 @@ def _mapped(path: Path, lock: int) -> pa.Table | None:
         pages.madvise(mmap.MADV_RANDOM)
         table = pa.ipc.open_file(pa.py_buffer(pages)).read_all()
         table.validate()
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return table if table.schema == _SCHEMA and len(table) == noted["rows"] else None
+    return table if table.schema == SCHEMA else None
 
 
-def _make(path: Path, places: Sequence[Location], parts: Sequence[IndexMetadata], filters: Sequence[str | None]) -> int:
-    """Writes the file, whole or not at all; returns how many rows it has."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
-    names = _names(places)
-    ids: list[np.ndarray] = []
-    with writing(path) as aside:
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            for place, part, where in zip(places, parts, filters, strict=True):
-                for table in _tables(place, where):
-                    batch = _batch(table, part.corpus, str(parent(place)), names)
-                    ids.append(batch.column("sample_id").to_numpy().copy())
-                    writer.write_batch(batch)
-        if len(parts) > 1:
-            check_unique(np.concatenate(ids), f"corpora {[part.corpus for part in parts]}")
-        if [read_metadata(place) for place in places] != [*parts]:  # whose digests name the file
+def _make(path: Path, place: Location, part: IndexMetadata, where: str | None) -> None:
+    """Writes the file, whole or not at all."""
+    names = _names(place)
+    with atomic_file(path) as aside:
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for table in _tables(place, where):
+                writer.write_batch(_batch(table, names))
+        if read_metadata(place) != part:  # whose digest names the file
             raise DataError("an index was written anew while it was read: run the same command again")
-    return sum(map(len, ids))
 
 
-def _names(places: Sequence[Location]) -> dict[str, pa.Array]:
-    """The names of each dictionary column over all files: an Arrow file has one dictionary a column."""
-    found: dict[str, dict[str, None]] = {name: {} for name in _SCHEMA.names if name in (*_NAMED, *PLACES)}
-    for place in places:
-        table = Index.load(place, _NAMED, verify=False).table
-        for name, known in found.items():
-            known.update(dict.fromkeys(pc.unique(table.column(name)).to_pylist()))
-    return {name: pa.array(list(known), pa.string()) for name, known in found.items()}
+def _names(place: Location) -> dict[str, pa.Array]:
+    """The names of each dictionary column over the whole index: an Arrow file has one dictionary a column."""
+    table = Index.load(place, _NAMED, verify=False).table
+    return {name: pc.unique(table.column(name)).cast(pa.string()) for name in _NAMED}
 
 
 def _tables(place: Location, where: str | None) -> Iterator[pa.Table]:
@@ -233,37 +183,26 @@ def _tables(place: Location, where: str | None) -> Iterator[pa.Table]:
             groups, done = [], done + rows
 
 
-def _batch(table: pa.Table, corpus: str, folder: str, names: dict[str, pa.Array]) -> pa.RecordBatch:
-    """A record batch of the rows, with the columns of PLACES, and with these names as dictionaries."""
+def _batch(table: pa.Table, names: dict[str, pa.Array]) -> pa.RecordBatch:
+    """A record batch of the rows, with these names as dictionaries."""
     columns = []
     for field in SCHEMA:
         column = table.column(field.name)
         if field.name in names:
-            column = pa.chunked_array(
-                [
-                    pa.DictionaryArray.from_arrays(
-                        pc.index_in(chunk.dictionary, names[field.name]).take(chunk.indices), names[field.name]
-                    )
-                    for chunk in column.chunks
-                ]
-            )
-        columns.append(column.combine_chunks())
-    for name, value in zip(PLACES, (corpus, folder), strict=True):
-        code = pc.index_in(pa.scalar(value), names[name]).as_py()
-        columns.append(pa.DictionaryArray.from_arrays(np.full(len(table), code, np.int32), names[name]))
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+            codes = pc.index_in(column.cast(pa.string()), names[field.name]).combine_chunks()
+            columns.append(pa.DictionaryArray.from_arrays(codes, names[field.name]))
+        else:
+            columns.append(column.combine_chunks())
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _remove_unused(folder: Path) -> None:
-    """Removes files that no process has opened for UNUSED_SECONDS; those that map one keep it."""
-    for lock in folder.glob("*.lock"):
+    """Removes what killed processes left, and files that no process has opened for UNUSED_SECONDS; those that map one
+    keep it."""
+    for left in folder.glob(".*.partial"):  # under the lock nobody is writing
+        left.unlink(missing_ok=True)
+    for note in folder.glob("*.json"):
         with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime < UNUSED_SECONDS:
-                continue
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for old in [*folder.glob(f".{lock.stem}.*.partial"), lock.with_suffix(".arrow"), lock]:
-                    old.unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
+            if time.time() - note.stat().st_mtime >= UNUSED_SECONDS:
+                note.with_suffix(".arrow").unlink(missing_ok=True)
+                note.unlink()

@@ -8,6 +8,7 @@ corpus it is, its stage ('raw' or 'encoded'), the encoders, and a digest of the 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -311,7 +312,7 @@ class Index:
             if whole and table_digest(_blocks(table, schema), metadata.identity()) != metadata.digest:
                 raise DataError(f"index {path}: its rows are not those it was written with; index the shards again")
             table = upgraded(table, columns or SCHEMA.names, file.metadata.num_rows)
-        return cls(_with_place(table, metadata.corpus, str(parent(place))), (metadata,), metadata.digest)
+        return cls(with_place(table, metadata.corpus, str(parent(place))), (metadata,), metadata.digest)
 
     @classmethod
     def concat(cls, indexes: Sequence["Index"]) -> "Index":
@@ -379,7 +380,24 @@ class Index:
         ]
 
     def _taken(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        return self.table.take(numbers).to_pylist()
+        # batch by batch: a table's `take` first makes one chunk of each nested column, which would read all of them
+        batches, starts = self._batches
+        batch = np.searchsorted(starts, numbers, side="right") - 1
+        order = np.argsort(batch, kind="stable")
+        found: list[dict[str, Any]] = [{}] * len(numbers)
+        for places in np.split(order, np.flatnonzero(np.diff(batch[order])) + 1):
+            if len(places):
+                of = batch[places[0]]
+                rows = batches[of].take(pa.array(numbers[places] - starts[of])).to_pylist()
+                for place, row in zip(places.tolist(), rows, strict=True):
+                    found[place] = row
+        return found
+
+    @cached_property
+    def _batches(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
+        """The record batches, and the number of each one's first row."""
+        batches = self.table.to_batches()
+        return batches, np.cumsum([0, *(len(batch) for batch in batches)])[:-1]
 
     def filter(self, expression: str | pc.Expression) -> "Index":
         """The rows for which an expression holds, in their order; see `RowFilter` for what a string may say."""
@@ -419,7 +437,8 @@ def _single(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _with_place(table: pa.Table, corpus: str, folder: str) -> pa.Table:
+def with_place(table: pa.Table, corpus: str, folder: str) -> pa.Table:
+    """The rows with the columns of PLACES."""
     for name, value in zip(PLACES, (corpus, folder), strict=True):
         places = pa.DictionaryArray.from_arrays(np.zeros(len(table), np.int32), pa.array([value], pa.string()))
         table = table.append_column(name, places)

@@ -1,12 +1,12 @@
 """The feed: what decides the batches of a stage, and the plan's micro-batches as rows of a table."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.mapped import mapped_index
@@ -60,8 +60,9 @@ class Feed:
     def corpora(self) -> Iterator[tuple[str, str, str, int]]:
         """Name, place, index digest and number of samples of each corpus, of what its filter leaves."""
         index = self.index()
-        # column by column and code by code: millions of rows are not held
-        counts = {one["values"]: one["counts"] for one in pc.value_counts(index.table.column("corpus")).to_pylist()}
+        counts: Counter[str] = Counter()
+        for chunk in index.table.column("corpus").chunks:  # each of one corpus
+            counts[chunk[0].as_py()] += len(chunk)
         for part, path, where in zip(index.parts, self.indexes, self.filters, strict=True):
             yield part.corpus, redacted(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
 

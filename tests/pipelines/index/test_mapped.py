@@ -1,4 +1,4 @@
-"""The mapped index: the rows of the loaded one, one file a node, never trusted unless it is the one that was made.
+"""The mapped index: the rows of the loaded one, a file a corpus and node, never trusted unless it is the one made.
 
 Run: python -m pytest tests/pipelines/index/test_mapped.py
 """
@@ -123,7 +123,7 @@ def test_a_feed_maps_its_index_and_names_its_corpora(
     monkeypatch.setattr(module, "cache_folder", lambda: cache)
     paths = tuple(write(tmp_path, corpus, count) for corpus, count in (("a", 9), ("b", 20)))
     feed = Feed(paths, (("a", 0.5), ("b", 0.5)), 0, 8, 4, 1, 1)
-    assert feed.index().digest == loaded(list(paths)).digest and len(files(cache)) == 1
+    assert feed.index().digest == loaded(list(paths)).digest and len(files(cache)) == 2
     held = [Index.load(path) for path in paths]
     assert list(feed.corpora()) == [
         ("a", str(tmp_path / "a"), held[0].digest, 9),
@@ -186,7 +186,7 @@ def test_a_filter_that_is_not_understood_says_what_there_is(tmp_path: Path, cach
     assert files(cache) == []
 
 
-def test_what_can_not_be_joined_is_refused_and_leaves_no_file(tmp_path: Path, cache: Path) -> None:
+def test_what_can_not_be_joined_is_refused_and_leaves_nothing_unfinished(tmp_path: Path, cache: Path) -> None:
     first = write(tmp_path, "a", 5)
     again = tmp_path / "again" / "index.parquet"
     write_index(again, [make_row("a", number) for number in range(3)], IndexMetadata(corpus="again", stage="raw"))
@@ -204,7 +204,9 @@ def test_what_can_not_be_joined_is_refused_and_leaves_no_file(tmp_path: Path, ca
     pq.write_table(held.read().replace_schema_metadata({b"domainshuttle.index": other}), first)
     with pytest.raises(DataError, match="format version 99"):
         mapped_index([first], cache)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"] * len(list(cache.iterdir()))
+    # each corpus by itself is whole: its file stays
+    assert {path.suffix for path in cache.iterdir() if path.name != "lock"} == {".arrow", ".json"}
+    assert not files(cache, ".*")
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, cache: Path) -> None:
@@ -228,12 +230,32 @@ def test_the_file_is_made_once_and_another_for_another_index(tmp_path: Path, cac
     write(tmp_path, "a", 51)
     assert len(mapped_index([path], cache)) == 51 and len(files(cache)) == 2
     assert len(first) == 50 and first.row(49).key == "k49"
-    other = write(tmp_path / "elsewhere", "a", 51)  # the same content: its rows have another folder
+    other = write(tmp_path / "elsewhere", "a", 51)  # the same content: the file serves both, each row has its folder
     assert mapped_index([other], cache).row(0).folder == str(tmp_path / "elsewhere" / "a")
-    assert len(files(cache)) == 3
+    assert mapped_index([path], cache).row(0).folder == str(tmp_path / "a") and len(files(cache)) == 2
     both = [write(tmp_path, "b", 3), path]
     assert mapped_index(both, cache).row(0).corpus == "b" and mapped_index(both[::-1], cache).row(0).corpus == "a"
-    assert len(files(cache)) == 5
+    assert len(files(cache)) == 3  # whatever they are joined with
+
+
+def test_samples_that_come_twice_are_looked_for_once_a_node_and_mixture(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    check = module.check_unique
+    monkeypatch.setattr(module, "check_unique", lambda ids, where: (looked.append(len(ids)), check(ids, where)))
+    paths = [write(tmp_path, corpus, count) for corpus, count in (("a", 9), ("b", 20))]
+    for _ in range(3):
+        mapped_index(paths, cache)
+    assert looked == [29]
+    mapped_index(paths, cache, ["frames > 3", None])
+    assert looked == [29, 26]
+    again = tmp_path / "again" / "index.parquet"
+    write_index(again, [make_row("a", number) for number in range(3)], IndexMetadata(corpus="again", stage="raw"))
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(DataError, match="3 sample ids come twice"):
+            mapped_index([paths[0], again], cache)
+    assert looked == [29, 26, 12, 12]
 
 
 def damage_end(path: Path) -> None:
@@ -265,17 +287,17 @@ def damage_other(path: Path) -> None:
 
 
 def damage_note(path: Path) -> None:
-    path.with_suffix(".lock").write_text("{")
+    path.with_suffix(".json").write_text("{")
 
 
-def damage_rows(path: Path) -> None:
-    """A note of a file of more rows, as one of another version might be."""
-    lock = path.with_suffix(".lock")
-    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"rows": 51}))
+def damage_state(path: Path) -> None:
+    """A note of another file."""
+    note = path.with_suffix(".json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"size": 51}))
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_end, damage_half, damage_byte, damage_other, damage_note, damage_rows, Path.unlink]
+    "damage", [damage_end, damage_half, damage_byte, damage_other, damage_note, damage_state, Path.unlink]
 )
 def test_a_file_that_is_not_the_one_that_was_made_is_made_again(
     tmp_path: Path, cache: Path, damage: Callable[[Path], None]
@@ -295,7 +317,7 @@ def test_an_index_that_changes_while_it_is_read_is_refused(
 ) -> None:
     path = write(tmp_path, "a", 50)
     names = module._names
-    monkeypatch.setattr(module, "_names", lambda places: (write(tmp_path, "a", 60), names(places))[1])
+    monkeypatch.setattr(module, "_names", lambda place: (write(tmp_path, "a", 60), names(place))[1])
     with pytest.raises(DataError, match="written anew while it was read"):
         mapped_index([path], cache)
     assert not files(cache) and not files(cache, ".*")
@@ -303,7 +325,7 @@ def test_an_index_that_changes_while_it_is_read_is_refused(
     assert len(mapped_index([path], cache)) == 60
 
 
-def test_processes_and_threads_that_start_together_make_one_file(tmp_path: Path, cache: Path) -> None:
+def test_processes_and_threads_that_start_together_make_each_file_once(tmp_path: Path, cache: Path) -> None:
     paths = [write(tmp_path, corpus, 3000) for corpus in "ab"]
     notes = tmp_path / "notes"
     program = PROGRAM + textwrap.dedent("""
@@ -323,11 +345,11 @@ def test_processes_and_threads_that_start_together_make_one_file(tmp_path: Path,
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = [one.communicate("go\n", timeout=120)[0] for one in started]
     assert said == [f"{loaded(paths).digest} k2999\n"] * 3
-    assert len(notes.read_text().splitlines()) == len(files(cache)) == 1
+    assert len(notes.read_text().splitlines()) == len(files(cache)) == 2
     more = write(tmp_path, "c", 500)
     with ThreadPoolExecutor(4) as pool:
         assert {len(one) for one in pool.map(lambda _: mapped_index([more], cache), range(8))} == {500}
-    assert len(files(cache)) == 2
+    assert len(files(cache)) == 3
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, cache: Path) -> None:
@@ -346,12 +368,12 @@ def test_files_that_nobody_uses_are_removed(tmp_path: Path, cache: Path) -> None
     held = mapped_index([old], cache)
     mapped_index([used], cache)
     long_ago = time.time() - module.UNUSED_SECONDS - 60
-    for lock in files(cache, "*.lock"):
-        os.utime(lock, (long_ago, long_ago))
+    for note in files(cache, "*.json"):
+        os.utime(note, (long_ago, long_ago))
     mapped_index([used], cache)  # used again
     assert len(files(cache)) == 2
     mapped_index([write(tmp_path, "c", 5)], cache)
-    assert len(files(cache)) == len(files(cache, "*.lock")) == 2
+    assert len(files(cache)) == len(files(cache, "*.json")) == 2
     assert held.rows([4]) == Index.load(old).rows([4])  # who maps it keeps it
     assert len(mapped_index([old], cache)) == 5 and len(files(cache)) == 3
 
