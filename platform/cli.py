@@ -288,13 +288,19 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     folder: Annotated[Path, typer.Argument(help="Where to write the diffusers pipeline.")],
     stage: Annotated[str | None, typer.Option(help="A finished stage; without it the last finished one.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint's name or path, also of a stage half way, instead of a stage.")
+    ] = None,
 ) -> None:
-    """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler."""
+    """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler.
+
+    Another run can begin with it: **--set model.base=FOLDER**. Needs no cluster.
+    """
     from domainshuttle.platform.console import console
     from domainshuttle.platform.generation.export import export_run
     from domainshuttle.platform.run.folder import find_run
 
-    exported = export_run(find_run(run), folder, stage)
+    exported = export_run(find_run(run), folder, stage, checkpoint=checkpoint)
     console.print(f"Exported {exported} to {folder}. Next: domainshuttle generate {folder} --help")
 
 

@@ -223,7 +223,7 @@ class StepPlan:
             changes = "; ".join(f"{name} was {saved_state.get(name)!r}, now {own[name]!r}" for name in differing)
             raise DataError(
                 f"the data order is not the one this run began with: {changes}. Resuming would repeat some samples and "
-                "leave out others: restore what changed, or begin a new run from this checkpoint's weights"
+                "leave out others: restore what changed"
             )
 
     def describe(self) -> dict[str, Any]:

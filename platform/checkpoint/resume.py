@@ -1,6 +1,7 @@
 """Where a segment starts: `--resume auto`, a checkpoint's name or path, or `none`."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def choose_start(
                 f"name=...), go on from it all the same with --resume {chosen.name}, or begin with --resume none"
             )
         return chosen
-    chosen = _read_named(store, resume, segment)
+    chosen = read_named(store, resume, "--resume", segment)
     if chosen.state.segment != segment:
         raise CheckpointError(
             f"--resume {resume}: it is a checkpoint of segment {chosen.state.segment}, and the run is at {segment}"
@@ -83,7 +84,7 @@ def require_resumable(run: Run, store: CheckpointStore, resume: str, chosen: Seq
                 "a name of its own (--set name=...), or remove all that it has made with --fresh"
             )
         return
-    checkpoint = _read_named(store, resume)
+    checkpoint = read_named(store, resume, "--resume", checksums=False)
     if checkpoint.state.segment in finished or len(finished) == len(chosen):
         raise CheckpointError(
             f"--resume {resume}: {_stages([n for n in finished if n == checkpoint.state.segment] or finished)} "
@@ -96,14 +97,19 @@ def _stages(names: Sequence[str]) -> str:
     return f"stage {names[0]} is" if len(names) == 1 else f"stages {', '.join(names)} are"
 
 
-def _read_named(store: CheckpointStore, resume: str, segment: str | None = None) -> Checkpoint:
-    """The whole checkpoint of a name, path or URI. Raises CheckpointError that lists those there are."""
+def read_named(
+    store: CheckpointStore, name: str, option: str, segment: str | None = None, checksums: bool | None = None
+) -> Checkpoint:
+    """The whole checkpoint of a name, path or URI, that was given for an `option`; `checksums` as in `read`.
+
+    Raises CheckpointError that lists those there are, of a segment or of all.
+    """
     try:
-        return store.read(resume, checksums=None if segment else False)
+        return store.read(name, checksums)
     except CheckpointError as error:
         there = ", ".join(sorted(str(name) for name in store.names(segment))) or "none"
         of = f"Of segment {segment} there" if segment else "There"
-        raise CheckpointError(f"--resume {resume}: it is not a whole checkpoint: {error}. {of} are: {there}") from error
+        raise CheckpointError(f"{option} {name}: it is not a whole checkpoint: {error}. {of} are: {there}") from error
 
 
 def begin(
@@ -156,7 +162,26 @@ def require_fit(
     try:
         feed.plan().check(state.plan)
     except DataError as error:
-        raise IncompatibleError(f"checkpoint {name}: {error}") from error
+        raise IncompatibleError(
+            f"checkpoint {name}: {error}, or begin a new run with its weights: {_export_command(checkpoint)}, and "
+            f"instead of --resume {_base_override(segment)} and a name of its own (--set name=...)"
+        ) from error
+
+
+def _export_command(checkpoint: Checkpoint) -> str:
+    """The command that makes a whole model of a checkpoint, which `model.base` can take."""
+    run = checkpoint.folder.parents[1]
+    known = (run / "config.yaml").is_file()  # in a store of their own, checkpoints do not lie in their run's folder
+    which = checkpoint.name if known else shlex.quote(checkpoint.where)
+    return f"domainshuttle export {shlex.quote(str(run)) if known else 'RUN'} FOLDER --checkpoint {which}"
+
+
+def _base_override(segment: Segment) -> str:
+    """The overrides by which a run begins with an exported model."""
+    if segment.expert is None:
+        return "--set model.base=FOLDER --set 'model.size={}'"
+    network = "transformer" if segment.expert.low else "transformer_2"  # the one for high noise comes first
+    return f"--set experts.{segment.expert.name}.base=FOLDER/{network}"
 
 
 def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[str], None]) -> None:

@@ -5,9 +5,10 @@ tensors. A shard is one safetensors file a rank that holds these parts by name, 
 pickle, and at another number of ranks each reads from the others' files what has become its own: nothing is converted.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,24 @@ class _Shards:
 
     def __exit__(self, *_: object) -> None:
         self._files.clear()
+
+
+@contextlib.contextmanager
+def saved_parameters(
+    folder: Path, averaged: bool
+) -> Iterator[tuple[Mapping[str, tuple[int, ...]], Callable[[str], Tensor]]]:
+    """Shapes, by name, of the parameters that a checkpoint's shards hold, and what reads one of them whole, float32.
+
+    With `averaged` its moving average, where one is kept, else its master. Needs no process group. Raises RuntimeError
+    for shards that are missing, damaged or of several checkpoints.
+    """
+    with _Shards(folder) as shards:
+        kind = AVERAGE if averaged and AVERAGE in shards.kinds else MASTER
+
+        def read(name: str) -> Tensor:
+            shape = shards.shapes[name]
+            whole = torch.empty(math.prod(shape))
+            shards.read_into(whole, f"{kind}/{name}", Part(name, shape, 0, 0, whole.numel(), 0, whole.numel()))
+            return whole.view(shape)
+
+        yield shards.shapes, read

@@ -1,48 +1,115 @@
 """Export: a run's weights and its encoders as one diffusers pipeline folder."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
 
+from domainshuttle.model.convert import MAX_SHARD_BYTES
 from domainshuttle.model.encoders import WanVideoEncoder, load_text_encoder, load_video_encoder, network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.model.weight_files import write_shards
 from domainshuttle.pipelines.errors import one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
+from domainshuttle.platform.checkpoint.resume import read_named
+from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.engine.hub import resolve_all
+from domainshuttle.platform.engine.initialization import blueprint
+from domainshuttle.platform.engine.sharded_state import saved_parameters
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import verified_digest
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What diffusers, transformers and safetensors raise for a folder that is missing, damaged or of something else."""
 
 
-def export_run(run: Run, folder: Path, stage: str | None = None, averaged: bool = True) -> str:
-    """Writes the pipeline of a finished stage (the last one unless named) and returns the stage's name.
+def export_run(
+    run: Run, folder: Path, stage: str | None = None, averaged: bool = True, checkpoint: str | None = None
+) -> str:
+    """Writes the pipeline of a finished stage (the last one unless named), or of a checkpoint; returns its name.
 
     With experts it holds all of them. Where a moving average of the weights was kept it is taken, unless `averaged` is
     False. The folder appears whole or not at all; one that is there is replaced if it is a pipeline. Raises ConfigError
-    when no stage is finished, or for a folder that holds something else, ChangedError for a stage whose weights were
-    changed since they were trained.
+    when no stage is finished, for a folder that holds something else and for a checkpoint whose frozen weights are not
+    there, CheckpointError for one that is not whole, ChangedError for weights that were changed since they were made.
     """
-    name, segments = _finished_stage(run, stage)
+    if stage and checkpoint:
+        raise ConfigError("--stage and --checkpoint: a checkpoint is of one stage, so give one of the two")
+    name, segments = (checkpoint, []) if checkpoint else _finished_stage(run, stage)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)  # where it can't be made, that is said at once
-    folders, boundary = _networks(segments, averaged)
-    for one in folders:
-        verified_digest(one, run.fingerprints)
-    pipeline: Any = assemble_pipeline(run.config, folders, boundary)
-    with atomic_folder(folder) as aside:
-        pipeline.save_pretrained(aside)
+    with contextlib.ExitStack() as stack:
+        if checkpoint:
+            network = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."))
+            )
+            folders, boundary = _networks_of(run, checkpoint, network, averaged)
+        else:
+            folders, boundary = _networks(segments, averaged)
+            for one in folders:
+                verified_digest(one, run.fingerprints)
+        pipeline: Any = assemble_pipeline(run.config, folders, boundary)
+        with atomic_folder(folder) as aside:
+            pipeline.save_pretrained(aside)
     return name
+
+
+def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[list[Path], float | None]:
+    """The same as `_networks`, of a checkpoint, whose own network is put together in the folder `network`."""
+    from domainshuttle.platform.generation.training_samples import networks_beside  # which imports this module
+
+    store = CheckpointStore.of(run.config, run.folder)
+    checkpoint = read_named(store, name, "--checkpoint")
+    segment = run.segment(checkpoint.state.segment)
+    design = blueprint(run.config.model_of(segment.expert), _origin_of(run, segment, checkpoint))
+    order = [(name, tuple(one.shape), torch.float32) for name, one in design.outline.named_parameters()]
+    frozen = design.weights()
+    try:
+        with saved_parameters(store.fetch(checkpoint), averaged) as (trained, read):
+            if strangers := trained.keys() - {name for name, _, _ in order}:
+                raise CheckpointError(f"checkpoint {name} has parameters that the model has not: {min(strangers)}")
+
+            def value(name: str) -> Tensor:
+                _, begun_with = next(frozen)
+                return read(name) if name in trained else begun_with.float()
+
+            write_shards(network, order, value, MAX_SHARD_BYTES)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {name} can't be exported: {one_line(error)}") from error
+    finally:
+        store.release(checkpoint)
+    design.outline.save_config(network)
+    return networks_beside(run, segment, network, resolve_all(run) if run.config.experts else {})
+
+
+def _origin_of(run: Run, segment: Segment, checkpoint: Checkpoint) -> WeightsOrigin:
+    """The weights that a checkpoint's frozen parameters come from. Raises ConfigError where they are not there."""
+    state = checkpoint.state
+    if state.base.startswith("hub:"):
+        return WeightsOrigin(state.origin, segment.seed, state.base.rpartition("@")[2], state.base)
+    for place in dict.fromkeys((segment.origin, state.origin)):  # where they are now, and where they were
+        if place is None or Path(place).is_dir():
+            origin = WeightsOrigin(place, segment.seed).identified(run.fingerprints)
+            if origin.identity == state.base:
+                return origin
+    raise ConfigError(
+        f"checkpoint {checkpoint.name} holds what is trained, and the rest comes from the weights {state.base}"
+        + (f" (of {state.origin})" if state.origin else "")
+        + f", which are not in {segment.origin or 'a new model of this seed'}: bring them back"
+    )
 
 
 def _finished_stage(run: Run, stage: str | None) -> tuple[str, list[Segment]]:

@@ -1,0 +1,152 @@
+"""A whole model from a checkpoint's shards and the frozen weights it names.
+
+Run: python -m pytest tests/platform/generation/test_export.py (with a trained run: -m slow)
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import in_process, weights
+from safetensors.torch import load_file, save_file
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.platform.checkpoint.backend import describe
+from domainshuttle.platform.checkpoint.resume import IncompatibleError, require_fit
+from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, write_manifest
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.engine.initialization import blueprint, build_model
+from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.generation.export import export_run
+from domainshuttle.platform.run.folder import Run, find_run
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
+
+NAME = "stage2-step00000003"
+FILE = Path("transformer") / "diffusion_pytorch_model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def run(tiny_yaml: Path, tmp_path: Path) -> Run:
+    made = Run.open(load_config(str(tiny_yaml), [f"output={tmp_path / 'runs'}"]))
+    stage1 = made.segment("stage1")
+    build_model(made.config.model, WeightsOrigin(None, 3)).save_pretrained(stage1.weights)
+    stage1.finish(4)
+    return made
+
+
+def begun_with(run: Run) -> Tensors:
+    return load_file(run.segment("stage1").weights / "diffusion_pytorch_model.safetensors")
+
+
+def save(run: Run, kinds: tuple[str, ...] = ("master",), base: str | None = None) -> dict[str, Tensors]:
+    """A checkpoint of stage2 of two ranks, written by hand; returns its values of each kind."""
+    segment, store = run.segment("stage2"), CheckpointStore.of(run.config)
+    outline = blueprint(run.config.model, WeightsOrigin(None, 0)).outline
+    shapes = {n: tuple(outline.get_parameter(n).shape) for n in select_trained(outline, segment.stage.trained).trained}
+    generator = torch.Generator().manual_seed(5)
+    values = {kind: {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()} for kind in kinds}
+    folder, files = store.place.local(NAME) / "zero", {}
+    folder.mkdir(parents=True)
+    header = {"layout": 1, "ranks": 2, "steps": 3, "kinds": sorted(kinds), "shapes": shapes}
+    for rank in range(2):
+        parts = {}
+        for kind, tensors in values.items():
+            for name, tensor in tensors.items():
+                halves = torch.chunk(tensor.flatten(), 2)
+                if rank < len(halves):
+                    parts[f"{kind}/{name}"] = halves[rank].clone()
+        path = folder / f"rank-{rank:05d}-of-00002.safetensors"
+        save_file(parts, path, {"state": json.dumps(header)})
+        files[f"zero/{path.name}"] = describe(path)
+    identity = WeightsOrigin(segment.origin).identified(run.fingerprints).identity
+    state = TrainingState(
+        "stage2", 3, segment.seed, 2, run.config.digest(), {"seed": 1}, {}, {}, base or identity, origin=segment.origin
+    )
+    write_manifest(store.place, state, NAME, files)
+    return values
+
+
+def same(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("kinds", [("master",), ("master", "ema")])
+def test_what_is_trained_is_the_shards_and_the_rest_what_it_began_with(
+    run: Run, tmp_path: Path, kinds: tuple[str, ...]
+) -> None:
+    values, before = save(run, kinds), begun_with(run)
+    taken = values[kinds[-1]]  # the moving average where one is kept
+    assert 0 < len(taken) < len(before)
+    assert export_run(run, tmp_path / "half-way", checkpoint=NAME) == NAME
+    same(load_file(tmp_path / "half-way" / FILE), before | taken)
+    export_run(run, tmp_path / "masters", checkpoint=NAME, averaged=False)
+    same(load_file(tmp_path / "masters" / FILE), before | values["master"])
+    assert not list(tmp_path.glob(".*"))  # nothing of the work is left
+    # and of a run that was moved the frozen weights are those beside it
+    moved = run.folder.rename(tmp_path / "moved")
+    export_run(find_run(moved), tmp_path / "again", checkpoint=str(moved / "checkpoints" / NAME))
+    same(load_file(tmp_path / "again" / FILE), before | taken)
+
+
+def test_a_new_run_can_begin_with_it_as_the_error_advises(run: Run, tmp_path: Path, tiny_yaml: Path) -> None:
+    class OtherOrder:
+        """As a feed whose data order is another."""
+
+        def plan(self) -> "OtherOrder":
+            return self
+
+        def check(self, _: object) -> None:
+            raise DataError("the data order is not the one this run began with: restore what changed")
+
+    values = save(run)
+    segment, checkpoint = run.segment("stage2"), CheckpointStore.of(run.config).read(NAME)
+    origin = WeightsOrigin(segment.origin).identified(run.fingerprints)
+    with pytest.raises(IncompatibleError) as raised:
+        require_fit(checkpoint, segment, origin, None, OtherOrder())  # type: ignore[arg-type]
+    command, overrides = re.findall(
+        r"domainshuttle (export .*?), and instead of --resume (.*?) and a name", str(raised.value)
+    )[0]
+    folder = tmp_path / "exported"
+    printed = in_process(*shlex.split(command.replace("FOLDER", str(folder))))
+    assert f"Exported {NAME}" in printed
+    given = [text for text in shlex.split(overrides.replace("FOLDER", str(folder))) if text != "--set"]
+    config = load_config(str(tiny_yaml), ["name=from-it", *given])
+    model = build_model(config.model, WeightsOrigin(config.model.base))
+    same(dict(model.state_dict()), begun_with(run) | values["master"])
+
+
+def test_what_can_not_be_exported_is_said(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--checkpoint stage2-step00000009: .* There are: none"):
+        export_run(run, tmp_path / "new", checkpoint="stage2-step00000009")
+    save(run, base="of others")
+    with pytest.raises(ConfigError, match="comes from the weights of others"):
+        export_run(run, tmp_path / "new", checkpoint=NAME)
+    with pytest.raises(ConfigError, match="--stage and --checkpoint"):
+        export_run(run, tmp_path / "new", "stage1", checkpoint=NAME)
+    shard = next((run.checkpoints / NAME / "zero").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        export_run(run, tmp_path / "new", checkpoint=NAME)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_the_last_checkpoint_of_a_stage_is_what_the_stage_exported(
+    unbroken: tuple[RunConfig, str], tmp_path: Path
+) -> None:
+    config, _ = unbroken
+    newest = CheckpointStore.of(config).newest("stage2")
+    assert newest is not None
+    in_process("export", config.run_folder, tmp_path / "last", "--checkpoint", newest.name)
+    found, expected = load_file(tmp_path / "last" / FILE), weights(config, "stage2")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor.numpy(), expected[name], atol=0, rtol=2**-8, err_msg=name)
