@@ -42,7 +42,8 @@ class RunRecord:
 
 
 def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
-    """All runs of the experiments, oldest first, without deleted ones.
+    """All runs of the experiments, oldest first, without deleted ones; of runs that began in the same millisecond,
+    a schedule's before those of its segments.
 
     Raises ServerAwayError when the server does not answer, and UnknownRecordError for an experiment it does not have.
     """
@@ -64,7 +65,8 @@ def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
             )
         known[found.experiment_id] = found.name
     runs = _pages(uri, partial(client.search_runs, list(known), order_by=["attributes.start_time ASC"]))
-    return [_record(run, known) for run in runs]
+    records = [_record(run, known) for run in runs]
+    return sorted(records, key=lambda run: (run.start, run.parent is not None, run.name, run.id))
 
 
 def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
