@@ -196,6 +196,10 @@ class TextEncoder:
         lengths = tokens.attention_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(hidden, lengths, strict=True)]
 
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a whole caption, of which `encode` takes at most text_len."""
+        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+
     def encode_padded(self, captions: list[str]) -> Tensor:
         """Features of captions as one batch [b, text_len, text_dim], zeros behind each caption's end."""
         return pad_text(self.encode(captions), self.text_len)

@@ -100,7 +100,7 @@ class _EncodingActor:
                     bad.append(BadSample(row.source, row.shard, row.key, fault_reason(sample)))
                     continue
                 writer.write(sample.key, sample.members())
-                infos[sample.key] = sample.info, row.bucket, len(sample.text)
+                infos[sample.key] = sample.info, row.bucket, len(sample.text), sample.whole_caption_tokens
         return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
 
 

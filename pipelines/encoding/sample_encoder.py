@@ -13,21 +13,15 @@ from torch import Tensor
 from domainshuttle.model.encoders import TextEncoder, VideoEncoder, load_text_encoder, load_video_encoder, network_dtype
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.augment import AugmentedView, apply_view, augmented_view
-from domainshuttle.pipelines.media.decode import (
-    DECODERS,
-    Pixels,
-    decode_image,
-    decode_video,
-    fit_reference,
-    fit_target,
-)
+from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
+from domainshuttle.pipelines.media.decode import DECODERS, Pixels, fit_reference
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.plan.pairing import single_pictures
 from domainshuttle.pipelines.quarantine import of_sample
 from domainshuttle.pipelines.sample import RawSample
-from domainshuttle.pipelines.shards.tar import read_members
 from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 TRANSFORM = (
@@ -62,6 +56,10 @@ class SampleEncoder:
     def picture(self, picture: Pixels) -> Tensor:
         """[H,W,3] uint8 to bf16 latents [16,h,w] on the CPU."""
         return self.target(picture[None])[:, 0]
+
+    def caption_tokens(self, caption: str) -> int:
+        """Tokens of a whole caption: more than it has states where it is cut to the encoder's length."""
+        return self._text.count_tokens(caption)
 
     def _caption(self, caption: str) -> Tensor:
         """bf16 states [l,d] on the CPU; the last captions' are kept, as they come again in each epoch."""
@@ -99,7 +97,7 @@ def encode_rows(
 
 def _decode_row(row: IndexRow, fps: float | None) -> _Decoded:
     with of_sample(f"{row.source}/{row.key}"):
-        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        sample = read_raw_sample(row)
         bucket = parse_bucket(row.bucket)
         target, pictures = decode_sample(sample, bucket, fps)
         # one view for the whole corpus: the pixels are gone when it is trained on
@@ -122,6 +120,7 @@ def _finished(
                 target=_bits(encoder.target(decoded.target)),
                 references=[_bits(encoder.picture(picture)) for picture in decoded.references],
                 text=_bits(encoder.caption(decoded.sample.info.caption)),
+                caption_tokens=encoder.caption_tokens(decoded.sample.info.caption),
                 views={number: _bits(encoder.picture(picture)) for number, picture in decoded.views.items()},
             )
     except DataError as error:
@@ -136,17 +135,15 @@ def decode_sample(sample: RawSample, bucket: Bucket, fps: float | None = None) -
 
 
 def decode_target(sample: RawSample, bucket: Bucket, fps: float | None = None) -> Pixels:
-    """The target [F,H,W,3], a clip sampled at `fps`, decoded and fitted to the bucket; raises DataError."""
-    name = f"{sample.key}.{sample.target_extension}"
-    if sample.info.kind == "video":
-        return decode_video(sample.target, bucket.frames, fps, name, fit=bucket)
-    return fit_target(decode_image(sample.target, name)[None], bucket)
+    """The target [F,H,W,3], a clip sampled at `fps`, decoded and fitted to the bucket; raises DataError, also where it
+    is not what key.json claims."""
+    return target_pixels(sample, bucket, fps)
 
 
 def decode_reference(sample: RawSample, number: int, bucket: Bucket, view: AugmentedView | None = None) -> Pixels:
-    """Reference `number` [H,W,3], altered where a view is given, decoded and fitted to the bucket; raises DataError."""
-    file = sample.info.references[number].file
-    picture = decode_image(sample.files[file], f"{sample.key}.{file}")
+    """Reference `number` [H,W,3], altered where a view is given, decoded and fitted to the bucket; raises DataError,
+    also where it is not what key.json claims."""
+    picture = reference_pixels(sample, number)
     return fit_reference(picture if view is None else apply_view(picture, view), bucket)
 
 

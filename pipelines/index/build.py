@@ -294,7 +294,7 @@ def _row(entry: ShardEntry, contents: dict[str, bytes], stage: str) -> IndexRow:
         check_files(entry.key, info, members)
         return IndexRow.of(entry, info, "")
     sample, bucket = check_tensors(entry.key, info, members, contents.get("safetensors", b""))
-    return IndexRow.of(entry, info, bucket, sample.text.shape[0])
+    return IndexRow.of(entry, info, bucket, sample.text.shape[0], sample.whole_caption_tokens)
 
 
 def _join(

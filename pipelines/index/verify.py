@@ -11,22 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from domainshuttle.pipelines.buckets import Bucket, frames_at, parse_bucket
+from domainshuttle.pipelines.buckets import frames_at, parse_bucket
 from domainshuttle.pipelines.errors import DataError, MissingError
 from domainshuttle.pipelines.index.folder import VERIFY_NAME, Skipped, beside, list_folder
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
+from domainshuttle.pipelines.index.samples import compare_with_index
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, IndexRow
-from domainshuttle.pipelines.media.decode import decode_image, decode_video
+from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
 from domainshuttle.pipelines.quarantine import BadSample, SampleFault, fault_kind, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
-from domainshuttle.pipelines.sample import Buffer, RawSample, SampleInfo
+from domainshuttle.pipelines.sample import Buffer, RawSample
 from domainshuttle.pipelines.shards.checks import check_files, check_finite, check_tensors, read_description
-from domainshuttle.pipelines.shards.tar import ShardCache, ShardEntry, check_shard_name, sample_checksum
+from domainshuttle.pipelines.shards.tar import ShardCache, check_shard_name, sample_checksum
 from domainshuttle.pipelines.storage.files import exists, read_ranges, size, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, redacted
 
@@ -197,7 +197,7 @@ def _within(row: IndexRow, held: int) -> bool:
 def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None, decode: bool) -> None:
     info = read_description(row.key, members, members.get("json", b""))
     check_files(row.key, info, members)
-    _compare(row, info, 0)
+    compare_with_index(row, info)
     bucket = parse_bucket(row.bucket)
     try:
         frames = frames_at(info.frames, info.fps, fps)
@@ -206,58 +206,19 @@ def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None
     if bucket.frames > frames or (bucket.frames == 1) != (frames == 1):
         raise SampleFault("wrong bucket", f"{row.key}: {frames} frames do not fill its bucket {bucket}")
     if decode:
-        _decode(RawSample.from_members(row.key, members), bucket, fps)
-
-
-def _decode(sample: RawSample, bucket: Bucket, fps: float | None) -> None:
-    info, target = sample.info, f"{sample.key}.{sample.target_extension}"
-    try:
-        if info.kind == "video":
-            size = decode_video(sample.target, 1, fps, target).shape[1:3]
-            # fitted, as training does: a clip of its full size may be gigabytes
-            decode_video(sample.target, bucket.frames, fps, target, fit=bucket)
-        else:
-            size = decode_image(sample.target, target).shape[:2]
-    except DataError as error:
-        raise SampleFault("undecodable target", str(error)) from error
-    _compare_size(target, size, info.size)
-    for reference in info.references:
-        name = f"{sample.key}.{reference.file}"
-        try:
-            size = decode_image(sample.files[reference.file], name).shape[:2]
-        except DataError as error:
-            raise SampleFault("undecodable reference", str(error)) from error
-        _compare_size(name, size, reference.size)
-
-
-def _compare_size(name: str, found: Sequence[int], said: Sequence[int]) -> None:
-    if tuple(found) != tuple(said):
-        raise SampleFault("wrong size", f"{name}: {found[0]}x{found[1]} pixels, key.json says {said[0]}x{said[1]}")
+        sample = RawSample.from_members(row.key, members)
+        # fitted, as training does: a clip of its full size may be gigabytes
+        target_pixels(sample, bucket, fps)
+        for number in range(len(info.references)):
+            reference_pixels(sample, number)
 
 
 def _verify_encoded(row: IndexRow, members: dict[str, memoryview], decode: bool) -> None:
     info = read_description(row.key, members, members.get("json", b""))
     data: Buffer = members.get("safetensors", b"")
     sample, bucket = check_tensors(row.key, info, members, data)
-    _compare(row, info, sample.text.shape[0])
+    compare_with_index(row, info, sample.text.shape[0], sample.whole_caption_tokens)
     if str(bucket) != row.bucket:
         raise SampleFault("wrong bucket", f"{row.key}: its latents are of {bucket}, the index says {row.bucket}")
     if decode:
         check_finite(sample)
-
-
-def _compare(row: IndexRow, info: SampleInfo, text_tokens: int) -> None:
-    """Whether a row says what its sample's description says."""
-    entry = ShardEntry(row.shard, row.key, row.members, row.checksum)
-    there = _comparable(IndexRow.of(entry, info, row.bucket, text_tokens))
-    held = _comparable(row)
-    if wrong := sorted(name for name in there if there[name] != held[name]):
-        name = wrong[0]
-        raise SampleFault(
-            "index differs", f"{row.key}: {name} is {held[name]!r} in the index and {there[name]!r} in the shard"
-        )
-
-
-def _comparable(row: IndexRow) -> dict[str, Any]:
-    values = {name: getattr(row, name) for name in SCHEMA.names if name not in ("members", "checksum")}
-    return {**values, "fps": None if row.fps is None else float(np.float32(row.fps))}

@@ -26,6 +26,7 @@ from domainshuttle.pipelines.encoding.sample_encoder import (
     decode_target,
     load_encoders,
 )
+from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.loading.buffers import Staging
 from domainshuttle.pipelines.loading.collate import ReadSample, check_tensor, collate, memory_tensor
 from domainshuttle.pipelines.loading.ray_source import unpacked
@@ -33,8 +34,6 @@ from domainshuttle.pipelines.loading.reader import Drawn, MicroBatch, Reader, Wo
 from domainshuttle.pipelines.media.augment import augmented_view
 from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
 from domainshuttle.pipelines.quarantine import BadSample
-from domainshuttle.pipelines.sample import RawSample
-from domainshuttle.pipelines.shards.tar import read_members
 from domainshuttle.pipelines.shards.tensors import tensor_views
 
 
@@ -53,7 +52,7 @@ class RawReader(Reader[ReadSample, TrainingBatch]):
     def read_sample(self, drawn: Drawn) -> ReadSample:
         """One sample, encoded; raises DataError, or what a decoder does, where it can't be read, decoded or fitted."""
         row, pairing, encoder = drawn.row, drawn.pairing, self._encoder
-        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        sample = read_raw_sample(row)
         bucket = parse_bucket(row.bucket)
         target = encoder.target(decode_target(sample, bucket, self._fps[row.corpus]))
         check_tensor(target, bucket.latent_shape, f"{row.source}/{row.key}: target")

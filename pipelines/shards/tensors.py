@@ -3,6 +3,8 @@
 numpy has no bf16, so an array of bf16 values is held as its bit patterns in `uint16`.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,8 +20,9 @@ class EncodedSample:
     """An encoded sample; all arrays are bf16 bit patterns in uint16.
 
     `target` [16, f, h, w] latents, `references` a list of [16, h, w] latents in the order of `info.references`, `text`
-    [l, d] the text encoder's states without padding, `views` [16, h, w] latents of altered references by their number.
-    Raises DataError on another dtype, rank or count.
+    [l, d] the text encoder's states without padding, `views` [16, h, w] latents of altered references by their number,
+    `caption_tokens` how many the whole caption has, where it was cut (0: it was not, or nobody counted). Raises
+    DataError on another dtype, rank or count.
     """
 
     key: str
@@ -28,6 +31,12 @@ class EncodedSample:
     references: list[np.ndarray]
     text: np.ndarray
     views: Mapping[int, np.ndarray] = field(default_factory=dict)
+    caption_tokens: int = 0
+
+    @property
+    def whole_caption_tokens(self) -> int:
+        """Tokens of the whole caption: those of `text`, or more where it was cut."""
+        return max(self.caption_tokens, len(self.text))
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -57,7 +66,8 @@ class EncodedSample:
 
     def to_bytes(self) -> bytes:
         """The bytes of `key.safetensors`: the same for equal contents, data aligned to 64 bytes."""
-        return write_safetensors(self.tensors())
+        cut = self.caption_tokens > len(self.text)
+        return write_safetensors(self.tensors(), {_CAPTION_TOKENS: str(self.caption_tokens)} if cut else None)
 
     def members(self) -> dict[str, Buffer]:
         """The members to write into a shard, `json` first."""
@@ -82,7 +92,9 @@ class EncodedSample:
         arrays = {n: np.frombuffer(view.buffer, np.uint16).reshape(view.shape) for n, view in views.items()}
         references = [arrays[f"reference.{number}"] for number in range(count)]
         own_views = {number: arrays[f"view.{number}"] for number in altered}
-        return cls(key, info, arrays["target"], references, arrays["text"], own_views)
+        tokens = _metadata(data).get(_CAPTION_TOKENS, "")
+        counted = int(tokens) if isinstance(tokens, str) and re.fullmatch(r"\d{1,9}", tokens) else 0
+        return cls(key, info, arrays["target"], references, arrays["text"], own_views, counted)
 
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, Buffer]) -> "EncodedSample":
@@ -100,13 +112,24 @@ class TensorView:
     buffer: memoryview
 
 
-def write_safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
+_CAPTION_TOKENS = "caption_tokens"
+
+
+def write_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """Safetensors bytes of bf16 bit patterns (uint16 arrays), the data aligned to 64 bytes.
 
     Written here because the library's numpy side has no bf16.
     """
-    header = tensor_header((name, "BF16", array.shape) for name, array in tensors.items())
+    header = tensor_header(((name, "BF16", array.shape) for name, array in tensors.items()), metadata)
     return b"".join((header, *(np.ascontiguousarray(array).tobytes() for array in tensors.values())))
+
+
+def _metadata(data: Buffer) -> dict[str, object]:
+    """What a safetensors buffer, whose header was read, says beside its tensors."""
+    whole = memoryview(data).cast("B")
+    header = json.loads(bytes(whole[8 : 8 + int.from_bytes(whole[:8], "little")]))
+    found = header.get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 def tensor_views(data: Buffer, where: str = "safetensors") -> dict[str, TensorView]:

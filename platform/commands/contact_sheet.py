@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.table import Index, IndexRow
 from domainshuttle.pipelines.media.augment import apply_view, augmented_view
-from domainshuttle.pipelines.media.decode import Pixels, decode_image, decode_video, fit_reference, fit_target
+from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
+from domainshuttle.pipelines.media.decode import Pixels, fit_reference
 from domainshuttle.pipelines.plan.pairing import choose_references
 from domainshuttle.pipelines.sample import RawSample
-from domainshuttle.pipelines.shards.tar import read_members
 
 HEAD, LABEL, GAP, SPACE = 32, 22, 14, 2
 """Pixels above the sheet and above each row, for what is written there; beside a group of columns, and a cell."""
@@ -72,12 +73,12 @@ def draw_sheet(index: Index, samples: int, side: int = 128) -> Image.Image:
 def _row(row: IndexRow, fps: float | None) -> _Row:
     label = f"{row.key}  {row.bucket}  {', '.join(row.subjects)}"
     try:
-        sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
+        sample = read_raw_sample(row)
     except DataError as error:
         return _Row(label, ([error], [], []))
     bucket = parse_bucket(row.bucket)
     try:
-        clip = _target(sample, bucket, fps)
+        clip = target_pixels(sample, bucket, fps)
         target: list[Cell] = [clip[0], clip[len(clip) // 2], clip[-1]] if len(clip) > 1 else [clip[0]]
     except DataError as error:
         target = [error]
@@ -90,17 +91,9 @@ def _row(row: IndexRow, fps: float | None) -> _Row:
     return _Row(f"{label}: {' '.join(sample.info.caption.split())}", (target, set_a, set_b))
 
 
-def _target(sample: RawSample, bucket: Bucket, fps: float | None) -> Pixels:
-    name = f"{sample.key}.{sample.target_extension}"
-    if sample.info.kind == "video":
-        return decode_video(sample.target, bucket.frames, fps, name, fit=bucket)
-    return fit_target(decode_image(sample.target, name)[None], bucket)
-
-
 def _reference(sample: RawSample, row: IndexRow, number: int, bucket: Bucket, altered: bool) -> Cell:
-    file = sample.info.references[number].file
     try:
-        picture = decode_image(sample.files[file], f"{sample.key}.{file}")
+        picture = reference_pixels(sample, number)
     except DataError as error:
         return error
     if altered:
