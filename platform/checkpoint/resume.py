@@ -154,10 +154,10 @@ def require_fit(
             f"checkpoint {name} has other trained parameters than segment {segment.name}, whose patterns are "
             f"{segment.stage.trained}: restore `trained` and the model of the run that wrote it"
         )
-    if state.step > segment.stage.steps:
+    if state.step > segment.stage.duration.planned_steps:
         raise IncompatibleError(
             f"checkpoint {name} has done {state.step} steps, and segment {segment.name} has only "
-            f"{segment.stage.steps}: raise its `steps`, or name an earlier checkpoint"
+            f"{segment.stage.duration.planned_steps}: raise its `steps`, or name an earlier checkpoint"
         )
     try:
         feed.plan().check(state.plan)

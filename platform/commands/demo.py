@@ -68,7 +68,7 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     source.write_text(config.to_yaml())
     run, exported, evaluation = Run(config), folder / "exported", folder / "evaluation"
     last = config.stages[-1]
-    middle = last.steps // 2
+    middle = last.duration.planned_steps // 2
     timer = Timer({})
     timer.run("Build the corpora", "data", "build", str(source))
     timer.run("Encode them", "data", "encode", str(source))

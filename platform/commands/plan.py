@@ -30,13 +30,17 @@ def print_plan(config: RunConfig) -> None:
         passes = tokens = "unknown"
         if not set(stage.mixture) & set(missing):
             plan = plans[segment.name] = make_feed(config, segment).plan().describe()
-            passes = "by hours" if stage.endless else f"{stage.steps / plan['steps_per_epoch']:.2f}"
+            passes = (
+                "by hours"
+                if stage.duration.steps is None
+                else f"{stage.duration.planned_steps / plan['steps_per_epoch']:.2f}"
+            )
             tokens = f"{plan['mean_video_tokens']:.0f}"
         weight = stage.loss.cross_pair_weight
         rows.append(
             [
                 segment.name,
-                f"{stage.steps:,}" if stage.gpu_hours is None else f"{stage.gpu_hours:g} GPU-hours",
+                f"{stage.duration.planned_steps:,}" if stage.gpu_hours is None else f"{stage.gpu_hours:g} GPU-hours",
                 str(stage.global_batch),
                 stage.shown_mixture,
                 passes,

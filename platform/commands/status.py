@@ -138,7 +138,7 @@ _LOSSES = ("loss/flow", "loss/cross_pair")
 
 def _end(segment: Segment) -> str:
     """Where a stage ends: at a step, or only when its hours are used."""
-    if segment.stage.endless and not segment.finished:
+    if segment.stage.duration.steps is None and not segment.finished:
         return f"those in {segment.stage.gpu_hours:g} GPU-hours"
     return str(segment.last_step)
 

@@ -16,7 +16,7 @@ from typing_extensions import is_typeddict
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
-from domainshuttle.platform.config.schema import ConfigError, RunConfig, nearest
+from domainshuttle.platform.config.schema import HORIZON, ConfigError, RunConfig, nearest
 from domainshuttle.platform.config.yaml_text import YamlError, read_value, read_yaml
 
 
@@ -26,7 +26,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     Folders come out absolute, since Ray workers run elsewhere. Raises ConfigError with every fault found.
     """
     text, origin = _read(source)
-    content = read_mapping(text, origin)
+    content = _of_today(read_mapping(text, origin))
     for override in overrides or []:
         _override(content, override)
     _refuse_keys(content, origin)
@@ -42,7 +42,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 def read_config(path: Path) -> RunConfig:
     """The configuration that a run saved of itself (`RunConfig.to_yaml`). Raises ConfigError for one that is damaged
     or that this version can't run."""
-    return _checked(read_mapping(read_text(path), str(path)), str(path))
+    return _checked(_of_today(read_mapping(read_text(path), str(path))), str(path))
 
 
 def read_mapping(text: str, origin: str) -> dict[str, Any]:
@@ -54,6 +54,21 @@ def read_mapping(text: str, origin: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         kind = "nothing" if content is None else "a list" if isinstance(content, list) else "a single text"
         raise ConfigError(f"{origin} holds {kind}, not a mapping of configuration keys")
+    return content
+
+
+def _of_today(content: dict[str, Any]) -> dict[str, Any]:
+    """What earlier versions saved, as this one would.
+
+    A stage that only its hours end had a million steps; such a file also says that there are no `samples`, which no one
+    types and which is left out today.
+    """
+    stages = content.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        if not isinstance(stage, dict) or stage.get("gpu_hours") is None:
+            continue
+        if stage.get("steps") == str(HORIZON) and "samples" in stage and stage["samples"] is None:
+            stage["steps"] = None
     return content
 
 

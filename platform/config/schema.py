@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -195,6 +196,25 @@ class LossSection(Section):
     cross_pair_target: Literal["stop_gradient", "snapshot"] = "stop_gradient"
 
 
+@dataclass(frozen=True)
+class Duration:
+    """How long a stage is trained: to a number of steps, or until it has used so many device-hours; what comes first.
+
+    One of them is given.
+    """
+
+    steps: int | None
+    hours: float | None
+
+    @property
+    def planned_steps(self) -> int:
+        """For how many steps the data are planned: where only the hours end the stage, more than they last for."""
+        return HORIZON if self.steps is None else self.steps
+
+
+HORIZON = 1_000_000
+
+
 class StageSection(Section):
     """A segment of the schedule."""
 
@@ -211,7 +231,9 @@ class StageSection(Section):
         description='corpus name to the filter of its samples, such as "seconds >= 2 and scores.aesthetic > 4.5"; '
         "the others are left out",
     )
-    steps: Steps = Field(description="optimiser steps, at most where gpu_hours ends the stage before")
+    steps: Steps | None = Field(
+        None, description="optimiser steps, at most where gpu_hours ends the stage before; none: only the hours do"
+    )
     samples: Count | None = Field(None, description="instead of steps: samples trained on, rounded up to a step")
     gpu_hours: Hours | None = Field(None, description="ends the stage when it has used so many device-hours")
     global_batch: Batch = Field(description="samples of one optimiser step over all workers")
@@ -242,15 +264,14 @@ class StageSection(Section):
         return ", ".join(f"{name}: {weight:g}" for name, weight in self.weights.items())
 
     @property
-    def endless(self) -> bool:
-        """Whether only its hours end it."""
-        return self.steps == _ENDLESS
+    def duration(self) -> Duration:
+        """How long it is trained."""
+        return Duration(self.steps, self.gpu_hours)
 
     @model_validator(mode="before")
     @classmethod
-    def _duration(cls, content: Any) -> Any:
-        """Steps follow from samples; by hours alone a stage has a bound that nobody reaches."""
-        if not isinstance(content, dict) or "steps" in content:
+    def _steps_of_samples(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("steps") is not None:
             return content
         if content.get("samples") is not None:
             try:
@@ -258,7 +279,7 @@ class StageSection(Section):
             except (KeyError, TypeError, ValueError, ArithmeticError):
                 steps = 1  # their own faults are told
             return {**content, "steps": max(steps, 1)}
-        return {**content, "steps": _ENDLESS} if content.get("gpu_hours") is not None else content
+        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> "StageSection":
@@ -266,7 +287,9 @@ class StageSection(Section):
             raise ValueError(
                 f"steps={self.steps} and samples={self.samples} with global_batch={self.global_batch} differ: give one"
             )
-        if self.final_learning_rate is not None and self.endless:
+        if self.steps is None and self.gpu_hours is None:
+            raise ValueError("steps: missing: say how long it is trained, by `steps`, `samples` or `gpu_hours`")
+        if self.final_learning_rate is not None and self.steps is None:
             raise ValueError("final_learning_rate needs an end that is known: give steps or samples beside gpu_hours")
         if self.weight_decay * self.learning_rate >= 1:
             raise ValueError(
@@ -289,10 +312,6 @@ class StageSection(Section):
             for text in self.where.values():
                 RowFilter.columns(text)
         return self
-
-
-_ENDLESS = 1_000_000
-"""Steps of a stage that only its GPU-hours end."""
 
 
 class ExpertSection(Section):
@@ -655,14 +674,26 @@ class RunConfig(Section):
     def _decisive(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude=_RESUMABLE_CHANGES)
         content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
+        return self._with_planned_steps(content)
+
+    def _with_planned_steps(self, content: dict[str, Any]) -> dict[str, Any]:
+        """With the steps that earlier versions noted of a stage that only its hours end: runs keep their digests."""
+        for stage, section in zip(content["stages"], self.stages, strict=True):
+            stage["steps"] = section.duration.planned_steps
         return content
 
     def flattened(self) -> dict[str, Any]:
         """Dotted keys to values, as MLflow's params have them."""
-        return dict(_flatten(self.model_dump(mode="json")))
+        return dict(_flatten(self._with_planned_steps(self.model_dump(mode="json"))))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        """The resolved configuration, as a run saves it of itself; of a stage's duration only what is given."""
+        content = self.model_dump(mode="json")
+        for stage in content["stages"]:
+            for key in ("steps", "samples", "gpu_hours"):
+                if stage[key] is None:
+                    del stage[key]
+        return yaml.safe_dump(content, sort_keys=False, width=120)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -324,7 +324,7 @@ class SegmentParams:
         return cls(
             stage=stage.name,
             number=segment.number,
-            steps=stage.steps,
+            steps=stage.duration.planned_steps,
             global_batch=stage.global_batch,
             learning_rate=stage.learning_rate,
             trained=", ".join(stage.trained),

@@ -181,6 +181,10 @@ def _track(run: Run, result: IdentityResult, files: list[Path]) -> None:
     last = run.segments()[-1]
     tracker = Tracker(RunIds.from_dict(saved, run.config.tracking_uri), run.spool)
     values = {"own": result.own, "other": result.other, "chance": result.chance, "target": result.target}
-    tracker.log({f"evaluation/identity_{name}": value for name, value in values.items()}, last.stage.steps, last.name)
+    tracker.log(
+        {f"evaluation/identity_{name}": value for name, value in values.items()},
+        last.stage.duration.planned_steps,
+        last.name,
+    )
     for path in files:
         tracker.artifact(path.absolute(), "evaluation", last.name)

@@ -54,7 +54,7 @@ def _left(segment: Segment, done: int, rate: float | None, used: float, devices:
     stage, ends = segment.stage, []
     if stage.gpu_hours is not None:
         ends.append(max(0.0, stage.gpu_hours - used) * 3600 / devices)
-    if rate is not None and not stage.endless:
+    if rate is not None and stage.duration.steps is not None:
         ends.append(max(0, segment.last_step - done) * rate)
     return min(ends, default=None)
 

@@ -56,7 +56,7 @@ class Segment:
         Noted without weights, they were lost, and its last checkpoint has them: they are exported again, not trained.
         """
         noted = self.weights / STEPS_NAME
-        return int(noted.read_text()) if noted.exists() else self.stage.steps
+        return int(noted.read_text()) if noted.exists() else self.stage.duration.planned_steps
 
     def end_at(self, steps: int) -> None:
         """Notes after how many steps it ends."""
@@ -84,7 +84,7 @@ def learning_rate(stage: StageSection, step: int) -> float:
     warm = min(1.0, (step + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
     if stage.final_learning_rate is None:
         return stage.learning_rate * warm
-    along = min(1.0, step / stage.steps)
+    along = min(1.0, step / stage.duration.planned_steps)
     span = stage.learning_rate - stage.final_learning_rate
     return warm * (stage.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * along)))
 

@@ -263,7 +263,7 @@ class Monitor:
         self._steps += 1
         self._keys = []
         self.losses.keep()  # nothing, where it was dropped
-        if (step + 1) % self._due and step + 1 != self.segment.stage.steps:
+        if (step + 1) % self._due and step + 1 != self.segment.stage.duration.planned_steps:
             return
         metrics = self.losses.reduce()
         if not self.main:
@@ -382,7 +382,7 @@ class Monitor:
         content = {
             "segment": self.segment.name,
             "step": step,
-            "steps": self.segment.stage.steps,
+            "steps": self.segment.stage.duration.planned_steps,
             "first_step": self.first_step,
             "attempt": self.number,
             "state": state,

@@ -71,14 +71,14 @@ class Sampler:
         earlier attempt has made.
         """
         section = self.config.sampling
-        if section is None or (step % section.every and step != self.segment.stage.steps):
+        if section is None or (step % section.every and step != self.segment.stage.duration.planned_steps):
             return False
         wanted = [self._log is not None and self._wanted(step)]
         dist.broadcast_object_list(wanted)
         return wanted[0]
 
     def _wanted(self, step: int) -> bool:
-        if step == self.segment.stage.steps:
+        if step == self.segment.stage.duration.planned_steps:
             self.finish()  # the last samples are the ones to compare
         self.poll(at_once=True)
         if self._out(step).exists():
