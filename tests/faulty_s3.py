@@ -138,6 +138,10 @@ class Proxy:
 
 class Front(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that gave up, as many tests want
+
     request_queue_size = 64  # a connection more than that would be taken up a second later
 
 
