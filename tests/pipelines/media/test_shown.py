@@ -313,6 +313,60 @@ def test_pictures_whose_pixels_are_not_square_are_refused() -> None:
         decode_image(data.getvalue())
 
 
+def tiff(turned: int, kind: int) -> bytes:
+    """EXIF with nothing but an orientation, as SHORT (3) or LONG (4)."""
+    value = struct.pack("<HH", turned, 0) if kind == 3 else struct.pack("<I", turned)
+    return b"II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHI", 0x0112, kind, 1) + value + bytes(4)
+
+
+def oriented(place: str, turned: int) -> bytes:
+    """SCENE with its orientation said in some place."""
+    exif, data = tiff(turned, 4 if place.endswith("LONG") else 3), io.BytesIO()
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>'
+    ) % turned
+    kind = place.split()[0]
+    if kind != "PNG":
+        note = {"xmp": xmp} if place.endswith("XMP") else {"exif": b"Exif\0\0" + exif}
+        Image.fromarray(SCENE).save(data, kind, **note)
+        return data.getvalue()
+    Image.fromarray(SCENE).save(data, "PNG")
+    raw = b"\nexif\n%8d\n" % (len(exif) + 6) + (b"Exif\0\0" + exif).hex().encode() + b"\n"
+    late = {
+        "PNG before": chunk(b"eXIf", exif),
+        "PNG after": chunk(b"eXIf", exif),
+        "PNG raw profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+        "PNG raw APP1": chunk(b"zTXt", b"Raw profile type APP1\0\0" + zlib.compress(raw)),
+        "PNG XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }[place]
+    made = data.getvalue()
+    at = made.rindex(b"IEND") - 4 if place == "PNG after" else made.index(b"IDAT") - 4
+    return made[:at] + late + made[at:]
+
+
+@pytest.mark.parametrize("turned", [2, 3, 6, 8])
+@pytest.mark.parametrize(
+    "place",
+    ["JPEG", "JPEG LONG", "JPEG XMP", "WEBP", "WEBP LONG", "WEBP XMP", "PNG before", "PNG after", "PNG raw profile",
+     "PNG raw APP1", "PNG XMP"],
+)  # fmt: skip
+def test_an_orientation_is_obeyed_wherever_pillow_finds_it(place: str, turned: int) -> None:
+    data = oriented(place, turned)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    found = decode_image(data)
+    assert found.shape == upright.shape and np.abs(found.astype(int) - upright).max() <= 4
+    if "raw APP1" not in place:
+        assert (upright.shape[0] == 96) == (turned > 4)  # that Pillow does find it
+        assert (
+            np.abs(
+                found.astype(int)
+                - np.asarray(Image.open(io.BytesIO(oriented(place, 1))).convert("RGB").resize(found.shape[1::-1]))
+            ).mean()
+            > 10
+        )
+
+
 @pytest.mark.parametrize("frame", [(32, 32), (32, 48)])
 def test_references_are_fitted_alike_in_training_and_generation(frame: tuple[int, int]) -> None:
     bucket = parse_bucket(f"1x{frame[0]}x{frame[1]}")
