@@ -105,15 +105,23 @@ def check_reachable(address: str, timeout: float = 3.0) -> None:
 
 def check_port(port: int) -> None:
     """Raises ClusterError when another program listens on a port of this machine."""
+    if (error := _taken(port)) is not None:
+        others = (*range(port + 1, 1 << 16), *range(1024, port))
+        free = next(other for other in others if _taken(other) is None)
+        raise ClusterError(
+            f"port {port} is busy: another program listens on it. Choose another with "
+            f"--set cluster.dashboard_port={free}, or none with --set cluster.dashboard_port=null"
+        ) from error
+
+
+def _taken(port: int) -> OSError | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ClusterError(
-                f"port {port} is busy: another program listens on it. Choose another with "
-                f"--set cluster.dashboard_port={port + 1}, or none with --set cluster.dashboard_port=null"
-            ) from error
+            return error
+    return None
 
 
 def quiet_ray() -> None:

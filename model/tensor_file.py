@@ -79,11 +79,14 @@ def tensor_extents(
 
 
 def tensor_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    compact: bool = True,
 ) -> bytes:
     """The beginning of a safetensors file of these tensors (name, dtype, shape), whose bytes follow without gaps.
 
-    They begin at a multiple of 64. The same tensors give the same bytes.
+    They begin at a multiple of 64; without `compact`, of 8, and there are spaces in the header. The same tensors give
+    the same bytes, in every version: digests cover them.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -91,6 +94,6 @@ def tensor_header(
         end = position + ITEM_SIZES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text = json.dumps(header, separators=(",", ":") if compact else None).encode()
+    text += b" " * (-(8 + len(text)) % (_ALIGNMENT if compact else 8))
     return len(text).to_bytes(8, "little") + text

@@ -171,8 +171,10 @@ def _write_file(
 ) -> int:
     """Write one safetensors file; returns the bytes of its tensors."""
     partial = path.with_name(path.name + ".partial")
+    entries = [(name, _NAMES[dtype], shape) for name, shape, dtype in shard]
     with partial.open("wb") as file:
-        file.write(tensor_header([(name, _NAMES[dtype], shape) for name, shape, dtype in shard], {"format": "pt"}))
+        # not compact, as the first version wrote it: weights that are exported again have the digest that they had
+        file.write(tensor_header(entries, {"format": "pt"}, compact=False))
         for name, shape, dtype in shard:
             tensor = read(name)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:

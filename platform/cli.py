@@ -238,7 +238,7 @@ def checkpoints(
 def flush(
     run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it gives up.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:
     """Send to MLflow what a run could not send while its server was away. A run that goes on does so by itself."""
     from domainshuttle.platform.commands.flush import flush_run

@@ -28,7 +28,7 @@ from domainshuttle.pipelines.loading.device_prefetch import on_device
 from domainshuttle.pipelines.loading.encoded import EncodedReader
 from domainshuttle.pipelines.loading.reader import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN, accepted_share
 from domainshuttle.pipelines.sample import READ_AHEAD
 
 logger = logging.getLogger(__name__)
@@ -139,9 +139,13 @@ class Loader(Generic[B]):
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
             raise TooManyBadError(
                 f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "
-                f"{self.quarantine}, then repair the corpus or encode it again; or accept more with "
-                "--set loader.most_bad=..."
+                f"{self.quarantine}, then repair the corpus or encode it again{self._accept()}"
             )
+
+    def _accept(self) -> str:
+        """How to go on all the same: with twice the share, as it varies. A run can't accept all samples to be bad."""
+        share = accepted_share(2 * self.bad / self.read)
+        return f"; or accept more with --set loader.most_bad={share}" if float(share) < 1 else ""
 
     def _write(self) -> None:
         """Adds what is not written yet to the quarantine table, whole lines only; a full disk ends no step."""

@@ -56,7 +56,7 @@ def choose_start(
             raise IncompatibleError(
                 f"checkpoint {chosen.name} was trained with another configuration (digest "
                 f"{chosen.state.config_digest}, here {config_digest}): give this run a name of its own (--set "
-                f"name=...), go on from it all the same with --resume {chosen.name}, or begin with --resume none"
+                f"name=NAME), go on from it all the same with --resume {chosen.name}, or begin with --resume none"
             )
         return chosen
     chosen = read_named(store, resume, "--resume", segment)
@@ -81,7 +81,7 @@ def require_resumable(run: Run, store: CheckpointStore, resume: str, chosen: Seq
         if len(finished) == len(chosen):
             raise CheckpointError(
                 f"--resume none: {_stages(finished)} {of_run} finished, so nothing is left to begin anew: give the run "
-                "a name of its own (--set name=...), or remove all that it has made with --fresh"
+                f"a name of its own (--set name={run.next_name()}), or remove all that it has made with --fresh"
             )
         return
     checkpoint = read_named(store, resume, "--resume", checksums=False)
@@ -164,7 +164,7 @@ def require_fit(
     except DataError as error:
         raise IncompatibleError(
             f"checkpoint {name}: {error}, or begin a new run with its weights: {_export_command(checkpoint)}, and "
-            f"instead of --resume {_base_override(segment)} and a name of its own (--set name=...)"
+            f"instead of --resume {_base_override(segment)} and a name of its own (--set name=NAME)"
         ) from error
 
 

@@ -179,7 +179,7 @@ def _require_begun_alike(plan: Plan, config: RunConfig) -> None:
         raise ConfigError(
             f"run {config.name!r} of the ablation in {plan.folder} was begun with another configuration: "
             f"{differences(before.decisive(), config.decisive())}. Restore it, give this one a folder of its own "
-            f"(--set output=...), or remove {plan.folder}"
+            f"(--set output=FOLDER), or remove {plan.folder}"
         )
 
 

@@ -149,7 +149,7 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
     if outcome == "budget spent":
         console.print(
             f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
-            "with it, raise the budget: --set budget_gpu_hours=..."
+            f"with it, raise the budget: --set budget_gpu_hours={2 * config.budget_gpu_hours:g}"
         )
         return STOPPED
     if outcome == "stopped":

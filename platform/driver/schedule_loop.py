@@ -7,6 +7,7 @@ is followed by the next start.
 
 import dataclasses
 import functools
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,10 +146,7 @@ class Schedule:
             segment.name, first, checkpoint.where if checkpoint else None, time.time_ns(), self._skipped(segment)
         )
         if first < segment.last_step and start.last_trained(segment.last_step) is None:
-            raise DivergedError(
-                f"stage {segment.name}: all of its steps were bad: "
-                f"{_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
-            )
+            raise DivergedError(f"stage {segment.name}: all of its steps were bad: {self._go_on(segment)}")
         return start
 
     def _choose(self, segment: Segment, resume: str) -> Checkpoint | None:
@@ -224,7 +222,7 @@ class Schedule:
         if end.kind is End.DIVERGED:
             raise DivergedError(
                 f"stage {end.segment}: the update of step {end.step} left weights whose loss is not finite or far "
-                f"above the median: {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+                f"above the median: {self._go_on(segment)}"
             )
         if end.kind is End.ROLLED_BACK:
             self._refuse_to_go_in_circles(segment)
@@ -243,10 +241,19 @@ class Schedule:
             raise DivergedError(
                 f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
                 f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or "
-                f"guard.most_rollbacks; or {_GO_ON.format(stage=segment.stage.name, run=self.run.folder)}"
+                f"guard.most_rollbacks; or {self._go_on(segment)}"
             )
         self._echo(
             f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now skipped (samples in {where})"
+        )
+
+    def _go_on(self, segment: Segment) -> str:
+        """What helps a run that diverged."""
+        stage = segment.stage
+        return (
+            "go on from an earlier checkpoint with a lower learning rate, as a run of its own: --set "
+            f"name={self.run.next_name()} --set stages.{stage.name}.learning_rate={stage.learning_rate / 2:g} --resume "
+            f"PATH; domainshuttle checkpoints {shlex.quote(str(self.run.folder))} lists them"
         )
 
     def _handle_fault(self, error: BaseException) -> None:
@@ -296,12 +303,6 @@ class Schedule:
         if attempts:  # none where the workers never came to their first line
             text = f"{fault.what} (step {attempts[-1].last} was reached)"
             tag_segment(self.run, segment.name, f"restart.{len(attempts)}", text)
-
-
-_GO_ON = (
-    "go on from an earlier checkpoint with a lower learning rate, as a run of its own: --set name=... --set "
-    "stages.{stage}.learning_rate=... --resume PATH; domainshuttle checkpoints {run} lists them"
-)
 
 
 @dataclass(frozen=True)

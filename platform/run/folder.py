@@ -71,8 +71,8 @@ class Run:
             raise ConfigError(
                 f"run {self.config.name!r} in {self.folder} was started with another configuration: "
                 f"{differences(saved.decisive(), self.config.decisive())}. Give this one a name of its own (--set "
-                "name=...), to go on from a checkpoint of the other with --resume PATH besides; or start it anew "
-                "with --fresh"
+                f"name={self.next_name()}), to go on from a checkpoint of the other with --resume PATH besides; or "
+                "start it anew with --fresh"
             )
 
     @property

@@ -150,5 +150,5 @@ def _held_run(folder: Path, holder: dict[str, Any]) -> str:
     return (
         f"the run in {folder} is being trained by {who}. Look at it with `domainshuttle status {folder}`; stop it with "
         f"a checkpoint by `{remedy}` (or `ray job stop`) and start again when it has ended; or train under a name of "
-        "its own: --set name=..."
+        "its own: --set name=NAME"
     )

@@ -17,6 +17,7 @@ from domainshuttle.model.file_mode import save_tensors, umask
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
+from domainshuttle.model.weight_files import write_shards
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o002, 0o077], ids=oct)
@@ -79,3 +80,18 @@ def test_all_files_of_a_pipeline_and_of_a_network_have_the_mode_of_the_json_besi
     assert {mode(path) for path in [*written, *tmp_path.rglob("*.json")]} == {0o666 & ~mask}
     assert mode(kept) == 0o600
     assert len(DomainShuttleTransformer3DModel.from_pretrained(tmp_path / "network").state_dict()) > 10
+
+
+def test_the_bytes_of_written_weights_are_those_of_every_version(tmp_path: Path) -> None:
+    """Digests of weights cover a file's header too: with another space, a stage that is exported again would be refused
+    by the checkpoints that began with it."""
+    tensors = {"b": torch.arange(6, dtype=torch.float32).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+    order = [(name, tuple(one.shape), one.dtype) for name, one in tensors.items()]
+    (path,) = write_shards(tmp_path, order, tensors.__getitem__, 1 << 20)
+    header = (
+        b'{"__metadata__": {"format": "pt"}, "b": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, '
+        b'"a": {"dtype": "BF16", "shape": [3], "data_offsets": [24, 30]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    data = tensors["b"].numpy().tobytes() + tensors["a"].view(torch.int16).numpy().tobytes()
+    assert path.read_bytes() == len(header).to_bytes(8, "little") + header + data

@@ -152,9 +152,14 @@ def test_every_kind_of_damage_is_named_and_substituted(corpus: Path, tmp_path: P
 def test_more_bad_samples_than_allowed_end_the_run(corpus: Path, tmp_path: Path) -> None:
     one = feed(corpus)
     loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q")  # type: ignore[arg-type, var-annotated]
-    with pytest.raises(TooManyBadError, match=r"samples could not be read, more than 1%: see .*q, then repair"):
+    with pytest.raises(
+        TooManyBadError, match=r"samples could not be read, more than 1%: see .*q, then repair"
+    ) as raised:
         list(loader)
     assert (tmp_path / "q").exists()
+    accepted = float(str(raised.value).partition("--set loader.most_bad=")[2])
+    again = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q", most_bad=accepted)  # type: ignore[arg-type, var-annotated]
+    assert len(list(again)) == 1
 
 
 def test_a_quarantine_table_that_can_not_be_written_ends_no_step(corpus: Path, tmp_path: Path) -> None:

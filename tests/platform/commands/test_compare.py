@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -212,6 +213,21 @@ def test_the_page_has_the_newest_samples_of_every_run(uri: str, tmp_path: Path) 
     shown = [key for key, data in pictures.items() if data in page]
     assert shown == [("one", 2), ("one", 3), ("two", 2), ("two", 3)]
     assert page.count("s2, step 100</span>") == 2
+
+
+def test_pictures_that_can_not_be_read_leave_the_rest_of_the_page(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by a client without access to where a server keeps them."""
+    open_schedule(uri, "away", "one", {"lr": "1"}, {}, tmp_path / "one")
+    (store,) = [row.run for row in compare.compare(uri, ["away"])]
+    database = sqlite3.connect(uri.removeprefix("sqlite:///"))
+    with database:
+        database.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", ("foo://away/artifacts", store.id))
+    rows = compare.compare(uri, ["away"])
+    page = compare_page.write_page(uri, rows, curves.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html")
+    assert "The pictures of <b>one</b> are left out:" in page.read_text()
+    assert "The pictures of one are left out of the page:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_hours_between_two_looks_at_the_ledger_are_drawn_as_a_line() -> None:
