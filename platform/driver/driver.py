@@ -147,9 +147,10 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
             f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
         )
     if outcome == "budget spent":
+        budget = config.budget_gpu_hours or 0.0
         console.print(
-            f"The budget of {config.budget_gpu_hours:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
-            f"with it, raise the budget: --set budget_gpu_hours={2 * config.budget_gpu_hours:g}"
+            f"The budget of {budget:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
+            f"with it, raise the budget: --set budget_gpu_hours={2 * budget:g}"
         )
         return STOPPED
     if outcome == "stopped":
