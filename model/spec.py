@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Architecture of one expert; the names are those of ``DomainShuttleTransformer3DModel``'s arguments."""
+    """Architecture of one expert; names and defaults are those of ``DomainShuttleTransformer3DModel``'s arguments.
 
-    num_layers: int
-    num_attention_heads: int
-    attention_head_dim: int
-    ffn_dim: int
+    Raises:
+        ValueError: for values that no network has.
+    """
+
+    num_layers: int = 40
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    ffn_dim: int = 13824
     text_dim: int = 4096
     text_len: int = 512
     freq_dim: int = 256
@@ -35,6 +39,29 @@ class ModelSpec:
     num_experts: int = 1
     boundary: float | None = None
     """Timestep t' at which the high-noise expert hands over to the low-noise one; None with one expert."""
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value, least = getattr(self, name), 0 if name == "max_references" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if len(self.patch_size) != 3 or not all(type(size) is int and size > 0 for size in self.patch_size):
+            raise ValueError(f"patch_size is {self.patch_size!r}; expected frames, rows and columns, each at least 1")
+        if self.attention_head_dim % 2:
+            raise ValueError(f"attention_head_dim is {self.attention_head_dim}; RoPE turns pairs of channels")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {allowed}")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """The size of a network by its arguments, or its ``config.json``; what a spec does not know is passed over.
+
+        Raises:
+            ValueError: for values that no network has.
+        """
+        known = {name: value for name, value in config.items() if name in SPEC_FIELDS}
+        return cls(**known | {"patch_size": tuple(config.get("patch_size", cls.patch_size))})
 
     @property
     def dim(self) -> int:
@@ -174,6 +201,10 @@ class ModelSpec:
         return block + self.num_layers * tokens * self.dim * {"bfloat16": 2, "float32": 4}[dtype]
 
 
+_HINTS = get_type_hints(ModelSpec)
+SPEC_FIELDS = frozenset(field.name for field in fields(ModelSpec))
+_SIZES = [field.name for field in fields(ModelSpec) if _HINTS[field.name] is int]
+_CHOICES = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
 _KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
 """Bytes that one block keeps for a token, for each of its width and of its hidden width: counted on the network."""
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8,
@@ -76,6 +77,39 @@ def tensor_extents(
             raise
         raise TensorFileError(f"{where}: unreadable safetensors header ({error!r}); the file is corrupt") from error
     return extents
+
+
+def file_extents(path: Path) -> dict[str, TensorExtent]:
+    """Where the tensors of one safetensors file lie; raises ValueError for one that is damaged."""
+    with path.open("rb") as file:
+
+        def read(offset: int, size: int) -> bytes:
+            file.seek(offset)
+            return file.read(size)
+
+        try:
+            return tensor_extents(read, path.stat().st_size, path.name)
+        except TensorFileError as error:
+            raise ValueError(f"{path} is damaged or is cut off: {error}; fetch it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder; those that its index names, if it has one.
+
+    Raises:
+        FileNotFoundError: when there is none, or the index names one that is not there.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{indices[0]} names {len(missing)} files that are not there: {missing}")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors file in {folder}: give the folder that holds the weights")
+    return files
 
 
 def tensor_header(

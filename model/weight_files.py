@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from domainshuttle.model.tensor_file import TensorFileError, tensor_extents, tensor_header
+from domainshuttle.model.tensor_file import file_extents, tensor_header, weight_files
 
 STEM = "diffusion_pytorch_model"
 _DTYPES = {
@@ -55,7 +55,7 @@ class WeightReader:
     def __init__(self, folder: Path) -> None:
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[Path, BinaryIO] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             for name, info in _read_header(path).items():
                 if name in self.infos:
                     raise ValueError(f"{name} is both in {self.infos[name].path.name} and in {path.name} of {folder}")
@@ -86,33 +86,9 @@ class WeightReader:
         self._files.clear()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; those that its index names, if it has one."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{indices[0]} names {len(missing)} files that are not there: {missing}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors file in {folder}: give the folder that holds the weights")
-    return files
-
-
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file."""
-    with path.open("rb") as file:
-
-        def read(offset: int, size: int) -> bytes:
-            file.seek(offset)
-            return file.read(size)
-
-        try:
-            extents = tensor_extents(read, path.stat().st_size, path.name)
-        except TensorFileError as error:
-            raise ValueError(f"{path} is damaged or is cut off: {error}; fetch it again") from error
+    extents = file_extents(path)
     for name, one in extents.items():
         if one.dtype not in _DTYPES:
             raise ValueError(f"{name} in {path} has type {one.dtype}; supported are {', '.join(_DTYPES)}")

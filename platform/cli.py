@@ -163,7 +163,7 @@ def plan(
     """Show what a run would train: stages, data, buckets with their tokens, trained parameters and losses."""
     settings = _load(config, set_)
     from domainshuttle.platform.commands.plan import print_parameters, print_plan
-    from domainshuttle.platform.engine.zero3 import deepspeed_configs
+    from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 
     if parameters:
         print_parameters(settings)

@@ -116,9 +116,18 @@ def test_model_knows_no_ray_and_spec_no_torch() -> None:
     assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "model" / "spec.py")}
 
 
-@pytest.mark.parametrize("module", ["pipelines.loading.ray_source", "platform.config.loading"])
-def test_what_ray_loads_into_its_controllers_brings_no_torch(module: str) -> None:
-    """It would cost each of four processes seconds at every start of the workers."""
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pipelines.loading.ray_source",
+        "platform.config.loading",
+        "platform.driver.driver",
+        "platform.commands.plan",
+        "platform.engine.trained_parameters",
+    ],
+)
+def test_controllers_and_what_checks_a_configuration_bring_no_torch(module: str) -> None:
+    """It would cost each of Ray's processes seconds at every start of the workers, and the driver its first answer."""
     code = f"import sys, domainshuttle.{module}; print({{'torch', 'deepspeed', 'mlflow'}} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == "set()"

@@ -10,8 +10,8 @@ from domainshuttle.platform.commands import compare, compare_page, curves
 from domainshuttle.platform.commands.ablation import Plan, result_of
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
-from domainshuttle.platform.engine.initialization import outline_model
-from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import trained_of
 from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
@@ -66,10 +66,11 @@ def read_result(plan: Plan, name: str) -> VariantResult | None:
 
 def count_parameters(config: RunConfig) -> tuple[int, int]:
     """All parameters of a configuration's model, and those that any of its stages trains."""
-    outline = outline_model(config.model)
-    sizes = {name: parameter.numel() for name, parameter in outline.named_parameters()}
-    trained = {name for stage in config.stages for name in select_trained(outline, stage.trained).trained}
-    return sum(sizes.values()), sum(sizes[name] for name in trained)
+    size = model_size(config.model)
+    trained: dict[str, int] = {}
+    for stage in config.stages:
+        trained |= trained_of(size, stage.trained).trained
+    return size.parameters(), sum(trained.values())
 
 
 def report(plan: Plan) -> None:

@@ -22,6 +22,7 @@ from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_run
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
@@ -182,8 +183,6 @@ def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
 
 def write_deepspeed_configs(run: Run) -> list[Path]:
     """What the engine derives for DeepSpeed, for people: a JSON file a stage in the run's folder."""
-    from domainshuttle.platform.engine.zero3 import deepspeed_configs
-
     folder = run.folder / "deepspeed"
     folder.mkdir(exist_ok=True)
     paths = []

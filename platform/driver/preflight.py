@@ -1,7 +1,6 @@
 """What is checked before anything is made or a cluster is asked for anything."""
 
 import shlex
-from typing import TYPE_CHECKING
 
 from domainshuttle.model.encoder_sources import text_width
 from domainshuttle.pipelines.errors import DataError
@@ -13,10 +12,9 @@ from domainshuttle.pipelines.storage.files import exists, open_parquet, read_byt
 from domainshuttle.pipelines.storage.uri import join, redacted
 from domainshuttle.platform.config.schema import ConfigError, EngineSection, ExpertSection, RunConfig, nearest
 from domainshuttle.platform.console import console
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import TrainedParameters, trained_of
 from domainshuttle.platform.run.folder import Run
-
-if TYPE_CHECKING:
-    from domainshuttle.platform.engine.trained_parameters import TrainedParameters
 
 
 def missing_corpora(config: RunConfig) -> list[str]:
@@ -116,19 +114,15 @@ def require_model(config: RunConfig) -> None:
     selected_parameters(config)
 
 
-def selected_parameters(config: RunConfig) -> "dict[str, TrainedParameters]":
+def selected_parameters(config: RunConfig) -> dict[str, TrainedParameters]:
     """Which parameters each segment trains, of a model that is not built; raises as `require_model`."""
-    from domainshuttle.platform.engine.initialization import outline_model  # brings torch and diffusers along
-    from domainshuttle.platform.engine.trained_parameters import select_trained
-
     _require_backends(config.engine)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
-    outlines = {expert: outline_model(config.model_of(expert)) for expert in experts}
-    for outline in outlines.values():
-        _require_fit(config, outline.config["text_dim"], outline.config["max_references"])
+    sizes = {expert: model_size(config.model_of(expert)) for expert in experts}
+    for size in sizes.values():
+        _require_fit(config, size.text_dim, size.max_references)
     return {
-        segment.name: select_trained(outlines[segment.expert], segment.stage.trained)
-        for segment in Run(config).segments()
+        segment.name: trained_of(sizes[segment.expert], segment.stage.trained) for segment in Run(config).segments()
     }
 
 

@@ -24,8 +24,8 @@ from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import resolve_all
-from domainshuttle.platform.engine.initialization import outline_model
-from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, select_trained
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, trained_of
 from domainshuttle.platform.run.data import make_feed, require_unchanged
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
@@ -165,8 +165,8 @@ class Schedule:
     def _selected(self, segment: Segment) -> TrainedParameters:
         if segment.name not in self._selections:
             first = next(one for one in self.run.segments() if one.expert == segment.expert)
-            outline = outline_model(self._config.model_of(segment.expert), self._origins[first.name])
-            self._selections[segment.name] = select_trained(outline, segment.stage.trained)
+            size = model_size(self._config.model_of(segment.expert), self._origins[first.name])
+            self._selections[segment.name] = trained_of(size, segment.stage.trained)
         return self._selections[segment.name]
 
     def _require_origin(self, segment: Segment) -> None:

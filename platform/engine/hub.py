@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from domainshuttle.model.convert import expert_folders
+from domainshuttle.model.layouts import expert_folders
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from domainshuttle.model.convert import outline_transformer, stream_transformer
+from domainshuttle.model.convert import stream_transformer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from domainshuttle.pipelines.errors import one_line
-from domainshuttle.platform.config.schema import ConfigError, ModelSection
-from domainshuttle.platform.engine.hub import description_folder, require_as_downloaded, resolve, weights_folder
+from domainshuttle.platform.config.schema import ModelSection
+from domainshuttle.platform.engine.hub import require_as_downloaded, weights_folder
+from domainshuttle.platform.engine.model_size import readable_model
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
-
-
-class MissingWeightsError(ConfigError, FileNotFoundError):
-    """A model's folder without its weights."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,8 @@ def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
     # of a Wan these are ours to choose; a model that was trained with references knows its own
     overrides: dict[str, Any] = section.choices if origin.place == section.base else {}
     folder = weights_folder(origin)
-    try:
+    with readable_model(folder):
         outline, stream = stream_transformer(folder, **overrides)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of files that are damaged, or others'
-        kind = MissingWeightsError if isinstance(error, FileNotFoundError) else ConfigError
-        raise kind(f"the weights in {folder} do not make a model: {one_line(error)}") from error
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         if origin.kind == "hub":
@@ -70,24 +63,6 @@ def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
 def build_model(section: ModelSection, origin: WeightsOrigin) -> DomainShuttleTransformer3DModel:
     """The whole transformer of a blueprint, on the CPU in float32."""
     return blueprint(section, origin).build()
-
-
-def outline_model(section: ModelSection, origin: WeightsOrigin | None = None) -> DomainShuttleTransformer3DModel:
-    """A model's parameters without their memory, to check a configuration by; of a base on the hub only its
-    `config.json` is fetched. `origin` is that of the base, where it is resolved already.
-
-    Raises ConfigError for a size that no model can have, and as `blueprint` for a base.
-    """
-    if section.base is not None:
-        origin = origin or resolve(section.base)
-        if origin.kind == "folder":
-            return blueprint(section, origin).outline
-        return outline_transformer(description_folder(origin), **section.choices)
-    try:
-        with torch.device("meta"):
-            return _construct(section)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ConfigError(f"model.size can't be built: {error}") from error
 
 
 def _construct(section: ModelSection) -> DomainShuttleTransformer3DModel:

@@ -1,13 +1,17 @@
 """Which parameters a stage trains, by patterns of their names."""
 
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
-
+from domainshuttle.model.spec import ModelSpec
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.report.text import Records
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,30 @@ class TrainedParameters:
         return sum(self.frozen.values())
 
 
-def select_trained(model: nn.Module, patterns: list[str]) -> TrainedParameters:
-    """Freezes what no pattern names. Raises ConfigError for a pattern that names nothing."""
+def trained_of(spec: ModelSpec, patterns: list[str]) -> TrainedParameters:
+    """Which parameters of a model of this size the patterns name; raises as `match_parameters`."""
+    return match_parameters({name: math.prod(shape) for name, shape in spec.parameter_shapes().items()}, patterns)
+
+
+def select_trained(model: "nn.Module", patterns: list[str]) -> TrainedParameters:
+    """Freezes what no pattern names; raises as `match_parameters`."""
+    selected = match_parameters({name: one.numel() for name, one in model.named_parameters()}, patterns)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in selected.trained)
+    return selected
+
+
+def match_parameters(sizes: Mapping[str, int], patterns: list[str]) -> TrainedParameters:
+    """Which parameters, of these sizes by name, the patterns name. Raises ConfigError for a pattern that names none."""
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     used: set[str] = set()
-    for name, parameter in model.named_parameters():
+    for name, size in sizes.items():
         hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
         used.update(hits)
-        parameter.requires_grad_(bool(hits))
-        (trained if hits else frozen)[name] = parameter.numel()
+        (trained if hits else frozen)[name] = size
     if unused := [pattern for pattern in patterns if pattern not in used]:
-        groups = sorted({group_name(name) for name in [*trained, *frozen]})
+        groups = sorted({group_name(name) for name in sizes})
         raise ConfigError(
             f"trained: {unused} name no parameter; the model has: {', '.join(groups)} (write * for a block's number)"
         )

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from domainshuttle.model.convert import MAX_SHARD_BYTES
 from domainshuttle.model.mot import DomainMoTBlock
 from domainshuttle.model.weight_files import write_shards
-from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection
+from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
 from domainshuttle.platform.engine.initialization import Blueprint
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
 from domainshuttle.platform.run.segments import learning_rate
@@ -46,46 +47,6 @@ class StepResult:
     """Global norm before clipping."""
     skipped: bool
     """Whether the gradients were not finite, so that nothing was changed."""
-
-
-def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours: there is no second file to keep in step."""
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": stage.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": stage.gradient_clipping,
-        # what is trained is float32 for DeepSpeed: the model's layers round it for their products (mixed_precision.py)
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": stage.learning_rate,
-                "betas": list(stage.betas),
-                "weight_decay": stage.weight_decay,
-                # torch's own: DeepSpeed's would be compiled on the spot, for which each node needs CUDA's compiler
-                "torch_adam": True,
-                "fused": on_gpu,
-            },
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_param_persistence_threshold": engine.persistent_parameters,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-            # of float32: half of DeepSpeed's default, as many bytes; the demo's gigabyte would never be filled
-            "reduce_bucket_size": 250_000_000 if on_gpu else 1_000_000,
-        },
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if not on_gpu:
-        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 1_000_000
-    if engine.offload_optimizer:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    return config
 
 
 class Engine:
@@ -409,12 +370,3 @@ def build_cpu_operator() -> None:
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
     ShareMemCommBuilder().load(verbose=False)
-
-
-def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
-    on_gpu, configs = config.cluster.gpus_per_worker > 0, {}
-    for stage in config.stages:
-        accumulation = stage.global_batch // (config.worker_sizes(stage)[-1] * stage.micro_batch)
-        configs[stage.name] = deepspeed_config(stage, config.engine, accumulation, on_gpu)
-    return configs

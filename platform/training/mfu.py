@@ -1,7 +1,6 @@
 """How much of a device's arithmetic the model uses: FLOPs of the batches against what the device can do at most."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -38,8 +37,7 @@ class Utilization:
 
     def __init__(self, config: Mapping[str, Any], trained: Sequence[str], peak: float | None = None) -> None:
         """`config` is the transformer's; `trained` are patterns of parameters; `peak` in FLOP/s, None: the device's."""
-        known = {entry.name for entry in fields(ModelSpec)}
-        spec = ModelSpec(**{name: value for name, value in config.items() if name in known})
+        spec = ModelSpec.of(config)
         self._peak = peak_flops() if peak is None else peak
         self._flops = 0
 

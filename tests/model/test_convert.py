@@ -15,13 +15,12 @@ from torch import Tensor
 
 from domainshuttle.model.convert import (
     convert_checkpoint,
-    expert_folders,
     from_release,
     from_wan,
     load_transformer,
-    release_name,
     to_release,
 )
+from domainshuttle.model.layouts import expert_folders, release_name
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]

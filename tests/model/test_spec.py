@@ -41,7 +41,32 @@ def test_needs_no_torch() -> None:
 
 def test_config_holds_every_argument_of_the_network() -> None:
     arguments = inspect.signature(DomainShuttleTransformer3DModel.__init__).parameters
-    assert set(TINY.transformer_config()) == set(arguments) - {"self"}
+    defaults = {name: one.default for name, one in arguments.items() if name != "self"}
+    assert ModelSpec().transformer_config() == defaults
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"num_layers": 0},
+        {"num_layers": "2"},
+        {"num_attention_heads": 2.0},
+        {"attention_head_dim": 13},
+        {"ffn_dim": True},
+        {"text_dim": -1},
+        {"max_references": -1},
+        {"patch_size": (1, 2)},
+        {"patch_size": (1, 2, 0)},
+        {"reference_gate": "wide"},
+        {"reference_projections": "none"},
+        {"reference_rope": "spiral"},
+        {"timestep_angles": "float16"},
+    ],
+)
+def test_a_size_that_no_network_has_is_refused(value: dict[str, Any]) -> None:
+    (name,) = value
+    with pytest.raises(ValueError, match=name):
+        ModelSpec.of(TINY.transformer_config() | value)
 
 
 @pytest.mark.parametrize(

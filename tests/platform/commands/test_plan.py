@@ -11,7 +11,7 @@ from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.commands.plan import print_parameters
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.console import console
-from domainshuttle.platform.engine.zero3 import deepspeed_configs
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 
 
 def test_every_parameter_is_listed_as_trained_or_frozen(

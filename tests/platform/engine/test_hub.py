@@ -17,14 +17,16 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from domainshuttle.model.spec import ModelSpec
+from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.commands.plan import print_plan
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, ModelSection, RunConfig
 from domainshuttle.platform.console import console
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 from domainshuttle.platform.engine.hub import resolve, resolve_all, weights_folder
-from domainshuttle.platform.engine.initialization import blueprint, build_model, outline_model
-from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.engine.zero3 import deepspeed_configs
+from domainshuttle.platform.engine.initialization import blueprint, build_model
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import trained_of
 from domainshuttle.platform.generation.training_samples import networks_beside
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints
@@ -162,15 +164,18 @@ def test_a_configuration_is_checked_by_the_description_alone(hub: Hub) -> None:
     folder = hub.commit("maker/wan", OLD) / "transformer"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(WAN))
-    outline = outline_model(ModelSection(base="maker/wan"))
-    assert sum(p.numel() for p in outline.parameters()) == ModelSpec.preset("wan2.1-t2v-14b").parameters()
+    size = model_size(ModelSection(base="maker/wan"))
+    with torch.device("meta"):
+        network = DomainShuttleTransformer3DModel(**size.transformer_config())
+    shapes = {name: tuple(one.shape) for name, one in network.named_parameters()}
+    assert size.parameter_shapes() == shapes == ModelSpec.preset("wan2.1-t2v-14b").parameter_shapes()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         blueprint(ModelSection(base="maker/wan"), resolve("maker/wan"))
 
 
 @pytest.mark.parametrize("origin", ["./no/folder", "/weights/wan", "wan", "maker/wan@", "nobody/nothing", "a/b/../c"])
 def test_an_origin_that_is_nowhere_is_one_clear_error(origin: str, hub: Hub) -> None:
-    for ask in (resolve, lambda base: outline_model(ModelSection(base=base))):
+    for ask in (resolve, lambda base: model_size(ModelSection(base=base))):
         with pytest.raises(ConfigError, match="is no folder, and"):
             ask(origin)
 
@@ -207,7 +212,7 @@ def test_the_shipped_recipes_are_the_papers(
         assert len(stage.mixture) == (4 if first else 3) and not stage.weights
         frames = {bucket.frames for name in stage.mixture for bucket in recipe.corpora[name].parsed_buckets}
         assert frames == ({1} if first else {49, 81})
-        selected = select_trained(outline_model(recipe.model_of(segment.expert)), stage.trained)
+        selected = trained_of(model_size(recipe.model_of(segment.expert)), stage.trained)
         assert selected.trained_count == spec.parameters(stage.trained)
         assert selected.trained_count + selected.frozen_count == spec.parameters()
         parts = {name: name in selected.trained for name in (*selected.trained, *selected.frozen)}

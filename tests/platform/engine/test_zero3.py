@@ -31,10 +31,11 @@ from domainshuttle.platform.config.schema import (
     StageSection,
 )
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
 from domainshuttle.platform.engine.hub import resolve
-from domainshuttle.platform.engine.initialization import blueprint, build_model, outline_model
+from domainshuttle.platform.engine.initialization import blueprint, build_model
+from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.engine.zero3 import deepspeed_config
 from domainshuttle.platform.run.segments import learning_rate
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
@@ -200,15 +201,12 @@ def test_a_kept_attention_is_not_computed_again() -> None:
 
 def test_a_size_that_no_model_has_is_refused_before_a_cluster_is_asked() -> None:
     section = load_config("demo").model
-    outline = outline_model(section)
-    assert outline is not None
-    assert all(parameter.is_meta for parameter in outline.parameters())
-    assert {n: p.shape for n, p in outline.named_parameters()} == {
-        n: p.shape for n, p in build_model(section, WeightsOrigin(None, 1)).named_parameters()
+    assert model_size(section).parameter_shapes() == {
+        name: tuple(one.shape) for name, one in build_model(section, WeightsOrigin(None, 1)).named_parameters()
     }
     for size in ({**section.size, "num_leyers": 3}, {**section.size, "reference_rope": "spiral"}):
         with pytest.raises(ConfigError, match=r"model.size can't be built.*(num_leyers|reference_rope)"):
-            outline_model(section.model_copy(update={"size": size}))
+            model_size(section.model_copy(update={"size": size}))
 
 
 def test_a_base_is_loaded_in_every_layout(tmp_path: Path) -> None:
@@ -237,9 +235,9 @@ def test_the_blueprint_of_a_base_has_no_memory_and_reads_one_tensor_at_a_time(tm
     first, _ = next(stream)
     order = [first, *(name for name, _ in stream)]
     assert order == [name for name, _ in made.outline.named_parameters()]
-    outline = outline_model(section)
-    assert outline is not None
-    assert [name for name, _ in outline.named_parameters()] == order
+    assert model_size(section).parameter_shapes() == {
+        name: tuple(one.shape) for name, one in made.outline.named_parameters()
+    }
     # two experts are no base
     shutil.copytree(tmp_path / "pipeline" / "transformer", tmp_path / "pipeline" / "transformer_2")
     with pytest.raises(ConfigError, match=r"two experts: name one of .*transformer and .*transformer_2"):

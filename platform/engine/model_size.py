@@ -1,0 +1,48 @@
+"""The size of the model that a configuration means, known without torch: of its base no weight is read."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.model.layouts import described_spec, stored_spec
+from domainshuttle.model.spec import ModelSpec
+from domainshuttle.pipelines.errors import one_line
+from domainshuttle.platform.config.schema import ConfigError, ModelSection
+from domainshuttle.platform.engine.hub import description_folder, resolve, weights_folder
+from domainshuttle.platform.run.weights_origin import WeightsOrigin
+
+
+class MissingWeightsError(ConfigError, FileNotFoundError):
+    """A model's folder without its weights."""
+
+
+def model_size(section: ModelSection, origin: WeightsOrigin | None = None) -> ModelSpec:
+    """The size to check a configuration by; of a base on the hub only its `config.json` is fetched, of a folder the
+    names and shapes of its weights are compared. `origin` is that of the base, where it is resolved already.
+
+    Raises ConfigError for a size that no model can have, and for a base that does not make one.
+    """
+    if section.base is None:
+        arguments: dict[str, Any] = {**section.size, **section.choices}
+        try:
+            return ModelSpec(**arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.size can't be built: {error}") from error
+    origin = origin or resolve(section.base)
+    with readable_model(section.base):
+        if origin.kind == "folder":
+            return stored_spec(weights_folder(origin), **section.choices)
+        return described_spec(description_folder(origin), **section.choices)
+
+
+@contextlib.contextmanager
+def readable_model(folder: Path | str) -> Iterator[None]:
+    """Raises ConfigError, or MissingWeightsError, for a folder whose files do not make a model when it is read."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of files that are damaged, or others'
+        kind = MissingWeightsError if isinstance(error, FileNotFoundError) else ConfigError
+        raise kind(f"the weights in {folder} do not make a model: {one_line(error)}") from error
