@@ -29,6 +29,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.run.weights_digest import sizes_digest
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
+from domainshuttle.platform.training.device_memory import memory_error
 from domainshuttle.platform.training.loss_guard import LossGuard
 from domainshuttle.platform.training.mfu import Utilization
 from domainshuttle.platform.training.monitor import Monitor, Stop
@@ -198,7 +199,11 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> S
         # no failure to Ray, since another start would meet the same full disk
         return monitor.close(done, End.UNSAVED, str(error))
     except BaseException as error:
-        monitor.fail(error)
+        states = engine.device_bytes if engine is not None else None
+        memory = memory_error(error, config, stage, rank, monitor.at, states)
+        monitor.fail(memory or error)
+        if memory is not None:
+            raise memory from error
         raise
     finally:
         if snapshot is not None:

@@ -121,9 +121,7 @@ def everything(model: Any) -> dict[str, Tensor]:
 
     partition = model._partition
     found = {
-        f"{kind}/{name}": partition.gather(name, kind).clone()
-        for kind in partition._flats()
-        for name in partition.parts
+        f"{kind}/{name}": partition.gather(name, kind).clone() for kind in partition.flats() for name in partition.parts
     }
     for name, parameter in model._engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):

@@ -17,6 +17,7 @@ from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.training.device_memory import DeviceMemoryError
 
 FINAL = (ConfigError, IncompatibleError, TooManyBadError)
 """Errors that starting the workers again does not mend."""
@@ -142,6 +143,8 @@ _NAMES = {
 def _words(error: BaseException, who: str) -> str:
     """A line that says what happened to `who`, and what helps."""
     text = str(error)
+    if isinstance(error, DeviceMemoryError):
+        return text
     if named := re.search(r"class_name: (?:ray::)?(\w+)", text):
         who = _NAMES.get(named[1], who)
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text or "out of memory" in text.lower():

@@ -82,7 +82,7 @@ class Partition:
         """Applied steps, which Adam's bias correction counts; None before the first."""
         return int(self._states[0]["step"]) if self._states[0] else None
 
-    def _flats(self) -> dict[str, list[Tensor]]:
+    def flats(self) -> dict[str, list[Tensor]]:
         """The flat tensors of every kind that there is."""
         flats = {MASTER: self._masters}
         if self.steps is not None:
@@ -95,7 +95,7 @@ class Partition:
 
     def release(self) -> None:
         """Empties masters and optimiser states, and lets go of the average."""
-        for flats in self._flats().values():
+        for flats in self.flats().values():
             for flat in flats:
                 flat.grad = None  # with offload the masters have them
                 flat.untyped_storage().resize_(0)
@@ -116,7 +116,7 @@ class Partition:
     def gather(self, name: str, kind: str = MASTER) -> Tensor:
         """A parameter's whole master, state or average, float32 in its shape; all ranks must call."""
         part = self.parts[name]
-        mine = self._flats()[kind][part.group].narrow(0, part.offset, part.padded)
+        mine = self.flats()[kind][part.group].narrow(0, part.offset, part.padded)
         mine = mine.to(self._optimizer.fp16_partitioned_groups_flat[part.group].device)
         whole = mine.new_empty(part.padded * self.ranks)
         dist.all_gather_into_tensor(whole, mine)
@@ -129,7 +129,7 @@ class Partition:
 
         The memory is used again by the snapshot after the write; while it is not written, the next takes its own.
         """
-        flats, steps = self._flats(), self.steps
+        flats, steps = self.flats(), self.steps
         host = self._spare.pop() if self._spare else {}
         for kind, each in flats.items():
             if kind not in host:
@@ -183,7 +183,7 @@ class Partition:
                     place = flat.device if optimizer.defaults["fused"] else "cpu"
                     step = torch.tensor(float(shards.steps), device=place)
                     optimizer.state[flat] = {"step": step} | {kind: torch.zeros_like(flat.detach()) for kind in STATES}
-            for kind, flats in self._flats().items():
+            for kind, flats in self.flats().items():
                 if kind not in shards.kinds:
                     continue
                 for part in self.parts.values():

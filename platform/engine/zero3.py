@@ -147,6 +147,18 @@ class Engine:
         """Whether a moving average of the weights is kept."""
         return self._decay is not None
 
+    def device_bytes(self) -> int:
+        """Bytes that weights, gradients and optimiser states take of this rank's device between two steps."""
+        parameters = list(self._engine.module.parameters())
+        of_parameters = [
+            tensor for one in parameters for tensor in (one, one.ds_tensor, one.grad) if tensor is not None
+        ]
+        held = [*of_parameters, *_tensors_in([vars(self._optimizer), self._partition.flats()])]
+        storages = {
+            one.untyped_storage().data_ptr(): one.untyped_storage() for one in held if one.device == self.device
+        }
+        return sum(storage.nbytes() for storage in storages.values())
+
     def checkpoint_bytes(self, trained: int) -> int:
         """About how many bytes all ranks write of so many trained parameters: master and two moments, and average."""
         return trained * 4 * (4 if self.averages else 3)

@@ -103,6 +103,8 @@ class Monitor:
         self._failed_saves = sum(line["segment"] == segment.name for line in failed)
         self._progress = ProgressFile(run.progress_path)
         self.done = start.first_step
+        self.at: MicroBatch[TrainingBatch] | None = None
+        """The micro-batch that is worked at; None while the next is loaded."""
         now = clock()
         process = psutil.Process().create_time()
         self._start = {**job.times, "process": process, "imports": now} if first else {"before": now}
@@ -169,7 +171,8 @@ class Monitor:
         """The same micro-batches; the time until each is there counts as waiting for data."""
         while True:
             with self.measure("waiting"):
-                batch = next(batches, None)
+                self.at = None
+                self.at = batch = next(batches, None)
             if batch is None:
                 return
             yield batch

@@ -157,7 +157,13 @@ def test_every_key_that_a_text_names_is_one() -> None:
     assert len(found) > 20
 
 
-VALUES = {"budget_gpu_hours": "2.5", "loader.most_bad": "0.3", "learning_rate": "1e-5", "name": "other-2"}
+VALUES = {
+    "budget_gpu_hours": "2.5",
+    "loader.most_bad": "0.3",
+    "learning_rate": "1e-5",
+    "micro_batch": "8",
+    "name": "other-2",
+}
 """What stands for a figure or a name that is only known when a text is said."""
 
 
