@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Text:
-    """A text of the product that people may read; what is only known when it is said stands in it as {...}."""
+    """A text of the product that people may read; what is only known when it is said stands in it as <<...>>."""
 
     where: str
     text: str
@@ -62,7 +62,7 @@ def texts() -> Iterator[Text]:
                 yield Text(f"{path.relative_to(ROOT)}:{node.lineno}", node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = [
-                    one.value if isinstance(one, ast.Constant) else f"{{{ast.unparse(one.value)}}}"
+                    one.value if isinstance(one, ast.Constant) else f"<<{ast.unparse(one.value)}>>"
                     for one in node.values
                 ]  # type: ignore[attr-defined]
                 yield Text(f"{path.relative_to(ROOT)}:{node.lineno}", "".join(map(str, parts)))
@@ -141,9 +141,7 @@ def unknown_key(path: str) -> str | None:
 
 def plain(text: str) -> str:
     """A text with X for what is only known when it is said."""
-    while (shorter := re.sub(r"\{[^{}]+\}", "X", text)) != text:
-        text = shorter
-    return text
+    return re.sub(r"<<.*?>>", "X", text, flags=re.DOTALL)
 
 
 def test_every_key_that_a_text_names_is_one() -> None:
@@ -171,12 +169,12 @@ VALUES = {
 def test_every_override_that_a_text_names_is_taken(one: Text, tmp_path: Path) -> None:
     """As it is written: with a value, and a key that has such values."""
     overrides = list(SMALL)
-    for words in re.findall(r"--set ('[^']*'|\S+)", plain(one.text.replace("{}", "<nothing>"))):
+    for words in re.findall(r"--set ('[^']*'|\S+)", plain(one.text)):
         text = words.strip("'`").rstrip(").,;`'")
         if "=" not in text or text == "KEY=VALUE":
             assert text in ("KEY=VALUE", "X", "X:"), f"{one.where}: --set {text} has no value"
             continue
-        key, value = text.replace("<nothing>", "{}").split("=", 1)
+        key, value = text.split("=", 1)
         assert "..." not in value, f"{one.where}: --set {text} says no value"
         assert "X" not in value or key in VALUES or key.rpartition(".")[2] in VALUES or "X/" in f"{value}/", text
         value = VALUES.get(key, VALUES.get(key.rpartition(".")[2], value)) if "X" in value else value
@@ -232,7 +230,7 @@ MISTAKES = [
     Mistake(("seed",), r"for example --set (cluster.workers=\d+)", (("{1}", *SMALL),)),
     Mistake((f"{STAGE}trained=[*_ref*",), r"such as (\['\*_ref\*'\])", ((f"{STAGE}trained={{1}}",),)),
     Mistake((f"{STAGE}trained=*_ref*",), r"list, such as \[a, b\]|such as '\*'", ((f"{STAGE}trained=['*_ref*']",),)),
-    Mistake((f"{STAGE}steps=",), "give it one, or leave the key out", ((f"{STAGE}steps=5",), ())),
+    Mistake((f"{STAGE}steps=",), "by `steps`, `samples` or", ((f"{STAGE}steps=5",), (f"{STAGE}gpu_hours=0.5",))),
     Mistake(("output=s3://bucket/runs",), "give a folder", (("output=runs",),)),
     Mistake((f"{STAGE}samples=77",), "give one", ((f"{STAGE}steps=2",),)),
     Mistake(("experts=[{name: a}, {name: a}]",), "twice", (("experts=[{name: a, low: 0.5}, {name: b, high: 0.5}]",),)),
