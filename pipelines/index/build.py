@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.index.alterations import Alterations, count_alterations
 from domainshuttle.pipelines.index.folder import (
     PARTS_FOLDER,
     Skipped,
@@ -77,7 +78,7 @@ _MOST_TENSOR_BYTES = 256 << 20  # of one sample's latents, which are held; real 
 @dataclass(frozen=True)
 class Indexed:
     """What indexing made: the index's metadata, how many samples and shards, of which `scanned` were read now and
-    `unchanged` before; what was left out, by kind; captions that are cut; and what lies beside the shards, or in them,
+    `unchanged` before; what was left out, by kind; what training changes of the samples; and what lies beside the shards, or in them,
     that is not read."""
 
     metadata: IndexMetadata
@@ -88,7 +89,7 @@ class Indexed:
     scanned_bytes: int = 0
     unchanged: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    cut_captions: int = 0
+    altered: Alterations = field(default_factory=Alterations)
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -329,8 +330,8 @@ def _join(
             f"{accept}"
         )
     written = write_index(path, table, metadata)
-    cut = pc.sum(pc.greater(table.column("caption_tokens"), table.column("text_tokens"))).as_py() or 0
-    return Indexed(written, path, len(table), len(shards), faults=faults, cut_captions=cut)
+    altered = count_alterations(table, metadata.fps)
+    return Indexed(written, path, len(table), len(shards), faults=faults, altered=altered)
 
 
 def _first_of_each(table: pa.Table, corpus: str) -> tuple[pa.Table, list[BadSample]]:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.index.alterations import Alterations, count_alterations
 from domainshuttle.pipelines.index.digest import combined_digest, table_digest
 from domainshuttle.pipelines.index.filter import RowFilter, as_written
 from domainshuttle.pipelines.index.summary import summarise
@@ -412,6 +413,14 @@ class Index:
         return Index(
             self.table.filter(mask).combine_chunks(), self.parts, combined_digest("filter", self.digest, mask.tobytes())
         )
+
+    def alterations(self) -> Alterations:
+        """What training changes of the samples; needs `alterations.COLUMNS`, and all columns of several corpora."""
+        if len(self.parts) == 1:
+            return count_alterations(self.table, self.parts[0].fps)
+        of_each = (self.table.filter(pc.equal(self.table.column("corpus"), part.corpus)) for part in self.parts)
+        counted = (count_alterations(rows, part.fps) for rows, part in zip(of_each, self.parts, strict=True))
+        return sum(counted, Alterations())
 
     def summary(self) -> dict[str, Any]:
         """Counts and quantiles for people and trackers, ready for JSON; see `summarise`."""

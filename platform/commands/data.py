@@ -11,6 +11,7 @@ from rich.markup import escape
 from domainshuttle.cluster.local import quiet_ray
 from domainshuttle.pipelines.corpora.builder import build_corpus
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import read_skipped
 from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
 from domainshuttle.pipelines.index.table import Index
@@ -18,8 +19,8 @@ from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.pipelines.storage.uri import redacted, require_local
 from domainshuttle.platform.commands.contact_sheet import draw_sheet
 from domainshuttle.platform.commands.data_index import (
-    CUT_CAPTIONS,
     index_location,
+    print_alterations,
     print_quarantine,
     print_skipped,
     print_summary,
@@ -77,6 +78,7 @@ def encode_corpora(
         results = encode(jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad)
     for job, (metadata, bad) in zip(jobs, results, strict=True):
         _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
+        print_skipped(read_skipped(str(job.raw_index)))
     console.print("Next: domainshuttle train (the same configuration)")
 
 
@@ -116,7 +118,7 @@ def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
 
 
 def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:
-    index = Index.load(folder / INDEX_NAME, ("text_tokens", "caption_tokens"), verify=False)
+    index = Index.load(folder / INDEX_NAME, ALTERATIONS, verify=False)
     size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 2**20
     quarantined = f", {bad} in quarantine" if bad else ""
     console.print(
@@ -124,5 +126,4 @@ def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: fl
         f"{time.monotonic() - began:.0f} s, in {escape(str(folder))}"
     )
     print_quarantine(folder / INDEX_NAME)
-    if cut := int((index.column("caption_tokens") > index.column("text_tokens")).sum()):
-        console.print(CUT_CAPTIONS.format(cut))
+    print_alterations(index.alterations())

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, standard_buckets
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.alterations import Alterations
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside
 from domainshuttle.pipelines.index.parts import INDEX_NAME
@@ -27,7 +28,6 @@ from domainshuttle.platform.console import console, progress
 
 _MOST_ROWS = 12
 _MOST_NAMED = 20
-CUT_CAPTIONS = "[yellow]{} captions are cut[/]: they have more tokens than encoders.text_len"
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -123,8 +123,7 @@ def _report(made: Indexed, shards: str) -> None:
     print_skipped(made.skipped)
     if made.skipped:
         console.print(f"All that was not read, by name: {escape(redacted(beside(made.path, SKIPPED_NAME)))}")
-    if made.cut_captions:
-        console.print(CUT_CAPTIONS.format(made.cut_captions))
+    print_alterations(made.altered)
     raw = made.metadata.stage == "raw"
     following = "data encode CONFIG (in which the corpus has no `build`)" if raw else "train CONFIG"
     console.print(f"Next: domainshuttle data verify {escape(shlex.quote(index))}, then domainshuttle {following}")
@@ -195,6 +194,16 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
         console.print(f"{sum(ignored.values())} companion files of other tools were ignored: {escape(listed)}")
 
 
+def print_alterations(altered: Alterations) -> None:
+    """Prints how many targets are changed for their buckets, and how many captions are cut."""
+    if changed := altered.sentences():
+        console.print(f"Fitted to their buckets, of {altered.samples} samples: {', '.join(changed)}")
+    if altered.cut_captions:
+        console.print(
+            f"[yellow]{altered.cut_captions} captions are cut[/]: they have more tokens than encoders.text_len"
+        )
+
+
 def print_faults(faults: Counter[str], of: str) -> None:
     """Prints faults by kind, as a small table."""
     if not faults:
@@ -253,6 +262,7 @@ def print_summary(index: Index) -> None:
         console.print(
             f"\n{single} of {subjects} subjects have a single picture: the other of their pair is an altered view of it"
         )
+    print_alterations(index.alterations())
 
 
 def _counts(title: str, counts: Mapping[Any, int]) -> Table:
