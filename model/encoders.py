@@ -16,9 +16,16 @@ import torch
 from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from domainshuttle.model.encoder_sources import BLOCK_DCT, BYTE_UMT5, BYTE_UMT5_WIDTH
+from domainshuttle.model.encoder_sources import BLOCK_DCT, BYTE_UMT5, BYTE_UMT5_WIDTH, deciding_options
 from domainshuttle.model.file_mode import UmaskMode
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
@@ -231,7 +238,7 @@ def load_video_encoder(source: str, device: str = "cpu", dtype: torch.dtype = to
     if config.get("_class_name") == "BlockDCTCodec":
         return BlockDCTCodec.from_pretrained(folder, **options).to(device)
     vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, **options).to(device)
-    return WanVideoEncoder(vae, f"{source}:{weights_digest(vae)}")
+    return WanVideoEncoder(vae, f"{source}:{weights_digest(vae)}-{_digest_of(deciding_options(config))}")
 
 
 def load_text_encoder(
@@ -243,13 +250,16 @@ def load_text_encoder(
     """
     if source == BYTE_UMT5:
         model, tokenizer = byte_umt5()
-        model = model.to(dtype)
+        model, decides = model.to(dtype), ""
     else:
         folder, options = _locate(source, "text_encoder")
         model = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, **options)
+        config, _ = PretrainedConfig.get_config_dict(folder, **options)
         folder, options = _locate(source, "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return TextEncoder(model.to(device), tokenizer, f"{source}:{weights_digest(model)}", text_len)
+        tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
+        decides = f"-{_digest_of([deciding_options(config), tokens])}"
+    return TextEncoder(model.to(device), tokenizer, f"{source}:{weights_digest(model)}{decides}", text_len)
 
 
 def byte_umt5(seed: int = 0) -> tuple[UMT5EncoderModel, ByT5Tokenizer]:
@@ -276,6 +286,11 @@ def weights_digest(module: torch.nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _digest_of(options: Any) -> str:
+    """Of what else than weights decides what an encoder gives: latents' statistics, a tokenizer's vocabulary."""
+    return _digest(json.dumps(options, sort_keys=True, default=str).encode())
 
 
 def _digest(data: bytes) -> str:

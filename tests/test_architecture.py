@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "model": ("model",),
     "pipelines": (
         "pipelines", "model.batch", "model.encoders", "model.domains", "model.file_mode", "model.splitmix64",
-        "model.tensor_file", "model.pictures",
+        "model.tensor_file", "model.pictures", "model.encoder_sources",
     ),
     "cluster": ("cluster",),
     "platform": ("platform", "model", "pipelines", "cluster", "configs"),

@@ -5,9 +5,11 @@ reads those samples from their shards itself, and writes the encoded shard itsel
 store. Samples that can't be decoded or fitted go to the quarantine table with their reason.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +19,13 @@ import torch
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
+from domainshuttle.model.encoder_sources import encoder_files, files_digest
 from domainshuttle.model.file_mode import save_tensors
-from domainshuttle.pipelines.encoding.sample_encoder import TRANSFORM, SampleEncoder, encode_rows, load_encoders
+from domainshuttle.pipelines.encoding.sample_encoder import SampleEncoder, encode_rows, load_encoders
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, Parts
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, read_metadata
+from domainshuttle.pipelines.media.decode import TRANSFORM
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress
@@ -83,11 +87,13 @@ class _EncodingActor:
         torch.set_num_threads(1)
         self.works, self.samples_per_part, self.shard_bytes = works, samples_per_part, shard_bytes
         self.video, self.text = load_encoders(sources, device)
+        self.fault = _not_as_described(works[0].metadata.encoders, self.video.identity, self.text.identity)
         self.indexes = [Index.load(work.job.raw_index, verify=False) for work in works]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = [self.encode_part(int(job), int(part)) for job, part in zip(batch["job"], batch["part"], strict=True)]
-        return {"done": np.array([sum(count) for count in counts])}
+        parts = [] if self.fault else zip(batch["job"], batch["part"], strict=True)
+        counts = [self.encode_part(int(job), int(part)) for job, part in parts]
+        return {"done": np.array([sum(sum(count) for count in counts)]), "fault": np.array([self.fault])}
 
     def encode_part(self, number: int, part: int) -> tuple[int, int]:
         work, index = self.works[number], self.indexes[number]
@@ -104,11 +110,25 @@ class _EncodingActor:
         return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
 
 
+def _not_as_described(described: Mapping[str, str], video: str, text: str) -> str:
+    """What to say where encoders that were loaded on this node are not those that the corpus is to name; '' if they
+    are: a folder may hold other files on each node."""
+    for kind, found in (("video", video), ("text", text)):
+        if described[kind] != found:
+            return (
+                f"encoders.{kind} is {found} on node {socket.gethostname()}, and {described[kind]} where encoding was "
+                "planned: give all nodes the same files, and run the command again"
+            )
+    return ""
+
+
 def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, str], Tensor]:
-    """What both encoders call themselves, and the empty caption's bf16 states [l,d]. A task with an actor's resources,
-    since the driver may have no room for UMT5-XXL."""
+    """What both encoders call themselves, digests of their files, and the empty caption's bf16 states [l,d]. A task
+    with an actor's resources, since the driver may have no room for UMT5-XXL."""
     video, text = load_encoders(sources, device)
-    return {"video": video.identity, "text": text.identity}, SampleEncoder(video, text).caption("")
+    named: tuple[tuple[Literal["video", "text"], str], ...] = (("video", sources.video), ("text", sources.text))
+    files = {f"{kind}_files": files_digest(found) for kind, source in named if (found := encoder_files(source, kind))}
+    return {"video": video.identity, "text": text.identity, **files}, SampleEncoder(video, text).caption("")
 
 
 def encode(
@@ -168,6 +188,8 @@ def encode(
             num_gpus=pool.gpus or None,
         )
         for result in encoded.iter_batches(batch_size=1, batch_format="numpy"):
+            if fault := str(result["fault"][0]):
+                raise DataError(fault)
             done += int(result["done"].sum())
             progress(done, total)
     merged, faults = [], []

@@ -17,18 +17,12 @@ from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.augment import AugmentedView, apply_view, augmented_view
 from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
-from domainshuttle.pipelines.media.decode import DECODERS, Pixels, fit_reference
+from domainshuttle.pipelines.media.decode import Pixels, fit_reference
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.plan.pairing import single_pictures
 from domainshuttle.pipelines.quarantine import of_sample
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tensors import EncodedSample
-
-TRANSFORM = (
-    "as shown: upright, square pixels, sRGB, on white; target: cover and centre crop, sampled by time; references, "
-    f"single ones with a view: contain on white; v4; {DECODERS}"
-)
-"""What is done to pixels before they are encoded, and by which versions of what: corpora of others are not mixed."""
 
 
 def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEncoder, TextEncoder]:

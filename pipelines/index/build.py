@@ -78,8 +78,8 @@ _MOST_TENSOR_BYTES = 256 << 20  # of one sample's latents, which are held; real 
 @dataclass(frozen=True)
 class Indexed:
     """What indexing made: the index's metadata, how many samples and shards, of which `scanned` were read now and
-    `unchanged` before; what was left out, by kind; what training changes of the samples; and what lies beside the shards, or in them,
-    that is not read."""
+    `unchanged` before; what was left out, by kind; what training changes of the samples; and what lies beside the
+    shards, or in them, that is not read."""
 
     metadata: IndexMetadata
     path: Location

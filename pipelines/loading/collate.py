@@ -26,6 +26,8 @@ class ReadSample:
     text: Tensor
     set_a: list[Tensor]
     set_b: list[Tensor]
+    caption_tokens: int = 0
+    """Of the whole caption that is shown; more than `text` has where it is cut."""
 
 
 def memory_tensor(buffer: Any, dtype: Any) -> Tensor:

@@ -110,6 +110,9 @@ class EncodedReader(Reader[Located, TrainingBatch]):
         member = open_member(row.folder, row.shard, members[0])
         return member, read_extents(member.read, members[0].size, f"{row.source}/{row.key}")
 
+    def has_cut_caption(self, sample: Located) -> bool:
+        return not sample.pairing.text_dropped and sample.row.caption_tokens > sample.row.text_tokens
+
     def fill(self, samples: list[Located]) -> TrainingBatch:
         """Reads the tensors into a batch; raises BadPlacesError for samples that are cut short or not finite."""
         bucket = parse_bucket(samples[0].row.bucket)

@@ -63,8 +63,13 @@ class RawReader(Reader[ReadSample, TrainingBatch]):
                 # pictures are at hand here, so each epoch shows another view
                 view = augmented_view(self.feed.seed, drawn.epoch, row.sample_id, picture) if altered else None
                 set_b.append(encoder.picture(decode_reference(sample, picture, bucket, view)))
-        text = encoder.caption("" if pairing.text_dropped else sample.info.caption)
-        return ReadSample(row, pairing, target, text, [set_a[picture] for picture in pairing.set_a], set_b)
+        caption = "" if pairing.text_dropped else sample.info.caption
+        pictures = [set_a[picture] for picture in pairing.set_a]
+        tokens = encoder.caption_tokens(caption)
+        return ReadSample(row, pairing, target, encoder.caption(caption), pictures, set_b, tokens)
+
+    def has_cut_caption(self, sample: ReadSample) -> bool:
+        return sample.caption_tokens > len(sample.text)
 
 
 class LiveEncoder:
@@ -111,6 +116,7 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
             "pair_kinds": pa.array([json.dumps(micro.pair_kinds)], pa.string()),
             "bad": pa.array([json.dumps([asdict(one) for one in micro.bad])], pa.string()),
             "replaced": pa.array([json.dumps(micro.replaced)], pa.string()),
+            "cut_captions": pa.array([micro.cut_captions], pa.int32()),
             # no copy: the bytes are the column's memory
             "batch": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)]),
         }
@@ -134,6 +140,7 @@ def unpack(row: pa.Table, staging: Staging | None = None) -> MicroBatch[Training
         pair_kinds=Counter(json.loads(values["pair_kinds"])),
         bad=[BadSample(**one) for one in json.loads(values["bad"])],
         replaced=[(planned, found) for planned, found in json.loads(values["replaced"])],
+        cut_captions=values["cut_captions"],
     )
 
 

@@ -39,6 +39,8 @@ class MicroBatch(Generic[B]):
     """Samples that could not be read, in whose place others stand."""
     replaced: list[tuple[str, str]] = field(default_factory=list)
     """`source/key` of each planned sample that is not there, and of the one that stands in its place."""
+    cut_captions: int = 0
+    """Of how many samples the caption has more tokens than the batch shows."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,12 @@ class Reader(Generic[T, B]):
         kinds: Counter[str] = Counter()
         for place in places if self.feed.paired else ():
             kinds.update(place.drawn.pairing.kinds)
-        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad, replaced)
+        cut = sum(self.has_cut_caption(one) for one in cast(list[T], read))
+        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad, replaced, cut)
+
+    def has_cut_caption(self, sample: T) -> bool:
+        """Whether a sample's caption has more tokens than are shown."""
+        raise NotImplementedError
 
     def read_one(self, drawn: Drawn) -> T:
         """A sample as `read` gives it; whatever else than the machine's failures ends that is a DataError."""

@@ -29,7 +29,8 @@ from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, jpeg_
 from domainshuttle.pipelines.sample import Buffer
 
 __all__ = [
-    "DECODERS",
+    "RULES",
+    "TRANSFORM",
     "Pixels",
     "decode_image",
     "decode_video",
@@ -39,7 +40,13 @@ __all__ = [
     "fit_target",
 ]
 
-DECODERS = "; ".join(
+RULES = (
+    "as shown: upright, square pixels, sRGB, on white; target: cover and centre crop, sampled by time; references, "
+    "single ones with a view: contain on white; v4"
+)
+"""What is done to pixels before they are encoded."""
+
+_DECODERS = "; ".join(
     (
         f"av {av.__version__}",
         *(f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale")),
@@ -48,7 +55,9 @@ DECODERS = "; ".join(
         f"simplejpeg {simplejpeg.__version__}",
     )
 )
-"""What decides pixels, with its version: it is part of what encoded corpora name."""
+
+TRANSFORM = f"{RULES}; {_DECODERS}"
+"""The rules, and what carries them out with its version: encoded corpora name it, and only equal ones are mixed."""
 
 MAX_PIXELS = 64_000_000
 """A picture, or a frame, that declares more is refused before it is decoded (decompression bombs)."""

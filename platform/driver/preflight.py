@@ -4,9 +4,12 @@ import shlex
 
 from domainshuttle.model.encoder_sources import text_width
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
+from domainshuttle.pipelines.index.folder import COMPANION, read_skipped
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
 from domainshuttle.pipelines.index.selection import selected_rows
-from domainshuttle.pipelines.index.table import read_metadata
+from domainshuttle.pipelines.index.table import Index, read_metadata
+from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
 from domainshuttle.pipelines.shards.tensors import tensor_views
 from domainshuttle.pipelines.storage.files import exists, open_parquet, read_bytes
 from domainshuttle.pipelines.storage.uri import join, redacted
@@ -84,6 +87,7 @@ def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
             f"index the corpus again with those of the configuration ({redacted(place)})"
         )
     if found.stage == "raw":
+        _print_live(name, place)
         return
     encoders = config.encoders
     for kind, source, ending in (("video", encoders.video, ""), ("text", encoders.text, f":{encoders.text_len}")):
@@ -93,11 +97,39 @@ def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
                 f"corpus {name!r} was encoded with captions of {identity.rpartition(':')[2]} tokens, and "
                 f"encoders.text_len is {encoders.text_len}: correct it, or encode the corpus again"
             )
-        if not identity.startswith(f"{source}:"):  # it may be the same under another name
+        if not identity.startswith(f"{source}:") and f"{kind}_files" not in found.encoders:
+            # it may be the same under another name
             console.print(
                 f"Corpus {name} was encoded by {identity}, and encoders.{kind} is {source}: unless they are the same, "
                 "encode it again"
             )
+    _require_same_transform(name, str(found.encoders.get("transform", "")))
+
+
+def _require_same_transform(name: str, before: str) -> None:
+    """Raises DataError where a corpus was encoded by other rules for pixels; other versions of what carries them out
+    are told."""
+    if before == TRANSFORM:
+        return
+    if not before.startswith(RULES):
+        raise DataError(
+            f"corpus {name!r} was encoded by other rules for pixels ({before or 'it does not say which'}) than they "
+            f"are now ({RULES}): encode it again with `domainshuttle data encode CONFIG --overwrite`"
+        )
+    versions = [set(one.removeprefix(RULES).strip("; ").split("; ")) for one in (before, TRANSFORM)]
+    console.print(
+        f"Corpus {name} was decoded by {', '.join(sorted(versions[0] - versions[1]))}; here is "
+        f"{', '.join(sorted(versions[1] - versions[0]))}. What is encoded stays as it is."
+    )
+
+
+def _print_live(name: str, place: str) -> None:
+    """Prints what live encoding changes of a raw corpus's samples, and how many files of it are not read."""
+    altered = Index.load(place, ALTERATIONS, verify=False).alterations()
+    if changed := altered.sentences():
+        console.print(f"Corpus {name}, fitted to its buckets: of {altered.samples} samples {', '.join(changed)}")
+    if left := [one for one in read_skipped(place) if one.kind != COMPANION]:
+        console.print(f"Corpus {name}: {len(left)} files beside its shards are not read; `data inspect` names them")
 
 
 def require_data(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, trained_of
-from domainshuttle.platform.run.data import make_feed, require_unchanged
+from domainshuttle.platform.run.data import make_feed, require_same_encoders, require_unchanged
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
 from domainshuttle.platform.run.ledger import ALLOWANCE, Ledger
@@ -130,6 +130,7 @@ class Schedule:
         self._require_origin(segment)
         feed = make_feed(self._config, segment)
         require_unchanged(feed, self.run.fingerprints)
+        require_same_encoders(self._config, feed, self.run)
         origin = self._origins[segment.name].identified(self.run.fingerprints)
         checkpoint = self._choose(segment, resume)
         if checkpoint:

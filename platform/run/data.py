@@ -1,9 +1,17 @@
 """The data of a segment, as the configuration describes it."""
 
+import json
+from typing import Literal
+
+from domainshuttle.model.encoder_sources import encoder_files
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
+from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import Fingerprints
 
@@ -13,6 +21,40 @@ def require_unchanged(feed: Feed, fingerprints: Fingerprints) -> None:
     file has changed. Raises DataError."""
     for place in feed.indexes:
         fingerprints.of_index(place)
+
+
+def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
+    """Compares the encoders' files on this machine with those by which the corpora of a feed were encoded, or of live
+    encoding with those that the run began with; each file is read once, and again where it has changed.
+
+    Raises DataError where they are others. Encoders that are not here, and corpora that do not say, are not compared.
+    """
+    named: tuple[tuple[Literal["video", "text"], str], ...] = (
+        ("video", config.encoders.video),
+        ("text", config.encoders.text),
+    )
+    files = {kind: found for kind, source in named if (found := encoder_files(source, kind))}
+    now = {f"{kind}_files": run.fingerprints.of_encoder(found) for kind, found in files.items()}
+    if not feed.encoders:
+        for place in feed.indexes:
+            metadata = read_metadata(place)
+            for kind, source in named:
+                before = metadata.encoders.get(f"{kind}_files")
+                if before and now.get(f"{kind}_files", before) != before:
+                    raise DataError(
+                        f"corpus {metadata.corpus!r} was encoded by other files than those of encoders.{kind}="
+                        f"{source}: name the encoder that it was encoded by ({metadata.encoders.get(kind)}), or encode "
+                        f"it again with `domainshuttle data encode CONFIG --overwrite`"
+                    )
+        return
+    noted = run.folder / "encoders.json"
+    before_live = json.loads(noted.read_text()) if noted.exists() else now
+    if changed := [kind for kind, _ in named if now.get(f"{kind}_files") != before_live.get(f"{kind}_files")]:
+        raise DataError(
+            f"encoders.{changed[0]} has other files than the run {run.config.name} began with: bring them back, or "
+            "begin a new run with another `name`"
+        )
+    write_bytes(noted, json.dumps(now).encode())
 
 
 def make_feed(config: RunConfig, segment: Segment) -> Feed:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.model.encoder_sources import files_digest
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.files import list_dated, write_bytes
 from domainshuttle.pipelines.storage.uri import is_remote, local_path, name_of, parent
@@ -46,6 +47,10 @@ class Fingerprints:
                 return hashlib.file_digest(file, algorithm).hexdigest()
 
         return self._remembered(str(path), _stamps([path]), read)
+
+    def of_encoder(self, files: Sequence[Path]) -> str:
+        """The digest of an encoder's files (`files_digest`)."""
+        return self._remembered(f"encoder {files[0].parent}", _stamps(files), lambda: files_digest(files))
 
     def of_index(self, place: str) -> str:
         """The digest of an index file's rows. Raises DataError where it is not the one that the file says."""

@@ -46,9 +46,9 @@ class LossMetrics:
         self._step = torch.zeros_like(self._sums)
         self._pairs: Counter[str] = Counter()
         self._step_pairs: Counter[str] = Counter()
-        self._tokens = self._samples = 0
+        self._tokens = self._samples = self._cut_captions = 0
 
-    def add(self, batch: TrainingBatch, loss: LossOutput, pair_kinds: Mapping[str, int]) -> None:
+    def add(self, batch: TrainingBatch, loss: LossOutput, pair_kinds: Mapping[str, int], cut_captions: int = 0) -> None:
         """Adds the samples of a micro-batch of the step that is under way."""
         flow = loss.flow.double()
         self._add(torch.zeros_like(loss.timesteps, dtype=torch.long), flow)
@@ -64,6 +64,7 @@ class LossMetrics:
         self._step_pairs.update(pair_kinds)
         b, _, f, h, w = batch.latents.shape
         self._samples += b
+        self._cut_captions += cut_captions
         self._tokens += b * (f + batch.references.shape[1]) * h * w // 4
 
     def _add(self, places: Tensor, values: Tensor) -> None:
@@ -84,21 +85,24 @@ class LossMetrics:
     def reduce(self) -> dict[str, float]:
         """The means over all workers since the last call; all ranks must call. Without a step that was kept, no losses.
 
-        Also the share of each kind of pairs, `samples` of all ranks, and `tokens`, those of this rank.
+        Also the share of each kind of pairs, that of samples whose captions are cut, `samples` of all ranks, and
+        `tokens`, those of this rank.
         """
-        counted = torch.tensor([*(float(self._pairs[kind]) for kind in PAIR_KINDS), float(self._samples)])
+        pairs_seen = [float(self._pairs[kind]) for kind in PAIR_KINDS]
+        counted = torch.tensor([*pairs_seen, float(self._samples), float(self._cut_captions)])
         totals = torch.cat((self._sums.flatten(), counted.to(self._sums)))
         totals = totals.to("cpu" if dist.get_backend() == "gloo" else totals.device)
         dist.all_reduce(totals)
         size = len(self._names)
         values = totals.tolist()
-        sums, counts, (*pairs, samples) = values[:size], values[size : 2 * size], values[2 * size :]
+        sums, counts, (*pairs, samples, cut) = values[:size], values[size : 2 * size], values[2 * size :]
         means = {name: s / c for name, s, c in zip(self._names, sums, counts, strict=True) if c}
         if "loss/flow" in means:
             means["loss"] = means["loss/flow"] + self._weight * means.get("loss/cross_pair", 0.0)
         means |= {f"pairs/{kind}": count / sum(pairs) for kind, count in zip(PAIR_KINDS, pairs, strict=True) if count}
+        means |= {"cut_captions": cut / samples} if cut else {}
         means |= {"samples": samples, "tokens": float(self._tokens)}
         self._sums.zero_()
         self._pairs.clear()
-        self._tokens = self._samples = 0
+        self._tokens = self._samples = self._cut_captions = 0
         return means

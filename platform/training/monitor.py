@@ -180,7 +180,7 @@ class Monitor:
     def micro_batch(self, micro: MicroBatch[TrainingBatch], loss: LossOutput) -> None:
         """Notes which samples a forward and backward pass was made of, and their losses."""
         self._consume(micro)
-        self.losses.add(micro.batch, loss, micro.pair_kinds)
+        self.losses.add(micro.batch, loss, micro.pair_kinds, micro.cut_captions)
         if self._utilization:
             self._utilization.add(micro.batch)
         self._keys += micro.keys

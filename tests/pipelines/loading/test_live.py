@@ -39,6 +39,7 @@ from domainshuttle.pipelines.media.decode import decode_image, decode_video, enc
 from domainshuttle.pipelines.plan.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import ShardWriter, read_members
+from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
 DAMAGED = {"train-0000003": "jpeg", "train-0000005": "clip", "train-0000008": "short"}
@@ -81,8 +82,9 @@ def encode_corpus(folder: Path, name: str) -> None:
             writer.write(key, sample.members())
     raw = {row.key: row for row in index.rows(range(len(index)))}
     rows = [
-        IndexRow.of(entry, samples[entry.key].info, raw[entry.key].bucket)  # type: ignore[union-attr]
+        IndexRow.of(entry, one.info, raw[entry.key].bucket, len(one.text), one.whole_caption_tokens)
         for entry in writer.entries
+        if isinstance(one := samples[entry.key], EncodedSample)
     ]
     write_index(encoded / INDEX_NAME, rows, IndexMetadata(corpus=name, stage="encoded"))
     save_file({"text": text.encode([""])[0].bfloat16()}, encoded / EMPTY_CAPTION_NAME)
@@ -142,9 +144,28 @@ def test_live_batches_are_those_of_the_encoded_corpus_bit_for_bit(corpora: Path,
     for first, second in zip(encoded, live, strict=True):
         assert (first.step, first.part, first.keys) == (second.step, second.part, second.keys)
         assert first.pair_kinds == second.pair_kinds
+        assert first.cut_captions == second.cut_captions
         assert_equal(first.batch, second.batch)
     assert {micro.batch.bucket for micro in live} == {(1, 4, 4), (2, 4, 4)}
     assert not (tmp_path / "q").exists()
+
+
+def test_captions_that_are_cut_are_counted_where_they_are_shown(tmp_path: Path) -> None:
+    """byte-umt5 has a token a byte and one for the end."""
+    raw_corpus(tmp_path, "mine", kind="video", frames=5)
+    encode_corpus(tmp_path, "mine")
+    rows = Index.load(tmp_path / "mine" / "raw" / INDEX_NAME)
+    longer = {f"{row.source}/{row.key}" for row in rows.rows(range(len(rows))) if row.caption_length + 1 > 48}
+    assert len(longer) > 0
+    encoded = Index.load(tmp_path / "mine" / "encoded" / INDEX_NAME)
+    assert encoded.alterations().cut_captions == len(longer)
+    for live in (False, True):
+        micros = load(feed(tmp_path, "mine", live=live, text_dropout=0.0), 3, tmp_path / "q")
+        assert [micro.cut_captions for micro in micros] == [
+            sum(key in longer for key in micro.keys) for micro in micros
+        ]
+        dropped = load(feed(tmp_path, "mine", live=live, text_dropout=1.0), 3, tmp_path / "q")
+        assert sum(micro.cut_captions for micro in dropped) == 0
 
 
 def test_a_batch_names_the_corpora_whatever_its_samples_say_they_are_from(tmp_path: Path) -> None:
