@@ -89,13 +89,13 @@ class LossMetrics:
         `tokens`, those of this rank.
         """
         pairs_seen = [float(self._pairs[kind]) for kind in PAIR_KINDS]
-        counted = torch.tensor([*pairs_seen, float(self._samples), float(self._cut_captions)])
+        counted = torch.tensor([float(self._cut_captions), *pairs_seen, float(self._samples)])
         totals = torch.cat((self._sums.flatten(), counted.to(self._sums)))
         totals = totals.to("cpu" if dist.get_backend() == "gloo" else totals.device)
         dist.all_reduce(totals)
         size = len(self._names)
         values = totals.tolist()
-        sums, counts, (*pairs, samples, cut) = values[:size], values[size : 2 * size], values[2 * size :]
+        sums, counts, (cut, *pairs, samples) = values[:size], values[size : 2 * size], values[2 * size :]
         means = {name: s / c for name, s, c in zip(self._names, sums, counts, strict=True) if c}
         if "loss/flow" in means:
             means["loss"] = means["loss/flow"] + self._weight * means.get("loss/cross_pair", 0.0)

@@ -230,13 +230,15 @@ def test_the_devices_are_held_from_the_processes_start(tmp_path: Path, monkeypat
     assert Ledger(run.ledger_path, clock).summary().starting * 3600 == pytest.approx(26, abs=0.01)
 
 
-def micro_batch(kept: Kept, step: int, keys: list[str], loss: float = 1.0, kinds: dict[str, int] | None = None) -> None:
+def micro_batch(
+    kept: Kept, step: int, keys: list[str], loss: float = 1.0, kinds: dict[str, int] | None = None, cut: int = 0
+) -> None:
     """A forward and backward pass, as the monitor sees it."""
     (source,) = kept.monitor.segment.stage.mixture
     batch = replace(TrainingBatch.fake(len(keys)), sources=(source,) * len(keys))
     each = torch.full((len(keys),), loss)
     output = LossOutput(torch.tensor(loss), each, None, torch.full((len(keys),), 0.5))
-    kept.monitor.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {})), output)
+    kept.monitor.micro_batch(MicroBatch(step, 0, batch, keys, Counter(kinds or {}), cut_captions=cut), output)
 
 
 class Disk:
@@ -357,6 +359,16 @@ def test_pairs_are_shares_of_all_ranks_in_the_interval(tmp_path: Path, monkeypat
     first, second = ({k: v for k, v in point.items() if k.startswith("pairs/")} for _, point in kept.log.points)
     assert first == {"pairs/augmented": 7 / 8, "pairs/edited+photo": 1 / 8}
     assert second == {"pairs/augmented": 6 / 8, "pairs/photo+photo": 2 / 8}
+
+
+def test_cut_captions_are_a_share_of_the_samples_in_the_interval(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=2)
+    kept.monitor.begin()
+    for cut in (1, 2, 0, 0):
+        micro_batch(kept, kept.done, ["a", "b", "c", "d"], cut=cut)
+        kept.step(1.0)
+    first, second = (metrics for _, metrics in kept.log.points)
+    assert first["cut_captions"] == 3 / 8 and "cut_captions" not in second
 
 
 def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
