@@ -11,6 +11,8 @@ import torch
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.corpora.source import Notes
+from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample
 from domainshuttle.platform.cli import app
 
@@ -27,11 +29,14 @@ def page() -> dict[str, Any]:
     return names
 
 
-def test_the_builder_makes_samples_that_training_can_use(page: dict[str, Any]) -> None:
-    builder = page["DiscsBuilder"](page["DiscsConfig"](samples=5), "discs")
-    samples = list(builder.build(1, 4))
+def test_the_builder_makes_samples_that_training_can_use(page: dict[str, Any], tmp_path: Path) -> None:
+    source = page["DiscsSource"](page["DiscsConfig"](discs=5), "discs")
+    survey = Survey(tmp_path, tuple(source.pieces()))
+    assert survey.take(0, source) == 5
+    rows = survey.select(source.wanted)[0]
+    samples = list(source.make([*survey.records(rows[1:4])], survey, Notes()))
     assert [sample.key for sample in samples] == ["disc-0000001", "disc-0000002", "disc-0000003"]
-    (again,) = builder.build(2, 3)
+    (again,) = source.make([*survey.records(rows[2:3])], survey, Notes())
     assert again.members() == samples[1].members()
     target, (reference,) = decode_sample(samples[0], parse_bucket("1x64x64"))
     assert target.shape == (1, 64, 64, 3)

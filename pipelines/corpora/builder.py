@@ -1,61 +1,92 @@
-"""Builds a corpus: samples of any source become raw shards and an index, on Ray tasks, in parts that survive a stop."""
+"""Builds a corpus: records of any source become raw shards and an index, on Ray tasks, in parts that survive a stop.
 
-from collections.abc import Iterator
+A source is surveyed piece by piece, records are drawn from what was found, and each part makes the samples of some of
+them. What is finished stays: the same command, run again after any stop, makes what is missing, and the corpus has the
+bytes that it would have had without the stop.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
-from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
-from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.parts import Parts
+from domainshuttle.pipelines.corpora.registry import CorpusConfig, make_source
+from domainshuttle.pipelines.corpora.source import LeftOut, Notes
+from domainshuttle.pipelines.corpora.survey import Rows, Survey, check_forms, open_survey
+from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.index.parts import WORK_NAME, Parts
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample
-from domainshuttle.pipelines.ray_tasks import Progress
-from domainshuttle.pipelines.sample import RawSample
+from domainshuttle.pipelines.ray_tasks import Progress, each_result
+from domainshuttle.pipelines.sample import safe_key
 from domainshuttle.pipelines.shards.tar import ShardWriter
+from domainshuttle.pipelines.storage.files import write_bytes
+
+REPORT_NAME = "report.json"
+_RECIPE_VERSION = 1
+"""Of what builders make of the same configuration and files; a change makes all corpora anew."""
 
 
-class CorpusBuilder(Protocol):
-    """One source dataset. `len` is how many samples it has; sample i must not depend on which others are asked for."""
+@dataclass(frozen=True)
+class PartJob:
+    """What the parts of a corpus have in common."""
 
-    def __len__(self) -> int: ...
+    corpus: str
+    config: CorpusConfig
+    survey: Survey
+    buckets: Sequence[Bucket]
+    shard_bytes: int
+    fps: float | None = None
 
-    def build(self, start: int, stop: int) -> Iterator[RawSample]:
-        """Samples start..stop-1, in order; raises DataError for one that can't be made."""
-        ...
+    @property
+    def metadata(self) -> IndexMetadata:
+        return IndexMetadata(corpus=self.corpus, stage="raw", fps=self.fps)
 
 
-def make_builder(config: SpritesConfig, source: str) -> CorpusBuilder:
-    """The builder that a corpus's configuration asks for; its samples name `source`, the corpus, as theirs."""
-    return SpritesBuilder(config, source)
+@dataclass(frozen=True)
+class Built:
+    """A corpus that is whole: what its index says of itself, and the report of how it came about."""
+
+    metadata: IndexMetadata
+    report: dict[str, Any]
+
+    @property
+    def bad(self) -> int:
+        """Samples in quarantine."""
+        return int(self.report["in_quarantine"])
 
 
-def build_part(
-    parts: Parts, part: int, corpus: str, config: SpritesConfig, buckets: list[Bucket], samples_per_part: int,
-    shard_bytes: int, fps: float | None = None,
-) -> tuple[int, int]:  # fmt: skip
-    """Makes one part of a raw corpus; returns how many samples it has and how many went to quarantine."""
-    builder = make_builder(config, corpus)
-    start = part * samples_per_part
+def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, int]:
+    """Makes one part of a raw corpus of these records; returns how many samples it has and how many went to
+    quarantine."""
+    source, notes = make_source(job.config, job.corpus), Notes()
     bad: list[BadSample] = []
     infos = {}
-    with ShardWriter(parts.folder, parts.prefix(part), shard_bytes) as writer:
-        for sample in builder.build(start, min(start + samples_per_part, len(builder))):
+    with ShardWriter(parts.folder, parts.prefix(part), job.shard_bytes) as writer:
+        for sample in source.make([*job.survey.records(rows)], job.survey, notes):
+            if isinstance(sample, LeftOut):
+                bad.append(BadSample(job.corpus, "", safe_key(sample.id), sample.reason))
+                continue
             try:
-                frames = frames_at(sample.info.frames, sample.info.fps, fps)
-                bucket = choose_bucket(frames, *sample.info.size, buckets)
+                frames = frames_at(sample.info.frames, sample.info.fps, job.fps)
+                bucket = choose_bucket(frames, *sample.info.size, job.buckets)
             except DataError as error:
                 bad.append(BadSample(sample.info.source, "", sample.key, f"no bucket: {error}"))
                 continue
             writer.write(sample.key, sample.members())
             infos[sample.key] = sample.info, bucket
-    rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
-    return parts.finish(part, rows, bad, IndexMetadata(corpus=corpus, stage="raw", fps=fps))
+    write_bytes(_notes_path(parts, part), json.dumps(notes.counts).encode())
+    return parts.finish(part, [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries], bad, job.metadata)
 
 
 def build_corpus(
     corpus: str,
-    config: SpritesConfig,
+    config: CorpusConfig,
     buckets: list[Bucket],
     folder: Path,
     progress: Progress,
@@ -63,27 +94,88 @@ def build_corpus(
     shard_bytes: int = 256 << 20,
     fps: float | None = None,
     most_bad: float = MOST_BAD_IN_CORPUS,
-) -> tuple[IndexMetadata, int]:
-    """Builds what is missing of a raw corpus on the Ray cluster that is connected, and its index.
+    surveying: Progress = lambda done, total: None,
+) -> Built:
+    """Builds what is missing of a raw corpus on the Ray cluster that is connected, its index and its report.
 
-    `fps` is the rate at which clips will be sampled, by which buckets are chosen (None: each clip's own).
-    Returns the index's metadata and the number of samples in quarantine. Raises DataError when more than
-    `most_bad` are.
+    `fps` is the rate at which clips will be sampled, by which buckets are chosen (None: each clip's own); `surveying`
+    is told of the pieces of the source that were surveyed. Raises DataError for a source that is not as it should be,
+    of which nothing can be selected, and when more than `most_bad` of the samples are bad.
     """
-    import ray
+    source = make_source(config, corpus)
+    recipe = f"{_RECIPE_VERSION} {config.model_dump_json(exclude={'folder'})}"
+    survey = open_survey(folder / WORK_NAME, source, recipe)
+    left = survey.missing()
+    surveying(len(survey.pieces) - len(left), len(survey.pieces))
+    for done, (piece, result) in enumerate(
+        each_result(_survey_piece, [(survey, number, config, corpus) for number in left]), 1
+    ):
+        if isinstance(result, Exception):
+            raise _died(f"the survey of {survey.pieces[piece[1]].name}", result)
+        surveying(len(survey.pieces) - len(left) + done, len(survey.pieces))
+    tally = survey.tally()
+    rows, found, repeated = survey.select(source.wanted)
+    check_forms(tally, found, most_bad)
+    if not len(rows):
+        counted = ", ".join(f"{kind} {count}" for kind, count in tally.counts.most_common()) or "it has no records"
+        raise DataError(f"corpus {corpus}: its source has nothing to select: {counted}")
+    survey.write_tables()
 
-    total = len(make_builder(config, corpus))
-    recipe = f"{config.model_dump_json()} {[str(bucket) for bucket in buckets]} {fps}"
-    parts = Parts(folder, -(-total // samples_per_part), recipe)
+    cut = _parts_of(rows, samples_per_part, source.in_order)
+    parts = Parts(folder, len(cut), f"{recipe} {survey.folder.name} {[str(bucket) for bucket in buckets]} {fps}")
     parts.begin()
-    make: Any = ray.remote(max_retries=3)(build_part)  # Ray's annotations end at seven arguments
-    pending = [
-        make.remote(parts, part, corpus, config, buckets, samples_per_part, shard_bytes, fps)
-        for part in parts.missing()
-    ]
-    done = total - min(total, len(pending) * samples_per_part)
-    while pending:
-        finished, pending = ray.wait(pending)
-        done = min(total, done + sum(sum(result) for result in ray.get(finished)))
-        progress(done, total)
-    return parts.merge(IndexMetadata(corpus=corpus, stage="raw", fps=fps), most_bad)
+    job = PartJob(corpus, config, survey, buckets, shard_bytes, fps)
+    missing = parts.missing()
+    done = len(rows) - sum(len(cut[part]) for part in missing)
+    progress(done, len(rows))
+    for work, result in each_result(build_part, [(parts, part, job, cut[part]) for part in missing]):
+        if isinstance(result, Exception):
+            raise _died(f"part {work[1]} of {corpus}", result)
+        done += len(work[3])
+        progress(done, len(rows))
+    metadata, bad = parts.merge(job.metadata, most_bad)
+    report = {
+        "corpus": corpus,
+        "build": config.model_dump(mode="json"),
+        "records": found + repeated + tally.counts.total(),
+        "left_out": {**dict(tally.counts.most_common()), **({"same name": repeated} if repeated else {})},
+        "wanted": source.wanted,
+        "selected": len(rows),
+        "not_drawn": found - len(rows),
+        "samples": len(rows) - bad,
+        "in_quarantine": bad,
+        "notes": dict(_all_notes(parts).most_common()),
+        "examples": tally.examples,
+        "digest": metadata.digest,
+    }
+    write_bytes(folder / REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    return Built(metadata, report)
+
+
+def _survey_piece(survey: Survey, number: int, config: CorpusConfig, corpus: str) -> int:
+    return survey.take(number, make_source(config, corpus))
+
+
+def _parts_of(rows: Rows, samples_per_part: int, in_order: bool) -> list[Rows]:
+    """The rows of each part: so many, or all of a piece where that is read in order."""
+    if in_order:
+        return np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1)
+    return [rows[start : start + samples_per_part] for start in range(0, len(rows), samples_per_part)]
+
+
+def _died(what: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"{what}: its worker died each time it was tried: {error}. The node's memory may be too small; what is "
+        "finished stays: run the command again"
+    )
+
+
+def _notes_path(parts: Parts, part: int) -> Path:
+    return parts.folder / WORK_NAME / f"{parts.prefix(part)}.notes.json"
+
+
+def _all_notes(parts: Parts) -> Counter[str]:
+    whole: Counter[str] = Counter()
+    for part in range(parts.count):
+        whole.update(json.loads(_notes_path(parts, part).read_text()))
+    return whole

@@ -13,7 +13,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from domainshuttle.model.domains import DOMAINS
+from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.drawing import MOST_IDENTITIES, SCENES, Identity, Pose, draw_scene, identities
+from domainshuttle.pipelines.corpora.source import LeftOut, Notes, Piece, Record, RecordSource, Tables
 from domainshuttle.pipelines.media.decode import Pixels, encode_jpeg, encode_mp4
 from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject
 from domainshuttle.pipelines.values import MOST_COUNT, Fps, Section, Share, Whole
@@ -61,9 +63,14 @@ class SpritesConfig(Section):
             )
         return self
 
+    def check_buckets(self, buckets: list[Bucket], fps: float | None) -> None:
+        """Raises DataError where its samples fit none of the buckets."""
+        frames, rate = (self.frames, self.fps) if self.kind == "video" else (1, None)
+        choose_bucket(frames_at(frames, rate, fps), self.side, self.side, buckets)
 
-class SpritesBuilder:
-    """Builds a corpus of sprites; see `corpora.builder.CorpusBuilder`."""
+
+class SpritesBuilder(RecordSource):
+    """Draws a corpus of sprites: the source (`source.Source`) that needs no files."""
 
     def __init__(self, config: SpritesConfig, source: str) -> None:
         self.config = config
@@ -72,8 +79,18 @@ class SpritesBuilder:
         cut = config.identities - config.held_out
         self.identities = every[:cut] if config.split == "train" else every[cut:]
 
-    def __len__(self) -> int:
-        return self.config.samples
+    def pieces(self) -> list[Piece]:
+        return [Piece("numbers", str(self.config.samples))]
+
+    def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
+        for number in range(self.config.samples):
+            yield Record(self._key(number), {"number": number})
+
+    def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
+        return self.sample(int(record.payload["number"]))
+
+    def _key(self, number: int) -> str:
+        return f"{self.config.split}-{number:07d}"
 
     def build(self, start: int, stop: int) -> Iterator[RawSample]:
         """Samples start..stop-1, in order."""
@@ -119,7 +136,7 @@ class SpritesBuilder:
             references=references,
             scores={"identity": float(who.number)},
         )
-        return RawSample(key=f"{config.split}-{number:07d}", info=info, files=files)
+        return RawSample(key=self._key(number), info=info, files=files)
 
     def _partner(self, who: Identity, rng: np.random.Generator) -> Identity:
         while True:

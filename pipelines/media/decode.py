@@ -7,7 +7,8 @@ decoder raises of a file's bytes is such a reason, since their errors are as man
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -34,10 +35,13 @@ __all__ = [
     "Pixels",
     "decode_image",
     "decode_video",
+    "encode_frames",
     "encode_jpeg",
     "encode_mp4",
     "fit_reference",
     "fit_target",
+    "opened_clip",
+    "shown_frames",
 ]
 
 RULES = (
@@ -79,10 +83,15 @@ def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
 
     The colours are BT.709's in limited range, and the file says so, since players guess where it does not.
     """
+    return encode_frames(clip, (clip.shape[1], clip.shape[2]), fps, crf)
+
+
+def encode_frames(frames: Iterable[Pixels], size: tuple[int, int], fps: float, crf: int = 16) -> bytes:
+    """Frames [h,w,3] of `size` (height, width), of which one is held at a time, to what `encode_mp4` makes of them."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = clip.shape[2], clip.shape[1], "yuv420p"
+        (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
         coder = stream.codec_context
         coder.color_primaries, coder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         coder.colorspace, coder.color_range = _AVCOL_SPC_BT709, ColorRange.MPEG
@@ -90,7 +99,7 @@ def encode_mp4(clip: Pixels, fps: float, crf: int = 16) -> bytes:
         # memory that was never written in x264's AVX-512 code, so other bytes come out from time to time.
         stream.options = {"crf": str(crf), "preset": "fast", "threads": "1", "mbtree": "0"}
         colours = VideoReformatter()
-        for frame in clip:
+        for frame in frames:
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(
                 stream.encode(
@@ -228,24 +237,40 @@ def decode_video(
     Raises DataError when the clip can't be decoded or shown rightly, is damaged, is too short, or has more pixels than
     MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
     """
-    kind = clip_format(data, name)
     checked_rate(fps, name)
+    with opened_clip(data, name) as clip:
+        _check_clip(clip.stream.width, clip.stream.height, frames, name)
+        decoded = _bounded(clip.frames(), name)
+        return _collect(_sampled(decoded, clip.stream, fps, clip), clip, frames, fps, fit)
+
+
+@contextmanager
+def opened_clip(data: Buffer, name: str = "video") -> Iterator[Clip]:
+    """A clip to read. Whatever its bytes make the decoder raise within the block is a DataError with the reason."""
+    kind = clip_format(data, name)
     try:
         # some stock footage has tags that are not UTF-8: they must not stop the decoding
         with (
             heard_decoder() as said,
             av.open(io.BytesIO(data), mode="r", format=kind, metadata_errors="replace") as container,
         ):
-            clip = Clip.of(container, data, kind, said, name)
-            _check_clip(clip.stream.width, clip.stream.height, frames, name)
-            decoded = _bounded(clip.frames(), name)
-            return _collect(_sampled(decoded, clip.stream, fps, clip), clip, frames, fps, fit)
+            yield Clip.of(container, data, kind, said, name)
     except av.FFmpegError as error:
         raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
     except (DataError, MemoryError):
         raise
     except Exception as error:
         raise DataError(f"{name}: not a readable clip ({_reason(error)})") from error
+
+
+def shown_frames(clip: Clip) -> Iterator[Pixels]:
+    """Every frame of a clip in order, [h,w,3] as it is meant to be looked at, with square pixels."""
+    for frame in _bounded(clip.frames(), clip.name):
+        _check_size(frame.width, frame.height, clip.name)
+        pixels, aspect = clip.show(frame)
+        size = _square((pixels.shape[0], pixels.shape[1]), aspect)
+        _check_size(size[1], size[0], clip.name)
+        yield pixels if pixels.shape[:2] == size else np.asarray(resized(pixels, size))
 
 
 def _check_clip(width: int, height: int, frames: int, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from domainshuttle.cluster.local import quiet_ray
-from domainshuttle.pipelines.corpora.builder import build_corpus
+from domainshuttle.pipelines.corpora.builder import REPORT_NAME, build_corpus
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import read_skipped
@@ -43,11 +43,17 @@ def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: fl
             )
             continue
         began = time.monotonic()
-        with _being_made(folder), progress(f"Building {name}", "samples") as show:
-            metadata, bad = build_corpus(
-                name, section.build, section.parsed_buckets, folder, show, fps=section.fps, most_bad=most_bad
-            )
-        _report("Built", name, folder, metadata.digest, bad, began)
+        with (
+            _being_made(folder),
+            progress(f"Reading the records of {name}", "files") as surveying,
+            progress(f"Building {name}", "samples") as show,
+        ):
+            built = build_corpus(
+                name, section.build, section.parsed_buckets, folder, show,
+                fps=section.fps, most_bad=most_bad, surveying=surveying,
+            )  # fmt: skip
+        _report("Built", name, folder, built.metadata.digest, built.bad, began)
+        _print_left_out(built.report, folder)
     console.print("Next: domainshuttle data encode (the same configuration)")
 
 
@@ -115,6 +121,18 @@ def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
     if unknown:
         raise ConfigError(f"no corpus {unknown}; the configuration has {list(config.corpora)}")
     return list(only or config.corpora)
+
+
+def _print_left_out(report: dict[str, Any], folder: Path) -> None:
+    """What of a source became no sample, and why, where there is such."""
+    reasons = {**report["left_out"], **({"not drawn": report["not_drawn"]} if report["not_drawn"] else {})}
+    if reasons:
+        counted = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        console.print(f"  of {report['records']} records left out: {counted}", markup=False)
+    if report["wanted"] and report["selected"] < report["wanted"]:
+        console.print(f"  {report['wanted']} were wanted: the source has no more", markup=False)
+    if reasons or report["notes"]:
+        console.print(f"  counts, examples and settings: {folder / REPORT_NAME}", markup=False)
 
 
 def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:

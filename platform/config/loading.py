@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
@@ -191,6 +191,10 @@ def explain(fault: ErrorDetails) -> str:
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1])
         return f"{path}: unknown key{nearest(str(fault['loc'][-1]), known)}"
+    if fault["type"] == "union_tag_invalid":
+        named = [str(tag).strip("'<> ") for tag in fault["ctx"]["expected_tags"].split(",")]
+        tag = str(fault["ctx"]["tag"]).strip("<>")
+        return f"{path}.builder: there is no {tag!r}{nearest(tag, named)}"
     if fault["type"] == "missing":
         return f"{path}: missing"
     if given is None:
@@ -220,13 +224,26 @@ _MESSAGES = {
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at a place of the configuration."""
     section: Any = RunConfig
+    annotation: Any = None
     for part in location:
-        if isinstance(part, int) or part.startswith("<"):
+        if isinstance(part, int):
             continue
-        annotation = _fields(section).get(part)
-        if annotation is not None:  # else the name of a corpus, say: of the section that the mapping holds
+        if part.startswith("<"):
+            section = next(_tagged(annotation, part), section)
+        elif (found := _fields(section).get(part)) is not None:
+            annotation = found
             section = next(_sections(annotation), None)
+        # else the name of a corpus, say: of the section that the mapping holds
     return list(_fields(section))
+
+
+def _tagged(annotation: Any, tag: str) -> Iterator[Any]:
+    """The section that has a tag among those of a union."""
+    parts = get_args(annotation)
+    if any(isinstance(part, Tag) and part.tag == tag for part in parts):
+        yield from _sections(parts[0])
+    for part in parts:
+        yield from _tagged(part, tag)
 
 
 def _fields(section: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, fie
 from typing_extensions import TypedDict
 
 from domainshuttle.model.domains import DOMAINS
-from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at, parse_bucket
-from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.buckets import Bucket, parse_bucket
+from domainshuttle.pipelines.corpora.registry import CorpusConfig
 from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
 from domainshuttle.pipelines.sample import LATENT_CHANNELS, READ_AHEAD
@@ -150,8 +150,8 @@ class EncodersSection(Section):
 class CorpusSection(Section):
     """One corpus: how it is built, and the buckets its samples are fitted to."""
 
-    build: SpritesConfig | None = Field(
-        None, description="its builder; none: the shards are your own, indexed with `domainshuttle data index`"
+    build: CorpusConfig | None = Field(
+        None, description="its source; none: the shards are your own, indexed with `domainshuttle data index`"
     )
     buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
     fps: Fps | None = Field(None, description="rate at which clips are sampled; none: each clip's own")
@@ -166,8 +166,7 @@ class CorpusSection(Section):
         if large := [str(one) for one in buckets if max(one.frames, one.height, one.width) > _MOST_SIDE]:
             raise ValueError(f"buckets {large}: a side has more than {_MOST_SIDE:,} frames or pixels")
         if build is not None:
-            frames, rate = (build.frames, build.fps) if build.kind == "video" else (1, None)
-            choose_bucket(frames_at(frames, rate, self.fps), build.side, build.side, buckets)
+            build.check_buckets(buckets, self.fps)
         return self
 
 

@@ -100,7 +100,7 @@ def changed(members: Members, change: Mapping[str, Any] | None = None, **files: 
 
 def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Path) -> None:
     config = SpritesConfig(kind="video", samples=24, identities=72, side=48, frames=9, fps=8)
-    metadata, _ = build_corpus("mine", config, BUCKETS, tmp_path / "raw", silent, 8, fps=5)
+    metadata = build_corpus("mine", config, BUCKETS, tmp_path / "raw", silent, 8, fps=5).metadata
     own = rows(tmp_path / "raw")
     assert {row.bucket for row in own} == {"5x32x32"}  # nine frames at 8 fps are five or six at 5
     made = index(tmp_path / "raw", metadata=RAW.model_copy(update={"fps": 5.0}))

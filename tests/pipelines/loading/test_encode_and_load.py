@@ -22,8 +22,9 @@ from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.corpora.builder import build_corpus, build_part
-from domainshuttle.pipelines.corpora.sprites import SpritesConfig
+from domainshuttle.pipelines.corpora.builder import PartJob, build_corpus, build_part
+from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
+from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding import corpus as encode_module
 from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
@@ -170,7 +171,10 @@ def test_the_pool_fills_the_cluster(nodes: Any, asked: Any, expected: EncodingPo
 def test_parts_of_another_recipe_are_cleared(tmp_path: Path) -> None:
     first = Parts(tmp_path, 2, "one")
     first.begin()
-    build_part(first, 0, "pictures", CONFIG, BUCKETS, 4, 1 << 20)
+    source = SpritesBuilder(CONFIG, "pictures")
+    survey = Survey(tmp_path / "survey", tuple(source.pieces()))
+    survey.take(0, source)
+    build_part(first, 0, PartJob("pictures", CONFIG, survey, BUCKETS, 1 << 20), survey.select(None)[0][:4])
     assert first.missing() == [1]
     with pytest.raises(DataError, match="1 of 2 parts"):
         first.merge(IndexMetadata(corpus="pictures", stage="raw"))

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.corpora.builder import build_part
+from domainshuttle.pipelines.corpora.builder import PartJob, build_part
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
+from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding.sample_encoder import encode_rows, load_encoders
 from domainshuttle.pipelines.errors import DataError, MissingError, StorageError
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
@@ -316,7 +317,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = Parts(folder / "raw", 1, "test")
     parts.begin()
     config = SpritesConfig(kind="image", samples=24, identities=72, side=48, seed=4)
-    build_part(parts, 0, "pictures", config, [parse_bucket("1x32x32")], 24, 1 << 30)
+    source = SpritesBuilder(config, "pictures")
+    survey = Survey(folder / "survey", tuple(source.pieces()))
+    survey.take(0, source)
+    job = PartJob("pictures", config, survey, [parse_bucket("1x32x32")], 1 << 30)
+    build_part(parts, 0, job, survey.select(None)[0])
     parts.merge(IndexMetadata(corpus="pictures", stage="raw"))
     video, text = load_encoders(SOURCES)
     infos = {}

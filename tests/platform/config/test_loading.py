@@ -36,7 +36,7 @@ def test_the_shipped_demo_loads_by_name_and_by_path(tmp_path: Path, monkeypatch:
         ),
         ("stages.stage1.mixture={sprite-images: 1}", "did you mean 'sprites-images'"),
         ("corpora.sprites-images.buckets=[1x64x60]", "multiples of 16"),
-        ("corpora.sprites-images.build.builder=uno", "builder"),
+        ("corpora.sprites-images.build.builder=cats", "build.builder: there is no 'cats'"),
         ("stages.nine.steps=3", "'stages.nine' is no entry; known: base, stage1, stage2"),
         ("seed", "expected key.key=value"),
         ("model.base=wan", "not both and not neither"),

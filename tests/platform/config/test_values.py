@@ -38,6 +38,14 @@ corpora:
             fps: 8, references_per_subject: 3, two_subjects: 0.2, cross_domain: 0.2}
     buckets: [5x64x64, 9x64x64]
     fps: 8
+  pairs:
+    build: {builder: uno, folder: /pairs, samples: 8, seed: 1, least_score: 3.5}
+    buckets: [1x64x64]
+  masks:
+    build: {builder: opens2v, folder: /masks, samples: 8, seed: 1, least_aesthetic: 4, least_area: 0.03,
+            most_overlap: 0.8, most_subjects: 6, least_text_similarity: 0.6, least_image_similarity: 0.6,
+            most_image_similarity: 0.9}
+    buckets: [9x64x64]
 experts: [{name: high, low: 0.5, high: 1}, {name: low, low: 0, high: 0.6}]
 stages:
   - {name: one, mixture: {clips: 1}, steps: 2, gpu_hours: 3, global_batch: 8, micro_batch: 2, learning_rate: 1e-4,
@@ -60,7 +68,11 @@ sampling: {every: 2, cases: 2, cpus: 1, gpus: 1, timeout: 60}
 MAY_BE_ZERO = {
     "seed", "model.size.boundary", "model.size.max_references", "encoders.live.cpus", "encoders.live.gpus",
     "corpora.clips.build.held_out", "corpora.clips.build.seed", "corpora.clips.build.two_subjects",
-    "corpora.clips.build.cross_domain", "experts.0.low", "experts.1.low", "stages.0.warmup_steps", "stages.0.betas.0",
+    "corpora.clips.build.cross_domain", "corpora.pairs.build.seed", "corpora.pairs.build.least_score",
+    "corpora.masks.build.seed", "corpora.masks.build.least_aesthetic", "corpora.masks.build.least_area",
+    "corpora.masks.build.most_overlap", "corpora.masks.build.least_text_similarity",
+    "corpora.masks.build.least_image_similarity", "corpora.masks.build.most_image_similarity",
+    "experts.0.low", "experts.1.low", "stages.0.warmup_steps", "stages.0.betas.0",
     "stages.0.betas.1", "stages.0.weight_decay", "stages.0.references", "stages.0.reference_dropout",
     "stages.0.text_dropout", "stages.0.flow.low", "stages.0.loss.cross_pair_weight", "loader.most_bad",
     "loader.read_ahead", "guard.most_rollbacks", "cluster.resize_seconds", "cluster.gpus_per_worker",
