@@ -55,6 +55,6 @@ def without_user(url: str) -> str:
     return mask_secrets(url).replace("***@", "")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of an error's text, without secrets."""
     return mask_secrets(str(error) or type(error).__name__).splitlines()[0][:300]

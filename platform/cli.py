@@ -216,16 +216,37 @@ def submit(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")]) -> None:
-    """Show where a run is: stages, progress, last losses, checkpoints, device-hours, quarantine."""
-    from domainshuttle.platform.commands.status import print_status
+def status(
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+) -> None:
+    """Show where a run is: what it does now and why, stages, workers, losses, checkpoints, device-hours, quarantine."""
+    from domainshuttle.platform.commands.status import print_status, status_record
 
-    print_status(run)
+    if json_:
+        sys.stdout.write(json.dumps(status_record(run), indent=2, allow_nan=False) + "\n")
+    else:
+        print_status(run)
+
+
+@app.command()
+def logs(
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Of which start of the workers; without it the newest.")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="Go on printing what comes, until the run ends.")] = False,
+) -> None:
+    """Show what a worker of a run printed: its steps, its libraries' warnings, an error's traceback."""
+    from domainshuttle.platform.commands.logs import print_logs
+
+    print_logs(run, rank, attempt, follow)
 
 
 @app.command()
 def checkpoints(
-    run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept."""
@@ -236,7 +257,7 @@ def checkpoints(
 
 @app.command()
 def flush(
-    run: Annotated[Path, typer.Argument(help="A run's folder: <output>/<name> of its configuration.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,6 +19,19 @@ for _stream in (sys.stdout, sys.stderr):
 console = Console(highlight=False, soft_wrap=True)
 """Standard output."""
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(what: RenderableType) -> None:
+    """Prints with the time before it: what happens in long work is read afterwards. Markup in a text has no effect."""
+    if isinstance(what, str):
+        console.print(f"{_now()} {what}", markup=False)
+    else:
+        console.print(_now())
+        console.print(what)
+
+
+def _now() -> str:
+    return time.strftime("%H:%M:%S" if console.is_terminal else "%Y-%m-%d %H:%M:%S")
 
 
 @contextlib.contextmanager
@@ -43,7 +56,7 @@ def progress(what: str, unit: str, log_every: float = 10.0) -> Iterator[Callable
         nonlocal last, printed
         if time.monotonic() - last >= log_every and printed != f"{done} {note}":
             last, printed = time.monotonic(), f"{done} {note}"
-            console.print(f"{what}: {done} of {total} {unit} {note}".rstrip(), markup=False)
+            say(f"{what}: {done} of {total} {unit} {note}".rstrip())
 
     yield line
     sys.stdout.flush()

@@ -20,7 +20,6 @@ from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.checkpoint.resume import require_fit
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, read_checkpoint
-from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.trained_parameters import select_trained
 from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
@@ -29,6 +28,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.run.weights_digest import sizes_digest
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
+from domainshuttle.platform.run.workers import WorkerSign
 from domainshuttle.platform.training.device_memory import memory_error
 from domainshuttle.platform.training.loss_guard import LossGuard
 from domainshuttle.platform.training.mfu import Utilization
@@ -38,25 +38,25 @@ from domainshuttle.platform.training.rng_state import random_snapshot, restore_r
 from domainshuttle.platform.training.sampler import Sampler
 
 
-def train_schedule(job: WorkerJob) -> SegmentEnd:
+def train_schedule(run: Run, job: WorkerJob, sign: WorkerSign) -> SegmentEnd:
     """The worker: trains segment after segment until one does not finish. Returns how the last one ended."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    run = Run(RunConfig.model_validate(job.config))
     for number, start in enumerate(job.starts):
-        end = train_segment(run, job, start, first=number == 0)
+        end = train_segment(run, job, start, sign, first=number == 0)
         if end.kind is not End.FINISHED or end.asked:
             break
     return end
 
 
-def train_segment(run: Run, job: WorkerJob, start: StartPoint, first: bool) -> SegmentEnd:
+def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign, first: bool) -> SegmentEnd:
     """Trains one segment from its start point to its end, or until all ranks agree to stop."""
     config, segment = run.config, run.segment(start.segment)
     stage, last_step = segment.stage, segment.last_step
     rank, world_size = dist.get_rank(), dist.get_world_size()
     last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first)
+    sign.follow(monitor.look)
     engine = snapshot = None
     try:
         # Build

@@ -140,9 +140,7 @@ def plan_dataset(
     first = start if live else start + min(_OWN_STEPS, (stop - start) // 2)
     source = PlanSource(feed, first, stop, world_size, None if live else 32)
     # no CPU reserved: a task waits nearly all the time, and may live as long as the run
-    dataset = ray.data.read_datasource(
-        source, override_num_blocks=len(source.tasks), concurrency=1, ray_remote_args={"num_cpus": 0}
-    )
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.tasks), concurrency=1, num_cpus=0)
     if live:
         from domainshuttle.pipelines.loading.live import LiveEncoder  # brings torch along
 

@@ -1,10 +1,12 @@
 """Where a run is, from its folder alone."""
 
 import json
+import math
 import shlex
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,98 @@ from typing import Any
 import psutil
 
 from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
-from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointStore, UnfinishedCheckpoint
+from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
 from domainshuttle.platform.console import console
 from domainshuttle.platform.report.text import Advice, Prose, Records, headline
 from domainshuttle.platform.run.eta import remaining, span
 from domainshuttle.platform.run.folder import Run, find_run
-from domainshuttle.platform.run.journal import Journal
+from domainshuttle.platform.run.journal import FAILED, Journal
 from domainshuttle.platform.run.ledger import CATEGORIES, AttemptRecord, Ledger
 from domainshuttle.platform.run.lock import HOLDER_NAME, PATIENCE_SECONDS
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.workers import attempts, read_workers
 
 _MOST_ATTEMPTS = 20
 """Attempts that are listed: the newest."""
 _SPOOL_BYTES = 1 << 16
 """What waits of a run at work when its server answers is less."""
+
+
+def status_record(folder: Path) -> dict[str, Any]:
+    """What `print_status` prints, for programs: JSON-ready. Times are in seconds since 1970, or as their names say."""
+    run = find_run(folder)
+    state, alive, ledger = _read_state(run, tell=False), driver_lives(run), Ledger(run.ledger_path)
+    word, why = run_state(run, state, alive)
+    hours = ledger.summary(run.config.budget_gpu_hours)
+    left = remaining(run, state, ledger) if state else None
+    number = max(attempts(run), default=0)
+    try:
+        checkpoints = CheckpointStore.of(run.config, run.folder).list()
+    except STORE_FAULTS:
+        checkpoints = []
+    whole = [found for _, found in checkpoints if isinstance(found, Checkpoint)]
+    at = {segment.name: _reached(segment, state, whole) for segment in run.segments()}
+    return {
+        "run": run.config.name,
+        "folder": str(run.folder),
+        "state": word,
+        "why": why,
+        "attempt": number,
+        "stages": [
+            {
+                "stage": segment.name,
+                "finished": segment.finished,
+                "step": at[segment.name],
+                "steps": segment.stage.duration.steps,
+                "checkpoint": last.where if (last := _newest(segment, whole)) else None,
+                "checkpoint_step": last.state.step if last else None,
+            }
+            for segment in run.segments()
+        ],
+        "segment": state.get("segment"),
+        "heard": state.get("time"),
+        "step_seconds": state.get("recent_step_seconds"),
+        "metrics": {name: _finite(value) for name, value in state.get("metrics", {}).items()},
+        "seconds_left": {"stage": left.stage, "known_stages": left.known, "budget": left.budget} if left else None,
+        "workers": [{**asdict(worker), "log": str(run.folder / worker.log)} for worker in read_workers(run, number)],
+        "notices": Journal(run.notices_path).read()[0][-_MOST_NOTICES:],
+        "device_hours": {name: getattr(hours, name) for name in ("used", *CATEGORIES, "budget")},
+        "goodput": hours.goodput,
+        "damaged_checkpoints": {name: str(found) for name, found in checkpoints if isinstance(found, CheckpointError)},
+        "quarantined": _quarantined(run),
+        "dropped_steps": {segment.name: len(run.dropped_steps(segment.name)) for segment in run.segments()},
+        "unsent_bytes": _unsent(run),
+        "next": run.train_command if not alive and word != "finished" else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _newest(segment: Segment, kept: list[Checkpoint]) -> Checkpoint | None:
+    mine = [checkpoint for checkpoint in kept if checkpoint.state.segment == segment.name]
+    return max(mine, key=lambda checkpoint: (checkpoint.state.line, checkpoint.state.step), default=None)
+
+
+def _reached(segment: Segment, state: Mapping[str, Any], kept: list[Checkpoint]) -> int:
+    """The steps that a segment has made."""
+    if segment.finished:
+        return segment.last_step
+    if state.get("segment") == segment.name:
+        return int(state["step"])
+    last = _newest(segment, kept)
+    return last.state.step if last else 0
+
+
+def _quarantined(run: Run) -> int:
+    # attempts and epochs meet the same sample again
+    return len({(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")})
+
+
+def _unsent(run: Run) -> int:
+    return sum(Journal(path).unread() for path in run.spool.glob("*.jsonl"))
 
 
 def print_status(folder: Path) -> None:
@@ -38,40 +118,113 @@ def print_status(folder: Path) -> None:
     except STORE_FAULTS as error:  # the rest is in the run's folder
         checkpoints = []
         console.print(Prose(f"The store of the checkpoints does not answer: {error}"))
+    console.print(Prose(_now(run, state, alive)))
     console.print(_stages(run, state, alive, [found for _, found in checkpoints if isinstance(found, Checkpoint)]))
     ledger = Ledger(run.ledger_path)
     _print_progress(run, state, alive, ledger)
+    _print_workers(run, alive)
+    told = run_state(run, state, alive)[1]
+    for notice in Journal(run.notices_path).read()[0][-_MOST_NOTICES:]:
+        if notice.get("text") != told:
+            console.print(Prose(f"{_date(notice.get('time', 0.0))} {notice.get('text', '')}"))
     _print_hours(run, ledger, alive)
     for name, found in checkpoints:
         if isinstance(found, UnfinishedCheckpoint):
             console.print(Prose(f"Being written, or left by a kill: {name}"))
         elif not isinstance(found, Checkpoint):
             console.print(Prose(f"Damaged, never chosen: {name}: {found}"))
-    waiting = sum(Journal(path).unread() for path in run.spool.glob("*.jsonl"))
+    waiting = _unsent(run)
     if waiting > _SPOOL_BYTES or (waiting and not alive):
         command = f"domainshuttle flush {shlex.quote(str(run.folder))}"
         console.print(Advice(f"{waiting:,} bytes of metrics wait for MLflow. Next:", command))
-    # attempts and epochs meet the same sample again
-    bad = {(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")}
-    if bad:
-        console.print(Prose(f"{len(bad)} samples in quarantine: see {run.folder / 'quarantine'}"))
+    if bad := _quarantined(run):
+        console.print(Prose(f"{bad} samples in quarantine: see {run.folder / 'quarantine'}"))
     for segment in run.segments():
         if dropped := run.dropped_steps(segment.name):
             where = run.dropped_path(segment.name, 0).parent
             console.print(Prose(f"{len(dropped)} steps of {segment.name} were dropped for their loss: see {where}"))
 
 
-def _read_state(run: Run) -> dict[str, Any]:
-    """What rank 0 wrote last; empty before it did, and where that is not of this version or of these stages."""
+def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str]:
+    """What the run is doing, in a word or two, and why: `state` is what rank 0 wrote last, `alive` whether its driver
+    is at work."""
+    end, segments = run.read_end(), run.segments()
+    if all(segment.finished for segment in segments):
+        return "finished", ""
+    if not alive:
+        if end:
+            return str(end["how"]), str(end["error"])
+        if not state:
+            return ("not begun", "") if not started(run) else ("probably dead", "its driver ended without a last word")
+        dead = state["state"] == "training"
+        return ("probably dead", "its driver ended without a last word") if dead else (state["state"], "")
+    number = max(attempts(run), default=0)
+    workers = read_workers(run, number)
+    ready = [worker for worker in workers if worker.segment]
+    if ready and all(worker.ended is None for worker in workers):
+        doing = next((worker.doing for worker in ready if worker.rank == 0), "training")
+        return {"checkpointing": "saving", "sampling": "sampling", "starting": "starting"}.get(doing, "training"), ""
+    if number <= 1:
+        return "starting", ""
+    failed = [line["text"] for line in Journal(run.notices_path).read()[0] if line.get("kind") == FAILED]
+    return f"starting again (attempt {number})", failed[-1] if failed else ""
+
+
+def started(run: Run) -> bool:
+    """Whether workers were ever asked for."""
+    return bool(attempts(run))
+
+
+def _now(run: Run, state: Mapping[str, Any], alive: bool) -> str:
+    word, why = run_state(run, state, alive)
+    return f"Now: {word}{f', because: {why}' if why else ''}"
+
+
+def _print_workers(run: Run, alive: bool) -> None:
+    """Who the workers of the newest attempt are, what each does, and where its log is."""
+    number = max(attempts(run), default=0)
+    workers = read_workers(run, number)
+    if not workers or (not alive and all(segment.finished for segment in run.segments())):
+        return
+    rows = [
+        [
+            str(worker.rank),
+            worker.host,
+            str(worker.pid),
+            worker.node[:8],
+            worker.place,
+            f"{span(max(0.0, time.time() - worker.beat))} ago",
+            worker.log,
+        ]
+        for worker in workers[:_MOST_WORKERS]
+    ]
+    fields = ("rank", "machine", "process", "node", "doing", "heard of", "log")
+    console.print(Records(fields, rows, f"Workers of attempt {number}", ["rank", "process"]))
+    if len(workers) > _MOST_WORKERS:
+        console.print(Prose(f"{len(workers) - _MOST_WORKERS} more workers: see {run.worker_path(number, 0).parent}"))
+    console.print(Advice("What they printed:", f"domainshuttle logs {shlex.quote(str(run.folder))}"))
+
+
+_MOST_WORKERS, _MOST_NOTICES = 16, 3
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%m-%d %H:%M:%S")
+
+
+def _read_state(run: Run, tell: bool = True) -> dict[str, Any]:
+    """What rank 0 wrote last; empty before it did, and where that is not of this version or of these stages, which is
+    told."""
     state: object = run.read_progress()
     if isinstance(state, dict) and (not state or _is_state(state, [segment.name for segment in run.segments()])):
         return state
-    console.print(
-        Prose(
-            f"{run.progress_path} is left out: it was written by another version, or for a stage that is not in "
-            f"{run.config_path}."
+    if tell:
+        console.print(
+            Prose(
+                f"{run.progress_path} is left out: it was written by another version, or for a stage that is not in "
+                f"{run.config_path}."
+            )
         )
-    )
     return {}
 
 
@@ -99,10 +252,8 @@ def driver_lives(run: Run) -> bool:
 def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]) -> Records:
     rows = []
     for segment in run.segments():
-        mine = [checkpoint for checkpoint in kept if checkpoint.state.segment == segment.name]
-        last = max(mine, key=lambda checkpoint: (checkpoint.state.line, checkpoint.state.step), default=None)
+        last = _newest(segment, kept)
         here = state if state.get("segment") == segment.name else None
-        reached = segment.last_step if segment.finished else here["step"] if here else last.state.step if last else 0
         if segment.finished:
             doing = "finished"
         elif here:
@@ -113,7 +264,7 @@ def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]
             [
                 segment.name,
                 headline(doing),
-                f"{reached} of {_end(segment)}",
+                f"{_reached(segment, state, kept)} of {_end(segment)}",
                 _losses(here["metrics"] if here else {}),
                 f"step {last.state.step}" if last else "none",
                 f"{last.size / 2**20:.1f} MiB" if last else "",
@@ -169,7 +320,7 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     listed = [one for one in attempts[-_MOST_ATTEMPTS:] if one.devices]
     rows = [_attempt(one, one is attempts[-1] and alive) for one in listed]
     columns = ("stage", "steps", "workers", "began", "used", *CATEGORIES, "ended")
-    title, numeric = "Attempts, in seconds of the wall clock", columns[2:3] + columns[4:-1]
+    title, numeric = "Attempts at each stage, in seconds of the wall clock", columns[2:3] + columns[4:-1]
     console.print(Records(columns, rows, title, numeric, _STYLES, heads=2))
     if earlier := [one for one in attempts if one not in listed]:
         used = sum(sum(one.hours.values()) for one in earlier)
@@ -190,7 +341,7 @@ _PARTS = {"waiting": "waiting for data"}
 
 def _attempt(one: AttemptRecord, running: bool) -> Sequence[str]:
     seconds = {name: hours * 3600 / one.devices for name, hours in one.hours.items()}
-    began = datetime.fromtimestamp(one.began).strftime("%m-%d %H:%M:%S")
+    began = _date(one.began)
     # of many lines the first and the last; the ledger has all of them
     ended = headline(one.reason) if one.reason is not None else "running" if running else "no last line"
     numbers = (sum(seconds.values()), *(seconds[name] for name in CATEGORIES))

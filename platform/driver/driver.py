@@ -10,19 +10,22 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
 from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
-from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.console import console, progress, say
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
+from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
@@ -47,7 +50,7 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
     else:
         require_resumable(Run(config), CheckpointStore.of(config), resume, chosen)
     cluster, workers = config.cluster, config.cluster.least_workers
-    with RunLock(config.run_folder, console.print) as lock, contextlib.ExitStack() as stack:
+    with RunLock(config.run_folder, say) as lock, contextlib.ExitStack() as stack:
         if not fresh:
             Run(config).require_same_configuration()
         # beside the workers: a CPU for the data tasks, and what encodes while they train
@@ -94,7 +97,7 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     """The run on disk, made or resumed; its lock is held. Raises ConfigError for another run of this name."""
     run = Run.open(config, fresh)
     if not fresh:
-        recover_run(run, console.print)
+        recover_run(run, say)
     elif config.checkpoint.store:
         # in a store of its own the checkpoints outlive the run's folder: nothing goes on from them
         for segment in run.segments():
@@ -123,22 +126,24 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         lock.check()
         _show_progress(run, show)
 
-    from domainshuttle.platform.driver.schedule_loop import Schedule
+    from domainshuttle.platform.driver.schedule_loop import DivergedError, Schedule
 
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
-            outcome = Schedule(run, tracker, watch, console.print).train(stage, resume)
+            outcome = Schedule(run, tracker, watch, say).train(stage, resume)
         except RunLockedError:
             raise  # ledger and tracking are the other driver's now
         except BaseException as error:
+            run.note_end("diverged" if isinstance(error, DivergedError) else "failed", error)
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
             track_hours(run, tracker)
             tracker.fail(error)
             raise
     whole = outcome == "finished" and all(segment.finished for segment in run.segments())
+    run.note_end(outcome)
     summary = track_hours(run, tracker)
     delivered = tracker.finish("FINISHED" if whole else "KILLED")
-    console.print(
+    say(
         f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
         f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
     )
@@ -228,14 +233,22 @@ def _git_commit() -> str:
 
 def _show_progress(run: Run, show: object) -> None:
     """Moves the bar to where rank 0 says the segment is."""
-    state = run.read_progress()
-    if not state:
-        return
+    if state := run.read_progress():
+        show(state["step"], state["steps"], f"{state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
+
+
+def _figures(state: Mapping[str, Any]) -> str:
+    """The newest numbers of a run, for a line of progress; beside a bar there is room for few."""
     metrics = state["metrics"]
-    note = f"{state['segment']}"
-    if "loss" in metrics:
-        note += f" loss {metrics['loss']:.3f}, {metrics['samples/s']:.0f} samples/s"
-    show(state["step"], state["steps"], note)  # type: ignore[operator]
+    if "loss" not in metrics:
+        return ""
+    figures = [f"loss {metrics['loss']:.4f}", f"{metrics['step_seconds']:.3g} s a step"]
+    if not console.is_terminal:
+        figures.insert(1, f"learning rate {metrics['learning_rate']:.3g}, gradient norm {metrics['grad_norm']:.3g}")
+        figures.append(f"{metrics['tokens/s/device']:,.0f} tokens/s a device")
+        if (rate := state.get("recent_step_seconds")) and state["steps"] > state["step"]:
+            figures.append(f"about {span((state['steps'] - state['step']) * rate)} left in this stage")
+    return ", ".join(figures)
 
 
 class _StopOnSignal:
@@ -258,4 +271,4 @@ class _StopOnSignal:
         if self.run.stop_path.exists():
             raise KeyboardInterrupt
         self.run.stop_path.touch()
-        console.print("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")
+        say("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
-from domainshuttle.pipelines.errors import TooManyBadError
+from domainshuttle.pipelines.errors import TooManyBadError, UserFacingError
 from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.driver.culprit import Witness
 from domainshuttle.platform.training.device_memory import DeviceMemoryError
 
-FINAL = (ConfigError, IncompatibleError, TooManyBadError)
+FINAL = (ConfigError, IncompatibleError, TooManyBadError, ImportError)
 """Errors that starting the workers again does not mend."""
+_MISTAKES = (UserFacingError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
+"""Errors that most likely come again, but not for certain: not those of devices and connections."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Fault:
     """An error that another start would meet again."""
     counted: bool = True
     """Whether it counts as a failure: nodes that were taken away and groups that found no room do not."""
+    mistake: str = ""
+    """An error of a kind that is in the code or the settings, in its words; empty where it was something else."""
 
 
 class FaultsInARow:
@@ -68,11 +73,14 @@ class FaultsInARow:
             return self._newest
 
 
-def explain(error: BaseException) -> Fault:
-    """The fault behind what Ray Train raised."""
+def explain(error: BaseException, witness: Witness | None = None) -> Fault:
+    """The fault behind what Ray Train raised, by its cause: what others saw of that is in the report alone.
+
+    `witness` is what the workers left, if they left anything.
+    """
     report = f"{type(error).__name__}: {error}"
     if isinstance(error, WorkerGroupError):
-        return _of_workers(error.worker_failures, report)
+        return _of_workers(error.worker_failures, report, witness)
     if isinstance(error, PreemptionError):
         nodes = ", ".join(node[:8] for node in error.preemption_info.preempted_node_ids)
         return Fault(f"node {nodes} was taken away before the workers had ended", report, counted=False)
@@ -89,16 +97,26 @@ def explain(error: BaseException) -> Fault:
     return Fault(_words(_innermost(error), "Ray"), report)
 
 
-def _of_workers(failures: Mapping[int, BaseException], report: str) -> Fault:
-    """Of several the one that most likely came first: a death, then an error, then connections that were lost."""
+def _of_workers(failures: Mapping[int, BaseException], report: str, witness: Witness | None) -> Fault:
+    """Of several the one that most likely came first: a hang, a death, then an error, then connections that were
+    lost."""
     if not failures:
         return Fault("the workers ended, and none said why", report)
     found = [one for failure in failures.values() for one in _chain(failure) if isinstance(one, FINAL)]
     report += "".join(f"\n\nworker {rank}: {failure}" for rank, failure in failures.items())
+    final = found[-1] if found else None
+    if witness and (hang := witness.hang()) is not None:
+        return Fault(hang, report, final)
     rank, failure = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
     inner = _innermost(failure)
+    if witness and _follows(failure) == _CONNECTION_LOST and (dead := witness.dead()):
+        names = " or ".join(worker.name for worker in dead)
+        return Fault(f"{names} died: it was killed, or crashed; {witness.log(dead[0].rank)}", report, final)
     taken = isinstance(inner, RayActorError) and inner.preempted
-    return Fault(_words(inner, f"worker {rank}"), report, found[-1] if found else None, counted=not taken)
+    log = witness.log(rank) if witness else ""
+    what = _words(inner, witness.name(rank) if witness else f"worker {rank}") + (f"; {log}" if log else "")
+    mistake = _last_line(inner) if any(isinstance(one, _MISTAKES) for one in _chain(failure)) else ""
+    return Fault(what, report, final, counted=not taken, mistake=mistake)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -124,12 +142,15 @@ def _innermost(error: BaseException) -> BaseException:
 _CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|closed by peer|gloo|NCCL|ProcessGroup|Broken pipe")
 
 
+_DEATH, _OWN_ERROR, _CONNECTION_LOST = range(3)
+
+
 def _follows(failure: BaseException) -> int:
-    """0: a process died; 1: an error of its own; 2: what the others see of either."""
+    """What a worker's failure is: its process died, an error of its own, or what it saw of another's."""
     inner = _innermost(failure)
-    if isinstance(inner, RayActorError | OutOfMemoryError | NodeDiedError):
-        return 0
-    return 2 if _CONSEQUENCE.search(str(failure)) else 1
+    if isinstance(inner, RayActorError | OutOfMemoryError | NodeDiedError) and not isinstance(inner, RayTaskError):
+        return _DEATH
+    return _CONNECTION_LOST if _CONSEQUENCE.search(str(failure)) else _OWN_ERROR
 
 
 _NAMES = {
@@ -155,7 +176,8 @@ def _words(error: BaseException, who: str) -> str:
         if isinstance(error, RayActorError) and error.actor_init_failed:
             return f"{who} could not start: {_last_line(error)}"
         process = re.search(r"pid: (\d+)", text)
-        return f"{who} died{f' (process {process[1]})' if process else ''}: it was killed, or crashed"
+        told = f" (process {process[1]})" if process and "process" not in who else ""
+        return f"{who} died{told}: it was killed, or crashed"
     return f"{who} failed: {_last_line(error)}"
 
 

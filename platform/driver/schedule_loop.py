@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,18 +20,20 @@ from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, differences
+from domainshuttle.platform.driver.culprit import Witness
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.model_size import model_size
-from domainshuttle.platform.engine.trained_parameters import TrainedParameters, parameter_table, trained_of
+from domainshuttle.platform.engine.trained_parameters import TrainedParameters, trained_of
 from domainshuttle.platform.run.data import make_feed, require_same_encoders, require_unchanged
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
 from domainshuttle.platform.run.ledger import ALLOWANCE, Ledger
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.run.weights_digest import sizes_digest
+from domainshuttle.platform.run.workers import attempts
 from domainshuttle.platform.tracking.mlflow import Tracker
 from domainshuttle.platform.tracking.outbox import tag_segment
 
@@ -62,6 +64,8 @@ class Schedule:
         self._notices = Notices(run.notices_path, echo)
         self._origins = resolve_all(run)
         self._faults: dict[str, FaultsInARow] = {}
+        self._mistake = ""
+        """The mistake that ended the last workers, where they had made no step."""
         self._leaving: set[str] = set()
         self._opened: set[str] = set()
         self._selections: dict[str, TrainedParameters] = {}
@@ -105,8 +109,11 @@ class Schedule:
             starts.append(dataclasses.replace(start, segment=segment.name, first_step=0, checkpoint=None,
                                               skipped=self._skipped(segment)))  # fmt: skip
         self.run.regroup_path.unlink(missing_ok=True)
+        attempt = max(attempts(self.run), default=0) + 1
+        self.run.worker_path(attempt, 0).parent.mkdir(parents=True, exist_ok=True)
         job = WorkerJob(
             config=self._config.model_dump(mode="json"),
+            attempt=attempt,
             starts=tuple(starts),
             origins=self._origins,
             mlflow=self._tracker.ids.to_dict(),
@@ -120,7 +127,7 @@ class Schedule:
         )
         self._follow(group, first)
         if group.error is not None:
-            self._handle_fault(group.error)
+            self._handle_fault(group.error, job)
             return None
         self._ledger.end_open("the workers ended without a last line")
         return "stopped" if group.end is None else self._handle_end(group.end)
@@ -186,7 +193,7 @@ class Schedule:
         for corpus, source, index_digest, samples in make_feed(self._config, segment).corpora():
             self._tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
         self.run.write_ids(self._tracker.ids.to_dict())
-        self._echo(parameter_table({segment.name: self._selected(segment)}))
+        self._echo(f"Stage {segment.name} {self._selected(segment)}")
 
     def _size(self, segment: Segment, held: int = 0) -> int:
         sizes = self._config.worker_sizes(segment.stage)
@@ -257,12 +264,13 @@ class Schedule:
             f"PATH; domainshuttle checkpoints {shlex.quote(str(self.run.folder))} lists them"
         )
 
-    def _handle_fault(self, error: BaseException) -> None:
-        """Records what ended the workers. Returns where another start may follow, else raises."""
+    def _handle_fault(self, error: BaseException, job: WorkerJob | None = None) -> None:
+        """Records what ended the workers of `job`. Returns where another start may follow, else raises."""
         if not is_fault(error):
             raise error
-        fault = explain(error)
-        at = self.run.read_progress().get("segment")
+        fault = explain(error, Witness.of(self.run, job.attempt) if job else None)
+        state = self.run.read_progress()
+        at = state.get("segment")
         segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)
         segment = segment or next((one for one in self.run.segments() if not one.finished), None)
         if segment is None:
@@ -270,8 +278,15 @@ class Schedule:
             return
         report = self._write_report(fault)
         self._record_restart(segment, fault)
+        if isinstance(fault.final, ImportError):
+            raise WorkersFailedError(
+                f"stage {segment.name}: {fault.what}. A package is missing: install it on every node of the cluster. "
+                f"Ray's report: {report}"
+            ) from error
         if fault.final is not None:
             raise fault.final from error
+        if job is not None:
+            self._refuse_to_fail_alike(segment, fault, report, made_steps(state, job))
         most = self._config.cluster.max_failures
         faults = self._faults.setdefault(segment.name, FaultsInARow(self._store, segment.name))
         count = faults.add() if fault.counted else faults.count
@@ -285,6 +300,15 @@ class Schedule:
         self._notices.add(
             segment.name, FAILED, f"Stage {segment.name}: {fault.what}. The workers start again{counts}. {tail}"
         )
+
+    def _refuse_to_fail_alike(self, segment: Segment, fault: Fault, report: str, stepped: bool) -> None:
+        """Raises WorkersFailedError for a mistake in code or settings that ended two starts before their first step."""
+        before, self._mistake = self._mistake, "" if stepped else fault.mistake
+        if before and before == self._mistake:
+            raise WorkersFailedError(
+                f"stage {segment.name}: {fault.what}. The start before ended with the same words, so another one would "
+                f"too. Ray's report: {report}"
+            )
 
     def _write_report(self, fault: Fault) -> str:
         number = 1
@@ -304,6 +328,12 @@ class Schedule:
         if attempts:  # none where the workers never came to their first line
             text = f"{fault.what} (step {attempts[-1].last} was reached)"
             tag_segment(self.run, segment.name, f"restart.{len(attempts)}", text)
+
+
+def made_steps(state: Mapping[str, Any], job: WorkerJob) -> bool:
+    """Whether the workers of a job have made a step, when rank 0 wrote `state` last."""
+    mine = state.get("attempt") in {start.attempt for start in job.starts}
+    return mine and (state["segment"] != job.starts[0].segment or state["step"] > state["first_step"])
 
 
 @dataclass(frozen=True)

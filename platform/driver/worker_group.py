@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
+from domainshuttle.platform.run.workers import WorkerSign
 
 # Ray's annotations are those of its version 1
 _NO_RESTARTS: dict[str, Any] = {"controller_failure_limit": 0, "max_preemption_failures": 0}
@@ -24,10 +26,13 @@ STOP_SECONDS = 5.0
 
 
 def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
-    # imported by the workers alone: torch, DeepSpeed and the model take seconds
-    from domainshuttle.platform.train import train_schedule
+    job, context = config["job"], ray.train.get_context()
+    run, node = Run(RunConfig.model_validate(job.config)), ray.get_runtime_context().get_node_id()
+    with WorkerSign(run, job.attempt, context.get_world_rank(), context.get_world_size(), node) as sign:
+        # imported by the workers alone: torch, DeepSpeed and the model take seconds
+        from domainshuttle.platform.train import train_schedule
 
-    return train_schedule(config["job"])
+        return train_schedule(run, job, sign)
 
 
 class WorkerGroup:
@@ -53,7 +58,7 @@ class WorkerGroup:
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker=run.config.worker_resources(),
             ),
-            run_config=RunConfig(
+            run_config=ray.train.RunConfig(
                 # Ray's own bookkeeping of this start; ours is the run's folder
                 name=f"{run.config.name}-{time.time_ns()}",
                 storage_path=str(run.folder / "ray"),

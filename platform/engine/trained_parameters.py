@@ -21,6 +21,14 @@ class TrainedParameters:
     trained: dict[str, int]
     frozen: dict[str, int]
 
+    def __str__(self) -> str:
+        """One line for people; `parameter_table` has all of it."""
+        groups, others = ({group_name(name) for name in names} for names in (self.trained, self.frozen))
+        return (
+            f"trains {self.trained_count:,} of {self.trained_count + self.frozen_count:,} parameters, {len(groups)} of "
+            f"{len(groups | others)} groups (all of them: domainshuttle plan CONFIG --parameters)"
+        )
+
     @property
     def trained_count(self) -> int:
         return sum(self.trained.values())

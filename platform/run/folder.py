@@ -11,10 +11,12 @@ import json
 import logging
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.loading import read_config
@@ -58,7 +60,7 @@ class Run:
         content = config.to_yaml()
         if not run.config_path.exists() or run.config_path.read_text() != content:
             write_bytes(run.config_path, content.encode())
-        for request in (run.stop_path, run.regroup_path):
+        for request in (run.stop_path, run.regroup_path, run.end_path):
             request.unlink(missing_ok=True)
         return run
 
@@ -147,6 +149,11 @@ class Run:
         return self.folder / "stop"
 
     @property
+    def end_path(self) -> Path:
+        """How the last driver ended."""
+        return self.folder / "end.json"
+
+    @property
     def regroup_path(self) -> Path:
         """A file that asks the workers to write a checkpoint and end, since there is room for more of them."""
         return self.folder / "regroup"
@@ -154,6 +161,14 @@ class Run:
     def report_path(self, number: int) -> Path:
         """Ray's own report of the nth fault that ended a worker group."""
         return self.folder / "faults" / f"fault-{number:04d}.txt"
+
+    def worker_path(self, attempt: int, rank: int) -> Path:
+        """The newest sign of life of a worker (workers.py)."""
+        return self.folder / "workers" / f"attempt-{attempt:04d}" / f"rank{rank:05d}.json"
+
+    def worker_log_path(self, attempt: int, rank: int) -> Path:
+        """What a worker printed."""
+        return self.folder / "logs" / f"attempt-{attempt:04d}" / f"rank{rank:05d}.log"
 
     def consumed_path(self, segment: str, rank: int) -> Path:
         """Which samples a rank trained on, a line a micro-batch."""
@@ -230,6 +245,20 @@ class Run:
         except (OSError, ValueError):
             return {}
         return state
+
+    def note_end(self, how: str, error: BaseException | None = None) -> None:
+        """Notes how the driver ended the run's schedule, for people; the next start removes it."""
+        content = {"how": how, "error": mask_secrets(str(error)) if error is not None else "", "time": time.time()}
+        with contextlib.suppress(OSError):
+            write_bytes(self.end_path, json.dumps(content).encode())
+
+    def read_end(self) -> dict[str, Any]:
+        """What `note_end` noted last; empty while the run is at work, or where its driver was killed."""
+        try:
+            end: dict[str, Any] = json.loads(self.end_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return end
 
     def read_ids(self) -> dict[str, Any] | None:
         """The ids of the run's MLflow runs, as they were saved last."""

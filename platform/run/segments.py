@@ -119,6 +119,8 @@ class WorkerJob:
 
     config: dict[str, Any]
     """The run's configuration, JSON-ready."""
+    attempt: int
+    """Counts the starts of a worker group in this run, from 1."""
     starts: tuple[StartPoint, ...]
     """The segments to train, one after the other."""
     origins: Mapping[str, WeightsOrigin]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 from domainshuttle.platform.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 class Stop(IntEnum):
@@ -132,6 +135,10 @@ class Monitor:
             )
             self._write_progress(self.done, "training")
 
+    def look(self) -> tuple[str, int, str]:
+        """The segment, the steps done and what is being done, for people; may be asked by any thread."""
+        return self.segment.name, self.done, _DOING.get(self._timeline.category, self._timeline.category)
+
     def built(self, plan: Mapping[str, Any], utilization: Utilization) -> None:
         """Notes that model, engine and loader are there; what the plan is made of goes to the tracking at the end."""
         self._start["build"] = time.time()
@@ -145,6 +152,7 @@ class Monitor:
     def begin(self) -> None:
         """Notes that the model is built and restored: the time until here was starting."""
         self._start["restore"] = time.time()
+        logger.info("segment %s: built and restored, goes on after step %d", self.segment.name, self.done)
         self._timeline.switch("productive")  # what is neither waiting nor writing is the work itself
         self._restart_interval()
         self.watchdog.alive()
@@ -269,10 +277,11 @@ class Monitor:
         if (step + 1) % self._due and step + 1 != self.segment.stage.duration.planned_steps:
             return
         metrics = self.losses.reduce()
+        seconds = self._interval.take()
         if not self.main:
+            logger.info("%s step %d: %s", self.segment.name, step + 1, _shares(seconds, self._steps))
             self._restart_interval()
             return
-        seconds = self._interval.take()
         elapsed = max(sum(seconds.values()), 1e-9)
         self._recent.append((elapsed, self._steps))
         tokens = metrics.pop("tokens")
@@ -297,6 +306,15 @@ class Monitor:
             for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
                 hours[f"gpu_hours/{name}"] += value
             self.logger.log(step + 1, {**self.last, **hours})
+        logger.info(
+            "%s step %d: loss %.5f, gradient norm %.3g, learning rate %.3g, %s",
+            self.segment.name,
+            step + 1,
+            self.last.get("loss", float("nan")),
+            result.grad_norm,
+            self.last["learning_rate"],
+            _shares(seconds, self._steps),
+        )
         self._write_progress(step + 1, "training")
         self._restart_interval()
 
@@ -398,10 +416,22 @@ class Monitor:
         self._progress.write(content, last=state != "training")
 
 
+def _shares(seconds: Mapping[str, float], steps: int) -> str:
+    """What the steps of an interval took, for a log."""
+    total = sum(seconds.values())
+    parts = ", ".join(
+        f"{_DOING.get(name, name)} {part / total:.0%}" for name, part in seconds.items() if part > 0.005 * total
+    )
+    return f"{total / steps:.3f} s a step ({parts})"
+
+
 def _journal(path: Path) -> JournalWriter:
     # not synced: what is lost with the machine is done again
     return JournalWriter(Journal(path), sync=False)
 
+
+_DOING = {"productive": "computing", "waiting": "waiting for data"}
+"""What a worker does while its time goes to a category of the ledger."""
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""

@@ -16,6 +16,11 @@ class Timeline:
         self._clock, self._category, self._since = clock, category, clock()
         self._totals: defaultdict[str, float] = defaultdict(float)
 
+    @property
+    def category(self) -> str:
+        """Where time goes now; may be asked by any thread."""
+        return self._category
+
     def switch(self, category: str) -> str:
         """From now on time goes to `category`; returns where it went until now."""
         before, now = self._category, self._clock()

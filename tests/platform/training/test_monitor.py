@@ -87,7 +87,7 @@ def monitor_of(
     """A monitor of the run's stage 2, whose workers were asked for at a time."""
     start = StartPoint("stage2", first_step, None, attempt)
     ids = {"tracking_uri": "", "experiment": "x", "name": "x", "segments": {}}
-    job = WorkerJob({}, (start,), {}, ids, {"command": asked - 1, "asked": asked})
+    job = WorkerJob({}, 1, (start,), {}, ids, {"command": asked - 1, "asked": asked})
     return Monitor(run, run.segment("stage2"), job, start, lambda: nodes or [], clock=clock)
 
 

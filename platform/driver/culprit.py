@@ -1,0 +1,91 @@
+"""Who ended a worker group: by the workers' signs of life, their last words, and the stacks of those that hung.
+
+Ray tells of the worker that it saw end first, which is often one that a dead or a hanging one took along.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from domainshuttle.platform.run.eta import span
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.workers import WorkerState, beat_seconds, read_workers
+
+_WAITING = re.compile(r"distributed_c10d\.py|deepspeed/comm/|monitor\.py\", line \d+ in _summed|in synchronize\b")
+"""In the stack of a worker that waits for the others."""
+_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
+_THREAD = re.compile(r"^(?:Current thread|Thread) ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What the workers of an attempt left."""
+
+    run: Run
+    workers: Sequence[WorkerState] = ()
+    stacks: dict[int, Path] | None = None
+    """By rank, the files with the stacks of workers that their watchdog ended."""
+
+    @classmethod
+    def of(cls, run: Run, attempt: int) -> "Witness":
+        """Reads it from the run's folder."""
+        workers = read_workers(run, attempt)
+        stacks = {}
+        for worker in workers:
+            path = run.hang_path(worker.segment, worker.rank)
+            if worker.segment and path.exists() and path.stat().st_size and path.stat().st_mtime >= worker.started:
+                stacks[worker.rank] = path
+        return cls(run, workers, stacks)
+
+    def name(self, rank: int) -> str:
+        """A worker for people."""
+        return next((worker.name for worker in self.workers if worker.rank == rank), f"worker {rank}")
+
+    def log(self, rank: int) -> str:
+        """Where a worker's log is, for people; empty where it is not known."""
+        found = next((worker for worker in self.workers if worker.rank == rank), None)
+        return "" if found is None else f"its log: {self.run.folder / found.log}"
+
+    def hang(self) -> str | None:
+        """Who hung, where, and where the stacks are; None where no watchdog ended a worker."""
+        if not self.stacks:
+            return None
+        waiting = [rank for rank, path in self.stacks.items() if _WAITING.search(_main_thread(path))]
+        suspects = [worker for worker in self.workers if worker.rank not in waiting]
+        silent = [worker for worker in suspects if self._silence(worker) > 3 * beat_seconds(worker.world_size)]
+        folder = next(iter(self.stacks.values())).parent
+        if silent:
+            said = "; ".join(
+                f"{worker.name} gave no sign of life for {span(self._silence(worker))}, after {worker.place}"
+                for worker in silent
+            )
+            return f"{said}: it was stopped, or its machine does not answer. The others waited for it; stacks: {folder}"
+        if suspects and len(suspects) < len(self.workers):
+            said = "; ".join(f"{worker.name} hung in {worker.place}{self._frame(worker.rank)}" for worker in suspects)
+            return f"{said}, and the others waited for it; stacks: {folder}"
+        places = {worker.place for worker in self.workers}
+        return f"all workers hung, in {'; '.join(sorted(places))}; stacks: {folder}"
+
+    def dead(self) -> list[WorkerState]:
+        """Of the workers that said no last word those that fell silent first: one, where that can be told."""
+        silent = sorted((one for one in self.workers if one.ended is None), key=lambda worker: worker.beat)
+        if not silent:
+            return []
+        margin = beat_seconds(silent[0].world_size) / 2
+        return [worker for worker in silent if worker.beat - silent[0].beat <= margin]
+
+    def _silence(self, worker: WorkerState) -> float:
+        return max(other.beat for other in self.workers) - worker.beat
+
+    def _frame(self, rank: int) -> str:
+        """The innermost place of a worker's stack, for people."""
+        path = (self.stacks or {}).get(rank)
+        found = _FRAME.search(_main_thread(path)) if path else None
+        return f" (in {found[3]}, {Path(found[1]).name}:{found[2]})" if found else ""
+
+
+def _main_thread(path: Path) -> str:
+    """Of a file of stacks the part about the main thread, which the newest of faulthandler's reports names last."""
+    newest = path.read_text(errors="replace").rpartition("Timeout (")[2]
+    return _THREAD.split(newest)[-1]

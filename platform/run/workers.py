@@ -1,0 +1,210 @@
+"""What the workers of a run say of themselves: who each is, what it does, how it ended, and where its log is.
+
+Each rank writes a small file, `workers/attempt-0003/rank00001.json`, every few seconds from a thread of its own: one
+that hangs still says where, and one that is stopped or dead falls silent. The driver names the culprit of a fault by
+these files, and `status` shows them. An attempt is one start of the worker group.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from domainshuttle.pipelines.errors import mask_secrets, one_line
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.platform.run.folder import Run
+
+_LEAST_SECONDS, _RANKS_A_SECOND = 2.0, 32
+
+
+def beat_seconds(world_size: int) -> float:
+    """How often a worker writes its sign of life: a shared disk gets at most some dozens a second from all."""
+    return max(_LEAST_SECONDS, world_size / _RANKS_A_SECOND)
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """One worker, as its newest sign of life says. Times are in seconds since 1970."""
+
+    rank: int
+    world_size: int
+    host: str
+    node: str
+    """Ray's id of the node."""
+    pid: int
+    log: str
+    """Its log, in the run's folder."""
+    started: float
+    beat: float = 0.0
+    segment: str = ""
+    step: int = 0
+    """Steps done."""
+    doing: str = "starting"
+    since: float = 0.0
+    """When step and `doing` last changed."""
+    ended: str | None = None
+    """Its last words; None: it has said none."""
+
+    @property
+    def name(self) -> str:
+        """Rank, process and machine, for people."""
+        return f"worker {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        """The step it was in and what it did there."""
+        where = f"step {self.step} of {self.segment}, {self.doing}" if self.segment else self.doing
+        return where if self.ended is None else f"{where}; {self.ended}"
+
+
+@dataclass
+class WorkerSign:
+    """A worker's sign of life, as a context manager around its whole work.
+
+    What the process prints meanwhile goes to its log, what libraries and a crash print below Python included: the file
+    descriptors of output and errors lead there. An error's traceback is written there as well.
+    """
+
+    run: Run
+    attempt: int
+    rank: int
+    world_size: int
+    node: str
+    _look: Callable[[], tuple[str, int, str]] | None = None
+    _closing: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        log = self.run.worker_log_path(self.attempt, self.rank)
+        now = time.time()
+        self._state = WorkerState(
+            self.rank,
+            self.world_size,
+            socket.gethostname(),
+            self.node,
+            os.getpid(),
+            str(log.relative_to(self.run.folder)),
+            now,
+            since=now,
+        )
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(_output_to(log))
+        self._stack.enter_context(_dated_messages())
+        self._write()
+        self._thread = threading.Thread(target=self._beat, name="sign of life", daemon=True)
+        self._thread.start()
+        return self
+
+    def follow(self, look: Callable[[], tuple[str, int, str]] | None) -> None:
+        """From now on `look` says, from any thread, in which segment the worker is, how many steps it has done, and
+        what it is doing."""
+        self._look = look
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join()
+        if error is not None:
+            traceback.print_exception(error)
+        ended = "ended" if error is None else mask_secrets(f"{type(error).__name__}: {one_line(error)}")
+        self._state = replace(self._state, ended=ended)
+        self._write()
+        self._stack.close()
+
+    def _beat(self) -> None:
+        while not self._closing.wait(beat_seconds(self.world_size)):
+            self._write()
+
+    def _write(self) -> None:
+        now = time.time()
+        if self._look is not None:
+            segment, step, doing = self._look()
+            before = self._state.segment, self._state.step, self._state.doing
+            since = self._state.since if before == (segment, step, doing) else now
+            self._state = replace(self._state, segment=segment, step=step, doing=doing, since=since)
+        self._state = replace(self._state, beat=now)
+        with contextlib.suppress(OSError):  # of a full disk; what only people read ends no training
+            path = self.run.worker_path(self.attempt, self.rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path, sync=False) as aside:
+                aside.write_text(json.dumps(asdict(self._state)))
+
+
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """While it lasts, what this process prints goes to `log`; nothing is changed where that can't be written."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError:
+        yield
+        return
+    before = [os.dup(number) for number in (1, 2)]
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number in (1, 2):
+            os.dup2(target, number)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, old in zip((1, 2), before, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+        os.close(target)
+
+
+@contextlib.contextmanager
+def _dated_messages() -> Iterator[None]:
+    """While it lasts, messages of `logging` are printed with their time: all of ours, and others' warnings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, own = logging.getLogger(), logging.getLogger("domainshuttle")
+    before = own.level, own.propagate
+    root.addHandler(handler)
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
+    own.propagate = False  # libraries add handlers of theirs, which would print ours again
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        own.removeHandler(handler)
+        own.level, own.propagate = before
+
+
+_ATTEMPT = re.compile(r"attempt-(\d+)")
+
+
+def attempts(run: Run) -> list[int]:
+    """The numbers of the starts of the worker group whose workers left a sign or a log, oldest first."""
+    found = {
+        int(match[1])
+        for folder in (run.folder / "workers", run.folder / "logs")
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if (match := _ATTEMPT.fullmatch(path.name))
+    }
+    return sorted(found)
+
+
+def read_workers(run: Run, attempt: int) -> list[WorkerState]:
+    """The workers of an attempt by rank; one whose file can't be read is left out."""
+    states = []
+    for path in sorted(run.worker_path(attempt, 0).parent.glob("rank*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            content: dict[str, Any] = json.loads(path.read_text())
+            states.append(WorkerState(**content))
+    return states

@@ -1,0 +1,107 @@
+"""Signs of life of workers, and their logs. Run: python -m pytest tests/platform/run/test_workers.py"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from domainshuttle.platform.commands.logs import print_logs
+from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.workers import WorkerSign, attempts, beat_seconds, read_workers
+
+WORKER = """
+import logging, os, sys
+from pathlib import Path
+from domainshuttle.platform.config.loading import read_config
+from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.workers import WorkerSign
+
+run = Run(read_config(Path(sys.argv[1]) / "config.yaml"))
+print("before")
+with WorkerSign(run, 2, 1, 4, "ab" * 28) as sign:
+    sign.follow(lambda: ("stage1", 7, "computing"))
+    print("printed")
+    os.system("echo from a child")
+    logging.getLogger("domainshuttle.x").info("one of ours")
+    logging.getLogger("others").warning("of a library")
+    raise OSError("s3://key:hunter2@bucket is full")
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.open(load_config("demo", [f"output={tmp_path}"]))
+
+
+def test_what_a_worker_prints_is_in_its_log_and_its_end_is_known(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", WORKER, str(run.folder)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 1 and process.stdout == "before\n"
+    (worker,) = read_workers(run, 2)
+    assert (worker.rank, worker.world_size, worker.segment, worker.step, worker.doing) == (
+        1,
+        4,
+        "stage1",
+        7,
+        "computing",
+    )
+    assert worker.ended is not None and worker.ended.startswith("OSError") and "hunter2" not in worker.ended
+    assert abs(worker.beat - time.time()) < 60 and worker.host and worker.pid != os.getpid()
+    assert f"process {worker.pid}" in worker.name and "step 7 of stage1, computing; OSError" in worker.place
+    print_logs(run.folder, rank=1)
+    shown = capsys.readouterr().out.splitlines()
+    assert "printed" in shown and "from a child" in shown and "before" not in shown
+    dated = [line for line in shown if line.startswith(time.strftime("%Y-"))]
+    assert [line.split(" ", 2)[2] for line in dated] == [
+        "INFO domainshuttle.x: one of ours", "WARNING others: of a library",
+    ]  # fmt: skip
+    assert "Traceback (most recent call last):" in shown
+
+
+def test_a_worker_that_is_stopped_falls_silent_and_one_that_works_does_not(run: Run) -> None:
+    steps = iter(range(10**6))
+    with WorkerSign(run, 1, 0, 1, "node") as sign:
+        first = read_workers(run, 1)[0]
+        assert (first.doing, first.ended) == ("starting", None)
+        sign.follow(lambda: ("base", next(steps), "computing"))
+        deadline = time.monotonic() + 60
+        while (now := read_workers(run, 1)[0]).step < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert now.beat > first.beat and now.since == now.beat
+    assert read_workers(run, 1)[0].ended == "ended"
+    last = read_workers(run, 1)[0].beat
+    time.sleep(1.5 * beat_seconds(1))
+    assert read_workers(run, 1)[0].beat == last
+
+
+def test_a_shared_disk_gets_as_many_signs_of_any_number_of_workers() -> None:
+    for world_size in (1, 64, 1024, 4096):
+        assert world_size / beat_seconds(world_size) <= 32 or beat_seconds(world_size) == 2.0
+
+
+def test_a_damaged_sign_is_left_out(run: Run) -> None:
+    for rank, content in enumerate(["", "{", json.dumps({"rank": 2}), "[]"]):
+        path = run.worker_path(1, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert read_workers(run, 1) == [] and attempts(run) == [1]
+
+
+def test_a_log_that_is_not_there_names_those_that_are(run: Run) -> None:
+    with pytest.raises(ConfigError, match="no worker has started yet"):
+        print_logs(run.folder)
+    for attempt, ranks in ((1, [0]), (2, [0, 1, 2, 5])):
+        for rank in ranks:
+            path = run.worker_log_path(attempt, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+    with pytest.raises(ConfigError, match=r"rank 3 in attempt 2 .*it has ranks 0-2, 5"):
+        print_logs(run.folder, rank=3)
+    with pytest.raises(ConfigError, match=r"attempt 9 .*there are attempts 1-2"):
+        print_logs(run.folder, attempt=9)
