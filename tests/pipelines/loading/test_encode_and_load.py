@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -26,7 +27,7 @@ from domainshuttle.pipelines.corpora.builder import PartJob, build_corpus, build
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding import corpus as encode_module
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, encode
+from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, _EncodingActor, _Work, encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
@@ -125,6 +126,22 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
     with pytest.raises(DataError, match=r"is a whole encoded corpus.*text was .*:48, now .*:40.*--overwrite"):
         encode([job], replace(SOURCES, text_len=40), silent, samples_per_part=16)
     assert shard.stat().st_mtime_ns == before and read_metadata(corpus / "encoded" / INDEX_NAME) == metadata
+
+
+def test_a_node_with_other_encoders_encodes_nothing(corpus: Path, tmp_path: Path) -> None:
+    """An actor finds other weights, configuration or tokenizer than those that the corpus is to name."""
+    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
+    made_by = dict(Index.load(corpus / "encoded" / INDEX_NAME).parts[0].encoders)
+    parts = Parts(job.folder, 1, "recipe")
+    parts.begin()
+    for kind in ("video", "text", None):
+        encoders = {**made_by, **({kind: "another"} if kind else {})}
+        metadata = IndexMetadata(corpus="pictures", stage="encoded", encoders=encoders)
+        actor = _EncodingActor([_Work(job, parts, metadata)], SOURCES, "cpu", 64, 1 << 30)
+        given = actor({"job": np.array([0]), "part": np.array([0])})
+        fault = str(given["fault"][0])
+        assert (f"encoders.{kind} is" in fault and "give all nodes the same files" in fault) if kind else not fault
+        assert parts.missing() == ([0] if kind else [])
 
 
 def test_actors_reserve_what_they_are_told_and_alone_load_encoders(

@@ -14,7 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
-from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.table import Index, write_index
+from domainshuttle.pipelines.media.decode import RULES
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.platform import cli
 from domainshuttle.platform.commands import data_index as data_checks
@@ -22,6 +24,8 @@ from domainshuttle.platform.commands.data import build_corpora
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console
+from domainshuttle.platform.driver import ray_cluster
+from domainshuttle.platform.driver.preflight import require_as_configured
 
 INDEX = ["data", "index", "raw", "--corpus", "mine", "--bucket", "1x32x32", "--bucket", "5x32x32", "--fps", "4"]
 
@@ -54,6 +58,7 @@ def test_from_shards_to_a_verified_corpus(shards: Path) -> None:
     assert run("data", "verify", "raw", "--decode", "all")[1].count("8 samples decoded") == 1
     code, text = run("data", "inspect", "raw", "--where", "frames > 1")
     assert code == 0 and "mine (raw): 4 samples" in text and "clips sampled at 4 fps" in text
+    assert altered(text).startswith("of 4 samples: ") and "with frames left out" in altered(text)
     assert "5x32x32" in text and "1x32x32" not in text
     tables = [line for line in text.splitlines() if not line.endswith(".")]  # sentences a terminal wraps itself
     assert max(map(len, tables)) <= 100
@@ -67,6 +72,58 @@ def test_from_shards_to_a_verified_corpus(shards: Path) -> None:
     code, text = run(*INDEX, "--most-bad", "0.5")
     assert code == 0 and "0 read" in text and "2 unchanged" in text and "cut shard" in text  # the one before read it
     assert run("data", "verify", "raw")[0] == 0
+
+
+def altered(text: str) -> str:
+    """What a command prints of how samples are fitted to their buckets."""
+    _, _, said = " ".join(text.split()).partition("Fitted to their buckets, ")
+    return said
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_altered_or_not_read_is_counted_by_each_command_and_other_rules_are_encoded_again(
+    shards: Path, tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "connected", lambda *_, **__: contextlib.nullcontext())
+    (tmp_path / "pictures").mkdir()
+    folder = shards.rename(tmp_path / "pictures" / "raw")
+    (folder / "video-000000.tar").unlink()
+    (folder / "more.tar.gz").write_bytes(b"packed")
+    (folder / "._image-000000.tar").write_bytes(b"mac")
+    index = ["data", "index", str(folder), "--corpus", "pictures"]
+    for bucket, expected in (
+        ("1x32x32", None),
+        ("1x96x64", "of 4 samples: 4 enlarged (up to 2 times), 4 cropped (up to 33% of the area)"),
+    ):
+        said = run(*index, "--bucket", bucket)[1]
+        assert altered(said).startswith(expected) if expected else not altered(said)
+        assert "1 packed shard: more.tar.gz" in " ".join(said.split()) or "more.tar.gz" in said
+    changes = [f"data={tmp_path}", f"output={tmp_path}/runs", "corpora.pictures={buckets: [1x96x64]}",
+               "encoders.text_len=16", "model.size.text_len=16"]  # fmt: skip
+    changed = [part for change in changes for part in ("--set", change)]
+    encode = ["data", "encode", str(tiny_yaml), "--corpus", "pictures", *changed]
+    shown = run("data", "inspect", str(folder))[1], run(*encode)[1]
+    for said in shown:
+        assert altered(said).startswith("of 4 samples: 4 enlarged (up to 2 times), 4 cropped (up to 33% of the area)")
+        assert "more.tar.gz" in said and "1 companion files of other tools were ignored" in " ".join(said.split())
+    assert "4 captions are cut" in shown[1] and "captions are cut" not in shown[0]
+    assert "4 captions are cut" in run("data", "inspect", str(tmp_path / "pictures" / "encoded"))[1]
+    # as if it had been encoded by other rules: what the refusal says to do is done
+    config = load_config(
+        str(tiny_yaml), [*changes, "stages.stage1.mixture=[pictures]", "stages.stage2.mixture=[pictures]"]
+    )
+    require_as_configured(config)
+    path = tmp_path / "pictures" / "encoded" / "index.parquet"
+    before = Index.load(path)
+    made_by = {**before.parts[0].encoders, "transform": "target: cover; v1"}
+    write_index(path, before.table, before.parts[0].model_copy(update={"encoders": made_by}))
+    recipe = path.parent / ".parts" / "recipe.json"
+    recipe.write_text(recipe.read_text().replace(RULES, "target: cover; v1"))
+    with pytest.raises(DataError, match=r"other rules for pixels .*`domainshuttle data encode CONFIG --overwrite`"):
+        require_as_configured(config)
+    run(*encode, "--overwrite")
+    require_as_configured(config)
+    assert Index.load(path).digest == before.digest
 
 
 @pytest.mark.usefixtures("ray_cluster")
