@@ -5,10 +5,13 @@ import contextlib
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from domainshuttle.cluster.local import ClusterError, quiet_ray
 
@@ -31,21 +34,63 @@ class Job:
         return f"{f'env {hidden} ' if hidden else ''}ray job logs --address {self.address} --follow {self.id}"
 
     def follow(self) -> Iterator[str]:
-        """The job's log as it is written, until the job ends."""
-        tail = self.client.tail_job_logs(self.id)
-        loop = asyncio.new_event_loop()
+        """The job's log as it is written, until the job ends; a connection that breaks is made again.
+
+        Raises ClusterError when the cluster does not answer for minutes.
+        """
+        shown = 0
+        while True:
+            ended, at = self._ended(), 0  # asked before, so that the last look has all of the log
+            with contextlib.closing(self._tail()) as tail:
+                for text in tail:
+                    yield text[max(0, shown - at) :]
+                    at += len(text)
+                    shown = max(shown, at)
+            if ended:
+                return
+            time.sleep(_PAUSE)
+
+    def _tail(self) -> Generator[str]:
+        """The log from its beginning, until the job ends or the connection breaks."""
+        loop, tail = asyncio.new_event_loop(), self.client.tail_job_logs(self.id)
         try:
             while True:
-                try:
-                    yield loop.run_until_complete(anext(tail))
-                except StopAsyncIteration:
-                    return
+                yield loop.run_until_complete(anext(tail))
+        except (StopAsyncIteration, *_BROKEN):
+            return
         finally:
+            loop.run_until_complete(tail.aclose())
             loop.close()
 
-    def succeeded(self) -> bool:
-        """Whether the job has ended well."""
-        return str(self.client.get_job_status(self.id)) == "SUCCEEDED"
+    def _ended(self) -> bool:
+        """Whether the job has ended, once the cluster answers."""
+        deadline = time.monotonic() + _LONGEST_SILENCE
+        while True:
+            try:
+                return bool(self.client.get_job_status(self.id).is_terminal())
+            except _BROKEN as error:
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"{self.address} has not answered for {_LONGEST_SILENCE:g} s ({error}); the job may go on: "
+                        f"{self.log_command()}"
+                    ) from error
+                time.sleep(_PAUSE)
+
+    def exit_code(self) -> int:
+        """The command's own exit code, once the job has ended; 1 where it has none, such as when it was killed."""
+        while not self._ended():
+            time.sleep(_PAUSE)
+        info = self.client.get_job_info(self.id)
+        if info.driver_exit_code is not None and info.driver_exit_code >= 0:
+            return int(info.driver_exit_code)
+        return 0 if str(info.status) == "SUCCEEDED" else 1
+
+
+_BROKEN = (OSError, RuntimeError, aiohttp.ClientError)
+"""What a connection to a dashboard raises that breaks, or is not there for a while."""
+_LONGEST_SILENCE = 300.0
+_PAUSE = 1.0
+"""Seconds between questions to the cluster."""
 
 
 def submit_training(

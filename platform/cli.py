@@ -24,7 +24,10 @@ app = typer.Typer(
         "Train DomainShuttle, a subject-driven text-to-video model, on Ray and DeepSpeed ZeRO-3.\n\n"
         "A run is one YAML file. The usual way: **data build** and **data encode** make the corpora, **train** runs "
         "the schedule (again after any stop: it goes on where it was), **compare** shows runs side by side, **export** "
-        "and **generate** use the result. **demo** does all of it at desk size."
+        "and **generate** use the result. **demo** does all of it at desk size.\n\n"
+        "Exit codes: 0 done; 1 damage was found, or a fault of this program; 2 a mistake in what was asked for, or a "
+        "fault of the place; 3 training was stopped, or its budget is spent, and the same command goes on; 130 stopped "
+        "by Ctrl-C."
     ),
 )
 data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
@@ -199,7 +202,7 @@ def submit(
             help="The cluster's dashboard. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265."
         ),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends.")] = False,
+    wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends, and end with its exit code.")] = False,
 ) -> None:  # fmt: skip
     """Submit a training run to a Ray cluster, as `ray job submit -- domainshuttle train CONFIG` would."""
     from domainshuttle.cluster.submit import submit_training
@@ -212,7 +215,8 @@ def submit(
     if wait:
         for text in job.follow():
             sys.stdout.write(text)
-        raise SystemExit(0 if job.succeeded() else 1)
+            sys.stdout.flush()
+        raise SystemExit(job.exit_code())
 
 
 @app.command()
@@ -249,10 +253,14 @@ def checkpoints(
     run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:
-    """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept."""
+    """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept.
+
+    With **--verify** the exit code is 1 where one is damaged.
+    """
     from domainshuttle.platform.commands.checkpoints import print_checkpoints
 
-    print_checkpoints(run, verify)
+    whole = print_checkpoints(run, verify)
+    raise SystemExit(0 if whole or not verify else 1)
 
 
 @app.command()
@@ -312,6 +320,7 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(help="A checkpoint's name or path, also of a stage half way, instead of a stage.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline that is there.")] = False,
 ) -> None:
     """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler.
 
@@ -321,7 +330,7 @@ def export(
     from domainshuttle.platform.generation.export import export_run
     from domainshuttle.platform.run.folder import find_run
 
-    exported = export_run(find_run(run), folder, stage, checkpoint=checkpoint)
+    exported = export_run(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)
     console.print(f"Exported {exported} to {folder}. Next: domainshuttle generate {folder} --help")
 
 
@@ -335,21 +344,35 @@ def generate(
     ] = None,
     cases: Annotated[Path | None, typer.Option(help="A JSONL of cases in the release's format.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the clips.")] = Path("generated"),
-    height: int = 480,
-    width: int = 832,
-    frames: int = 81,
-    steps: int = 40,
-    guidance: float = 5.0,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="1 makes a picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of denoising.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How far to move away from the clip without prompt.")] = None,
     reference_guidance: Annotated[
         float | None, typer.Option(help="Also move away from the clip without references.")
     ] = None,
-    fps: float = 16.0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
     seed: int = 0,
-) -> None:  # fmt: skip
-    """Generate clips with an exported model, from a prompt and reference pictures, or from a file of cases."""
+) -> None:
+    """Generate clips with an exported model, from a prompt and reference pictures, or from a file of cases.
+
+    Size, length, steps, guidance and rate are those that the exported model was trained with, unless they are given;
+    of a model that does not say, 480x832, 81 frames, 40 steps, guidance 5, 16 frames a second.
+    """
     from domainshuttle.platform.generation.generate import Sampling, generate_clips
 
-    sampling = Sampling(height, width, frames, steps, guidance, reference_guidance, fps, seed)
+    sampling = Sampling.of(
+        model,
+        height=height,
+        width=width,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+        reference_guidance=reference_guidance,
+        fps=fps,
+        seed=seed,
+    )
     generate_clips(model, prompt, reference or [], cases, out, sampling)
 
 

@@ -1,5 +1,6 @@
 """The checkpoints of a run, for people: what is there, whether it is whole, why it is kept, and how to use it."""
 
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -10,21 +11,25 @@ from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError,
 from domainshuttle.platform.console import console
 from domainshuttle.platform.report.text import Advice, Prose, Records
 from domainshuttle.platform.run.folder import Run, find_run
+from domainshuttle.platform.run.journal import SKIPPED, Journal
 
 _WORDS = {"last": "last", "every": "every {every}th step", "best": "best loss"}
 
 
-def print_checkpoints(folder: Path, verify: bool = False) -> None:
-    """Prints a table of a run's checkpoints; with `verify`, every byte is compared with the manifests."""
+def print_checkpoints(folder: Path, verify: bool = False) -> bool:
+    """Prints a table of a run's checkpoints; with `verify`, every byte is compared with the manifests.
+
+    Returns whether none is damaged.
+    """
     run = find_run(folder)
     store = CheckpointStore.of(run.config, run.folder)
     found = store.list(checksums=verify)
     if not found:
         every = run.config.checkpoint.every
         console.print(Prose(f"No checkpoint yet in {store.place.redacted()}: one is written every {every} steps."))
-        return
+        return True
     lines = {name: store.lines(name) for name in {Name.parse(text).segment for text, _ in found}}  # type: ignore[union-attr]
-    kept = _reasons(run, found)
+    kept, refused = _reasons(run, found), _passed_over(run, found)
     rows, notes = [], []
     in_line: list[Checkpoint] = []
     for text, entry in found:
@@ -35,8 +40,11 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
             why = "an earlier line" if left else ", ".join(kept.get(text, ["until the next is written"]))
             if any(line.origin == text for line in lines[name.segment]):
                 why += "; a later line began here"
-            rows.append([text, *_cells(entry), "whole" if verify else "whole (sizes)", why])
-            if not left:
+            over = text in refused and not verify  # of which only the bytes tell whether it is whole again
+            rows.append([text, *_cells(entry), "passed over" if over else "whole" if verify else "whole (sizes)", why])
+            if over:
+                notes.append(f"{text} was passed over by a restart: {refused[text]}.")
+            elif not left:
                 in_line.append(entry)
             continue
         unfinished = isinstance(entry, UnfinishedCheckpoint)
@@ -44,16 +52,32 @@ def print_checkpoints(folder: Path, verify: bool = False) -> None:
         after = "it is being written, or a later save removes it" if unfinished else "remove it yourself"
         notes.append(f"{text} is not chosen: {entry}; {after}.")
     title = f"Checkpoints of run {run.config.name} in {store.place.redacted()}"
-    console.print(Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "unfinished": "yellow"}))
+    console.print(
+        Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "passed over": "red", "unfinished": "yellow"})
+    )
     for note in notes:
         console.print(Prose(note))
     if whole := [entry for _, entry in found if isinstance(entry, Checkpoint)]:
         console.print(_how_to_go_on(run, whole, in_line))
     if not verify:
         console.print(Prose("Sizes were compared; --verify compares checksums too."))
+    return all(isinstance(entry, Checkpoint | UnfinishedCheckpoint) for _, entry in found)
+
+
+def _passed_over(run: Run, found: list[tuple[str, Checkpoint | CheckpointError]]) -> dict[str, str]:
+    """What restarts said of the whole checkpoints that they did not take, by name; of one that was written again since
+    then it means nothing."""
+    said = [line for line in Journal(run.notices_path).read()[0] if line.get("kind") == SKIPPED]
+    return {
+        name: line["text"]
+        for line in said
+        for name, entry in found
+        if isinstance(entry, Checkpoint) and line["time"] > entry.written and re.search(rf"{name}\b", line["text"])
+    }
 
 
 _FIELDS = ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept")
+_STYLES = {"damaged": "red", "passed over": "red", "unfinished": "yellow"}
 _NUMERIC = ("step", "loss", "size", "workers")
 
 

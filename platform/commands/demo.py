@@ -77,7 +77,7 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     timer.run("Look at the data", "data", "inspect", str(first), "--sheet", str(sheet))
     timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=(run, last.name, middle))
     timer.run("Train on, from the checkpoint", "train", str(source))
-    timer.run("Export", "export", str(run.folder), str(exported))
+    timer.run("Export", "export", str(run.folder), str(exported), "--overwrite")
     timer.run("Generate and judge clips", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
     timer.run("Compare", "compare", config.tracking.experiment, "--uri", config.tracking_uri,
               "--page", str(folder / "compare.html"))  # fmt: skip

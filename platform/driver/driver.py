@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
+
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
@@ -203,10 +205,19 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
         "domainshuttle.version": importlib.metadata.version("domainshuttle"),
         "mlflow.source.git.commit": _git_commit(),
         "config.digest": config.digest(),
-        "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
+        "ray.job_id": ray.get_runtime_context().get_job_id() if ray.is_initialized() else "",
+        "ray.submission_id": _submission_id(),
         "cluster.workers": str(config.cluster.workers),
         "base": ", ".join(expert.base or "new" for expert in config.experts) or config.model.base or "new",
     }
+
+
+def _submission_id() -> str:
+    """By which `ray job` knows this command; empty where it is no job."""
+    try:
+        return str(json.loads(os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"])["metadata"]["job_submission_id"])
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _git_commit() -> str:

@@ -1,6 +1,7 @@
 """Export: a run's weights and its encoders as one diffusers pipeline folder."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from domainshuttle.pipelines.errors import one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.checkpoint.resume import read_named
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
-from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.config.schema import ConfigError, RunConfig, StageSection
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.sharded_state import saved_parameters
@@ -36,39 +37,68 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safetensor
 
 
 def export_run(
-    run: Run, folder: Path, stage: str | None = None, averaged: bool = True, checkpoint: str | None = None
+    run: Run,
+    folder: Path,
+    stage: str | None = None,
+    averaged: bool = True,
+    checkpoint: str | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Writes the pipeline of a finished stage (the last one unless named), or of a checkpoint; returns its name.
 
     With experts it holds all of them. Where a moving average of the weights was kept it is taken, unless `averaged` is
-    False. The folder appears whole or not at all; one that is there is replaced if it is a pipeline. Raises ConfigError
-    when no stage is finished, for a folder that holds something else and for a checkpoint whose frozen weights are not
-    there, CheckpointError for one that is not whole, ChangedError for weights that were changed since they were made.
+    False. The folder appears whole or not at all; a pipeline that is there is replaced with `overwrite`. Raises
+    ConfigError when no stage is finished, for a folder that holds something and for a checkpoint whose frozen weights
+    are not there, CheckpointError for one that is not whole, ChangedError for weights that were changed since they were
+    made.
     """
     if stage and checkpoint:
         raise ConfigError("--stage and --checkpoint: a checkpoint is of one stage, so give one of the two")
     name, segments = (checkpoint, []) if checkpoint else _finished_stage(run, stage)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
         raise ConfigError(f"{folder} is not empty and no pipeline: choose another folder")
+    if (folder / "model_index.json").exists() and not overwrite:
+        raise ConfigError(f"{folder} holds a pipeline already: choose another folder, or replace it with --overwrite")
     folder.parent.mkdir(parents=True, exist_ok=True)  # where it can't be made, that is said at once
     with contextlib.ExitStack() as stack:
         if checkpoint:
             network = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."))
             )
-            folders, boundary = _networks_of(run, checkpoint, network, averaged)
+            folders, boundary, stage_of = _networks_of(run, checkpoint, network, averaged)
         else:
             folders, boundary = _networks(segments, averaged)
+            stage_of = segments[-1].stage
             for one in folders:
                 verified_digest(one, run.fingerprints)
         pipeline: Any = assemble_pipeline(run.config, folders, boundary)
         with atomic_folder(folder) as aside:
             pipeline.save_pretrained(aside)
+            (aside / SETTINGS_NAME).write_text(json.dumps(_trained_settings(run.config, stage_of), indent=2))
     return name
 
 
-def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[list[Path], float | None]:
-    """The same as `_networks`, of a checkpoint, whose own network is put together in the folder `network`."""
+SETTINGS_NAME = "generation.json"
+"""In an exported folder: how clips are sampled unless asked otherwise."""
+
+
+def _trained_settings(config: RunConfig, stage: StageSection) -> dict[str, Any]:
+    """Size and length that a stage was trained on most, and how the configuration samples."""
+    corpus = max(stage.mixture, key=lambda one: stage.mixture[one])
+    bucket, settings = config.corpora[corpus].parsed_buckets[0], config.generation
+    return {
+        "height": bucket.height,
+        "width": bucket.width,
+        "frames": bucket.frames,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "fps": settings.fps,
+    }
+
+
+def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[list[Path], float | None, StageSection]:
+    """The same as `_networks`, of a checkpoint, whose own network is put together in the folder `network`; and its
+    stage."""
     from domainshuttle.platform.generation.training_samples import networks_beside  # which imports this module
 
     store = CheckpointStore.of(run.config, run.folder)
@@ -92,7 +122,7 @@ def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[li
     finally:
         store.release(checkpoint)
     design.outline.save_config(network)
-    return networks_beside(run, segment, network, resolve_all(run) if run.config.experts else {})
+    return *networks_beside(run, segment, network, resolve_all(run) if run.config.experts else {}), segment.stage
 
 
 def _origin_of(run: Run, segment: Segment, checkpoint: Checkpoint) -> WeightsOrigin:

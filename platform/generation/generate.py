@@ -1,5 +1,6 @@
 """`domainshuttle generate`: cases to clips on disk."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.generation.cases import read_cases
-from domainshuttle.platform.generation.export import UNREADABLE
+from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,33 @@ class Sampling:
     fps: float
     seed: int
 
+    @classmethod
+    def of(cls, model: str, **asked: Any) -> "Sampling":
+        """As asked, and where nothing was (None) as the exported folder says; else as Wan's own model.
+
+        Raises ConfigError where the folder says what can't be read.
+        """
+        path = Path(model) / SETTINGS_NAME
+        told: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                told = {name: value for name, value in json.loads(path.read_text()).items() if name in _WAN}
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{path} can't be read ({error}): export the model again") from error
+        return cls(**_WAN | told | {name: value for name, value in asked.items() if value is not None})
+
+    def __str__(self) -> str:
+        size = f"{self.height}x{self.width}, {self.frames} frame{'s' if self.frames > 1 else ''}"
+        return f"{size} at {self.fps:g} a second, {self.steps} steps, guidance {self.guidance:g}, seed {self.seed}"
+
     def __post_init__(self) -> None:
         if not 0 < self.fps < math.inf:
             raise ConfigError(f"--fps {self.fps:g}: expected frames a second above 0, such as 16")
 
 
+_WAN = {
+    "height": 480, "width": 832, "frames": 81, "steps": 40, "guidance": 5.0, "reference_guidance": None, "fps": 16.0,
+}  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -95,8 +118,16 @@ def generate_clips(
         except InputError as error:
             raise ConfigError(f"{cases}, case {name}: {error}" if cases else str(error)) from error
     written = []
-    with progress("Generating", "clips") as show:
+    console.print(f"{len(todo)} clip{'s' if len(todo) > 1 else ''} of {sampling}")
+    with progress("Generating", "steps") as show:
+        total = len(todo) * sampling.steps
+        show(0, total)
         for number, (name, case) in enumerate(todo):
+
+            def stepped(_: Any, step: int, *__: Any, done: int = number * sampling.steps) -> dict[str, Any]:
+                show(done + step + 1, total)
+                return {}
+
             result: Any = pipeline(
                 prompt=case.prompt,
                 negative_prompt="",
@@ -111,12 +142,13 @@ def generate_clips(
                 reference_guidance_scale=sampling.reference_guidance,
                 seed=sampling.seed + number,
                 output_type="np",
+                callback_on_step_end=stepped,
             )
             path = out / f"{name}.{'mp4' if sampling.frames > 1 else 'png'}"
             save_clip(result.frames[0], path, sampling.fps)
             written.append(path)
             per_step = sum(result.seconds_per_step) / len(result.seconds_per_step)
-            show(number + 1, len(todo), f"{per_step:.2f} s a step, peak {result.peak_memory_bytes / 2**30:.2f} GiB")
+            show((number + 1) * sampling.steps, total, f"clip {number + 1} of {len(todo)}, {per_step:.2f} s a step")
     console.print(
         f"Wrote {len(written)} {'clips' if sampling.frames > 1 else 'pictures'} to {out}; {per_step:.2f} s a step, "
         f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"

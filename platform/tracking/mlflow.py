@@ -401,10 +401,16 @@ class _Sender:
             self._set_status(run, event, error, newest)
 
     def _set_status(self, run: MlflowRun, event: Mapping[str, Any], error: str, newest: bool = True) -> None:
-        """Sets the error, where there is one, and, where the event is the `newest`, its state."""
-        run_id = run.info.run_id
+        """Sets the error, where there is one, and, where the event is the `newest`, its state.
+
+        The tag `error` is of a run that failed; what a run recovered from is the tag `error.recovered`.
+        """
+        run_id, over = run.info.run_id, event["status"] != "FAILED"
         if error:
-            self._set_tags(run_id, {"error": error})
+            self._set_tags(run_id, {"error" if newest else "error.recovered": error})
+        elif newest and over and (old := run.data.tags.get("error")):
+            self._set_tags(run_id, {"error.recovered": old})
+            self.client.delete_tag(run_id, "error")
         if newest and event["status"] == "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
         elif newest:  # clocks of two machines may differ

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from aiohttp import ClientPayloadError
 
-from domainshuttle.cluster.local import Connection
+from domainshuttle.cluster import submit
+from domainshuttle.cluster.local import ClusterError, Connection
 from domainshuttle.cluster.submit import Job
 
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -94,3 +97,75 @@ def test_a_given_cluster_is_used_unless_a_job_has_one(monkeypatch: pytest.Monkey
     assert Connection().address == "left:6379"
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert Connection("given:6379").address == "left:6379"
+
+
+LOG = "".join(f"line {number}\n" for number in range(20))
+
+
+class BrokenStreams:
+    """A dashboard whose streams end in the middle, each time with other pieces, and that is away for a time."""
+
+    def __init__(self, code: int | None, status: str = "FAILED") -> None:
+        self.streams = iter(
+            [(5, 30, ClientPayloadError("cut")), (7, 61, None), (3, 61, OSError("reset")), (50, 999, None)]
+        )
+        self.answers = iter([RuntimeError("502"), False, OSError("refused"), False, False])
+        self.info = SimpleNamespace(driver_exit_code=code, status=status)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        size, stop, error = next(self.streams)
+        for at in range(0, min(stop, len(LOG)), size):
+            yield LOG[at : min(at + size, stop)]
+        if error is not None:
+            raise error
+
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        answer = next(self.answers, True)
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(is_terminal=lambda: answer)
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return self.info
+
+
+def test_a_log_is_followed_through_broken_streams_without_a_letter_lost_or_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submit, "_PAUSE", 0.01)
+    assert "".join(Job("job-1", BrokenStreams(3)).follow()) == LOG
+
+
+def test_a_cluster_that_answers_no_more_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_PAUSE", 0.01)
+    monkeypatch.setattr(submit, "_LONGEST_SILENCE", 0.1)
+
+    class Away(BrokenStreams):
+        def get_job_status(self, job: str) -> SimpleNamespace:
+            raise OSError("refused")
+
+        def get_address(self) -> str:
+            return "http://host:8265"
+
+    with pytest.raises(
+        ClusterError, match=r"has not answered for 0.1 s \(refused\); the job may go on: .*ray job logs"
+    ):
+        "".join(Job("job-1", Away(None)).follow())
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        (3, "FAILED", 3),
+        (2, "FAILED", 2),
+        (0, "SUCCEEDED", 0),
+        (None, "STOPPED", 1),
+        (None, "SUCCEEDED", 0),
+        (-9, "FAILED", 1),
+    ],
+)
+def test_waiting_for_a_job_ends_with_its_own_exit_code(
+    code: int | None, status: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "_PAUSE", 0.01)
+    assert Job("job-1", BrokenStreams(code, status)).exit_code() == expected

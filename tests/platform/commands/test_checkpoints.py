@@ -15,6 +15,7 @@ from domainshuttle.platform.checkpoint.resume import require_resumable
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.journal import SKIPPED, Notices
 
 
 def put(store: CheckpointStore, segment: str, step: int, loss: float) -> Name:
@@ -49,7 +50,13 @@ def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     assert "stage1-step00000010 is not chosen: it has no manifest" in printed
     assert "here base-step00000050-line1" in printed
     assert "domainshuttle train CONFIG --resume" in printed
-    verified = in_process("checkpoints", run.folder, "--verify")
+    Notices(run.notices_path, print).add("base", SKIPPED, "checkpoint base-step00000050-line1 is passed over: a reason")
+    printed = in_process("checkpoints", run.folder)
+    (row,) = (line for line in printed.splitlines() if "│ base-step00000050-line1" in line)
+    assert "passed over" in row and "was passed over by a restart: checkpoint base-step00000050-line1 is" in printed
+    assert "here base-step00000040-line1" in printed  # whose damage only its bytes tell
+    verified = in_process("checkpoints", run.folder, "--verify", expect=1)
+    assert "here base-step00000050-line1" in verified
     assert "base-step00000040-line1 is not chosen: zero/a.bin was changed since it was written" in verified
     assert "Being written, or left by a kill: stage1-step00000010" in in_process("status", run.folder)
 

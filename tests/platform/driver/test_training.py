@@ -180,6 +180,11 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     )
     assert "Wrote 1 clips" in printed
     assert decode_video((clips / "clip.mp4").read_bytes(), 5).shape == (5, 32, 32, 3)
+    printed = in_process("generate", exported, "--prompt", "a star", "--out", tmp_path / "as-trained")
+    assert "1 clip of 32x32, 5 frames at 8 a second, 2 steps, guidance 2, seed 0" in printed
+    assert decode_video((tmp_path / "as-trained" / "clip.mp4").read_bytes(), 5).shape == (5, 32, 32, 3)
+    assert "holds a pipeline already" in in_process("export", run.folder, exported, expect=2)
+    assert "Exported stage2" in in_process("export", run.folder, exported, "--overwrite")
     cases = tmp_path / "cases.jsonl"
     case = {"prompts": "a gear", "seg_meta": [{"seg_file": ["reference.jpg"]}], "domain_code": ["Fantasy Domain"]}
     cases.write_text(json.dumps(case) + "\n" + json.dumps({**case, "prompts": "a box"}) + "\n")
