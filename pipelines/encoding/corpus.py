@@ -99,15 +99,17 @@ class _EncodingActor:
         work, index = self.works[number], self.indexes[number]
         start = part * self.samples_per_part
         rows = index.rows(range(start, min(start + self.samples_per_part, len(index))))
-        infos, bad = {}, []
+        infos, bad, converted = {}, [], []
         with ShardWriter(work.parts.folder, work.parts.prefix(part), self.shard_bytes) as writer:
             for row, sample in encode_rows(rows, self.video, self.text, work.metadata.fps):
                 if isinstance(sample, DataError):
                     bad.append(BadSample(row.source, row.shard, row.key, fault_reason(sample)))
                     continue
                 writer.write(sample.key, sample.members())
+                converted += [BadSample(row.source, row.shard, row.key, one) for one in sample.converted]
                 infos[sample.key] = sample.info, row.bucket, len(sample.text), sample.whole_caption_tokens
-        return work.parts.finish(part, [IndexRow.of(e, *infos[e.key]) for e in writer.entries], bad, work.metadata)
+        rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
+        return work.parts.finish(part, rows, bad, work.metadata, converted)
 
 
 def _not_as_described(described: Mapping[str, str], video: str, text: str) -> str:

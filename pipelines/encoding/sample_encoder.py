@@ -17,6 +17,7 @@ from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.augment import AugmentedView, apply_view, augmented_view
 from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
+from domainshuttle.pipelines.media.conversions import noted_conversions
 from domainshuttle.pipelines.media.decode import Pixels, fit_reference
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.plan.pairing import single_pictures
@@ -71,6 +72,7 @@ class _Decoded:
     target: Pixels
     references: list[Pixels]
     views: dict[int, Pixels]
+    converted: tuple[str, ...]
 
 
 def encode_rows(
@@ -90,7 +92,7 @@ def encode_rows(
 
 
 def _decode_row(row: IndexRow, fps: float | None) -> _Decoded:
-    with of_sample(f"{row.source}/{row.key}"):
+    with of_sample(f"{row.source}/{row.key}"), noted_conversions() as converted:
         sample = read_raw_sample(row)
         bucket = parse_bucket(row.bucket)
         target, pictures = decode_sample(sample, bucket, fps)
@@ -99,7 +101,7 @@ def _decode_row(row: IndexRow, fps: float | None) -> _Decoded:
             number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
             for number in single_pictures([reference.subject for reference in sample.info.references])
         }
-        return _Decoded(sample, target, pictures, views)
+        return _Decoded(sample, target, pictures, views, tuple(sorted(converted)))
 
 
 def _finished(
@@ -116,6 +118,7 @@ def _finished(
                 text=_bits(encoder.caption(decoded.sample.info.caption)),
                 caption_tokens=encoder.caption_tokens(decoded.sample.info.caption),
                 views={number: _bits(encoder.picture(picture)) for number, picture in decoded.views.items()},
+                converted=decoded.converted,
             )
     except DataError as error:
         return row, error

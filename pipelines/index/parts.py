@@ -26,6 +26,8 @@ from domainshuttle.pipelines.quarantine import (
 from domainshuttle.pipelines.storage.files import write_bytes
 
 INDEX_NAME = "index.parquet"
+CONVERTED_NAME = "converted.jsonl"
+"""Beside an encoded corpus's index: what was done to the pixels of which samples."""
 WORK_NAME = ".parts"
 """The folder, in a corpus's, of what is known of its parts."""
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
@@ -80,11 +82,18 @@ class Parts:
         return [part for part in range(self.count) if not self._done(part).exists()]
 
     def finish(
-        self, part: int, rows: Sequence[IndexRow], bad: Sequence[BadSample], metadata: IndexMetadata
+        self,
+        part: int,
+        rows: Sequence[IndexRow],
+        bad: Sequence[BadSample],
+        metadata: IndexMetadata,
+        converted: Sequence[BadSample] = (),
     ) -> tuple[int, int]:
-        """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine."""
-        lines = "".join(json.dumps(asdict(row)) + "\n" for row in bad)
-        write_bytes(self._work / f"{self.prefix(part)}.quarantine", lines.encode())
+        """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine.
+        `converted` are good samples, each with what was done to its pixels."""
+        for kind, noted in (("quarantine", bad), ("converted", converted)):
+            lines = "".join(json.dumps(asdict(row)) + "\n" for row in noted)
+            write_bytes(self._work / f"{self.prefix(part)}.{kind}", lines.encode())
         if rows:
             write_index(self._rows(part), rows, metadata)
         self._done(part).touch()
@@ -100,8 +109,12 @@ class Parts:
         """
         if missing := self.missing():
             raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
-        lines = "".join(self._work.joinpath(f"{self.prefix(p)}.quarantine").read_text() for p in range(self.count))
+        lines = self._joined("quarantine")
         write_bytes(self.quarantine_path, lines.encode())
+        if converted := self._joined("converted"):
+            write_bytes(self.folder / CONVERTED_NAME, converted.encode())
+        else:
+            (self.folder / CONVERTED_NAME).unlink(missing_ok=True)
         table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
         bad = [json.loads(line)["reason"] for line in lines.splitlines()]
         share = bad_share(len(bad), len(table))
@@ -114,6 +127,10 @@ class Parts:
                 f"{repair}{accept if len(table) else ''}"
             )
         return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), len(bad)
+
+    def _joined(self, kind: str) -> str:
+        paths = (self._work / f"{self.prefix(part)}.{kind}" for part in range(self.count))
+        return "".join(path.read_text() for path in paths if path.exists())  # parts of before may have none
 
     def _tables(self) -> Iterator[pa.Table]:
         for part in range(self.count):

@@ -22,8 +22,9 @@ from PIL import Image
 
 from domainshuttle.model.pictures import Pixels, to_srgb, upright_on_white
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media import colours
+from domainshuttle.pipelines.media import colours, conversions
 from domainshuttle.pipelines.media.container_tags import CleanAperture, ContainerTags, matroska_tags, mp4_tags
+from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.sample import Buffer
 
 _NO_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
@@ -57,6 +58,8 @@ def chosen_stream(container: InputContainer, name: str) -> av.VideoStream:
     streams = [stream for stream in every if not stream.disposition & _NO_PICTURES]
     if not streams:
         raise DataError(f"{name}: not a readable clip: its only video stream is a cover picture")
+    if len(streams) > 1:
+        note(conversions.ONE_STREAM)
     streams = [stream for stream in streams if stream.disposition & Disposition.default] or streams
     chosen = max(
         streams, key=lambda stream: (stream.width * stream.height if stream.codec_context else 0, -stream.index)
@@ -177,11 +180,14 @@ class Clip:
         notes = self._notes_of_all(frame)
         if profile := notes.get(SideData.ICC_PROFILE):
             pixels = np.asarray(to_srgb(Image.fromarray(pixels), profile))
+            note(conversions.PROFILE)
         aspect = self.stream.sample_aspect_ratio or Fraction(1)
         pixels = self._cropped(pixels)
         if matrix := notes.get(SideData.DISPLAYMATRIX):
             pixels, transposed = _turned(pixels, matrix, self.name)
             aspect = 1 / aspect if transposed else aspect
+        if aspect != 1:
+            note(conversions.SQUARED)
         return pixels, aspect
 
     def _notes_of_all(self, frame: av.VideoFrame) -> dict[SideData, bytes]:
@@ -212,6 +218,7 @@ class Clip:
             or (crop.left + crop.right >= width)
         ):
             raise DataError(f"{self.name}: its container crops {crop} of {height}x{width} pixels, which can't be")
+        note(conversions.CROPPED)
         return pixels[crop.top : height - crop.bottom, crop.left : width - crop.right]
 
 
@@ -242,6 +249,16 @@ class _Look:
             raise DataError(f"{name}: grey frames that do not say whether their range is full or limited")
         space = colours.named(frame.color_primaries, frame.color_trc, name)
         alpha = kind.has_palette or any(component.is_alpha for component in kind.components)
+        guessed = matrix == _UNSPECIFIED or frame.color_range not in (ColorRange.MPEG, ColorRange.JPEG)
+        for conversion, done in (
+            (conversions.GUESSED, guessed and not (kind.is_rgb or kind.has_palette or grey or mono)),
+            (conversions.ON_WHITE, alpha),
+            (conversions.DEPTH, max(component.bits for component in kind.components) > 8),
+            (conversions.HDR, space is not None and space.curve in ("PQ", "HLG")),
+            (conversions.WIDE, space is not None and space.curve not in ("PQ", "HLG")),
+        ):
+            if done:
+                note(conversion)
         if space is None:
             flags = _FAST if kind.name in _FAST_FORMATS else _PRECISE
             return cls(flags, "rgba" if alpha else "rgb24", 255, None, grey and limited)
@@ -281,6 +298,8 @@ def _turned(pixels: Pixels, matrix: bytes, name: str) -> tuple[Pixels, bool]:
     across, down = (a * a + b * b) ** 0.5, (c * c + d * d) ** 0.5
     if not across or not down:
         return pixels, False
+    if (a, d) != (abs(a), abs(d)) or max(abs(b) / across, abs(c) / down) >= _TURN:
+        note(conversions.TURNED)
     if max(abs(b) / across, abs(c) / down) < _TURN:
         return pixels[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1], False
     if max(abs(a) / across, abs(d) / down) < _TURN:
@@ -298,6 +317,7 @@ def _progressive(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
 
 
 def _deinterlaced(first: av.VideoFrame, rest: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    note(conversions.DEINTERLACED)
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=first.time_base)

@@ -23,8 +23,9 @@ from domainshuttle.model import pictures
 from domainshuttle.model.pictures import Pixels, resized
 from domainshuttle.pipelines.buckets import Bucket, checked_rate, cover_geometry
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media import colours
+from domainshuttle.pipelines.media import colours, conversions
 from domainshuttle.pipelines.media.clips import Clip, heard_decoder
+from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.media.file_types import clip_format, picture_format
 from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, jpeg_is_plain, png_tags
 from domainshuttle.pipelines.sample import Buffer
@@ -176,8 +177,10 @@ def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
     with Image.open(io.BytesIO(data), formats=[kind]) as picture:
         _check_size(picture.width, picture.height, name)
         if kind != "PNG":
+            _note_conversions(picture, None)
             return np.asarray(pictures.as_shown(picture))
         tags = png_tags(data, name)
+        _note_conversions(picture, tags)
         if tags.coded:
             picture.info.pop("icc_profile", None)
         if tags.colour_type == GREY and tags.hidden and tags.depth in (2, 4):
@@ -186,6 +189,23 @@ def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
         if tags.space is None and not (tags.depth == 16 and tags.colour_type == RGB and tags.hidden):
             return np.asarray(pictures.as_shown(picture))
         return _decode_png_levels(data, picture, tags)
+
+
+def _note_conversions(picture: Image.Image, tags: PngTags | None) -> None:
+    profile = "icc_profile" in picture.info and not (tags and tags.coded)
+    space = tags.space if tags else None
+    for conversion, done in (
+        (conversions.TURNED, pictures.upright_turn(picture) is not None),
+        (conversions.PROFILE, profile),
+        (conversions.GUESSED, picture.mode == "CMYK" and not profile),
+        (conversions.ON_WHITE, picture.has_transparency_data),
+        (conversions.DEPTH, tags is not None and tags.depth > 8),
+        (conversions.HDR, space is not None and space.curve in ("PQ", "HLG")),
+        (conversions.WIDE, space is not None and space.curve not in ("PQ", "HLG")),
+        (conversions.ONE_PICTURE, getattr(picture, "n_frames", 1) > 1),
+    ):
+        if done:
+            note(conversion)
 
 
 def _decode_png_levels(data: Buffer, picture: Image.Image, tags: PngTags) -> Pixels:

@@ -32,6 +32,8 @@ class EncodedSample:
     text: np.ndarray
     views: Mapping[int, np.ndarray] = field(default_factory=dict)
     caption_tokens: int = 0
+    converted: tuple[str, ...] = ()
+    """What was done to the pixels of its files beside decoding them; not in the file."""
 
     @property
     def whole_caption_tokens(self) -> int:

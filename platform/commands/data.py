@@ -21,6 +21,7 @@ from domainshuttle.platform.commands.contact_sheet import draw_sheet
 from domainshuttle.platform.commands.data_index import (
     index_location,
     print_alterations,
+    print_converted,
     print_quarantine,
     print_skipped,
     print_summary,
@@ -108,6 +109,7 @@ def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: st
     if not len(index):
         raise DataError(f"no samples: {where!r} holds for none of the {len(whole)} in {redacted(place)}")
     print_summary(index)
+    print_converted(place)
     print_quarantine(place)
     print_skipped(read_skipped(place))
     if sheet:
@@ -145,3 +147,4 @@ def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: fl
     )
     print_quarantine(folder / INDEX_NAME)
     print_alterations(index.alterations())
+    print_converted(folder / INDEX_NAME)

@@ -16,7 +16,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import Alterations
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside
-from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.parts import CONVERTED_NAME, INDEX_NAME
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata
 from domainshuttle.pipelines.index.verify import verify_index
 from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, fault_kind
@@ -175,6 +175,15 @@ def print_quarantine(index: Location) -> None:
         f"[yellow]{' and '.join(counted)} in quarantine[/] ({escape(redacted(table))}): "
         f"{escape(', '.join(f'{kind} {count}' for kind, count in kinds))}; such as: {escape(rows[0]['reason'])}"
     )
+
+
+def print_converted(index: Location) -> None:
+    """Prints how many samples of an encoded corpus had their pixels converted, by kind."""
+    if not exists(table := beside(index, CONVERTED_NAME)):
+        return
+    kinds = Counter(json.loads(line)["reason"] for line in read_bytes(table).splitlines())
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    console.print(f"Of its samples, by what was done to pixels ({escape(redacted(table))}): {escape(counted)}")
 
 
 def print_skipped(skipped: Sequence[Skipped]) -> None:

@@ -63,7 +63,7 @@ def fill(folder: Path, sizes: int) -> None:
                 frames = np.concatenate([frames, frames[..., :1]], axis=-1)
             aspect = Fraction(1 + number % 3, 2)
             full = True if codec.form == "gray" else None
-            traits = Traits(aspect, full=full, interlaced=codec in INTERLACED and number % 2 == 0)
+            traits = Traits(aspect, full=full, interlaced=codec in INTERLACED and height % 4 == 0)
             (folder / f"{number}-{codec.label}-{height}x{width}.clip").write_bytes(clip(codec, traits, frames))
     for kind, modes in MODES.items():
         for mode, wide in product(modes, (False, True)):
@@ -91,9 +91,10 @@ def test_what_was_in_memory_changes_no_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_thousands_of_conversions_beside_other_work_change_no_byte(tmp_path: Path) -> None:
     """Four at a time on two cores, so that each is interrupted and moved all the time."""
-    fill(tmp_path, 3)
-    found = [digests(process) for process in [started(tmp_path, pattern, 100) for pattern in (0, 0, 85, 170)]]
+    fill(tmp_path, 2)
+    found = [digests(process) for process in [started(tmp_path, pattern, 40) for pattern in (0, 0, 85, 170)]]
     assert sum(len(of_name) for of_name in found[0].values()) == len(found[0])
     assert all(others == found[0] for others in found[1:])
