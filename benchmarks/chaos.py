@@ -279,7 +279,7 @@ class Chaos:
     def bad_step(self) -> bool:
         """A sample of the stage has latents that are finite, and a loss that is not, until a step was dropped."""
         config, stage = self.run.config, self.run.segment(self.run.read_progress()["segment"]).stage
-        index = Index.load(f"{config.corpus_folder(self.dice.choice(sorted(stage.mixture)), 'encoded')}/{INDEX_NAME}")
+        index = Index.load(f"{config.corpus(self.dice.choice(sorted(stage.mixture)), 'encoded').folder}/{INDEX_NAME}")
         row = index.row(self.dice.randrange(len(index)))
         member = next(member for member in row.members if member.extension == "safetensors")
         shard = Path(row.folder) / row.shard

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from domainshuttle.pipelines.buckets import standard_buckets
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, write_index
 from domainshuttle.pipelines.plan.feed import PLAN_COLUMNS, Feed
 from domainshuttle.pipelines.plan.step_plan import StepPlan
@@ -174,8 +175,7 @@ def further_rank(folder: Path, *_: int) -> Iterator[tuple[str, float]]:
 def reader(folder: Path, what: str) -> Iterator[tuple[str, float]]:
     """What a rank holds: the feed's index, of which it asks the rows of its samples."""
     feed = Feed(
-        indexes=tuple(map(str, paths(folder))),
-        mixture=(),
+        shares=tuple(CorpusShare(path.parent.name, str(path)) for path in paths(folder)),
         seed=0,
         global_batch=GLOBAL_BATCH,
         micro_batch=1,

@@ -100,3 +100,11 @@ class Section(BaseModel):
     @classmethod
     def _empty(cls, content: Any) -> Any:
         return {} if content is None else content
+
+
+class ActorPool(Section):
+    """The actors that encode, and what each reserves, which may be a fraction."""
+
+    actors: Count = 1
+    cpus: Cpus = Field(1.0, description="CPUs of an actor, on any node")
+    gpus: Gpus = Field(0.0, description="GPUs of an actor: those beside the trainers, or shares of them")

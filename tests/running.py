@@ -178,7 +178,7 @@ def unreadable(config: RunConfig) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _changed(config: RunConfig, change: Callable[[bytes], bytes]) -> Iterator[str]:
-    index = Index.load(config.corpus_folder("clips", "encoded") + "/" + INDEX_NAME)
+    index = Index.load(config.corpus("clips", "encoded").folder + "/" + INDEX_NAME)
     row = index.row(5)
     member = next(member for member in row.members if member.extension == "safetensors")
     shard = Path(row.folder) / row.shard

@@ -23,6 +23,7 @@ from domainshuttle.cluster.local import Connection
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.loading.buffers import Staging
 from domainshuttle.pipelines.loading.loader import Loader
 from domainshuttle.pipelines.loading.ray_source import Blocks, plan_dataset
@@ -39,8 +40,7 @@ RAW_CHUNK = 4 << 20
 def feed(kind: str, folder: Path, consumers: int) -> Feed:
     """A stage of training on the benchmark's samples."""
     return Feed(
-        indexes=(str(folder / INDEX_NAME),),
-        mixture=((kind, 1.0),),
+        shares=(CorpusShare(kind, str(folder / INDEX_NAME), 1.0),),
         seed=0,
         global_batch=BATCH[kind] * consumers,
         micro_batch=BATCH[kind],

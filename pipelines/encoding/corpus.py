@@ -24,49 +24,22 @@ from domainshuttle.model.file_mode import save_tensors
 from domainshuttle.pipelines.encoding.sample_encoder import SampleEncoder, encode_rows, load_encoders
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, Parts
+from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, read_metadata
 from domainshuttle.pipelines.media.decode import TRANSFORM
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress
 from domainshuttle.pipelines.shards.tar import ShardWriter
+from domainshuttle.pipelines.values import ActorPool
 
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """One corpus to encode: from its raw index into a folder."""
+    """One corpus to encode, from its raw form into its encoded one; both are local."""
 
-    corpus: str
-    raw_index: Path
-    folder: Path
-
-
-@dataclass(frozen=True)
-class EncodingPool:
-    """The actors that encode, and what each reserves (fractions are allowed)."""
-
-    actors: int = 2
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-    @classmethod
-    def of_nodes(
-        cls,
-        nodes: Sequence[Mapping[str, float]],
-        actors: int | None = None,
-        cpus: float = 1.0,
-        gpus: float | None = None,
-    ) -> "EncodingPool":
-        """What is asked for; of what is not (None): a GPU an actor where a node has one, and as many actors as fit on
-        the nodes, given by their resources as Ray names them."""
-        if gpus is None:
-            gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
-        if actors is None:
-            needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
-            # a hair more, since 0.3 / 0.1 is below 3
-            actors = sum(int(min((node.get(name, 0.0) / need for name, need in needs), default=1) + 1e-6)
-                         for node in nodes)  # fmt: skip
-        return cls(max(actors, 1), cpus, gpus)
+    raw: CorpusSpec
+    encoded: CorpusSpec
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,7 @@ class _EncodingActor:
         self.works, self.samples_per_part, self.shard_bytes = works, samples_per_part, shard_bytes
         self.video, self.text = load_encoders(sources, device)
         self.fault = _not_as_described(works[0].metadata.encoders, self.video.identity, self.text.identity)
-        self.indexes = [Index.load(work.job.raw_index, verify=False) for work in works]
+        self.indexes = [Index.load(work.job.raw.index, verify=False) for work in works]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         parts = [] if self.fault else zip(batch["job"], batch["part"], strict=True)
@@ -137,7 +110,7 @@ def encode(
     jobs: Sequence[EncodingJob],
     sources: EncoderSources,
     progress: Progress,
-    pool: EncodingPool | None = None,
+    pool: ActorPool | None = None,
     samples_per_part: int = 64,
     shard_bytes: int = 1 << 30,
     overwrite: bool = False,
@@ -150,7 +123,7 @@ def encode(
     (`overwrite`), and, when all others have their indexes, for those of which more than `most_bad` of the samples are
     bad.
     """
-    pool = pool or EncodingPool()
+    pool = pool or ActorPool(actors=2)
     device = "cuda" if pool.gpus else "cpu"
     describe = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_describe_encoders)
     try:
@@ -161,9 +134,9 @@ def encode(
         raise
     identity = encoders | {"transform": TRANSFORM}
     works, missing, total, left = [], [], 0, 0
-    indexes = [Index.load(job.raw_index) for job in jobs]
+    indexes = [Index.load(job.raw.index) for job in jobs]
     of_each = [
-        Parts(job.folder, -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
+        Parts(Path(job.encoded.folder), -(-len(raw) // samples_per_part), f"{raw.digest} {sorted(identity.items())}")
         for job, raw in zip(jobs, indexes, strict=True)
     ]
     others = [parts for parts in of_each if parts.index_path.exists() and not parts.complete()]
@@ -171,8 +144,8 @@ def encode(
         raise DataError(_would_be_lost(others[0], identity))
     for number, (job, raw, parts) in enumerate(zip(jobs, indexes, of_each, strict=True)):
         parts.begin()
-        save_tensors({"text": empty_caption}, job.folder / EMPTY_CAPTION_NAME)
-        metadata = IndexMetadata(corpus=job.corpus, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
+        save_tensors({"text": empty_caption}, Path(job.encoded.folder) / EMPTY_CAPTION_NAME)
+        metadata = IndexMetadata(corpus=job.encoded.name, stage="encoded", encoders=identity, fps=raw.parts[0].fps)
         works.append(_Work(job, parts, metadata))
         missing += [{"job": number, "part": part} for part in parts.missing()]
         total += len(raw)

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.digest import combined_digest
 from domainshuttle.pipelines.index.selection import selected_digest, selected_rows
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import (
     FORMAT_VERSION,
     SCHEMA,
@@ -46,28 +47,27 @@ _LOCK_SECONDS = 3600.0
 _NAMED = tuple(field.name for field in SCHEMA if pa.types.is_dictionary(field.type))
 
 
-def mapped_index(places: Sequence[Location], folder: Path | None = None, where: Sequence[str | None] = ()) -> Index:
-    """What `Index.concat` of these index files would be, unverified, with its rows mapped from files that the node's
-    processes share; `folder` holds such files. `where` has the filter of each file's rows (None: all), or nothing.
+def mapped_index(shares: Sequence[CorpusShare], folder: Path | None = None) -> Index:
+    """What `Index.concat` of these corpora's index files would be, unverified, of the rows that their filters leave,
+    mapped from files that the node's processes share; `folder` holds such files.
 
     Raises DataError as `Index.load`, `Index.concat` and `selected_rows` do, StorageError where a store or the node's
     disk fails.
     """
-    places = [absolute(place) for place in places]
+    places = [absolute(share.index) for share in shares]
     parts = [read_metadata(place) for place in places]
-    filters = [*where] or [None] * len(places)
     # of no rows: refuses corpora that do not fit together, and knows the joint digest
     empty = SCHEMA.empty_table().select(["bucket"])
     joint = Index.concat(
-        [Index(empty, (part,), selected_digest(part, one)) for part, one in zip(parts, filters, strict=True)]
+        [Index(empty, (part,), selected_digest(part, one.where)) for part, one in zip(parts, shares, strict=True)]
     )
     folder = cache_folder() if folder is None else folder
     with _explaining(folder), locked(folder / "lock", _LOCK_SECONDS) as held:
         if not held:
             raise StorageError(f"another process has held {folder / 'lock'} for an hour: end it, or set TMPDIR")
         tables = [
-            with_place(_corpus(folder, place, part, one), part.corpus, str(parent(place)))
-            for place, part, one in zip(places, parts, filters, strict=True)
+            with_place(_corpus(folder, place, part, one.where), part.corpus, str(parent(place)))
+            for place, part, one in zip(places, parts, shares, strict=True)
         ]
         table = pa.concat_tables(tables)
         if len(parts) > 1:  # once a node, as sorting millions of ids takes a rank more memory than all else here

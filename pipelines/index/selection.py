@@ -5,6 +5,7 @@ import numpy as np
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.digest import combined_digest
 from domainshuttle.pipelines.index.filter import RowFilter
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import PLACES, SCHEMA, Index, IndexMetadata
 from domainshuttle.pipelines.storage.uri import Location, absolute, redacted
 
@@ -34,10 +35,10 @@ def selected_digest(part: IndexMetadata, where: str | None) -> str:
     return combined_digest("where", part.digest, where) if where else part.digest
 
 
-def load_selected(place: Location, columns: tuple[str, ...], where: str | None) -> Index:
-    """Some columns of an index file, unverified, of the rows that a filter leaves."""
-    index = Index.load(place, columns, verify=False)
-    if not where:
+def load_selected(share: CorpusShare, columns: tuple[str, ...]) -> Index:
+    """Some columns of a corpus's index file, unverified, of the rows that its filter leaves."""
+    index = Index.load(share.index, columns, verify=False)
+    if not share.where:
         return index
-    table = index.table.filter(selected_rows(place, where)).combine_chunks()
-    return Index(table, index.parts, selected_digest(index.parts[0], where))
+    table = index.table.filter(selected_rows(share.index, share.where)).combine_chunks()
+    return Index(table, index.parts, selected_digest(index.parts[0], share.where))

@@ -31,6 +31,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from domainshuttle.pipelines.plan.feed import Feed, planned_rows
 from domainshuttle.pipelines.sample import READ_AHEAD
+from domainshuttle.pipelines.values import ActorPool
 
 _OWN_STEPS = 256
 """Steps that the ranks plan themselves at most: more than any training makes while Ray Data starts."""
@@ -119,17 +120,8 @@ class WaitForConsumers(ExecutionCallback):
             time.sleep(_REST_SECONDS)
 
 
-@dataclass(frozen=True)
-class LivePool:
-    """The actors that encode raw corpora while they are trained on, and what each reserves (fractions are allowed)."""
-
-    actors: int = 1
-    cpus: float = 1.0
-    gpus: float = 0.0
-
-
 def plan_dataset(
-    feed: Feed, start: int, stop: int, world_size: int, pool: LivePool | None = None, read_ahead: int = READ_AHEAD
+    feed: Feed, start: int, stop: int, world_size: int, pool: ActorPool | None = None, read_ahead: int = READ_AHEAD
 ) -> list[Blocks]:
     """The micro-batches of steps start..stop-1, split among the ranks.
 
@@ -144,7 +136,7 @@ def plan_dataset(
     if live:
         from domainshuttle.pipelines.loading.live import LiveEncoder  # brings torch along
 
-        pool = pool or LivePool()
+        pool = pool or ActorPool()
         # a block a micro-batch: any actor takes the next one, and the split hands them to the ranks in turn
         dataset = dataset.map_batches(
             LiveEncoder,

@@ -20,6 +20,7 @@ from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.pipelines.plan.pairing import Pairing
 from domainshuttle.pipelines.quarantine import BadSample, of_sample
+from domainshuttle.pipelines.storage.uri import redacted
 
 T = TypeVar("T")
 B = TypeVar("B", default=TrainingBatch)
@@ -108,8 +109,8 @@ class Reader(Generic[T, B]):
         """Row numbers of another index would be other samples."""
         if theirs != ours:
             raise DataError(
-                f"an index of {list(self.feed.indexes)} was written anew while the run reads it ({theirs}, not {ours}):"
-                " put the index back that the run began with, or begin a new run"
+                f"an index of {[redacted(share.index) for share in self.feed.shares]} was written anew while the run "
+                f"reads it ({theirs}, not {ours}): put the index back that the run began with, or begin a new run"
             )
 
     def held_bytes(self, samples: list[IndexRow]) -> int:

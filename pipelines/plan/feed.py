@@ -11,6 +11,7 @@ import pyarrow as pa
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.mapped import mapped_index
 from domainshuttle.pipelines.index.selection import load_selected, selected_digest
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexRow
 from domainshuttle.pipelines.plan.pairing import Pairing, choose_references
 from domainshuttle.pipelines.plan.step_plan import StepPlan
@@ -33,9 +34,8 @@ class EncoderSources:
 class Feed:
     """Everything that decides the batches of a stage. Two feeds that are equal give the same batches."""
 
-    indexes: tuple[str, ...]
-    """Paths of the corpora's index files: encoded corpora, or raw ones where `encoders` are given."""
-    mixture: tuple[tuple[str, float], ...]
+    shares: tuple[CorpusShare, ...]
+    """The corpora: encoded ones, or raw ones where `encoders` are given."""
     seed: int
     global_batch: int
     micro_batch: int
@@ -46,12 +46,10 @@ class Feed:
     paired: bool = False
     encoders: EncoderSources | None = None
     """What encodes raw corpora while they are trained on."""
-    where: tuple[str | None, ...] = ()
-    """The filter of each index (`RowFilter`): its other samples do not exist for this feed. None, or nothing: all."""
 
     def index(self) -> Index:
         """The joint index, mapped from a file that the processes of a node share."""
-        return _mapped(self.indexes, self.where)
+        return _mapped(self.shares)
 
     def plan(self) -> StepPlan:
         """The step plan; one copy a process."""
@@ -63,13 +61,9 @@ class Feed:
         counts: Counter[str] = Counter()
         for chunk in index.table.column("corpus").chunks:  # each of one corpus
             counts[chunk[0].as_py()] += len(chunk)
-        for part, path, where in zip(index.parts, self.indexes, self.filters, strict=True):
-            yield part.corpus, redacted(parent(absolute(path))), selected_digest(part, where), counts[part.corpus]
-
-    @property
-    def filters(self) -> tuple[str | None, ...]:
-        """The filter of each index, or None."""
-        return self.where or (None,) * len(self.indexes)
+        for part, share in zip(index.parts, self.shares, strict=True):
+            place = redacted(parent(absolute(share.index)))
+            yield part.corpus, place, selected_digest(part, share.where), counts[part.corpus]
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one step; raises DataError where the global batch does not divide."""
@@ -96,17 +90,16 @@ class Feed:
 
 
 @lru_cache(maxsize=4)
-def _mapped(paths: tuple[str, ...], where: tuple[str | None, ...]) -> Index:
-    return mapped_index(paths, where=where)
+def _mapped(shares: tuple[CorpusShare, ...]) -> Index:
+    return mapped_index(shares)
 
 
 @lru_cache(maxsize=4)
 def _plan(feed: Feed) -> StepPlan:
     # of its own columns: Ray Data's processes, also on nodes without ranks, need no others
-    index = Index.concat(
-        [load_selected(path, PLAN_COLUMNS, where) for path, where in zip(feed.indexes, feed.filters, strict=True)]
-    )
-    return StepPlan(index, dict(feed.mixture), feed.seed, feed.global_batch, by="corpus")
+    index = Index.concat([load_selected(share, PLAN_COLUMNS) for share in feed.shares])
+    weights = {share.corpus: share.weight for share in feed.shares if share.weight is not None}
+    return StepPlan(index, weights, feed.seed, feed.global_batch, by="corpus")
 
 
 def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:

@@ -187,7 +187,7 @@ def _has_corpora(configs: list[RunConfig]) -> bool:
     try:
         for config in configs:
             require_encoded(config)
-            if config.evaluation and not Path(config.corpus_folder(config.evaluation.corpus, "raw")).exists():
+            if config.evaluation and not Path(config.corpus(config.evaluation.corpus, "raw").folder).exists():
                 return False
     except ValueError:
         return False

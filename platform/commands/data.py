@@ -34,10 +34,11 @@ from domainshuttle.platform.run.lock import RunLock, holder_named
 def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
     for name in _chosen(config, only):
-        section, folder = config.corpora[name], require_local(config.corpus_folder(name, "raw"), f"building {name}")
-        if section.build is None:
-            buckets = " ".join(f"--bucket {bucket}" for bucket in section.buckets)
-            rate = f" --fps {section.fps:g}" if section.fps else ""
+        raw, build = config.corpus(name, "raw"), config.corpora[name].build
+        folder = require_local(raw.folder, f"building {name}")
+        if build is None:
+            buckets = " ".join(f"--bucket {bucket}" for bucket in raw.buckets)
+            rate = f" --fps {raw.fps:g}" if raw.fps else ""
             console.print(
                 f"[bold]{name}[/] has no builder: its shards are your own. Index them with: domainshuttle data index "
                 f"{escape(shlex.quote(str(folder)))} --corpus {name} {buckets}{rate}"
@@ -50,9 +51,8 @@ def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: fl
             progress(f"Building {name}", "samples") as show,
         ):
             built = build_corpus(
-                name, section.build, section.parsed_buckets, folder, show,
-                fps=section.fps, most_bad=most_bad, surveying=surveying,
-            )  # fmt: skip
+                name, build, [*raw.buckets], folder, show, fps=raw.fps, most_bad=most_bad, surveying=surveying
+            )
         _report("Built", name, folder, built.metadata.digest, built.bad, began)
         _print_left_out(built.report, folder)
     console.print("Next: domainshuttle data encode (the same configuration)")
@@ -64,28 +64,29 @@ def encode_corpora(
     """Encodes the raw corpora on the connected Ray cluster; `overwrite`: also where that removes whole ones."""
     import ray
 
-    from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, encode
+    from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
     names = _chosen(config, only)
     jobs = []
     for name in names:
-        raw = require_local(config.corpus_folder(name, "raw"), f"encoding {name}") / INDEX_NAME
-        if not raw.exists():
-            raise DataError(f"corpus {name!r} is not built: {raw} is missing. Run: domainshuttle data build CONFIG")
-        jobs.append(EncodingJob(name, raw, Path(config.corpus_folder(name, "encoded"))))
-    began, wanted = time.monotonic(), config.cluster.encoding
+        job = EncodingJob(config.corpus(name, "raw"), config.corpus(name, "encoded"))
+        index = require_local(job.raw.index, f"encoding {name}")
+        if not index.exists():
+            raise DataError(f"corpus {name!r} is not built: {index} is missing. Run: domainshuttle data build CONFIG")
+        jobs.append(job)
+    began = time.monotonic()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    pool = EncodingPool.of_nodes(nodes, wanted.actors, wanted.cpus, wanted.gpus)
+    pool = config.cluster.encoding.pool(nodes)
     console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs")
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(_being_made(job.folder))
+            stack.enter_context(_being_made(Path(job.encoded.folder)))
         show = stack.enter_context(progress("Encoding", "samples"))
         results = encode(jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad)
     for job, (metadata, bad) in zip(jobs, results, strict=True):
-        _report("Encoded", job.corpus, job.folder, metadata.digest, bad, began)
-        print_skipped(read_skipped(str(job.raw_index)))
+        _report("Encoded", job.encoded.name, Path(job.encoded.folder), metadata.digest, bad, began)
+        print_skipped(read_skipped(job.raw.index))
     console.print("Next: domainshuttle train (the same configuration)")
 
 

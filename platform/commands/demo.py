@@ -73,7 +73,7 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     timer.run("Build the corpora", "data", "build", str(source))
     timer.run("Encode them", "data", "encode", str(source))
     sheet = folder / "samples.png"
-    first = config.corpus_folder(next(iter(config.corpora)), "raw")
+    first = config.corpus(next(iter(config.corpora)), "raw").folder
     timer.run("Look at the data", "data", "inspect", str(first), "--sheet", str(sheet))
     timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=(run, last.name, middle))
     timer.run("Train on, from the checkpoint", "train", str(source))

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,6 +27,7 @@ from domainshuttle.pipelines.values import (
     MOST_BATCH,
     MOST_COUNT,
     MOST_STEPS,
+    ActorPool,
     Batch,
     Count,
     Cpus,
@@ -46,6 +47,7 @@ from domainshuttle.pipelines.values import (
 )
 
 if TYPE_CHECKING:
+    from domainshuttle.pipelines.index.spec import CorpusSpec
     from domainshuttle.pipelines.plan.feed import EncoderSources
 
 
@@ -122,21 +124,13 @@ class ModelSection(Section):
         return {"reference_gate": self.reference_gate, **self.ablation.model_dump()}
 
 
-class LiveSection(Section):
-    """The actors that encode raw corpora while they are trained on; what each reserves may be a fraction."""
-
-    actors: Count = 1
-    cpus: Cpus = Field(1.0, description="CPUs of an actor, on any node")
-    gpus: Gpus = Field(0.0, description="GPUs of an actor: those beside the trainers, or shares of them")
-
-
 class EncodersSection(Section):
     """What makes latents and text features."""
 
     video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
     text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
     text_len: Whole = Field(512, ge=1, le=1 << 16, description="tokens a caption is cut and padded to")
-    live: LiveSection | None = Field(
+    live: ActorPool | None = Field(
         None, description="encode raw corpora while they are trained on; none: they are encoded beforehand"
     )
 
@@ -359,6 +353,20 @@ class EncodingSection(Section):
     actors: Count | None = Field(None, description="how many; none: as many as the cluster has room for")
     cpus: Cpus = Field(1.0, description="CPUs of an actor, which decodes on one thread and encodes on another")
     gpus: Gpus | None = Field(None, description="GPUs of an actor; none: one where the cluster has any, else 0")
+
+    def pool(self, nodes: Sequence[Mapping[str, float]]) -> ActorPool:
+        """What is asked for; of what is not (None): a GPU an actor where a node has one, and as many actors as fit on
+        the nodes, given by their resources as Ray names them."""
+        actors, gpus = self.actors, self.gpus
+        if gpus is None:
+            gpus = float(any(node.get("GPU", 0.0) >= 1 for node in nodes))
+        if actors is None:
+            needs = [(name, need) for name, need in (("CPU", self.cpus), ("GPU", gpus)) if need]
+            # a hair more, since 0.3 / 0.1 is below 3
+            actors = sum(
+                int(min((node.get(name, 0.0) / need for name, need in needs), default=1) + 1e-6) for node in nodes
+            )
+        return ActorPool(actors=max(actors, 1), cpus=self.cpus, gpus=gpus)
 
 
 class ClusterSection(Section):
@@ -649,9 +657,12 @@ class RunConfig(Section):
             )
         return f"sqlite:///{Path(self.output) / 'mlflow.db'}"
 
-    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
-        """Where a corpus is: a folder, or a URI where `data` is one."""
-        return join(self.data, f"{corpus}/{stage}")
+    def corpus(self, name: str, form: Literal["raw", "encoded"] | None = None) -> "CorpusSpec":
+        """A corpus in a form: by default in the one that training reads."""
+        from domainshuttle.pipelines.index.spec import CorpusSpec  # brings pyarrow along
+
+        section, form = self.corpora[name], form or self.trained_form
+        return CorpusSpec(name, form, join(self.data, f"{name}/{form}"), tuple(section.parsed_buckets), section.fps)
 
     @property
     def trained_form(self) -> Literal["raw", "encoded"]:

@@ -6,8 +6,9 @@ from domainshuttle.model.encoder_sources import text_width
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import COMPANION, read_skipped
-from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
 from domainshuttle.pipelines.index.selection import selected_rows
+from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, read_metadata
 from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
 from domainshuttle.pipelines.shards.tensors import tensor_views
@@ -24,7 +25,7 @@ def missing_corpora(config: RunConfig) -> list[str]:
     """The corpora that the stages need and that are not there in the form they train on (raw where encoders.live is
     set)."""
     needed = sorted({corpus for stage in config.stages for corpus in stage.mixture})
-    return [name for name in needed if not exists(_index_of(config, name))]
+    return [name for name in needed if not exists(config.corpus(name).index)]
 
 
 def require_encoded(config: RunConfig) -> None:
@@ -43,7 +44,7 @@ def no_data(config: RunConfig) -> str | None:
         if any(config.corpora[name].build for name in missing):
             commands.append("domainshuttle data build CONFIG")
         if own := [name for name in missing if not config.corpora[name].build]:
-            folder = shlex.quote(redacted(config.corpus_folder(own[0], "raw")))
+            folder = shlex.quote(redacted(config.corpus(own[0], "raw").folder))
             commands.append(f"domainshuttle data index {folder} --corpus {own[0]} ...")
         if form == "encoded":
             commands.append("domainshuttle data encode CONFIG")
@@ -59,29 +60,30 @@ def require_as_configured(config: RunConfig) -> None:
     leaves nothing of it."""
     missing = missing_corpora(config)
     for name in sorted({name for stage in config.stages for name in stage.mixture} - set(missing)):
-        _require_as_configured(config, name, _index_of(config, name))
+        _require_as_configured(config, config.corpus(name))
     for stage in config.stages:
         for name, where in stage.where.items():
             if name not in missing:
-                selected_rows(_index_of(config, name), where)
+                selected_rows(config.corpus(name).index, where)
 
 
-def _index_of(config: RunConfig, corpus: str) -> str:
-    return join(config.corpus_folder(corpus, config.trained_form), INDEX_NAME)
-
-
-def _require_as_configured(config: RunConfig, name: str, place: str) -> None:
+def _require_as_configured(config: RunConfig, corpus: CorpusSpec) -> None:
     """Raises DataError where an index was made otherwise than the configuration says, and training would not notice."""
-    section, found = config.corpora[name], read_metadata(place)
-    if found.fps != section.fps:
-        rates = [f"{rate:g}" if rate else "each clip's own" for rate in (found.fps, section.fps)]
+    name, place, found = corpus.name, corpus.index, read_metadata(corpus.index)
+    if found.corpus != name:
+        raise DataError(
+            f"corpus {name!r}: the index in its folder is of corpus {found.corpus!r} ({redacted(place)}): name it "
+            f"{found.corpus!r} in the configuration and rename its folder, or make the index again as {name!r}"
+        )
+    if found.fps != corpus.fps:
+        rates = [f"{rate:g}" if rate else "each clip's own" for rate in (found.fps, corpus.fps)]
         raise DataError(
             f"corpus {name!r} was indexed at {rates[0]} frames a second, and corpora.{name}.fps says {rates[1]}: "
             "correct it, or index the corpus again with --fps (nothing is read again) and encode it "
             f"({redacted(place)})"
         )
     buckets = set(open_parquet(place).read(["bucket"]).column("bucket").unique().to_pylist())
-    if more := sorted(buckets - set(section.buckets)):
+    if more := sorted(buckets - set(map(str, corpus.buckets))):
         raise DataError(
             f"corpus {name!r} has samples in buckets {more}, which corpora.{name}.buckets does not list: add them, or "
             f"index the corpus again with those of the configuration ({redacted(place)})"
@@ -201,5 +203,5 @@ def _require_fit(config: RunConfig, text_dim: int | None, max_references: int | 
 
 def _encoded_width(config: RunConfig, corpus: str) -> int | None:
     """Channels of an encoded corpus's captions; None where it does not say."""
-    place = join(config.corpus_folder(corpus, "encoded"), EMPTY_CAPTION_NAME)
+    place = join(config.corpus(corpus, "encoded").folder, EMPTY_CAPTION_NAME)
     return tensor_views(read_bytes(place), redacted(place))["text"].shape[-1] if exists(place) else None

@@ -127,7 +127,7 @@ def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
     section = config.evaluation
     if section is None:
         raise ConfigError(f"run {config.name!r} has no `evaluation` section: name its held-out corpus there")
-    folder = config.corpus_folder(section.corpus, "raw")
+    folder = config.corpus(section.corpus, "raw").folder
     cases = load_cases(Index.load(join(folder, INDEX_NAME)), section.candidates * section.groups)
     sampling = config.generation
     result, own, control = evaluate_identity(

@@ -46,7 +46,7 @@ def sample_cases(config: RunConfig) -> "list[Case]":
     if section.cases_file is not None:
         return cases_of_file(Path(section.cases_file))
     assert config.evaluation is not None  # held by the configuration
-    folder = config.corpus_folder(config.evaluation.corpus, "raw")
+    folder = config.corpus(config.evaluation.corpus, "raw").folder
     return load_cases(Index.load(join(folder, INDEX_NAME)), section.cases, spread=True)
 
 

@@ -5,11 +5,9 @@ from typing import Literal
 
 from domainshuttle.model.encoder_sources import encoder_files
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
 from domainshuttle.pipelines.storage.files import write_bytes
-from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
@@ -19,8 +17,8 @@ from domainshuttle.platform.run.weights_digest import Fingerprints
 def require_unchanged(feed: Feed, fingerprints: Fingerprints) -> None:
     """Compares the rows of each index with the digest that the data order is known by; read once, and again where the
     file has changed. Raises DataError."""
-    for place in feed.indexes:
-        fingerprints.of_index(place)
+    for share in feed.shares:
+        fingerprints.of_index(share.index)
 
 
 def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
@@ -36,8 +34,8 @@ def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
     files = {kind: found for kind, source in named if (found := encoder_files(source, kind))}
     now = {f"{kind}_files": run.fingerprints.of_encoder(found) for kind, found in files.items()}
     if not feed.encoders:
-        for place in feed.indexes:
-            metadata = read_metadata(place)
+        for share in feed.shares:
+            metadata = read_metadata(share.index)
             for kind, source in named:
                 before = metadata.encoders.get(f"{kind}_files")
                 if before and now.get(f"{kind}_files", before) != before:
@@ -61,11 +59,9 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
     """The data of a segment: encoded corpora, or raw ones that are encoded while they are trained on."""
     stage = segment.stage
     return Feed(
-        indexes=tuple(
-            join(config.corpus_folder(name, config.trained_form), INDEX_NAME) for name in sorted(stage.mixture)
+        shares=tuple(
+            config.corpus(name).share(stage.weights.get(name), stage.where.get(name)) for name in sorted(stage.mixture)
         ),
-        mixture=tuple(stage.weights.items()),
-        where=tuple(stage.where.get(name) for name in sorted(stage.mixture)) if stage.where else (),
         seed=segment.seed,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,

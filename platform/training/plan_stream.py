@@ -6,7 +6,7 @@ import pyarrow as pa
 import torch.distributed as dist
 from ray import cloudpickle
 
-from domainshuttle.pipelines.loading.ray_source import LivePool, plan_dataset
+from domainshuttle.pipelines.loading.ray_source import plan_dataset
 from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.platform.config.schema import RunConfig
 
@@ -21,9 +21,7 @@ def shared_blocks(feed: Feed, first: int, last: int, config: RunConfig) -> Itera
         return ()
     shares: list[bytes | None] = [None]
     if dist.get_rank() == 0:
-        live = config.encoders.live
-        pool = LivePool(**live.model_dump()) if live else None
-        blocks = plan_dataset(feed, first, last, dist.get_world_size(), pool, config.loader.read_ahead)
+        blocks = plan_dataset(feed, first, last, dist.get_world_size(), config.encoders.live, config.loader.read_ahead)
         shares = [cloudpickle.dumps(blocks)]
     dist.broadcast_object_list(shares)
     assert shares[0] is not None

@@ -24,6 +24,7 @@ from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.parts import INDEX_NAME
+from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.index.verify import verify_index
 from domainshuttle.pipelines.plan.feed import EncoderSources
@@ -107,7 +108,9 @@ def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Pat
     assert made.metadata == metadata and (made.samples, made.scanned, made.shards) == (24, 3, 3)
     assert rows(tmp_path / "raw") == own
     # and the same of the encoded shards, of which the index names the encoders
-    job = EncodingJob("mine", tmp_path / "raw" / INDEX_NAME, tmp_path / "encoded")
+    job = EncodingJob(
+        CorpusSpec("mine", "raw", str(tmp_path / "raw")), CorpusSpec("mine", "encoded", str(tmp_path / "encoded"))
+    )
     ((encoded, _),) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, samples_per_part=8)
     before = rows(tmp_path / "encoded")
     again = index(tmp_path / "encoded", metadata=encoded.model_copy(update={"digest": ""}), buckets=[])

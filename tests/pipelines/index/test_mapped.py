@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +23,18 @@ from hypothesis import strategies as st
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index import mapped as module
 from domainshuttle.pipelines.index.mapped import cache_folder, mapped_index
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.pipelines.sample import sample_id
 from domainshuttle.pipelines.shards.tar import Member
 
-PROGRAM = "import sys; from pathlib import Path; from domainshuttle.pipelines.index.mapped import mapped_index\n"
+PROGRAM = """
+import sys
+from pathlib import Path
+from domainshuttle.pipelines.index.mapped import mapped_index
+from domainshuttle.pipelines.index.spec import CorpusShare
+"""
 
 
 def make_row(corpus: str, number: int) -> IndexRow:
@@ -73,6 +79,15 @@ def loaded(paths: list[str]) -> Index:
     return Index.concat([Index.load(path, verify=False) for path in paths])
 
 
+def shares_of(
+    paths: Sequence[str | Path], where: Sequence[str | None] = (), weights: float | None = None
+) -> tuple[CorpusShare, ...]:
+    filters = where or [None] * len(paths)
+    return tuple(
+        CorpusShare(Path(path).parent.name, str(path), weights, one) for path, one in zip(paths, filters, strict=True)
+    )
+
+
 def files(folder: Path, pattern: str = "*.arrow") -> list[Path]:
     return sorted(folder.glob(pattern))
 
@@ -98,7 +113,7 @@ def test_rows_are_those_of_the_loaded_index(
     expected = loaded(paths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS_PER_BATCH", batch)
-        index = mapped_index(paths, folder)
+        index = mapped_index(shares_of(paths), folder)
     assert (index.digest, index.parts, len(index)) == (expected.digest, expected.parts, sum(counts))
     assert index.rows(range(len(index))) == expected.rows(range(len(index)))
     numbers = data.draw(st.lists(st.integers(0, len(index) - 1), max_size=30))
@@ -122,7 +137,7 @@ def test_a_feed_maps_its_index_and_names_its_corpora(
 ) -> None:
     monkeypatch.setattr(module, "cache_folder", lambda: cache)
     paths = tuple(write(tmp_path, corpus, count) for corpus, count in (("a", 9), ("b", 20)))
-    feed = Feed(paths, (("a", 0.5), ("b", 0.5)), 0, 8, 4, 1, 1)
+    feed = Feed(shares_of(paths, weights=0.5), 0, 8, 4, 1, 1)
     assert feed.index().digest == loaded(list(paths)).digest and len(files(cache)) == 2
     held = [Index.load(path) for path in paths]
     assert list(feed.corpora()) == [
@@ -148,7 +163,7 @@ def test_a_filter_leaves_the_rows_for_which_it_holds_and_no_others_are_planned(
     paths = tuple(write(folder, name, count, group) for name, count in zip(names, counts, strict=True))
     kept = [[n for n in range(count) if n % 4 and n / 3 >= least] for count in counts]
     where = (f"scores.aesthetic >= {least}", *[None] * (len(counts) - 1))
-    feed = Feed(paths, tuple((name, 1.0) for name in names), 0, 4, 2, 1, 1, where=where)
+    feed = Feed(shares_of(paths, where, weights=1.0), 0, 4, 2, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS_PER_BATCH", batch)
         patch.setattr(module, "cache_folder", lambda: folder)
@@ -163,7 +178,7 @@ def test_a_filter_leaves_the_rows_for_which_it_holds_and_no_others_are_planned(
     ]
     assert [row.sample_id for row in index.rows(range(len(index)))] == [row.sample_id for row in expected]
     # the plan counts the same rows, and refuses to go on with others
-    plan, whole = feed.plan(), replace(feed, where=()).plan()
+    plan, whole = feed.plan(), replace(feed, shares=shares_of(paths, weights=1.0)).plan()
     assert index.digest == plan.index_digest != whole.index_digest
     assert sum(one["samples"] for one in plan.describe()["sources"].values()) == len(expected)
     planned = {int(row) for step in range(2 * len(expected)) for row in plan[step].rows}
@@ -182,7 +197,7 @@ def test_a_filter_that_is_not_understood_says_what_there_is(tmp_path: Path, cach
         ("frames >", "can't be evaluated"),
     ):
         with pytest.raises(DataError, match=answer):
-            mapped_index([path], cache, [where])
+            mapped_index(shares_of([path], [where]), cache)
     assert files(cache) == []
 
 
@@ -191,19 +206,19 @@ def test_what_can_not_be_joined_is_refused_and_leaves_nothing_unfinished(tmp_pat
     again = tmp_path / "again" / "index.parquet"
     write_index(again, [make_row("a", number) for number in range(3)], IndexMetadata(corpus="again", stage="raw"))
     with pytest.raises(DataError, match=r"corpora \['a', 'again'\]: 3 sample ids come twice"):
-        mapped_index([first, again], cache)
+        mapped_index(shares_of([first, again]), cache)
     for change in ({"stage": "encoded"}, {"encoders": {"vae": "other weights"}}):
         with pytest.raises(DataError, match=f"differ in {next(iter(change))}"):
-            mapped_index([first, write(tmp_path, "b", 5, **change)], cache)
+            mapped_index(shares_of([first, write(tmp_path, "b", 5, **change)]), cache)
     with pytest.raises(DataError, match="at least one"):
-        mapped_index([], cache)
+        mapped_index(shares_of([]), cache)
     with pytest.raises(DataError, match="can't be read"):
-        mapped_index([first, tmp_path / "none.parquet"], cache)
+        mapped_index(shares_of([first, tmp_path / "none.parquet"]), cache)
     held = pq.ParquetFile(first)
     other = IndexMetadata(corpus="a", stage="raw", format_version=99).model_dump_json().encode()
     pq.write_table(held.read().replace_schema_metadata({b"domainshuttle.index": other}), first)
     with pytest.raises(DataError, match="format version 99"):
-        mapped_index([first], cache)
+        mapped_index(shares_of([first]), cache)
     # each corpus by itself is whole: its file stays
     assert {path.suffix for path in cache.iterdir() if path.name != "lock"} == {".arrow", ".json"}
     assert not files(cache, ".*")
@@ -216,25 +231,28 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, cache: Path) -> None:
     data[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 5] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"index .*index\.parquet can't be read"):
-        mapped_index([path], cache)
+        mapped_index(shares_of([path]), cache)
     assert not files(cache) and not files(cache, ".*")
 
 
 def test_the_file_is_made_once_and_another_for_another_index(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path, "a", 50)
-    first = mapped_index([path], cache)
+    first = mapped_index(shares_of([path]), cache)
     (made,) = files(cache)
     status = made.stat()
-    assert mapped_index([path], cache).rows(range(50)) == first.rows(range(50))
+    assert mapped_index(shares_of([path]), cache).rows(range(50)) == first.rows(range(50))
     assert (made.stat().st_ino, made.stat().st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
     write(tmp_path, "a", 51)
-    assert len(mapped_index([path], cache)) == 51 and len(files(cache)) == 2
+    assert len(mapped_index(shares_of([path]), cache)) == 51 and len(files(cache)) == 2
     assert len(first) == 50 and first.row(49).key == "k49"
     other = write(tmp_path / "elsewhere", "a", 51)  # the same content: the file serves both, each row has its folder
-    assert mapped_index([other], cache).row(0).folder == str(tmp_path / "elsewhere" / "a")
-    assert mapped_index([path], cache).row(0).folder == str(tmp_path / "a") and len(files(cache)) == 2
+    assert mapped_index(shares_of([other]), cache).row(0).folder == str(tmp_path / "elsewhere" / "a")
+    assert mapped_index(shares_of([path]), cache).row(0).folder == str(tmp_path / "a") and len(files(cache)) == 2
     both = [write(tmp_path, "b", 3), path]
-    assert mapped_index(both, cache).row(0).corpus == "b" and mapped_index(both[::-1], cache).row(0).corpus == "a"
+    assert (
+        mapped_index(shares_of(both), cache).row(0).corpus == "b"
+        and mapped_index(shares_of(both[::-1]), cache).row(0).corpus == "a"
+    )
     assert len(files(cache)) == 3  # whatever they are joined with
 
 
@@ -246,15 +264,15 @@ def test_samples_that_come_twice_are_looked_for_once_a_node_and_mixture(
     monkeypatch.setattr(module, "check_unique", lambda ids, where: (looked.append(len(ids)), check(ids, where)))
     paths = [write(tmp_path, corpus, count) for corpus, count in (("a", 9), ("b", 20))]
     for _ in range(3):
-        mapped_index(paths, cache)
+        mapped_index(shares_of(paths), cache)
     assert looked == [29]
-    mapped_index(paths, cache, ["frames > 3", None])
+    mapped_index(shares_of(paths, ["frames > 3", None]), cache)
     assert looked == [29, 26]
     again = tmp_path / "again" / "index.parquet"
     write_index(again, [make_row("a", number) for number in range(3)], IndexMetadata(corpus="again", stage="raw"))
     for _ in range(2):  # what was refused is refused again
         with pytest.raises(DataError, match="3 sample ids come twice"):
-            mapped_index([paths[0], again], cache)
+            mapped_index(shares_of([paths[0], again]), cache)
     assert looked == [29, 26, 12, 12]
 
 
@@ -303,11 +321,11 @@ def test_a_file_that_is_not_the_one_that_was_made_is_made_again(
     tmp_path: Path, cache: Path, damage: Callable[[Path], None]
 ) -> None:
     path = write(tmp_path, "a", 50)
-    expected = mapped_index([path], cache).rows(range(50))
+    expected = mapped_index(shares_of([path]), cache).rows(range(50))
     (made,) = files(cache)
     content, inode = made.read_bytes(), made.stat().st_ino
     damage(made)
-    assert mapped_index([path], cache).rows(range(50)) == expected
+    assert mapped_index(shares_of([path]), cache).rows(range(50)) == expected
     assert made.read_bytes() == content and [*files(cache), *files(cache, ".*")] == [made]
     assert made.stat().st_ino != inode or damage is Path.unlink or damage is damage_other
 
@@ -319,10 +337,10 @@ def test_an_index_that_changes_while_it_is_read_is_refused(
     names = module._names
     monkeypatch.setattr(module, "_names", lambda place: (write(tmp_path, "a", 60), names(place))[1])
     with pytest.raises(DataError, match="written anew while it was read"):
-        mapped_index([path], cache)
+        mapped_index(shares_of([path]), cache)
     assert not files(cache) and not files(cache, ".*")
     monkeypatch.undo()
-    assert len(mapped_index([path], cache)) == 60
+    assert len(mapped_index(shares_of([path]), cache)) == 60
 
 
 def test_processes_and_threads_that_start_together_make_each_file_once(tmp_path: Path, cache: Path) -> None:
@@ -338,7 +356,7 @@ def test_processes_and_threads_that_start_together_make_each_file_once(tmp_path:
             return make(*arguments)
         module._make = noted
         sys.stdin.readline()
-        index = mapped_index(sys.argv[3:], Path(sys.argv[2]))
+        index = mapped_index([CorpusShare("", path) for path in sys.argv[3:]], Path(sys.argv[2]))
         print(index.digest, index.row(5999).key)
     """)
     command = [sys.executable, "-c", program, str(notes), str(cache), *paths]
@@ -348,34 +366,34 @@ def test_processes_and_threads_that_start_together_make_each_file_once(tmp_path:
     assert len(notes.read_text().splitlines()) == len(files(cache)) == 2
     more = write(tmp_path, "c", 500)
     with ThreadPoolExecutor(4) as pool:
-        assert {len(one) for one in pool.map(lambda _: mapped_index([more], cache), range(8))} == {500}
+        assert {len(one) for one in pool.map(lambda _: mapped_index(shares_of([more]), cache), range(8))} == {500}
     assert len(files(cache)) == 3
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path, "a", 50)
-    mapped_index([path], cache)
+    mapped_index(shares_of([path]), cache)
     (made,) = files(cache)
     left = made.with_name(f".{made.name}.1.2.partial")
     left.write_bytes(b"half")
     made.unlink()
-    mapped_index([path], cache)
+    mapped_index(shares_of([path]), cache)
     assert [*files(cache), *files(cache, ".*")] == [made]
 
 
 def test_files_that_nobody_uses_are_removed(tmp_path: Path, cache: Path) -> None:
     old, used = write(tmp_path, "a", 5), write(tmp_path, "b", 5)
-    held = mapped_index([old], cache)
-    mapped_index([used], cache)
+    held = mapped_index(shares_of([old]), cache)
+    mapped_index(shares_of([used]), cache)
     long_ago = time.time() - module.UNUSED_SECONDS - 60
     for note in files(cache, "*.json"):
         os.utime(note, (long_ago, long_ago))
-    mapped_index([used], cache)  # used again
+    mapped_index(shares_of([used]), cache)  # used again
     assert len(files(cache)) == 2
-    mapped_index([write(tmp_path, "c", 5)], cache)
+    mapped_index(shares_of([write(tmp_path, "c", 5)]), cache)
     assert len(files(cache)) == len(files(cache, "*.json")) == 2
     assert held.rows([4]) == Index.load(old).rows([4])  # who maps it keeps it
-    assert len(mapped_index([old], cache)) == 5 and len(files(cache)) == 3
+    assert len(mapped_index(shares_of([old]), cache)) == 5 and len(files(cache)) == 3
 
 
 def test_the_cache_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +419,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, cache: Path, monkeypatch: p
     full = pa.OSFile
     monkeypatch.setattr(module.pa, "OSFile", lambda path, mode: full("/dev/full", mode))
     with pytest.raises(StorageError, match=r"No space left.*set TMPDIR"):
-        mapped_index([write(tmp_path, "a", 5000)], cache)
+        mapped_index(shares_of([write(tmp_path, "a", 5000)]), cache)
     assert not files(cache) and not files(cache, ".*")
 
 
@@ -421,7 +439,7 @@ def test_a_mapped_index_takes_hardly_any_memory_of_its_own(tmp_path: Path, cache
             return [int(re.search(kind + r":\\s+(\\d+)", text)[1]) for kind in ("RssAnon", "read_bytes")]
         def made():
             if sys.argv[1] == "mapped":
-                return mapped_index([sys.argv[2]], Path(sys.argv[3]))
+                return mapped_index([CorpusShare("", sys.argv[2])], Path(sys.argv[3]))
             return Index.load(sys.argv[2], verify=False)
         Index.load(sys.argv[4]).rows([0])
         before = held()
@@ -436,7 +454,7 @@ def test_a_mapped_index_takes_hardly_any_memory_of_its_own(tmp_path: Path, cache
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200)
         return [int(number) for number in done.stdout.split()]
 
-    mapped_index([path], cache)
+    mapped_index(shares_of([path]), cache)
     (made,) = files(cache)
     with made.open("rb") as file:  # out of the page cache, so that what is touched has to be read
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -13,6 +13,7 @@ from safetensors.numpy import save as save_numpy
 
 from domainshuttle.pipelines.errors import TooManyBadError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.loading.loader import Loader
 from domainshuttle.pipelines.plan.feed import Feed, planned_rows
@@ -120,8 +121,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def feed(corpus: Path) -> Feed:
     return Feed(
-        indexes=(str(corpus / INDEX_NAME),),
-        mixture=(("clips", 1.0),),
+        shares=(CorpusShare("clips", str(corpus / INDEX_NAME), 1.0),),
         seed=1,
         global_batch=len(DAMAGE) + 30,
         micro_batch=len(DAMAGE) + 30,

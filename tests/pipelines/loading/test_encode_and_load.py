@@ -27,10 +27,11 @@ from domainshuttle.pipelines.corpora.builder import PartJob, build_corpus, build
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding import corpus as encode_module
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, EncodingPool, _EncodingActor, _Work, encode
+from domainshuttle.pipelines.encoding.corpus import EncodingJob, _EncodingActor, _Work, encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
+from domainshuttle.pipelines.index.spec import CorpusShare, CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata, write_index
 from domainshuttle.pipelines.loading import ray_source as plan_source
 from domainshuttle.pipelines.loading.buffers import Staging
@@ -44,6 +45,7 @@ from domainshuttle.pipelines.quarantine import BadSample
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import read_members
 from domainshuttle.pipelines.shards.tensors import EncodedSample
+from domainshuttle.pipelines.values import ActorPool
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
 CONFIG = SpritesConfig(kind="image", samples=48, identities=72, side=48, seed=4)
@@ -54,20 +56,21 @@ def silent(*_: Any) -> None:
     """No progress."""
 
 
+def job_of(name: str, raw: Path, encoded: Path) -> EncodingJob:
+    return EncodingJob(CorpusSpec(name, "raw", str(raw)), CorpusSpec(name, "encoded", str(encoded)))
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     build_corpus("pictures", CONFIG, BUCKETS, folder / "raw", silent, samples_per_part=16)
-    encode(
-        [EncodingJob("pictures", folder / "raw" / INDEX_NAME, folder / "encoded")], SOURCES, silent, samples_per_part=16
-    )
+    encode([job_of("pictures", folder / "raw", folder / "encoded")], SOURCES, silent, samples_per_part=16)
     return folder
 
 
 def feed(corpus: Path, **changes: Any) -> Feed:
     base = Feed(
-        indexes=(str(corpus / "encoded" / INDEX_NAME),),
-        mixture=(("pictures", 1.0),),
+        shares=(CorpusShare("pictures", str(corpus / "encoded" / INDEX_NAME), 1.0),),
         seed=9,
         global_batch=8,
         micro_batch=2,
@@ -117,7 +120,7 @@ def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
 def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unasked(corpus: Path) -> None:
     shard = next((corpus / "encoded").glob("*.tar"))
     before = shard.stat().st_mtime_ns
-    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, corpus / "encoded")
+    job = job_of("pictures", corpus / "raw", corpus / "encoded")
     ((metadata, bad),) = encode([job], SOURCES, silent, samples_per_part=16)
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
@@ -130,9 +133,9 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
 
 def test_a_node_with_other_encoders_encodes_nothing(corpus: Path, tmp_path: Path) -> None:
     """An actor finds other weights, configuration or tokenizer than those that the corpus is to name."""
-    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
+    job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
     made_by = dict(Index.load(corpus / "encoded" / INDEX_NAME).parts[0].encoders)
-    parts = Parts(job.folder, 1, "recipe")
+    parts = Parts(Path(job.encoded.folder), 1, "recipe")
     parts.begin()
     for kind in ("video", "text", None):
         encoders = {**made_by, **({kind: "another"} if kind else {})}
@@ -152,8 +155,8 @@ def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
 
     monkeypatch.setattr(encode_module, "load_encoders", refuse)
     before = reserved("_EncodingActor")
-    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
-    ((metadata, _),) = encode([job], SOURCES, silent, EncodingPool(actors=2, cpus=0.25), samples_per_part=12)
+    job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
+    ((metadata, _),) = encode([job], SOURCES, silent, ActorPool(actors=2, cpus=0.25), samples_per_part=12)
     assert reserved("_EncodingActor") - before == {0.25: 2}
     assert metadata.encoders == read_metadata(corpus / "encoded" / INDEX_NAME).encoders
     name = EMPTY_CAPTION_NAME
@@ -162,27 +165,6 @@ def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
     assert Index.load(tmp_path / "encoded" / INDEX_NAME).column("checksum").tolist() == same
     with pytest.raises(DataError, match=r"the encoders can't be loaded: no encoder at \./nowhere"):
         encode([job], replace(SOURCES, text="./nowhere"), silent)
-
-
-CPUS, GPUS = {"CPU": 8.0}, {"CPU": 16.0, "GPU": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "asked", "expected"),
-    [
-        ([CPUS], {}, EncodingPool(8, 1, 0)),
-        ([CPUS, GPUS, GPUS], {}, EncodingPool(8, 1, 1)),
-        ([CPUS, GPUS, GPUS], {"gpus": 0}, EncodingPool(40, 1, 0)),
-        ([CPUS, GPUS], {"gpus": 0.25, "cpus": 2}, EncodingPool(8, 2, 0.25)),
-        ([GPUS, GPUS], {"gpus": 0.75}, EncodingPool(10, 1, 0.75)),
-        ([CPUS], {"cpus": 0.1}, EncodingPool(80, 0.1, 0)),
-        ([CPUS, GPUS], {"actors": 3}, EncodingPool(3, 1, 1)),
-        ([{"CPU": 0.5}], {}, EncodingPool(1, 1, 0)),
-        ([CPUS, CPUS], {"cpus": 0}, EncodingPool(2, 0, 0)),
-    ],
-)
-def test_the_pool_fills_the_cluster(nodes: Any, asked: Any, expected: EncodingPool) -> None:
-    assert EncodingPool.of_nodes(nodes, **asked) == expected
 
 
 def test_parts_of_another_recipe_are_cleared(tmp_path: Path) -> None:
@@ -384,8 +366,8 @@ def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_p
     model.save_pretrained(tmp_path / "text_encoder")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     sources = EncoderSources(str(tmp_path), str(tmp_path), 32)
-    job = EncodingJob("pictures", corpus / "raw" / INDEX_NAME, tmp_path / "encoded")
-    ((metadata, bad),) = encode([job], sources, silent, EncodingPool(actors=1), samples_per_part=48)
+    job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
+    ((metadata, bad),) = encode([job], sources, silent, ActorPool(actors=1), samples_per_part=48)
     assert bad == 0
     assert str(tmp_path) in metadata.encoders["video"]
     with pytest.raises(DataError, match="encoders"):

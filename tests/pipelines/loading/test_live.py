@@ -27,12 +27,13 @@ from domainshuttle.pipelines.encoding import sample_encoder as encode_module
 from domainshuttle.pipelines.encoding.sample_encoder import SampleEncoder, encode_rows, to_pixels
 from domainshuttle.pipelines.errors import DataError, StorageError, TooManyBadError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.loading import live as live_module
 from domainshuttle.pipelines.loading.buffers import Staging
 from domainshuttle.pipelines.loading.live import LiveEncoder, RawReader, Unpacked, pack
 from domainshuttle.pipelines.loading.loader import Loader
-from domainshuttle.pipelines.loading.ray_source import LivePool, packed, plan_dataset
+from domainshuttle.pipelines.loading.ray_source import packed, plan_dataset
 from domainshuttle.pipelines.loading.reader import Drawn, MicroBatch
 from domainshuttle.pipelines.media.augment import apply_view, augmented_view
 from domainshuttle.pipelines.media.decode import decode_image, decode_video, encode_mp4, fit_reference, fit_target
@@ -40,6 +41,7 @@ from domainshuttle.pipelines.plan.feed import EncoderSources, Feed, planned_rows
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.shards.tar import ShardWriter, read_members
 from domainshuttle.pipelines.shards.tensors import EncodedSample
+from domainshuttle.pipelines.values import ActorPool
 
 SOURCES = EncoderSources("block-dct", "byte-umt5", 48)
 DAMAGED = {"train-0000003": "jpeg", "train-0000005": "clip", "train-0000008": "short"}
@@ -104,8 +106,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def feed(folder: Path, *names: str, live: bool, **changes: Any) -> Feed:
     base = Feed(
-        indexes=tuple(str(folder / name / ("raw" if live else "encoded") / INDEX_NAME) for name in names),
-        mixture=tuple((name, 1.0) for name in names),
+        shares=tuple(
+            CorpusShare(name, str(folder / name / ("raw" if live else "encoded") / INDEX_NAME), 1.0) for name in names
+        ),
         seed=9,
         global_batch=8,
         micro_batch=4,
@@ -338,7 +341,7 @@ def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path:
 
     before = reserved("LiveEncoder")
     one = feed(corpora, "damaged", "pictures", live=True, micro_batch=2)
-    shards = plan_dataset(one, 1, 5, world_size=2, pool=LivePool(actors=2, cpus=0.25), read_ahead=1 << 16)
+    shards = plan_dataset(one, 1, 5, world_size=2, pool=ActorPool(actors=2, cpus=0.25), read_ahead=1 << 16)
 
     @ray.remote(num_cpus=0)
     def consume(shard: Any, rank: int) -> list[tuple[int, int, list[str], list[tuple[str, Tensor]]]]:
@@ -372,7 +375,7 @@ def test_an_encoded_micro_batch_passes_through_the_object_store_once(tmp_path: P
 
     raw_corpus(tmp_path, "large", kind="video", frames=9, fitted="9x256x256")
     one = feed(tmp_path, "large", live=True)
-    (shard,) = plan_dataset(one, 0, 3, world_size=1, pool=LivePool(cpus=0.25))
+    (shard,) = plan_dataset(one, 0, 3, world_size=1, pool=ActorPool(cpus=0.25))
 
     @ray.remote(num_cpus=0)
     def consume() -> list[int]:

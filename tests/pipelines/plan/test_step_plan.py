@@ -393,10 +393,11 @@ def test_any_step_of_ten_million_samples_is_found_at_once(tmp_path: Path) -> Non
 PLANNING = r"""
 import json, re, sys, time
 from pathlib import Path
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.plan.feed import Feed
 # not getrusage's, which begins with that of the process that started this one
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-feed = Feed(indexes=(sys.argv[1],), mixture=(("large", 1.0),), seed=0, global_batch=64, micro_batch=1, text_len=1,
+feed = Feed(shares=(CorpusShare("large", sys.argv[1], 1.0),), seed=0, global_batch=64, micro_batch=1, text_len=1,
             references=1)
 plan = feed.plan()
 times = []

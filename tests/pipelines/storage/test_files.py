@@ -30,6 +30,7 @@ from domainshuttle.pipelines.encoding.sample_encoder import encode_rows, load_en
 from domainshuttle.pipelines.errors import DataError, MissingError, StorageError
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.index.verify import verify_index
 from domainshuttle.pipelines.loading.loader import Loader
@@ -350,7 +351,7 @@ def uploaded(corpus: Path, store: Proxy, request: pytest.FixtureRequest) -> stor
 def loader(place: storage.Location, quarantine: Path, **changes: Any) -> Loader[Any]:
     """A rank's loader of three steps, with the planned rows in Ray's place."""
     feed = Feed(
-        indexes=(str(join(place, INDEX_NAME)),), mixture=(("pictures", 1.0),), seed=9, global_batch=8, micro_batch=4,
+        shares=(CorpusShare("pictures", str(join(place, INDEX_NAME)), 1.0),), seed=9, global_batch=8, micro_batch=4,
         text_len=48, references=3, paired=True, **changes,
     )  # fmt: skip
 

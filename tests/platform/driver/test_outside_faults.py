@@ -280,7 +280,7 @@ def test_data_and_checkpoints_in_a_store_that_often_fails(
 ) -> None:
     whole, _ = unbroken
     for corpus in ("pictures", "clips"):
-        folder = Path(whole.corpus_folder(corpus, "encoded"))
+        folder = Path(whole.corpus(corpus, "encoded").folder)
         for path in folder.rglob("*"):
             if path.is_file():
                 storage.write_file(path, bucket.uri(f"data/{corpus}/encoded/{path.relative_to(folder)}"))

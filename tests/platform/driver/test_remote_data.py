@@ -20,13 +20,13 @@ def test_a_uri_stays_as_it_is_and_a_path_becomes_absolute(tmp_path: Path, monkey
     config = load_config("demo", [f"data={DATA}"])
     assert config.data == DATA
     assert (
-        config.corpus_folder("sprites-images", "encoded")
+        config.corpus("sprites-images", "encoded").folder
         == "s3://bucket/a%20b/corpora/sprites-images/encoded?endpoint_override=http://10.0.0.7:9000"
     )
     assert RunConfig.model_validate(config.model_dump(mode="json")).data == DATA
     assert config.digest() == load_config("demo").digest()
     near = load_config("demo", ["data=here/there"])
-    assert near.corpus_folder("sprites-images", "raw") == str(tmp_path / "here/there/sprites-images/raw")
+    assert near.corpus("sprites-images", "raw").folder == str(tmp_path / "here/there/sprites-images/raw")
 
 
 @pytest.mark.parametrize("keys", ["AKIAUSER:se%2Fcret@", "AKIAUSER:se/cret@"])

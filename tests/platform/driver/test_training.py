@@ -225,7 +225,7 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     by_counts = in_process("plan", tiny, "--set", "stages.stage2.mixture=[pictures, clips]")
     assert re.search(r"stage2 +│ +24 │ +8 │ clips, pictures by sample counts +│ +3\.00 │", by_counts)
     config = load_config(str(tiny))
-    lengths = Index.load(f"{config.corpus_folder('clips', 'encoded')}/{INDEX_NAME}").column("caption_length")
+    lengths = Index.load(f"{config.corpus('clips', 'encoded').folder}/{INDEX_NAME}").column("caption_length")
     left = int((lengths > np.median(lengths)).sum())
     assert 0 < left < 24
     fewer = in_process("plan", tiny, "--set", f"stages.stage2.where={{clips: caption_length > {np.median(lengths)}}}")
@@ -245,7 +245,7 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
         assert message in " ".join(refused.split())
     nowhere = in_process("plan", tiny, "--set", f"data={tmp_path}")
     assert "No data yet: corpora ['clips', 'pictures'] are not encoded" in nowhere
-    folder = load_config(str(tiny)).corpus_folder("clips", "raw")
+    folder = load_config(str(tiny)).corpus("clips", "raw").folder
     sheet = tmp_path / "sheet.png"
     printed = in_process("data", "inspect", folder, "--sheet", sheet, "--where", "frames > 1")
     assert re.search(r"5x32x32 +24", printed)

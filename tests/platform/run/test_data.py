@@ -36,7 +36,7 @@ def corpora(config: RunConfig, form: str, **encoders: str) -> None:
             size=(40, 64), fps=None if bucket.frames == 1 else 24.0, subjects=[], references=[],
         )  # fmt: skip
         row = IndexRow.of(ShardEntry("a.tar", "k", (Member("json", 512, 2),), 1), info, bucket)
-        folder = Path(config.corpus_folder(name, form))
+        folder = Path(config.corpus(name, form).folder)
         folder.mkdir(parents=True, exist_ok=True)
         made_by = dict(encoders) if form == "encoded" else {}
         metadata = IndexMetadata(corpus=name, stage=form, fps=section.fps, encoders=made_by)  # type: ignore[arg-type]
