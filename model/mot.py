@@ -12,11 +12,11 @@ from typing import ClassVar, Literal
 
 import torch
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
+from domainshuttle.model.attention import TextAttnProcessor, attend
 from domainshuttle.model.rope import apply_rotary
 
 ReferenceGate = Literal["own", "video"]
@@ -24,7 +24,7 @@ ReferenceProjections = Literal["own", "shared"]
 
 
 class JointAttnProcessor:
-    """Computes :class:`JointAttention` through diffusers' attention dispatcher."""
+    """Computes :class:`JointAttention`."""
 
     _attention_backend = None
     _parallel_config = None
@@ -41,14 +41,8 @@ class JointAttnProcessor:
         # b n (heads d) -> b n heads d
         query = apply_rotary(attn.norm_q(query).unflatten(2, (attn.heads, -1)), *rotary_emb)
         key = apply_rotary(attn.norm_k(key).unflatten(2, (attn.heads, -1)), *rotary_emb)
-        out = dispatch_attention_fn(
-            query,
-            key,
-            value.unflatten(2, (attn.heads, -1)),
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        value = value.unflatten(2, (attn.heads, -1))
+        out = attend(query, key, value, attention_mask, self._attention_backend, self._parallel_config)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
 
 
@@ -117,7 +111,7 @@ class DomainMoTBlock(nn.Module):
             dim_head=dim // num_heads,
             eps=eps,
             cross_attention_dim_head=dim // num_heads,
-            processor=WanAttnProcessor(),
+            processor=TextAttnProcessor(),
         )
         self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")

@@ -327,16 +327,12 @@ def _gather_whole_blocks(model: nn.Module) -> None:
 
 
 def _choose_attention(model: Any, section: EngineSection) -> None:
-    backend = section.attention_backend
-    if backend is None and not torch.cuda.is_available() and section.activations.mode != "attention":
-        # over the short sequences of a desk, the CPU's flash kernel takes longer than the plain products
-        backend = "_native_math"
-    if backend is None:
+    if section.attention_backend is None:
         return
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that backends are experimental
-    model.set_attention_backend(backend)
+    model.set_attention_backend(section.attention_backend)
     logger.setLevel(level)
 
 
