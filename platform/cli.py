@@ -210,7 +210,7 @@ def submit(
 
     settings = _load(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
-    job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.patience))
+    job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.grace_seconds))
     console.print(f"Submitted job [bold]{job.id}[/] to {job.address}. Follow it with: {job.log_command()}")
     if wait:
         for text in job.follow():

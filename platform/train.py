@@ -92,7 +92,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             config.checkpoint,
             rank,
             world_size,
-            gather_objects(config.patience),
+            gather_objects(config.grace_seconds),
             ray.train.get_context().get_local_world_size(),
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )

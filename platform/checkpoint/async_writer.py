@@ -73,10 +73,10 @@ class Saved:
 class _Job:
     """A save under way on a rank."""
 
-    def __init__(self, name: str, attempt: str, state: TrainingState, patience: float) -> None:
+    def __init__(self, name: str, attempt: str, state: TrainingState, grace_seconds: float) -> None:
         self.name, self.attempt, self.state = name, attempt, state
         self.began = time.monotonic()
-        self.deadline = self.began + patience
+        self.deadline = self.began + grace_seconds
         self.written = threading.Event()
         """This rank's part is in the store, or `fault` says why it is not."""
         self.fault: str | None = None
@@ -348,12 +348,12 @@ class AsyncCheckpointer:
             wait = min(1.0, wait * 1.5)
 
 
-def gather_objects(patience: float) -> Callable[[Any], Sequence[Any]]:
-    """A `gather` over torch.distributed's ranks, which waits `patience` seconds. All ranks make it together, once."""
+def gather_objects(grace_seconds: float) -> Callable[[Any], Sequence[Any]]:
+    """A `gather` over torch.distributed's ranks, which waits `grace_seconds`. All ranks make it together, once."""
     import torch.distributed as dist
 
     # on the CPU, so that it waits for nothing that a GPU has yet to do
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=grace_seconds))
 
     def gather(mine: Any) -> Sequence[Any]:
         every: list[Any] = [None] * dist.get_world_size()

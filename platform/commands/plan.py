@@ -42,7 +42,7 @@ def print_plan(config: RunConfig) -> None:
                 segment.name,
                 f"{stage.duration.planned_steps:,}" if stage.gpu_hours is None else f"{stage.gpu_hours:g} GPU-hours",
                 str(stage.global_batch),
-                stage.shown_mixture,
+                stage.described_mixture,
                 passes,
                 tokens,
                 f"{selected.trained_count / 1e6:.2f} M",

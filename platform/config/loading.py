@@ -26,7 +26,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     Folders come out absolute, since Ray workers run elsewhere. Raises ConfigError with every fault found.
     """
     text, origin = _read(source)
-    content = _of_today(read_mapping(text, origin))
+    content = _upgraded(read_mapping(text, origin))
     for override in overrides or []:
         _override(content, override)
     _refuse_keys(content, origin)
@@ -42,7 +42,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 def read_config(path: Path) -> RunConfig:
     """The configuration that a run saved of itself (`RunConfig.to_yaml`). Raises ConfigError for one that is damaged
     or that this version can't run."""
-    return _checked(_of_today(read_mapping(read_text(path), str(path))), str(path))
+    return _checked(_upgraded(read_mapping(read_text(path), str(path))), str(path))
 
 
 def read_mapping(text: str, origin: str) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def read_mapping(text: str, origin: str) -> dict[str, Any]:
     return content
 
 
-def _of_today(content: dict[str, Any]) -> dict[str, Any]:
-    """What earlier versions saved, as this one would.
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """What earlier versions saved, in the form of this one.
 
-    A stage that only its hours end had a million steps; such a file also says that there are no `samples`, which no one
-    types and which is left out today.
+    A stage that only its hours end had a million steps. Such a file also has `samples: null`, which nobody types and
+    which is left out now.
     """
     stages = content.get("stages")
     for stage in stages if isinstance(stages, list) else []:
@@ -102,7 +102,7 @@ def _refuse_keys(content: Mapping[str, Any], origin: str) -> None:
         place = section.get(key) if isinstance(section, dict) else None
         if isinstance(place, str) and holds_keys(place):
             raise ConfigError(
-                f"{origin}: {path} has access keys in it, and it is saved with the run and shown in MLflow: {remedy}"
+                f"{origin}: {path} has access keys in it, and it is saved with the run and logged to MLflow: {remedy}"
             )
 
 
@@ -233,7 +233,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         elif (found := _fields(section).get(part)) is not None:
             annotation = found
             section = next(_sections(annotation), None)
-        # else the name of a corpus, say: of the section that the mapping holds
+        # otherwise a name in a mapping, such as a corpus: its section comes next
     return list(_fields(section))
 
 

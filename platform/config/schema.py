@@ -250,7 +250,7 @@ class StageSection(Section):
         return dict(sorted(self.mixture.items())) if isinstance(self.mixture, dict) else {}
 
     @property
-    def shown_mixture(self) -> str:
+    def described_mixture(self) -> str:
         """The mixture in a line."""
         if not self.weights:
             return f"{', '.join(sorted(self.mixture))} by sample counts"
@@ -270,7 +270,7 @@ class StageSection(Section):
             try:
                 steps = -(-int(whole(content["samples"])) // int(whole(content["global_batch"])))
             except (KeyError, TypeError, ValueError, ArithmeticError):
-                steps = 1  # their own faults are told
+                steps = 1  # their own faults are reported
             return {**content, "steps": max(steps, 1)}
         return content
 
@@ -339,9 +339,9 @@ class GuardSection(Section):
         10.0,
         gt=1,
         le=1e9,
-        description="a loss above this many times the usual one drops the step; none: only one not finite",
+        description="a loss above this many times the median loss drops the step; none: only one that is not finite",
     )
-    window: Whole = Field(50, ge=1, le=1_000_000, description="good steps whose median is the usual loss")
+    window: Whole = Field(50, ge=1, le=1_000_000, description="good steps over which the median loss is taken")
     rollback_after: Count = Field(5, description="dropped steps in a row that send the run back to a checkpoint")
     most_rollbacks: Whole = Field(3, ge=0, le=MOST_COUNT, description="of a segment, before the run is given up")
     hang_seconds: Seconds = Field(1800.0, description="without a step for so long, a worker is restarted")
@@ -588,7 +588,7 @@ class RunConfig(Section):
         return {"CPU": cluster.cpus_per_worker, **gpus}
 
     @property
-    def patience(self) -> float:
+    def grace_seconds(self) -> float:
         """Seconds that a worker has for a save, an export, or to build and restore, before it counts as hanging.
 
         A save has a limit of its own, and at the next one the save before is waited for.
@@ -715,7 +715,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 _RESUMABLE_CHANGES: dict[str, Any] = {
     # where and on what machines
     **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking", "loader"), True),
-    # what is looked at beside the training, and when it stops or goes back
+    # evaluation and samples beside the training, and when it stops or rolls back
     **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
     # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
     "engine": {"persistent_parameters", "offload_optimizer", "activations", "attention_backend", "compile"},

@@ -1,8 +1,8 @@
-"""YAML as it is typed: every scalar stays the text that is there, and the types of the schema say what it means.
+"""YAML as it is typed: every scalar stays text, and the types of the schema decide what it means.
 
 YAML 1.1 guesses what a bare word is: `1e-6` is a text to it, `on` true, `12:30` 750, `010` eight, `2026-01-01` a date.
-Here only nothing (`null`, `~` or no value) is told from text, so `name: 2026` is a name and `eps: 1e-6` a number,
-because the schema says so. A key that comes twice is an error.
+Here only the null value (`null`, `~` or no value) differs from text, so `name: 2026` is a name and `eps: 1e-6` a
+number, because the schema says so. A key that comes twice is an error.
 """
 
 from typing import Any
@@ -73,10 +73,10 @@ def read_yaml(text: str, loader: type[_Loader] = _Loader) -> Any:
         raise YamlError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _hint(told: str) -> str:
-    if "'\\t'" in told:
+def _hint(problem: str) -> str:
+    if "'\\t'" in problem:
         return " (indent with spaces, not with tabs)"
-    if "alias" in told or "cannot start any token" in told:
+    if "alias" in problem or "cannot start any token" in problem:
         return " (put a text with special characters in quotes, such as '*')"
     return ""
 

@@ -360,7 +360,7 @@ class SegmentParams:
             global_batch=stage.global_batch,
             learning_rate=stage.learning_rate,
             trained=", ".join(stage.trained),
-            mixture=stage.shown_mixture,
+            mixture=stage.described_mixture,
             where=", ".join(f"{name}: {text}" for name, text in stage.where.items()),
             cross_pair_weight=stage.loss.cross_pair_weight,
         )

@@ -51,7 +51,7 @@ class WorkerGroup:
             _work,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             torch_config=TorchConfig(
-                backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(run.config.patience)
+                backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(run.config.grace_seconds)
             ),
             scaling_config=ScalingConfig(
                 num_workers=size,

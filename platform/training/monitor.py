@@ -91,7 +91,7 @@ class Monitor:
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
         hangs = run.hang_path(segment.name, dist.get_rank())
-        self.watchdog = Watchdog(config.guard.hang_seconds, config.patience, hangs)
+        self.watchdog = Watchdog(config.guard.hang_seconds, config.grace_seconds, hangs)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.main = self.rank == 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,8 +163,8 @@ class Monitor:
 
     @contextlib.contextmanager
     def checkpointing(self) -> Iterator[None]:
-        """The same for saves and exports, with which the watchdog is patient: saves have a limit of their own."""
-        self.watchdog.be_patient()
+        """The same for saves and exports, for which the watchdog allows more time: saves have a limit of their own."""
+        self.watchdog.allow_grace()
         with self.measure("checkpointing"):
             yield
         self.watchdog.alive()

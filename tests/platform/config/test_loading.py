@@ -143,8 +143,8 @@ def test_an_elastic_group_needs_only_some_sizes_that_share_the_batch() -> None:
 
 
 def test_a_worker_has_longer_for_a_save_than_saves_may_take() -> None:
-    assert load_config("demo", ["guard.hang_seconds=60", "checkpoint.timeout=100"]).patience == 320
-    assert load_config("demo", ["guard.hang_seconds=6000", "checkpoint.timeout=100"]).patience == 6000
+    assert load_config("demo", ["guard.hang_seconds=60", "checkpoint.timeout=100"]).grace_seconds == 320
+    assert load_config("demo", ["guard.hang_seconds=6000", "checkpoint.timeout=100"]).grace_seconds == 6000
 
 
 def test_flattened_has_dotted_keys() -> None:

@@ -193,9 +193,11 @@ def test_a_fresh_start_removes_all_but_the_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("patience", "calls"), [(1.0, ""), (1.0, "dog.alive(); dog.be_patient()"), (60.0, "dog.alive()")]
+    ("grace_seconds", "calls"), [(1.0, ""), (1.0, "dog.alive(); dog.allow_grace()"), (60.0, "dog.alive()")]
 )
-def test_a_worker_that_hangs_while_it_builds_or_saves_dies_too(tmp_path: Path, patience: float, calls: str) -> None:
+def test_a_worker_that_hangs_while_it_builds_or_saves_dies_too(
+    tmp_path: Path, grace_seconds: float, calls: str
+) -> None:
     """Before its first step, in a save with its longer limit, and, as ever, between steps."""
     code = (
         "import sys, threading\n"
@@ -207,7 +209,7 @@ def test_a_worker_that_hangs_while_it_builds_or_saves_dies_too(tmp_path: Path, p
         "threading.Event().wait(50)\n"
     )
     stacks = tmp_path / "rank0.txt"
-    worker = subprocess.run([sys.executable, "-c", code, str(stacks), str(patience)], timeout=45, check=False)
+    worker = subprocess.run([sys.executable, "-c", code, str(stacks), str(grace_seconds)], timeout=45, check=False)
     assert worker.returncode == 1
     assert "wait" in stacks.read_text()
 
