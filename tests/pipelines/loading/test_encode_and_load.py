@@ -89,7 +89,7 @@ def load(corpus: Path, one: Feed, steps: int, tmp_path: Path, rank: int = 0, wor
 def test_an_index_that_is_written_anew_while_a_run_reads_it_is_refused(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "encoded"
     shutil.copytree(corpus / "encoded", folder)
-    one = feed(corpus, indexes=(str(folder / INDEX_NAME),))
+    one = feed(corpus, shares=(CorpusShare("pictures", str(folder / INDEX_NAME), 1.0),))
     loader = Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q.jsonl")
     assert len(list(loader)) == 4
     # as a task of Ray Data would plan that starts after the change, on another node
@@ -434,7 +434,7 @@ def test_without_dropout_of_captions_their_empty_one_is_not_needed(corpus: Path,
     copied = tmp_path / "copied"
     shutil.copytree(corpus / "encoded", copied)
     (copied / EMPTY_CAPTION_NAME).unlink()
-    one = feed(corpus, indexes=(str(copied / INDEX_NAME),))
+    one = feed(corpus, shares=(CorpusShare("pictures", str(copied / INDEX_NAME), 1.0),))
     own = next(iter(Loader([planned_rows(one, 0, 1, 0, 1)], one, 0, 1, tmp_path / "q")))
     whole = next(iter(Loader([planned_rows(one, 0, 1, 0, 1)], feed(corpus), 0, 1, tmp_path / "q")))
     assert own.batch.text.equal(whole.batch.text)
