@@ -56,7 +56,7 @@ def fill(folder: Path, sizes: int) -> None:
         for _ in range(sizes):
             number += 1
             height, width = SIZES[number % len(SIZES)]
-            if codec.name == "libsvtav1":  # which takes no small ones
+            if codec.name in ("libsvtav1", "libx265"):  # the one takes no small ones, the other writes beside them
                 height, width = 64, 96
             frames = np.stack([scene(3 * k, height, width) for k in range(6)])
             if codec in ALPHA:
