@@ -720,7 +720,6 @@ _RESUMABLE_CHANGES: dict[str, Any] = {
     # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
     "engine": {"persistent_parameters", "offload_optimizer", "activations", "attention_backend", "compile"},
     "stages": {"__all__": {"micro_batch"}},
-    "encoders": {"encoding"},
 }
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from domainshuttle.model.encoder_sources import encoder_files
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import read_metadata
-from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
+from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
@@ -70,5 +70,5 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
         reference_dropout=stage.reference_dropout,
         text_dropout=stage.text_dropout,
         paired=stage.loss.cross_pair_weight > 0,
-        encoders=EncoderSources(**config.encoders.model_dump(exclude={"live"})) if config.encoders.live else None,
+        encoders=config.encoders.sources() if config.encoders.live else None,
     )
