@@ -14,7 +14,7 @@ from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
-    from domainshuttle.platform.config.schema import RunConfig
+    from domainshuttle.platform.config.schema import CorporaConfig, RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +54,7 @@ Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these c
 @data.command("build")
 def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = MOST_BAD_IN_CORPUS) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
-    settings = _load(config, set_)
+    settings = _load_corpora(config, set_)
     from domainshuttle.platform.commands.data import build_corpora
     from domainshuttle.platform.driver.ray_cluster import connected
 
@@ -74,7 +74,7 @@ def data_encode(
     anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,  # its name until November 2026
 ) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
-    settings = _load(config, set_)
+    settings = _load_corpora(config, set_)
     from domainshuttle.platform.commands.data import encode_corpora
     from domainshuttle.platform.driver.ray_cluster import connected
 
@@ -405,6 +405,12 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     from domainshuttle.platform.config.loading import load_config
 
     return load_config(config, overrides)
+
+
+def _load_corpora(config: str, overrides: list[str] | None) -> "RunConfig | CorporaConfig":
+    from domainshuttle.platform.config.loading import load_corpora
+
+    return load_corpora(config, overrides)
 
 
 def _require_png(option: str, path: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from domainshuttle.pipelines.corpora.builder import parts_of
 from domainshuttle.pipelines.corpora.registry import make_source
 from domainshuttle.pipelines.corpora.source import LeftOut, Notes, Record
 from domainshuttle.pipelines.corpora.survey import Survey, Tally
@@ -39,14 +40,9 @@ def made(config: Any, folder: Path, corpus: str = "mine") -> Made:
     rows, _, _ = survey.select(source.wanted)
     records = [*survey.records(rows)]
     samples, bad = [], []
-    groups = [[record] for record in records]
-    if source.in_order:
-        groups = [
-            [one for one, (piece, _) in zip(records, rows.tolist(), strict=True) if piece == number]
-            for number in sorted({piece for piece, _ in rows.tolist()})
-        ]
-    for group in groups:
-        for one in source.make(group, survey, notes):
+    parts = parts_of(rows, 3, {n for n, piece in enumerate(survey.pieces) if piece.in_order})
+    for part in parts:
+        for one in source.make([*survey.records(part)], survey, notes):
             (bad if isinstance(one, LeftOut) else samples).append(one)  # type: ignore[arg-type]
     return Made(records, samples, survey.tally(), bad, notes)
 

@@ -66,9 +66,10 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
     quarantine."""
     source, notes = make_source(job.config, job.corpus), Notes()
     bad: list[BadSample] = []
-    infos = {}
+    infos, came = {}, 0
     with ShardWriter(parts.folder, parts.prefix(part), job.shard_bytes) as writer:
         for sample in source.make([*job.survey.records(rows)], job.survey, notes):
+            came += 1
             if isinstance(sample, LeftOut):
                 bad.append(BadSample(job.corpus, "", safe_key(sample.id), sample.reason))
                 continue
@@ -80,6 +81,10 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
                 continue
             writer.write(sample.key, sample.members())
             infos[sample.key] = sample.info, bucket
+    if came != len(rows):
+        raise DataError(
+            f"{job.corpus}, part {part}: {came} of {len(rows)} records came: the source changed; build again"
+        )
     write_bytes(_notes_path(parts, part), json.dumps(notes.counts).encode())
     return parts.finish(part, [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries], bad, job.metadata)
 
@@ -121,7 +126,7 @@ def build_corpus(
         raise DataError(f"corpus {corpus}: its source has nothing to select: {counted}")
     survey.write_tables()
 
-    cut = _parts_of(rows, samples_per_part, source.in_order)
+    cut = parts_of(rows, samples_per_part, {n for n, piece in enumerate(survey.pieces) if piece.in_order})
     parts = Parts(folder, len(cut), f"{recipe} {survey.folder.name} {[str(bucket) for bucket in buckets]} {fps}")
     parts.begin()
     job = PartJob(corpus, config, survey, buckets, shard_bytes, fps)
@@ -156,11 +161,16 @@ def _survey_piece(survey: Survey, number: int, config: CorpusConfig, corpus: str
     return survey.take(number, make_source(config, corpus))
 
 
-def _parts_of(rows: Rows, samples_per_part: int, in_order: bool) -> list[Rows]:
-    """The rows of each part: so many, or all of a piece where that is read in order."""
-    if in_order:
-        return np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1)
-    return [rows[start : start + samples_per_part] for start in range(0, len(rows), samples_per_part)]
+def parts_of(rows: Rows, samples_per_part: int, in_order: set[int]) -> list[Rows]:
+    """The rows of each part: all of a piece that is read in order; of the others so many."""
+    parts: list[Rows] = []
+    free: list[Rows] = []
+    for piece in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1):
+        (parts if int(piece[0, 0]) in in_order else free).append(piece)
+    if free:
+        joined = np.concatenate(free)
+        parts += [joined[start : start + samples_per_part] for start in range(0, len(joined), samples_per_part)]
+    return parts
 
 
 def _died(what: str, error: Exception) -> StorageError:

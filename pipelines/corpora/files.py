@@ -8,7 +8,7 @@ from typing import Literal
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.downloads import check_download
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media.cut import ClipFile
+from domainshuttle.pipelines.media.cut import ClipFile, clip_file
 from domainshuttle.pipelines.media.decode import decode_image, encode_jpeg
 from domainshuttle.pipelines.media.file_types import picture_format
 from domainshuttle.pipelines.quarantine import SampleFault
@@ -49,6 +49,14 @@ def picture_of(data: Buffer, name: str) -> Picture:
 def read_picture(root: Path, name: str) -> Picture:
     """A picture of a source's folder. Raises SampleFault where it is missing or unreadable."""
     return picture_of(read_media(root, name, "picture"), name)
+
+
+def clip_of(data: Buffer, name: str) -> ClipFile:
+    """A clip as it is. Raises SampleFault where it can't be read."""
+    try:
+        return clip_file(data, name)
+    except DataError as error:
+        raise SampleFault("unreadable clip", str(error)) from error
 
 
 def drawn_picture(pixels: Pixels) -> Picture:

@@ -15,7 +15,15 @@ from typing import Any, Literal
 from pydantic import Field
 
 from domainshuttle.pipelines.corpora.downloads import check_download, found_files, media_folder
-from domainshuttle.pipelines.corpora.files import Picture, Shown, drawn_picture, read_media, read_picture, sample_of
+from domainshuttle.pipelines.corpora.files import (
+    Picture,
+    Shown,
+    clip_of,
+    drawn_picture,
+    read_media,
+    read_picture,
+    sample_of,
+)
 from domainshuttle.pipelines.corpora.json_records import json_records, parse, read_at
 from domainshuttle.pipelines.corpora.masks import Candidate, covered_share, cut_out, decode_rle, without_duplicates
 from domainshuttle.pipelines.corpora.source import (
@@ -32,7 +40,7 @@ from domainshuttle.pipelines.corpora.source import (
 )
 from domainshuttle.pipelines.corpora.words import BACKGROUND, FROM_WORDS, domain_of
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media.cut import ClipFile, Crop, clip_file, cut_clip, frames_at
+from domainshuttle.pipelines.media.cut import ClipFile, Crop, cut_clip, frames_at
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.values import Real, Share, Whole
@@ -111,7 +119,7 @@ class OpenS2VSource(RecordSource):
         entry = self._entry(record)
         data = self._video(entry)
         name = f"{record.id}: {entry.path}"
-        whole = _as_clip(data, name)
+        whole = clip_of(data, name)
         target = _target(whole, entry, name)
         subjects = self._subjects(entry, notes)
         if not subjects:
@@ -310,13 +318,6 @@ def _caption(metadata: Fields) -> str:
     if not caption.strip():
         raise SampleFault("empty caption", metadata.where)
     return caption.strip()
-
-
-def _as_clip(data: bytes, name: str) -> ClipFile:
-    try:
-        return clip_file(data, name)
-    except DataError as error:
-        raise SampleFault("unreadable clip", str(error)) from error
 
 
 def _target(whole: ClipFile, entry: _Entry, name: str) -> ClipFile:

@@ -4,10 +4,17 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from domainshuttle.pipelines.corpora.ditto import DittoConfig, DittoSource
+from domainshuttle.pipelines.corpora.echo_4o import Echo4oConfig, Echo4oSource
+from domainshuttle.pipelines.corpora.manifest import ManifestConfig, ManifestSource
+from domainshuttle.pipelines.corpora.musar_gen import MusarGenConfig, MusarGenSource
+from domainshuttle.pipelines.corpora.nano_consistent import NanoConsistentConfig, NanoConsistentSource
 from domainshuttle.pipelines.corpora.opens2v import OpenS2VConfig, OpenS2VSource
+from domainshuttle.pipelines.corpora.phantom_data import PhantomDataConfig, PhantomDataSource
 from domainshuttle.pipelines.corpora.source import Source
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.corpora.uno import UnoConfig, UnoSource
+from domainshuttle.pipelines.corpora.webdataset_shards import WebDatasetConfig, WebDatasetSource
 
 _DEFAULT = "sprites"
 
@@ -21,10 +28,28 @@ def _tag(value: Any) -> str:
 CorpusConfig = Annotated[
     Annotated[SpritesConfig, Tag("<sprites>")]
     | Annotated[UnoConfig, Tag("<uno>")]
-    | Annotated[OpenS2VConfig, Tag("<opens2v>")],
+    | Annotated[NanoConsistentConfig, Tag("<nano-consistent>")]
+    | Annotated[Echo4oConfig, Tag("<echo-4o>")]
+    | Annotated[MusarGenConfig, Tag("<musar-gen>")]
+    | Annotated[PhantomDataConfig, Tag("<phantom-data>")]
+    | Annotated[OpenS2VConfig, Tag("<opens2v>")]
+    | Annotated[DittoConfig, Tag("<ditto>")]
+    | Annotated[ManifestConfig, Tag("<manifest>")]
+    | Annotated[WebDatasetConfig, Tag("<webdataset>")],
     Discriminator(_tag),
 ]
-_SOURCES: dict[type, Any] = {SpritesConfig: SpritesBuilder, UnoConfig: UnoSource, OpenS2VConfig: OpenS2VSource}
+_SOURCES: dict[type, Any] = {
+    SpritesConfig: SpritesBuilder,
+    UnoConfig: UnoSource,
+    NanoConsistentConfig: NanoConsistentSource,
+    Echo4oConfig: Echo4oSource,
+    MusarGenConfig: MusarGenSource,
+    PhantomDataConfig: PhantomDataSource,
+    OpenS2VConfig: OpenS2VSource,
+    DittoConfig: DittoSource,
+    ManifestConfig: ManifestSource,
+    WebDatasetConfig: WebDatasetSource,
+}
 
 
 def make_source(config: Any, corpus: str) -> Source:

@@ -53,12 +53,14 @@ class Piece:
     name: str
     stamp: str
     role: str = SAMPLES
+    in_order: bool = False
+    """Whether it can only be read from its beginning, so that all of its samples are made at once."""
 
     @classmethod
-    def of(cls, path: Path, root: Path, role: str = SAMPLES) -> "Piece":
+    def of(cls, path: Path, root: Path, role: str = SAMPLES, in_order: bool = False) -> "Piece":
         """A file, stamped with its size and time of change."""
         status = path.stat()
-        return cls(path.relative_to(root).as_posix(), f"{status.st_size} {status.st_mtime_ns}", role)
+        return cls(path.relative_to(root).as_posix(), f"{status.st_size} {status.st_mtime_ns}", role, in_order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,6 @@ class Source(Protocol):
     wanted: int | None
     """How many records are selected; None for all."""
     seed: int
-    in_order: bool
-    """Whether a piece can only be read from its beginning, so that all of its samples are made at once."""
 
     def pieces(self) -> list[Piece]:
         """The pieces, in a fixed order. Raises DataError where the source is not laid out as it should be."""
@@ -119,7 +119,8 @@ class Source(Protocol):
         ...
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
-        """The samples of records of one piece or, where they can be read in any order, of several; in order."""
+        """The samples of records, in order. They are of pieces that can be read in any order, or all of one piece that
+        can't."""
         ...
 
 
@@ -128,7 +129,6 @@ class RecordSource:
 
     wanted: int | None = None
     seed = 0
-    in_order = False
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         """Raises DataError with the reason where the sample can't be made."""

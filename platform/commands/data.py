@@ -26,12 +26,14 @@ from domainshuttle.platform.commands.data_index import (
     print_skipped,
     print_summary,
 )
-from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.config.schema import ConfigError, CorporaConfig, RunConfig
 from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.run.lock import RunLock, holder_named
 
 
-def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS) -> None:
+def build_corpora(
+    config: RunConfig | CorporaConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS
+) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
     for name in _chosen(config, only):
         raw, build = config.corpus(name, "raw"), config.corpora[name].build
@@ -59,7 +61,10 @@ def build_corpora(config: RunConfig, only: list[str] | None = None, most_bad: fl
 
 
 def encode_corpora(
-    config: RunConfig, only: list[str] | None = None, overwrite: bool = False, most_bad: float = MOST_BAD_IN_CORPUS
+    config: RunConfig | CorporaConfig,
+    only: list[str] | None = None,
+    overwrite: bool = False,
+    most_bad: float = MOST_BAD_IN_CORPUS,
 ) -> None:
     """Encodes the raw corpora on the connected Ray cluster; `overwrite`: also where that removes whole ones."""
     import ray
@@ -119,7 +124,7 @@ def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: st
         console.print(f"Contact sheet: {sheet}")
 
 
-def _chosen(config: RunConfig, only: list[str] | None) -> list[str]:
+def _chosen(config: RunConfig | CorporaConfig, only: list[str] | None) -> list[str]:
     unknown = [name for name in only or [] if name not in config.corpora]
     if unknown:
         raise ConfigError(f"no corpus {unknown}; the configuration has {list(config.corpora)}")

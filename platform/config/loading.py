@@ -8,7 +8,7 @@ typing mistake is answered at once.
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,8 +16,10 @@ from typing_extensions import is_typeddict
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
-from domainshuttle.platform.config.schema import HORIZON, ConfigError, RunConfig, nearest
+from domainshuttle.platform.config.schema import HORIZON, ConfigError, CorporaConfig, RunConfig, nearest
 from domainshuttle.platform.config.yaml_text import YamlError, read_value, read_yaml
+
+_Config = TypeVar("_Config", bound=BaseModel)
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
@@ -25,7 +27,20 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 
     Folders come out absolute, since Ray workers run elsewhere. Raises ConfigError with every fault found.
     """
-    text, origin = _read(source)
+    content, origin = _prepared(*_read(source), overrides)
+    return _checked(content, origin)
+
+
+def load_corpora(source: str, overrides: list[str] | None = None) -> RunConfig | CorporaConfig:
+    """Reads as `load_config` does the configuration of a run, or one of corpora alone: without `model` and `stages`."""
+    content, origin = _prepared(*_read(source, corpora=True), overrides)
+    if "model" in content or "stages" in content or "experts" in content:
+        return _checked(content, origin)
+    return _validated(CorporaConfig, content, origin)
+
+
+def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict[str, Any], str]:
+    """The keys of a configuration with their overrides, and its name; folders are absolute."""
     content = _upgraded(read_mapping(text, origin))
     for override in overrides or []:
         _override(content, override)
@@ -36,7 +51,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     experts = content.get("experts")
     for section in (content.get("model"), content.get("encoders"), *(experts if isinstance(experts, list) else [])):
         _find_folders(section)
-    return _checked(content, origin)
+    return content, origin
 
 
 def read_config(path: Path) -> RunConfig:
@@ -73,10 +88,14 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], origin: str) -> RunConfig:
+    return _validated(RunConfig, content, origin)
+
+
+def _validated(kind: type[_Config], content: dict[str, Any], origin: str) -> _Config:
     try:
-        return RunConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        faults = "\n".join(f"  {explain(fault)}" for fault in error.errors())
+        faults = "\n".join(f"  {explain(fault, kind)}" for fault in error.errors())
         raise ConfigError(f"{origin} can't be run:\n{faults}") from None
 
 
@@ -123,17 +142,21 @@ def _find_folders(section: Any) -> None:
             section[key] = str(folder.absolute())
 
 
-def _read(source: str) -> tuple[str, str]:
+def _read(source: str, corpora: bool = False) -> tuple[str, str]:
+    """The text of a file or of a shipped configuration, with `corpora` also of those of corpora alone, and its name."""
     path = Path(source)
     if path.is_file():
         return read_text(path), source
     shipped = resources.files("domainshuttle.configs")
-    names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-    name = path.name.removesuffix(".yaml")  # not its stem: there are dots in names
-    if name in names and str(path.parent) in (".", "configs"):
-        return (shipped / f"{name}.yaml").read_text(), f"{name}.yaml (shipped)"
+    found = {entry.name.removesuffix(".yaml"): entry for entry in shipped.iterdir() if entry.name.endswith(".yaml")}
+    if corpora:
+        inner = (shipped / "corpora").iterdir()
+        found |= {f"corpora/{one.name.removesuffix('.yaml')}": one for one in inner if one.name.endswith(".yaml")}
+    name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")  # not its stem: there are dots in names
+    if name in found:
+        return found[name].read_text(), f"{name}.yaml (shipped)"
     raise ConfigError(
-        f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(names)}"
+        f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(sorted(found))}"
     )
 
 
@@ -184,12 +207,12 @@ def _position(entries: list[Any], key: str) -> int | None:
     return next((n for n, item in enumerate(entries) if isinstance(item, dict) and item.get("name") == key), None)
 
 
-def explain(fault: ErrorDetails) -> str:
+def explain(fault: ErrorDetails, kind: type[BaseModel] = RunConfig) -> str:
     """A fault that pydantic found, in a line: the key, what is wrong, what was given, and the nearest known key."""
     path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))  # without unions' tags
     given = fault["input"]
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(fault["loc"][:-1])
+        known = _known_keys(fault["loc"][:-1], kind)
         return f"{path}: unknown key{nearest(str(fault['loc'][-1]), known)}"
     if fault["type"] == "union_tag_invalid":
         named = [str(tag).strip("'<> ") for tag in fault["ctx"]["expected_tags"].split(",")]
@@ -221,9 +244,9 @@ _MESSAGES = {
 }
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: tuple[int | str, ...], kind: type[BaseModel]) -> list[str]:
     """The keys of the section at a place of the configuration."""
-    section: Any = RunConfig
+    section: Any = kind
     annotation: Any = None
     for part in location:
         if isinstance(part, int):

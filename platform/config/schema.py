@@ -512,6 +512,19 @@ class SamplingSection(Section):
         return place if place is None else str(absolute(place))
 
 
+class CorporaConfig(Section):
+    """Corpora that are built and encoded, without a run: what `data build` and `data encode` need."""
+
+    data: Text = Field(description="folder of the corpora")
+    encoders: EncodersSection = EncodersSection()
+    corpora: dict[CorpusName, CorpusSection] = Field(min_length=1)
+    cluster: ClusterSection = ClusterSection()
+
+    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
+        """Where a corpus is: a folder, or a URI where `data` is one."""
+        return join(self.data, f"{corpus}/{stage}")
+
+
 class RunConfig(Section):
     """A complete run."""
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from domainshuttle.cluster.local import Connection, Resources
-from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.config.schema import CorporaConfig, RunConfig
 
 
 @contextlib.contextmanager
 def connected(
-    config: RunConfig, cpus: float, gpus: float = 0.0, meanwhile: Callable[[], None] | None = None
+    config: RunConfig | CorporaConfig, cpus: float, gpus: float = 0.0, meanwhile: Callable[[], None] | None = None
 ) -> Iterator[None]:
     """Connects to the configuration's cluster, or starts one here, which takes seconds; `meanwhile` is done in them.
 

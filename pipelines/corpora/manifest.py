@@ -1,0 +1,252 @@
+"""A team's own pictures and clips: named by manifests (JSONL, CSV, Parquet), or lying in a folder with their captions.
+
+docs/datasets.md has the fields. Several names of a field are common, and the first that is there is taken.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field
+
+from domainshuttle.model.domains import DOMAINS, domain_id
+from domainshuttle.pipelines.corpora.downloads import check_folder, found_files
+from domainshuttle.pipelines.corpora.files import Shown, clip_of, picture_of, read_media, read_picture, sample_of
+from domainshuttle.pipelines.corpora.json_records import jsonl_records, parse
+from domainshuttle.pipelines.corpora.parquet_rows import parquet_rows
+from domainshuttle.pipelines.corpora.source import (
+    Fields,
+    LeftOut,
+    Notes,
+    Piece,
+    Record,
+    RecordSource,
+    SourceConfig,
+    Tables,
+    unknown_form,
+)
+from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.quarantine import fault_reason
+from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, ORIGINS, VIDEO_EXTENSIONS, RawSample
+from domainshuttle.pipelines.shards.companions import companion
+
+TARGETS = ("clip", "video", "image", "target", "path", "file")
+CAPTIONS = ("caption", "text", "prompt")
+_REFERENCE = re.compile(r"(?P<stem>.+)\.ref(?P<number>\d+)")
+
+
+class ManifestConfig(SourceConfig):
+    """Own pictures and clips. Paths of manifests are below `folder`."""
+
+    builder: Literal["manifest"] = "manifest"
+    manifests: list[str] = Field(
+        default_factory=list, description="JSONL, CSV or Parquet files below `folder`; none: all media below it"
+    )
+
+
+class ManifestSource(RecordSource):
+    """See `source.Source`."""
+
+    def __init__(self, config: ManifestConfig, corpus: str) -> None:
+        self.config, self.corpus = config, corpus
+        self.wanted, self.seed = config.samples, config.seed
+        self.root = Path(config.folder)
+
+    def pieces(self) -> list[Piece]:
+        check_folder(self.root)
+        if self.config.manifests:
+            found = found_files(self.root, self.config.manifests, "manifests")
+            if odd := [path.name for path in found if path.suffix.lower() not in (".jsonl", ".csv", ".parquet")]:
+                raise DataError(f"{self.root}: {odd[:5]}: manifests end with .jsonl, .csv or .parquet")
+            return [Piece.of(path, self.root) for path in found]
+        folders = sorted({path.parent for path in _media(self.root)})
+        if not folders:
+            raise DataError(f"{self.root} has no pictures or clips: {_endings()}")
+        return [Piece(folder.relative_to(self.root).as_posix(), _stamp(folder)) for folder in folders]
+
+    def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
+        rows = self._rows(self.root / piece.name) if self.config.manifests else self._files(self.root / piece.name)
+        for number, (where, row) in enumerate(rows):
+            where = f"{piece.name}: {where}" if where else f"{piece.name} row {number + 1}"
+            try:
+                fields = Fields(row() if callable(row) else row, where)
+                yield self._record(fields)
+            except DataError as error:
+                yield LeftOut(where, fault_reason(error))
+
+    def _rows(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """The rows of a manifest: where each is, and the row, or what parses it."""
+        if path.suffix.lower() == ".jsonl":
+            for located in jsonl_records(path):
+                where = f"byte {located.offset}"
+                yield where, lambda located=located, where=where: located.parse(where)
+        elif path.suffix.lower() == ".parquet":
+            for row in parquet_rows(path):
+                yield "", {name: value for name, value in row.items() if value is not None}
+        else:
+            try:
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    for row in csv.DictReader(file, strict=True):
+                        yield "", lambda row=row: _of_csv(row)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{path} is no CSV in UTF-8: {error}") from error
+
+    def _files(self, folder: Path) -> Iterator[tuple[str, Any]]:
+        """The media of a folder as rows: with `name.json`, `name.txt` and `name.ref0.jpg` beside them."""
+        media = sorted(path for path in _media(folder, deep=False))
+        references: dict[str, list[tuple[int, Path]]] = {}
+        for path in media:
+            if match := _REFERENCE.fullmatch(path.stem):
+                references.setdefault(match["stem"], []).append((int(match["number"]), path))
+        for path in media:
+            if not _REFERENCE.fullmatch(path.stem):
+                yield path.name, lambda path=path: self._beside(path, references.get(path.stem, []))
+
+    def _beside(self, path: Path, references: list[tuple[int, Path]]) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        if (described := path.with_name(f"{path.stem}.json")).is_file():
+            row = dict(Fields(parse(described.read_bytes(), described.name), described.name).content)
+        if (text := path.with_name(f"{path.stem}.txt")).is_file() and not any(name in row for name in CAPTIONS):
+            row["caption"] = text.read_text(encoding="utf-8-sig", errors="replace")
+        row["target"] = path.relative_to(self.root).as_posix()
+        if references and "references" not in row:
+            row["references"] = [one.relative_to(self.root).as_posix() for _, one in sorted(references)]
+        return {name: value for name, value in row.items() if name not in TARGETS or name == "target"}
+
+    def _record(self, fields: Fields) -> Record | LeftOut:
+        target = self._below(fields.text(*TARGETS))
+        id_ = fields.text("id", "key") if "id" in fields or "key" in fields else target
+        if not any(fields.content.get(name) for name in CAPTIONS) or not fields.text(*CAPTIONS).strip():
+            return LeftOut(id_, "empty caption")
+        references = fields.items("references") if "references" in fields else []
+        subjects = self._subjects(fields, len(references))
+        shown = [self._reference(one, number, subjects, fields) for number, one in enumerate(references)]
+        scores = fields.fields("scores") if "scores" in fields else Fields({}, fields.where)
+        return Record(
+            id_,
+            {
+                "target": target,
+                "caption": fields.text(*CAPTIONS).strip(),
+                "subjects": subjects,
+                "references": shown,
+                "scores": {name: scores.number(name) for name in scores.content},
+            },
+        )
+
+    def _subjects(self, fields: Fields, references: int) -> list[list[Any]]:
+        """[word, domain] of each subject; a domain that is not given is None."""
+        given = fields.items("subjects") if "subjects" in fields else ["subject"] * references
+        domains = fields.items("domains") if "domains" in fields else [None] * len(given)
+        if len(domains) != len(given):
+            raise unknown_form(fields.where, f"{len(domains)} domains for {len(given)} subjects: expected as many")
+        subjects = []
+        for one, domain in zip(given, domains, strict=True):
+            if isinstance(one, dict):
+                inner = Fields(one, f"{fields.where}: subjects")
+                one, domain = inner.text("word", "name"), inner.content.get("domain", domain)
+            if not isinstance(one, str) or not one.strip():
+                raise unknown_form(fields.where, f"subject {one!r}: expected a word, or an object with word and domain")
+            subjects.append([one.strip(), None if domain is None else _domain(domain, fields.where)])
+        return subjects
+
+    def _reference(self, one: Any, number: int, subjects: list[list[Any]], fields: Fields) -> list[Any]:
+        """[path, subject, origin] of a reference: a path, or an object with a path and, if wanted, the two others."""
+        origin: Any = "photo"
+        if isinstance(one, dict):
+            inner = Fields(one, f"{fields.where}: references")
+            path, which, origin = (
+                inner.text("path", "image", "file"),
+                inner.content.get("subject"),
+                inner.content.get("origin", "photo"),
+            )
+        else:
+            path, which = one, None
+        words = [word for word, _ in subjects]
+        if which is None:
+            # one subject may have all pictures; else they are its subjects' in order
+            which = number if len(subjects) > 1 else 0
+        elif isinstance(which, str) and which in words:
+            which = words.index(which)
+        if (
+            not isinstance(path, str)
+            or isinstance(which, bool)
+            or which not in range(len(subjects))
+            or origin not in ORIGINS
+        ):
+            raise unknown_form(
+                fields.where,
+                f"reference {one!r}: expected a path, or an object with path, subject (of {words}, or its place) and "
+                f"origin ({', '.join(ORIGINS)})",
+            )
+        return [self._below(path), which, origin]
+
+    def _below(self, path: str) -> str:
+        """A path below the folder, which may be given in full."""
+        pure = PurePosixPath(path.replace(os.sep, "/"))
+        return pure.relative_to(self.root).as_posix() if pure.is_relative_to(self.root) else path
+
+    def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
+        content = record.payload
+        target = content["target"]
+        data = read_media(self.root, target, "target")
+        clip = Path(target).suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS
+        guessed = [word for word, domain in content["subjects"] if domain is None]
+        subjects = [(word, domain_of(word) if domain is None else domain) for word, domain in content["subjects"]]
+        shown = [Shown(which, origin, read_picture(self.root, path)) for path, which, origin in content["references"]]
+        return sample_of(
+            record.id,
+            self.corpus,
+            content["caption"],
+            clip_of(data, target) if clip else picture_of(data, target),
+            subjects,
+            shown,
+            {**content["scores"], **({FROM_WORDS: 1.0} if guessed else {})},
+        )
+
+
+def _domain(value: Any, where: str) -> int:
+    try:
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value.strip()) else value
+        return domain_id(number)
+    except (ValueError, TypeError) as error:
+        raise unknown_form(where, f"domain {value!r}: expected one of {', '.join(DOMAINS)}, or its number") from error
+
+
+def _of_csv(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of CSV: empty cells are left out; lists are JSON, or texts with `;` between them."""
+    if None in row or None in row.values():
+        raise unknown_form("CSV", f"a row of another length than the header: {str(row)[:120]}")
+    found: dict[str, Any] = {}
+    for name, cell in row.items():
+        name, cell = name.strip(), cell.strip()
+        if not cell:
+            continue
+        if name in ("references", "subjects", "domains", "scores"):
+            found[name] = parse(cell.encode(), name) if cell[0] in "[{" else [one.strip() for one in cell.split(";")]
+        else:
+            found[name] = cell
+    return found
+
+
+def _media(folder: Path, deep: bool = True) -> Iterator[Path]:
+    for path in folder.rglob("*") if deep else folder.iterdir():
+        known = path.suffix.lower().removeprefix(".") in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+        if known and path.is_file() and not companion(path.relative_to(folder).as_posix()):
+            yield path
+
+
+def _stamp(folder: Path) -> str:
+    """What changes when a file of a folder does."""
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    said = json.dumps([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+def _endings() -> str:
+    return f"they end with {', '.join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))}"

@@ -1,0 +1,55 @@
+"""Rows of Parquet files: read a few at a time, in order, also from files that have one row group."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.pipelines.corpora.downloads import check_download
+from domainshuttle.pipelines.corpora.source import unknown_form
+from domainshuttle.pipelines.errors import DataError
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int = 64) -> Iterator[dict[str, Any]]:
+    """Each row's columns, by name. Raises DataError for a file that is no whole Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    check_download(path)
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(at_once, columns=list(columns) if columns is not None else None):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again"
+        ) from error
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """The names of a file's columns. Raises DataError for a file that is no whole Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    check_download(path)
+    try:
+        names: list[str] = pq.read_schema(path).names
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again"
+        ) from error
+    return names
+
+
+def require_columns(path: Path, wanted: Sequence[str]) -> None:
+    """Raises DataError where a file lacks columns."""
+    names = parquet_columns(path)
+    if missing := sorted(set(wanted) - set(names)):
+        raise DataError(f"{path} has no column {', '.join(missing)}: it has {', '.join(names)[:300]}")
+
+
+def picture_bytes(value: Any, where: str) -> bytes:
+    """The bytes of a picture in a row: as they are or, as Hugging Face's, in a field `bytes`."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise unknown_form(where, f"{type(value).__name__} where a picture's bytes are expected")
+    return data
