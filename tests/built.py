@@ -11,6 +11,7 @@ from domainshuttle.pipelines.corpora.builder import parts_of
 from domainshuttle.pipelines.corpora.registry import make_source
 from domainshuttle.pipelines.corpora.source import LeftOut, Notes, Record
 from domainshuttle.pipelines.corpora.survey import Survey, Tally
+from domainshuttle.pipelines.media.decode import decode_image, encode_jpeg, encode_mp4
 from domainshuttle.pipelines.sample import RawSample
 
 MEDIA = Path(__file__).resolve().parents[2] / "shared" / "media"
@@ -63,3 +64,23 @@ def encoded(mask: np.ndarray) -> str:
             more = value != -1 if bits & 0x10 else value != 0
             text += chr((bits | (0x20 if more else 0)) + 48)
     return text
+
+
+def jpeg(shade: int, height: int = 40, width: int = 56) -> bytes:
+    """A picture of one grey."""
+    return encode_jpeg(np.full((height, width, 3), shade, np.uint8))
+
+
+def mp4(shade: int = 0, frames: int = 10, height: int = 48, width: int = 64, fps: float = 10) -> bytes:
+    """A clip whose frame n has the grey `shade` + 10 n."""
+    levels = (shade + 10 * np.arange(frames)).astype(np.uint8)
+    return encode_mp4(np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3)), fps)
+
+
+def grey(data: Any) -> int:
+    """The mean level of a picture's bytes."""
+    return round(float(decode_image(data).mean()))
+
+
+def reasons(left: list[LeftOut]) -> list[str]:
+    return sorted(one.reason.partition(":")[0] for one in left)

@@ -166,7 +166,8 @@ def parts_of(rows: Rows, samples_per_part: int, in_order: set[int]) -> list[Rows
     parts: list[Rows] = []
     free: list[Rows] = []
     for piece in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1):
-        (parts if int(piece[0, 0]) in in_order else free).append(piece)
+        if len(piece):
+            (parts if int(piece[0, 0]) in in_order else free).append(piece)
     if free:
         joined = np.concatenate(free)
         parts += [joined[start : start + samples_per_part] for start in range(0, len(joined), samples_per_part)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.config.loading import load_config, load_corpora
+from domainshuttle.platform.config.schema import ConfigError, CorporaConfig, RunConfig
 
 
 def test_the_shipped_demo_loads_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,3 +176,40 @@ def test_a_mistake_is_answered_before_torch_is_imported() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "did you mean 'seed'" in run.stdout
     assert run.stdout.strip().endswith("False False")
+
+
+CORPORA = sorted((Path(__file__).resolve().parents[3] / "configs" / "corpora").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CORPORA, ids=lambda path: path.stem)
+def test_shipped_corpora_load_by_path_and_by_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_path = load_corpora(str(path))
+    monkeypatch.chdir(tmp_path)
+    by_name = load_corpora(f"corpora/{path.stem}")
+    assert isinstance(by_name, CorporaConfig) and by_name.corpora.keys() == by_path.corpora.keys()
+    assert by_name.data == str(tmp_path / "data")
+    recipe = load_config("wan2.1-t2v-14b")
+    for name, section in by_name.corpora.items():
+        assert section.build is not None
+        assert str(tmp_path) in section.build.folder  # workers run in folders of their own
+        if name != "mine":  # what the recipe trains on, as it wants it
+            assert (section.buckets, section.fps) == (recipe.corpora[name].buckets, recipe.corpora[name].fps)
+
+
+def test_the_papers_corpora_have_its_counts() -> None:
+    one, two = (load_corpora(f"corpora/paper-stage{stage}").corpora.values() for stage in (1, 2))
+    assert sum(section.build.samples for section in one) == 200_000
+    assert sum(section.build.samples for section in two) == 750_000
+
+
+def test_mistakes_in_corpora_are_named() -> None:
+    assert isinstance(load_corpora("demo"), RunConfig)
+    for override, message in (
+        ("corpora.uno.build.sampels=3", "did you mean 'samples'"),
+        ("corpora.uno.build.builder=unoo", "there is no 'unoo'; did you mean 'uno'"),
+        ("corpora.uno.build.folder=s3://x/y", "download them first"),
+        ("stages=[]", "model: missing"),
+        ("nothing=1", "nothing: unknown key; known: data"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_corpora("corpora/uno", [override])

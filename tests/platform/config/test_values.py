@@ -46,6 +46,9 @@ corpora:
             most_overlap: 0.8, most_subjects: 6, least_text_similarity: 0.6, least_image_similarity: 0.6,
             most_image_similarity: 0.9}
     buckets: [9x64x64]
+  people: {build: {builder: nano-consistent, folder: /x, other_outputs: 2}, buckets: [1x64x64]}
+  boxes: {build: {builder: phantom-data, folder: /x, most_cut: 0.3, least_score: 0.5}, buckets: [9x64x64]}
+  edits: {build: {builder: ditto, folder: /x, source_frames: 2}, buckets: [9x64x64]}
 experts: [{name: high, low: 0.5, high: 1}, {name: low, low: 0, high: 0.6}]
 stages:
   - {name: one, mixture: {clips: 1}, steps: 2, gpu_hours: 3, global_batch: 8, micro_batch: 2, learning_rate: 1e-4,
@@ -69,6 +72,7 @@ MAY_BE_ZERO = {
     "seed", "model.size.boundary", "model.size.max_references", "encoders.live.cpus", "encoders.live.gpus",
     "corpora.clips.build.held_out", "corpora.clips.build.seed", "corpora.clips.build.two_subjects",
     "corpora.clips.build.cross_domain", "corpora.pairs.build.seed", "corpora.pairs.build.least_score",
+    "corpora.people.build.other_outputs", "corpora.boxes.build.most_cut", "corpora.boxes.build.least_score",
     "corpora.masks.build.seed", "corpora.masks.build.least_aesthetic", "corpora.masks.build.least_area",
     "corpora.masks.build.most_overlap", "corpora.masks.build.least_text_similarity",
     "corpora.masks.build.least_image_similarity", "corpora.masks.build.most_image_similarity",

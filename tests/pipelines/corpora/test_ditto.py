@@ -1,0 +1,65 @@
+"""Ditto-1M. Run: python -m pytest tests/pipelines/corpora/test_ditto.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from built import grey, made, mp4, reasons
+
+from domainshuttle.pipelines.corpora.ditto import DittoConfig
+from domainshuttle.pipelines.errors import DataError
+
+
+def source(root: Path, records: list[Any], captions: list[Any]) -> DittoConfig:
+    for folder, content in (("training_metadata/global_style", records),
+                            ("source_video_captions/source_video_captions_sorted", captions)):  # fmt: skip
+        (root / folder).parent.mkdir(parents=True)
+        (root / f"{folder}.json").write_text(json.dumps(content))
+    for name, shade in (("source/a", 0), ("global_style1/a_1", 50), ("local/a_2", 90)):
+        (root / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "videos" / f"{name}.mp4").write_bytes(mp4(shade))
+    return DittoConfig(folder=str(root))
+
+
+def record(edited: str = "global_style1/a_1.mp4", **changes: Any) -> dict[str, Any]:
+    return {"source_path": "source/a.mp4", "instruction": "Make it a comic.", "edited_path": edited, **changes}
+
+
+def test_the_edited_clip_is_the_target_and_source_frames_are_references(tmp_path: Path) -> None:
+    captions = [{"path": "videos/a.mp4", "caption": "A street."}, {"path": "b.mp4", "caption": "B"}]
+    config = source(tmp_path / "root", [record(), record("local/a_2.mp4")], captions)
+    styled, local = made(config, tmp_path / "survey")
+    assert bytes(styled.target) == (tmp_path / "root" / "videos" / "global_style1" / "a_1.mp4").read_bytes()
+    assert styled.info.caption == "A street. Make it a comic." and styled.info.scores["caption_is_instruction"] == 1
+    assert [abs(grey(styled.files[f"ref{n}.jpg"]) - level) <= 2 for n, level in enumerate((20, 70))] == [True, True]
+    assert [(one.subject, one.origin) for one in styled.info.references] == [(0, "edited")] * 2
+    assert [sample.info.subjects[0].domain for sample in (styled, local)] == [2, 4]
+    plain = made(config.model_copy(update={"captions": None, "source_frames": 1}), tmp_path / "plain").samples[0]
+    assert plain.info.caption == "Make it a comic." and len(plain.info.references) == 1
+
+
+def test_dirty_records_are_left_out_by_reason(tmp_path: Path) -> None:
+    records = [
+        record(), record("local/a_2.mp4", instruction=" "), record("local/lost.mp4"),
+        record("local/a_2.mp4", source_path="source/b.mp4"), {"source_path": "x"}, record("../x.mp4"),
+    ]  # fmt: skip
+    config = source(tmp_path / "root", records, [{"path": "z.mp4", "caption": "Z"}])
+    result = made(config, tmp_path / "survey")
+    assert result.tally.counts == {"empty instruction": 1, "unknown form": 1}
+    assert reasons(result.bad) == ["missing clip", "missing source clip", "unsafe name"]
+    assert result.samples[0].info.caption == "Make it a comic."
+    assert result.notes.counts == {"source clips without a caption": 1}
+
+
+def test_archives_that_are_not_extracted_are_one_message(tmp_path: Path) -> None:
+    config = source(tmp_path / "root", [record()], [])
+    videos = tmp_path / "root" / "videos" / "global_freeform1"
+    videos.mkdir()
+    for letters in ("aa", "ab", "ad"):
+        (videos / f"global_freeform1.tar.gz.{letters}").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"split archive global_freeform1.tar.gz the pieces ac are missing"):
+        made(config, tmp_path / "survey")
+    (videos / "global_freeform1.tar.gz.ac").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"cat global_freeform1.tar.gz\* \| tar -xz"):
+        made(config, tmp_path / "survey")

@@ -1,0 +1,121 @@
+"""Own pictures and clips. Run: python -m pytest tests/pipelines/corpora/test_manifest.py"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from built import grey, jpeg, made, mp4, reasons
+
+from domainshuttle.pipelines.corpora.manifest import ManifestConfig
+from domainshuttle.pipelines.errors import DataError
+
+
+def media(root: Path) -> Path:
+    (root / "refs").mkdir(parents=True)
+    (root / "a.mp4").write_bytes(mp4(0))
+    (root / "b.jpg").write_bytes(jpeg(77))
+    for number in range(3):
+        (root / "refs" / f"{number}.jpg").write_bytes(jpeg(10 * number))
+    return root
+
+
+ROWS: list[dict[str, Any]] = [
+    {"clip": "a.mp4", "caption": "A man and a cup.", "subjects": ["man", "cup"], "domains": ["fantasy", "object"],
+     "references": ["refs/0.jpg", "refs/1.jpg"], "scores": {"quality": 4.5}, "id": "first"},
+    {"clip": "b.jpg", "caption": "A dog.", "subjects": ["dog"], "references": ["refs/1.jpg", "refs/2.jpg"]},
+]  # fmt: skip
+
+
+def check(result: Any) -> None:
+    clip, picture = result
+    assert not result.bad and not result.tally.counts
+    assert (clip.info.kind, clip.info.frames, clip.info.fps, clip.info.size) == ("video", 10, 10.0, (48, 64))
+    assert [(one.word, one.domain) for one in clip.info.subjects] == [("man", 2), ("cup", 1)]
+    assert [(one.subject, one.origin) for one in clip.info.references] == [(0, "photo"), (1, "photo")]
+    assert clip.info.scores == {"quality": 4.5} and clip.key == "first"
+    assert grey(picture.target) == 77 and picture.info.scores == {"domains_from_words": 1.0}
+    assert [one.subject for one in picture.info.references] == [0, 0]
+    assert [grey(picture.files[f"ref{number}.jpg"]) for number in (0, 1)] == [10, 20]
+
+
+def test_jsonl_csv_and_parquet_say_the_same(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    (root / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with (root / "m.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["id", "clip", "caption", "subjects", "domains", "references", "scores"])
+        table.writeheader()
+        table.writerow({**ROWS[0], "subjects": "man; cup", "domains": "2;1", "scores": json.dumps(ROWS[0]["scores"]),
+                        "references": json.dumps(ROWS[0]["references"])})  # fmt: skip
+        table.writerow({**ROWS[1], "subjects": "dog", "references": "refs/1.jpg;refs/2.jpg"})
+    pq.write_table(pa.Table.from_pylist(ROWS), root / "m.parquet")
+    for kind in ("jsonl", "csv", "parquet"):
+        check(made(ManifestConfig(folder=str(root), manifests=[f"m.{kind}"]), tmp_path / kind))
+
+
+def test_references_may_say_their_subject_and_origin(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    row = {"video": str(root / "a.mp4"), "text": "x", "subjects": [{"word": "cat", "domain": "Fantasy Domain"}, "hat"],
+           "references": [{"path": "refs/0.jpg", "subject": "hat", "origin": "other_clip"},
+                          {"image": "refs/1.jpg", "subject": 0}]}  # fmt: skip
+    (root / "m.jsonl").write_text(json.dumps(row))
+    (sample,) = made(ManifestConfig(folder=str(root), manifests=["*.jsonl"]), tmp_path / "survey")
+    assert [(one.subject, one.origin) for one in sample.info.references] == [(1, "other_clip"), (0, "photo")]
+    assert [(one.word, one.domain) for one in sample.info.subjects] == [("cat", 2), ("hat", 1)]
+
+
+def test_a_folder_needs_no_manifest(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    for name, data in {"a.mp4": mp4(), "a.ref0.jpg": jpeg(1), "a.ref1.jpg": jpeg(2), "sub/b.jpg": jpeg(3),
+                       "c.jpg": jpeg(4), "._d.jpg": b"", "e.jpg": jpeg(5)}.items():  # fmt: skip
+        (root / name).write_bytes(data)
+    (root / "a.txt").write_text("\ufeffA clip.")
+    (root / "sub" / "b.json").write_text(json.dumps({"caption": "B", "subjects": ["bee"], "domains": ["object"]}))
+    (root / "c.json").write_text("{broken")
+    result = made(ManifestConfig(folder=str(root)), tmp_path / "survey")
+    first, second = result
+    assert (first.info.caption, len(first.info.references), first.info.subjects[0].word) == ("A clip.", 2, "subject")
+    assert (second.info.caption, second.info.subjects[0].word) == ("B", "bee")
+    assert result.tally.counts == {"unreadable sample": 1, "empty caption": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domains": ["human"]}, "1 domains for 2 subjects"),
+        ({"domains": ["human", "marble"]}, "domain 'marble'"),
+        ({"subjects": "man"}, "expected a list"),
+        ({"references": [{"path": "x.jpg", "subject": "owl"}]}, "reference"),
+        ({"references": ["refs/0.jpg", "refs/1.jpg", "refs/2.jpg"]}, "reference 'refs/2.jpg'"),
+        ({"references": [{"path": "refs/0.jpg", "origin": "moon"}]}, "origin"),
+        ({"scores": {"quality": "high"}}, "expected a number"),
+        ({"clip": None}, "no clip or video or image"),
+    ],
+)
+def test_mistakes_name_the_row(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    root = media(tmp_path / "root")
+    (root / "m.jsonl").write_text(json.dumps({**ROWS[0], **change}))
+    result = made(ManifestConfig(folder=str(root), manifests=["m.jsonl"]), tmp_path / "survey")
+    (example,) = result.tally.examples["unknown form"]
+    assert "m.jsonl: byte 0" in example and message in example
+
+
+def test_dirty_rows_and_wrong_folders(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    rows = [{**ROWS[0], "clip": "lost.mp4"}, {**ROWS[0], "id": "2", "references": ["/etc/passwd", "refs/0.jpg"]},
+            {**ROWS[0], "id": "3", "clip": "b.jpg.mp4"}, {**ROWS[0], "caption": ""}]  # fmt: skip
+    (root / "b.jpg.mp4").write_bytes(jpeg(1))
+    (root / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = made(ManifestConfig(folder=str(root), manifests=["m.jsonl"]), tmp_path / "survey")
+    assert reasons(result.bad) == ["missing target", "unreadable clip", "unsafe name"]
+    with pytest.raises(DataError, match=r"no manifests \(x.jsonl\)"):
+        made(ManifestConfig(folder=str(root), manifests=["x.jsonl"]), tmp_path / "a")
+    with pytest.raises(DataError, match="manifests end with"):
+        made(ManifestConfig(folder=str(root), manifests=["a.mp4"]), tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no pictures or clips"):
+        made(ManifestConfig(folder=str(tmp_path / "empty")), tmp_path / "c")
