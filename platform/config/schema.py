@@ -154,6 +154,12 @@ class CorpusSection(Section):
     def parsed_buckets(self) -> list[Bucket]:
         return [parse_bucket(text) for text in self.buckets]
 
+    def spec(self, name: str, form: Literal["raw", "encoded"], data: str) -> "CorpusSpec":
+        """The corpus in a form, below the folder or URI `data`."""
+        from domainshuttle.pipelines.index.spec import CorpusSpec  # brings pyarrow along
+
+        return CorpusSpec(name, form, join(data, f"{name}/{form}"), tuple(self.parsed_buckets), self.fps)
+
     @model_validator(mode="after")
     def _samples_fit(self) -> "CorpusSection":
         buckets, build = self.parsed_buckets, self.build
@@ -520,9 +526,9 @@ class CorporaConfig(Section):
     corpora: dict[CorpusName, CorpusSection] = Field(min_length=1)
     cluster: ClusterSection = ClusterSection()
 
-    def corpus_folder(self, corpus: str, stage: Literal["raw", "encoded"]) -> str:
-        """Where a corpus is: a folder, or a URI where `data` is one."""
-        return join(self.data, f"{corpus}/{stage}")
+    def corpus(self, name: str, form: Literal["raw", "encoded"]) -> "CorpusSpec":
+        """A corpus in a form."""
+        return self.corpora[name].spec(name, form, self.data)
 
 
 class RunConfig(Section):
@@ -672,10 +678,7 @@ class RunConfig(Section):
 
     def corpus(self, name: str, form: Literal["raw", "encoded"] | None = None) -> "CorpusSpec":
         """A corpus in a form: by default in the one that training reads."""
-        from domainshuttle.pipelines.index.spec import CorpusSpec  # brings pyarrow along
-
-        section, form = self.corpora[name], form or self.trained_form
-        return CorpusSpec(name, form, join(self.data, f"{name}/{form}"), tuple(section.parsed_buckets), section.fps)
+        return self.corpora[name].spec(name, form or self.trained_form, self.data)
 
     @property
     def trained_form(self) -> Literal["raw", "encoded"]:
