@@ -24,15 +24,15 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from domainshuttle.platform import train
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.driver import worker_group
 from domainshuttle.platform.driver.driver import train_run
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
 
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 STAGE = "stage2"
@@ -57,9 +57,13 @@ def prepare(folder: Path, steps: int) -> tuple[Path, RunConfig]:
     return path, config
 
 
-def timed_segment(job: dict[str, Any]) -> None:
+def timed_work(config: dict[str, WorkerJob]) -> SegmentEnd:
     """The worker's function, with the time that passes inside of the model and the engine taken apart."""
+    # here, since Ray sends this function by value, with what it names
+    import torch.distributed as dist
+
     from domainshuttle.platform import train
+    from domainshuttle.platform.driver import worker_group
     from domainshuttle.platform.engine.zero3 import Engine
 
     steps: list[tuple[float, float]] = []
@@ -87,14 +91,15 @@ def timed_segment(job: dict[str, Any]) -> None:
         return result
 
     train.training_loss, Engine.backward, Engine.step = timed(train.training_loss), timed(Engine.backward), step
-    train.train_segment(job)
+    end = worker_group._work(config)
     if dist.get_rank() == 0:
-        Path(job["config"]["output"], TIMES).write_text(json.dumps(steps))
+        Path(config["job"].config["output"], TIMES).write_text(json.dumps(steps))
+    return end
 
 
 def drive(path: Path) -> int:
     """The run's driver, whose workers take the time."""
-    train.train_segment = timed_segment
+    worker_group._work = timed_work
     return train_run(load_config(path))
 
 
