@@ -53,6 +53,8 @@ class Connection:
             else:
                 if self.dashboard_port is not None:
                     check_port(self.dashboard_port)
+                # nobody takes this machine away: Ray Train need not start a process that watches for that
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 context = ray.init(
                     address="local",
                     include_dashboard=self.dashboard_port is not None,
