@@ -188,8 +188,8 @@ class Partition:
                     continue
                 for part in self.parts.values():
                     shards.read_into(part.view(flats), f"{kind}/{part.name}", part)
-            for group in range(len(self._masters)):  # where the masters are in the host's memory
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            for held, master in zip(self._optimizer.fp16_partitioned_groups_flat, self._masters, strict=True):
+                held.copy_(master)  # what layers use; with offload the masters are in the host's memory
             self._optimizer.checkpoint_event_epilogue()
             if self._average is not None and AVERAGE not in shards.kinds:
                 self.start_average()

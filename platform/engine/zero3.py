@@ -294,14 +294,14 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> None:
     What is trained, and what generation keeps in float32, is float32; all else is of the configured type.
     """
     deepspeed, dtype = _deepspeed(), _dtype(config)
-    with _quiet():
-        deepspeed.init_distributed()
-        initialisation = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)
+    with _quiet(), _own_ninja():
+        deepspeed.init_distributed()  # compiles its collective for the CPU, where that is not there yet
+        device = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype).local_device
     outline = blueprint.outline
     weights = blueprint.weights() if dist.get_rank() == 0 else None
     for name, parameter in list(outline.named_parameters()):
         own = torch.float32 if parameter.requires_grad or outline.keeps_float32(name) else dtype
-        whole = torch.empty(parameter.shape, dtype=own, device=initialisation.local_device)
+        whole = torch.empty(parameter.shape, dtype=own, device=device)
         if weights is not None:
             source, value = next(weights)
             if source != name:
@@ -310,7 +310,11 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> None:
         owner, _, short = name.rpartition(".")
         real = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         setattr(outline.get_submodule(owner), short, real)
-        initialisation._convert_to_zero_parameters([real])  # sends rank 0's to all, and keeps this rank's part
+        with _quiet():
+            # sends rank 0's to all, and keeps this rank's part
+            deepspeed.zero.Init(
+                nn.ParameterList([real]), mem_efficient_linear=False, config_dict_or_path=config, dtype=dtype
+            )
     outline.compute_in(dtype)
 
 
@@ -343,10 +347,6 @@ def _deepspeed() -> Any:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{own}-{torch.__version__}"))
-    # it compiles with the ninja that it finds first; another version of it would compile everything again
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep)[:1]:
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
     # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start
@@ -355,6 +355,18 @@ def _deepspeed() -> Any:
         import deepspeed.runtime.zero.muon.original_muon
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _own_ninja() -> Iterator[None]:
+    """While it lasts, DeepSpeed compiles with this environment's ninja: it takes the first on PATH, and another version
+    of it would compile everything again."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 @contextlib.contextmanager
@@ -377,4 +389,5 @@ def build_cpu_operator() -> None:
     _deepspeed()
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
-    ShareMemCommBuilder().load(verbose=False)
+    with _own_ninja():
+        ShareMemCommBuilder().load(verbose=False)

@@ -251,7 +251,7 @@ class _Sender:
                 self._run_id = self._open_runs()
         if state.get("run_id") == self._run_id:
             return state
-        latest = self.client.get_run(self._run_id).data._metric_objs
+        latest = self.client.get_run(self._run_id).data.to_proto().metrics
         return {"run_id": self._run_id, "offset": 0, "last_step": {metric.key: metric.step for metric in latest}}
 
     @contextlib.contextmanager

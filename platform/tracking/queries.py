@@ -82,7 +82,7 @@ def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
         params=data.params,
         tags=data.tags,
         metrics=data.metrics,
-        steps={metric.key: metric.step for metric in data._metric_objs},
+        steps={metric.key: metric.step for metric in data.to_proto().metrics},
     )
 
 
