@@ -8,6 +8,7 @@ Sizes and lengths must be those of the files, as they are shown. Rates may diffe
 """
 
 import io
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -16,7 +17,7 @@ from av.container import InputContainer
 from domainshuttle.pipelines.buckets import Bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.clips import chosen_stream
-from domainshuttle.pipelines.media.decode import Pixels, decode_image, decode_video, fit_target
+from domainshuttle.pipelines.media.decode import Pixels, decode_image, fit_target, opened_clip, sampled_frames
 from domainshuttle.pipelines.media.file_types import clip_format
 from domainshuttle.pipelines.quarantine import SampleFault
 from domainshuttle.pipelines.sample import Buffer, RawSample
@@ -35,16 +36,19 @@ def target_pixels(sample: RawSample, bucket: Bucket, fps: float | None = None) -
     try:
         if info.kind == "image":
             picture = decode_image(sample.target, name)
-            size, fitted = picture.shape[:2], None
+            size, fitted, packets = picture.shape[:2], None, None
         else:
-            fitted = decode_video(sample.target, bucket.frames, fps, name, fit=bucket)
-            size = decode_video(sample.target, 1, None, name).shape[1:3]
+            with opened_clip(sample.target, name) as clip:
+                fitted = sampled_frames(clip, bucket.frames, fps, bucket)
+                clip.read_rest()
+                size, stream = clip.size, clip.stream
+                packets = _Packets(clip.stamps, stream.time_base, stream.average_rate, stream.codec_context.name)
     except DataError as error:
         raise SampleFault("undecodable target", str(error)) from error
     _compare_size(name, size, info.size)
-    if fitted is None:
+    if fitted is None or packets is None:
         return fit_target(picture[None], bucket)
-    _compare_clip(name, sample.target, info.frames, info.fps)
+    _compare_clip(name, sample.target, packets, info.frames, info.fps)
     return fitted
 
 
@@ -65,16 +69,20 @@ def _compare_size(name: str, found: tuple[int, ...], said: tuple[int, int]) -> N
         raise SampleFault("wrong size", f"{name}: {found[0]}x{found[1]} pixels, key.json says {said[0]}x{said[1]}")
 
 
-def _compare_clip(name: str, data: Buffer, frames: int, fps: float | None) -> None:
-    """Compares a clip's length and rate with its packets, of which nothing is decoded unless they differ in number."""
-    stamps: list[int | None] = []
-    with _opened(name, data) as container:
-        stream = chosen_stream(container, name)
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                stamps.append(packet.pts)
-        tick, mean = stream.time_base, stream.average_rate
-        uncertain = stream.codec_context.name == "vp8"  # it has packets that are only referred to, and never shown
+@dataclass(frozen=True)
+class _Packets:
+    """What the packets of a clip say of it: when their frames begin, in ticks of so many seconds, and its mean rate."""
+
+    stamps: list[int | None]
+    tick: Fraction | None
+    mean: Fraction | None
+    codec: str
+
+
+def _compare_clip(name: str, data: Buffer, packets: _Packets, frames: int, fps: float | None) -> None:
+    """Compares a clip's length and rate with its packets; it is decoded again only where they differ in number."""
+    stamps, tick, mean = packets.stamps, packets.tick, packets.mean
+    uncertain = packets.codec == "vp8"  # it has packets that are only referred to, and never shown
     if (uncertain or len(stamps) != frames) and (count := _count_frames(name, data, frames + 1)) != frames:
         found = f"more than {frames}" if count > frames else str(count)
         raise SampleFault("wrong length", f"{name}: {found} frames, key.json says {frames}")

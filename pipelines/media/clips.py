@@ -93,7 +93,10 @@ class Clip:
     name: str
     lasts: Fraction | None = None
     """Seconds of all packets that were read, where the container says how long each is shown."""
-    _packets: int = 0
+    size: tuple[int, int] = (0, 0)
+    """Height and width as the clip is shown, with square pixels, once a frame was."""
+    stamps: list[int | None] = field(default_factory=list)
+    """When the frames of the packets that were read begin, in ticks of the stream."""
     _frames: int = 0
     _notes: dict[SideData, bytes] | None = None
     _rotation: int = 0
@@ -131,7 +134,7 @@ class Clip:
         decoder = self._decoder()
         for packet in self.container.demux(self.stream):
             if packet.size and not packet.is_discard:
-                self._packets += 1
+                self.stamps.append(packet.pts)
                 if self.lasts is not None and packet.time_base:
                     self.lasts += (packet.duration or 0) * packet.time_base
             if packet.is_corrupt:
@@ -143,8 +146,14 @@ class Clip:
                 self._check_said()
                 yield frame
             self._check_said()
-        if self._frames != self._packets:
+        if self._frames != len(self.stamps):
             self.lasts = None  # some packets are no frame, or half of one
+
+    def read_rest(self) -> None:
+        """Reads the packets that are left, of which nothing is decoded, for their `stamps`."""
+        for packet in self.container.demux(self.stream):
+            if packet.size and not packet.is_discard:
+                self.stamps.append(packet.pts)
 
     def _check_said(self) -> None:
         for level, codec, message in self.said:

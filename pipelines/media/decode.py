@@ -42,6 +42,7 @@ __all__ = [
     "fit_reference",
     "fit_target",
     "opened_clip",
+    "sampled_frames",
     "shown_frames",
 ]
 
@@ -257,11 +258,16 @@ def decode_video(
     Raises DataError when the clip can't be decoded or shown rightly, is damaged, is too short, or has more pixels than
     MAX_CLIP_PIXELS (those that are kept) or MAX_DECODED_PIXELS (all up to the last).
     """
-    checked_rate(fps, name)
     with opened_clip(data, name) as clip:
-        _check_clip(clip.stream.width, clip.stream.height, frames, name)
-        decoded = _bounded(clip.frames(), name)
-        return _collect(_sampled(decoded, clip.stream, fps, clip), clip, frames, fps, fit)
+        return sampled_frames(clip, frames, fps, fit)
+
+
+def sampled_frames(clip: Clip, frames: int, fps: float | None, fit: Bucket | None) -> Pixels:
+    """`decode_video` of a clip that is open."""
+    checked_rate(fps, clip.name)
+    _check_clip(clip.stream.width, clip.stream.height, frames, clip.name)
+    decoded = _bounded(clip.frames(), clip.name)
+    return _collect(_sampled(decoded, clip.stream, fps, clip), clip, frames, fps, fit)
 
 
 @contextmanager
@@ -329,6 +335,7 @@ def _collect(shown: Iterator[av.VideoFrame], clip: Clip, frames: int, fps: float
         pixels, aspect = clip.show(frame)
         size = _square((pixels.shape[0], pixels.shape[1]), aspect)
         if kept is None:
+            clip.size = size
             _check_clip(size[1], size[0], frames, name)
             kept = np.empty((frames, *((fit.height, fit.width) if fit else size), 3), np.uint8)
         if fit is not None:
