@@ -19,6 +19,7 @@ from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.samples import read_raw_sample
+from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.loading.live import RawReader
 from domainshuttle.pipelines.loading.reader import Drawn
@@ -167,7 +168,7 @@ def test_encoding_and_live_encoding_refuse_what_differs(
     row = index.row(0)
     ((_, found),) = encode_rows([row], load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48))
     assert isinstance(found, SampleFault) and found.kind == kind
-    one = Feed((str(tmp_path / "index.parquet"),), (("c", 1.0),), 1, 1, 1, 48, 3, encoders=SOURCES)
+    one = Feed((CorpusShare("c", str(tmp_path / "index.parquet"), 1.0),), 1, 1, 1, 48, 3, encoders=SOURCES)
     with pytest.raises(SampleFault, match=kind):
         RawReader(one, SOURCES, "cpu").read_one(Drawn(row, 0, one.pair(row, 0)))
 
