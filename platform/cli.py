@@ -234,6 +234,27 @@ def status(
 
 
 @app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder of the runs: OUTPUT of their configurations.")],
+) -> None:
+    """List the runs of a folder: what each does, its stage and step, loss, device-hours."""
+    from domainshuttle.platform.commands.runs import print_runs
+
+    print_runs(folder)
+
+
+@app.command()
+def stop(
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
+) -> None:
+    """Stop a run that is at work, from any machine that sees its folder: a checkpoint, then it ends with code 3."""
+    from domainshuttle.platform.commands.runs import stop_run
+
+    stop_run(run, wait)
+
+
+@app.command()
 def logs(
     run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
     rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
