@@ -89,8 +89,8 @@ USES: dict[str, tuple[str, ...]] = {
 }
 """What is used, and where."""
 
-PUBLIC = {"cause", "error_code", "parameters", "named_parameters", "state", "defaults"}
-"""Documented: of Ray's RayTaskError, MLflow's MlflowException, torch's modules and optimisers."""
+PUBLIC = {"cause", "error_code", "n_frames", "parameters", "named_parameters", "state", "defaults"}
+"""Documented: of Ray's RayTaskError, MLflow's MlflowException, Pillow's pictures, torch's modules and optimisers."""
 _NAMES_OF_OURS = {
     "_ref", "_analysis", "_synthesis", "_class_name", "_diffusers_version",  # in files that others write too
 }  # fmt: skip

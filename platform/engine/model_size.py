@@ -24,9 +24,9 @@ def model_size(section: ModelSection, origin: WeightsOrigin | None = None) -> Mo
     Raises ConfigError for a size that no model can have, and for a base that does not make one.
     """
     if section.base is None:
-        arguments: dict[str, Any] = {**section.size, **section.choices}
+        size: dict[str, Any] = {**section.size}
         try:
-            return ModelSpec(**arguments)
+            return ModelSpec(**size, **section.choices)  # a key of both is an error, not overridden in silence
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.size can't be built: {error}") from error
     origin = origin or resolve(section.base)

@@ -133,7 +133,7 @@ def unknown_key(path: str) -> str | None:
     for part in path.split("."):
         if part == "X" or (before and before[-1] in NAMED and re.fullmatch(r"stage\d", part)):
             continue
-        if part not in _known_keys(tuple(before)):
+        if part not in _known_keys(tuple(before), RunConfig):
             return part
         before.append(part)
     return None
