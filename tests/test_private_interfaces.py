@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import logging
 import os
 import re
 import subprocess
@@ -83,7 +82,6 @@ USES: dict[str, tuple[str, ...]] = {
     # diffusers
     "_execution_device": ("model/generation.py",),
     "_gradient_checkpointing_func": ("model/transformer.py",),
-    "_native_math": (ENGINE,),
     # pyarrow
     "__reduce__": ("pipelines/storage/filesystems.py",),
 }
@@ -352,13 +350,6 @@ def _recomputation(_: Any) -> None:
     assert "_gradient_checkpointing_func" in source
 
 
-def _attention(_: Any) -> None:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    assert AttentionBackendName("_native_math")
-    assert "diffusers.models.modeling_utils" in logging.root.manager.loggerDict
-
-
 def _store(_: Any) -> None:
     """Its keyword arguments, by which the same file system is made again with others."""
     from pyarrow import fs
@@ -424,7 +415,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "AutoscalingRequester": of_ray("ray.data._internal.execution.autoscaling_requester", "AutoscalingRequester"),
     "torch.utils._python_dispatch.TorchDispatchMode": _dispatch,
     "OutOfMemoryError": of_torch("OutOfMemoryError"), "AcceleratorError": of_torch("AcceleratorError"),
-    "_execution_device": _pipeline, "_gradient_checkpointing_func": _recomputation, "_native_math": _attention,
+    "_execution_device": _pipeline, "_gradient_checkpointing_func": _recomputation,
     "__reduce__": _store,
 }  # fmt: skip
 
