@@ -330,7 +330,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row, sample in encode_rows(Index.load(parts.index_path).rows(range(24)), video, text):
             assert isinstance(sample, EncodedSample)
             writer.write(sample.key, sample.members())
-            infos[sample.key] = sample.info, row.bucket, len(sample.text)
+            infos[sample.key] = sample.info, row.bucket, len(sample.text), sample.whole_caption_tokens
     assert len(writer.shards) >= 3
     rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
     write_index(folder / "encoded" / INDEX_NAME, rows, IndexMetadata(corpus="pictures", stage="encoded"))
