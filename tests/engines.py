@@ -1,13 +1,16 @@
 """What tests of the engine share: a tiny model under ZeRO-3, its steps, and all that it holds."""
 
+import contextlib
 import os
 import socket
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +31,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone; DeepSpeed, which remembers the groups it made, forgets them at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            patch.setenv(name, value)
+        patch.setenv("MASTER_PORT", str(free_port()))
+        dist.init_process_group("gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            if "deepspeed" in sys.modules:
+                from deepspeed.comm import comm
+                from deepspeed.utils import groups
+
+                comm.cdb = groups._WORLD_GROUP = None
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -21,8 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from engines import batch_loss, engine, free_port
+from engines import batch_loss, engine, one_rank
 
 from domainshuttle.model.batch import TrainingBatch
 
@@ -208,17 +207,12 @@ def test_the_scan_finds_every_kind(source: str, tmp_path: Path, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def trained() -> Iterator[Any]:
     """An engine of one rank after a step."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-            patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        dist.init_process_group("gloo")
+    with one_rank():
         model = engine(["blocks.*"])
         model.backward(batch_loss(model, TrainingBatch.fake(2, height=4, width=4)))
         model.step(0)
         yield model
         model.close()
-        dist.destroy_process_group()
 
 
 def of_engine(name: str) -> Callable[[Any], None]:

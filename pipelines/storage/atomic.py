@@ -51,7 +51,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     mount point, which can't be replaced.
     """
     path = Path(os.path.realpath(path))  # a link to a folder on another disk goes on pointing there
-    if path.is_mount():
+    if os.path.ismount(path):  # Path.is_mount raises where another writer removes it meanwhile
         raise OSError(errno.EBUSY, "a mount point can't be replaced: name a folder in it", str(path))
     with _reserved(path) as reserved:
         aside, former = reserved.with_suffix(".new.partial"), reserved.with_suffix(".old.partial")

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from engines import batch_loss, engine, free_port
+from engines import batch_loss, engine, one_rank
 from ray.train import WorkerGroupError
 from running import cli, start
 
@@ -34,13 +33,8 @@ H100 = MemoryUse("its GPU (NVIDIA H100)", 70 << 30, 75 << 30, 7 << 30, 1 << 30, 
 
 @pytest.fixture(scope="module", autouse=True)
 def alone() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-            patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        dist.init_process_group("gloo")
+    with one_rank():
         yield
-        dist.destroy_process_group()
 
 
 def micro(bucket: str = "81x480x832", samples: int = 2, **more: Any) -> MicroBatch[TrainingBatch]:
