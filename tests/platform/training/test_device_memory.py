@@ -181,7 +181,7 @@ sys.meta_path.insert(0, AfterDeepSpeed())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_out_of_memory_ends_with_the_message_and_goes_on_with_what_it_advises(
     tiny: Path, tmp_path: Path
 ) -> None:
