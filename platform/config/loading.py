@@ -129,9 +129,19 @@ def _place(key: str, place: str, origin: str) -> str:
     if key == "output" and is_remote(place):
         raise ConfigError(f"{origin}: output={redacted(place)} is in a store: give a folder that all workers share")
     try:
-        return str(absolute(place))
+        found = str(absolute(place))
     except DataError as error:
         raise ConfigError(f"{origin}: {key}: {error}") from None
+    if any(part.startswith(_JOBS_COPY) for part in Path(found).parts):
+        raise ConfigError(
+            f"{origin}: {key}={place} is a folder of this job's working directory, of which Ray makes a copy on each "
+            f"node and removes it later: name one that all nodes see and that stays, such as --set {key}=/shared/{key}"
+        )
+    return found
+
+
+_JOBS_COPY = "_ray_pkg_"
+"""With this begins the name of the folder into which Ray puts a job's working directory."""
 
 
 def _find_folders(section: Any) -> None:

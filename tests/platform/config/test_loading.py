@@ -213,3 +213,18 @@ def test_mistakes_in_corpora_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_corpora("corpora/uno", [override])
+
+
+@pytest.mark.parametrize("key", ["data", "output"])
+def test_a_jobs_copy_of_its_working_directory_is_no_place_for_a_run(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_029f88d5ecc55e1e"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    stays = [f"{one}={tmp_path / one}" for one in ("data", "output")]
+    load_config("demo", stays)
+    with pytest.raises(
+        ConfigError, match=rf"{key}=mine/{key} is a folder of this job's working directory.*--set {key}="
+    ):
+        load_config("demo", [*stays, f"{key}=mine/{key}"])
