@@ -23,6 +23,7 @@ from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import SampleAudit, audit_samples
+from domainshuttle.platform.run.workers import attempts
 
 
 @dataclass
@@ -117,7 +118,8 @@ def _print_summary(
             f"[bold]Time[/]\n{parts}\n  {'in all':<34}{seconds:6.0f} s\n\n"
             f"[bold]Samples[/]  planned {audit.planned}, trained {audit.trained}, lost {audit.lost}, repeated "
             f"{audit.repeated}, trained again after a restore {audit.recomputed}, substituted {audit.substituted}\n"
-            f"[bold]Workers[/]  {hours.attempts} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} device-hours\n"
+            f"[bold]Workers[/]  {len(attempts(run))} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} "
+            f"device-hours\n"
             f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
             f"{result['chance']:.0%}; real clips {result['target']:.0%}\n\n"
