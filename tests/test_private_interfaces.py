@@ -74,6 +74,8 @@ USES: dict[str, tuple[str, ...]] = {
     "SplitCoordinator": (RESTARTS,),
     "_StatsActor": (RESTARTS,),
     "AutoscalingRequester": (RESTARTS,),
+    # and how the folder of a job's working directory begins
+    "_ray_pkg_": ("platform/config/loading.py",),
     # torch
     "torch.utils._python_dispatch.TorchDispatchMode": ("platform/engine/initialization.py",),
     "OutOfMemoryError": ("pipelines/quarantine.py",),
@@ -299,6 +301,12 @@ def _health(_: Any) -> None:
     assert WorkerHealthCheckFailedError("y", cause).health_check_failure is cause
 
 
+def _job_folder(_: Any) -> None:
+    from ray._private.runtime_env.packaging import RAY_PKG_PREFIX
+
+    assert RAY_PKG_PREFIX == "_ray_pkg_"
+
+
 def of_ray(module: str, name: str) -> Callable[[Any], None]:
     def check(_: Any) -> None:
         found = getattr(importlib.import_module(module), name)
@@ -403,6 +411,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "health_check_failure": _health,
     **{name: of_ray(EXCEPTIONS, name) for name in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError",
                                                    "InsufficientClusterResourcesError")},
+    "_ray_pkg_": _job_folder,
     "TrainController": of_ray("ray.train.v2._internal.execution.controller.controller", "TrainController"),
     "SplitCoordinator": of_ray("ray.data._internal.iterator.stream_split_iterator", "SplitCoordinator"),
     "_StatsActor": of_ray("ray.data._internal.stats", "_StatsActor"),
