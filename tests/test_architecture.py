@@ -133,6 +133,13 @@ def test_controllers_and_what_checks_a_configuration_bring_no_torch(module: str)
     assert run.stdout.strip() == "set()"
 
 
+def test_the_driver_imports_ray_after_its_settings() -> None:
+    """Ray reads what it shall not print when it is imported, and the cluster's connection sets that."""
+    code = "import sys, domainshuttle.platform.cli, domainshuttle.platform.driver.driver; print('ray' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == "False"
+
+
 def test_no_file_is_called_utils() -> None:
     assert not [path for path in sources() if path.stem in ("utils", "helpers", "misc")]
 

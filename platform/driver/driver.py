@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import ray
-
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
@@ -201,6 +199,8 @@ def write_deepspeed_configs(run: Run) -> list[Path]:
 
 def describe_origin(config: RunConfig) -> dict[str, str]:
     """Tags that say what made a run: code, configuration, job, machines, base."""
+    import ray  # here: it reads its settings (cluster/local.quiet_ray) when it is imported
+
     return {
         "domainshuttle.version": importlib.metadata.version("domainshuttle"),
         "mlflow.source.git.commit": _git_commit(),
