@@ -26,6 +26,7 @@ from domainshuttle.pipelines.corpora.source import (
     Record,
     SourceConfig,
     Tables,
+    surveyed,
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, domain_of
@@ -80,12 +81,7 @@ class Echo4oSource:
                     continue
                 yield Record(id_, {"file": piece.name, "row": number, "caption": texts[0].strip()})
             return
-        for located in jsonl_records(self.root / piece.name):
-            where = f"{piece.name} at byte {located.offset}"
-            try:
-                yield self._record(Fields(located.parse(where), where), piece)
-            except DataError as error:
-                yield LeftOut(where, fault_reason(error))
+        yield from surveyed(piece, jsonl_records(self.root / piece.name), lambda fields: self._record(fields, piece))
 
     def _record(self, fields: Fields, piece: Piece) -> Record | LeftOut:
         output = fields.text("output_image")

@@ -24,6 +24,7 @@ from domainshuttle.pipelines.corpora.source import (
     SourceConfig,
     Tables,
     draw,
+    surveyed,
 )
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, domain_of
 from domainshuttle.pipelines.errors import DataError
@@ -61,12 +62,7 @@ class NanoConsistentSource(RecordSource):
         return [Piece.of(path, self.root) for path in found]
 
     def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
-        for located in jsonl_records(self.root / piece.name):
-            where = f"{piece.name} at byte {located.offset}"
-            try:
-                yield self._record(Fields(located.parse(where), where))
-            except DataError as error:
-                yield LeftOut(where, fault_reason(error))
+        return surveyed(piece, jsonl_records(self.root / piece.name), self._record)
 
     def _record(self, fields: Fields) -> Record | LeftOut:
         inputs = [_below(path) for path in fields.texts("input_images")]

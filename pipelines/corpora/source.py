@@ -7,8 +7,9 @@ pure function of the files and the configuration, so it can be done anywhere, st
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, Field
 
 from domainshuttle.pipelines.buckets import Bucket
+from domainshuttle.pipelines.corpora.json_records import Located
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason, of_sample
 from domainshuttle.pipelines.sample import RawSample
@@ -124,15 +126,16 @@ class Source(Protocol):
         ...
 
 
-class RecordSource:
+class RecordSource(ABC):
     """A source whose records are each made on their own: give it `raw_sample`."""
 
     wanted: int | None = None
     seed = 0
 
+    @abstractmethod
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         """Raises DataError with the reason where the sample can't be made."""
-        raise NotImplementedError
+        ...
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
         """See `Source.make`."""
@@ -144,6 +147,18 @@ class RecordSource:
                 yield LeftOut(record.id, fault_reason(error))
                 continue
             yield sample
+
+
+def surveyed(
+    piece: Piece, found: Iterable[Located], record_of: Callable[["Fields"], Record | LeftOut]
+) -> Iterator[Record | LeftOut]:
+    """The records of a piece that `record_of` makes of the JSON objects found in it; one that it can't is left out."""
+    for located in found:
+        where = f"{piece.name} at byte {located.offset}"
+        try:
+            yield record_of(Fields(located.parse(where), where))
+        except DataError as error:
+            yield LeftOut(where, fault_reason(error))
 
 
 class Fields:

@@ -18,10 +18,9 @@ from domainshuttle.pipelines.corpora.source import (
     RecordSource,
     SourceConfig,
     Tables,
+    surveyed,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
-from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.quarantine import fault_reason
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.values import Real
 
@@ -55,12 +54,7 @@ class UnoSource(RecordSource):
         return [Piece.of(path, self.root) for path in parts]
 
     def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
-        for located in json_records(self.root / piece.name):
-            where = f"{piece.name} at byte {located.offset}"
-            try:
-                yield self._record(Fields(located.parse(where), where))
-            except DataError as error:
-                yield LeftOut(where, fault_reason(error))
+        return surveyed(piece, json_records(self.root / piece.name), self._record)
 
     def _record(self, fields: Fields) -> Record | LeftOut:
         if "image_tgt_path" in fields:
