@@ -122,6 +122,7 @@ def test_model_knows_no_ray_and_spec_no_torch() -> None:
         "pipelines.loading.ray_source",
         "platform.config.loading",
         "platform.driver.driver",
+        "platform.driver.schedule_loop",
         "platform.commands.plan",
         "platform.engine.trained_parameters",
     ],

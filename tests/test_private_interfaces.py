@@ -30,6 +30,7 @@ ENGINE = "platform/engine/zero3.py"
 STATE = "platform/engine/sharded_state.py"
 
 SOURCE = "pipelines/loading/ray_source.py"
+TRAINER = "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"
 RESTARTS = "platform/driver/restarts.py"
 
 USES: dict[str, tuple[str, ...]] = {
@@ -65,6 +66,8 @@ USES: dict[str, tuple[str, ...]] = {
     "custom_execution_callback_classes": (SOURCE,),
     "_topology": (SOURCE,),
     "_in_task_output_backpressure": (SOURCE,),
+    # Ray Train's trainer without torch, which its public module is of its first version
+    TRAINER: ("platform/driver/worker_group.py",),
     # Ray's errors and processes, by name
     "health_check_failure": (RESTARTS,),
     "WorkerGroupStartupTimeoutError": (RESTARTS,),
@@ -414,6 +417,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "_ray_pkg_": _job_folder,
     "TrainController": of_ray("ray.train.v2._internal.execution.controller.controller", "TrainController"),
     "SplitCoordinator": of_ray("ray.data._internal.iterator.stream_split_iterator", "SplitCoordinator"),
+    TRAINER: of_ray(*TRAINER.rsplit(".", 1)),
     "_StatsActor": of_ray("ray.data._internal.stats", "_StatsActor"),
     "AutoscalingRequester": of_ray("ray.data._internal.execution.autoscaling_requester", "AutoscalingRequester"),
     "torch.utils._python_dispatch.TorchDispatchMode": _dispatch,

@@ -18,7 +18,7 @@ from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.driver.culprit import Witness
-from domainshuttle.platform.training.device_memory import DeviceMemoryError
+from domainshuttle.platform.run.workers import DeviceMemoryError
 
 FINAL = (ConfigError, IncompatibleError, TooManyBadError, ImportError)
 """Errors that starting the workers again does not mend."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.driver.process_group import ProcessGroup
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
@@ -47,11 +48,11 @@ class WorkerGroup:
         """How long no worker has been at its work."""
         self._run, self._ledger = run, Ledger(run.ledger_path)
         cluster = run.config.cluster
-        self._trainer = TorchTrainer(
+        self._trainer = DataParallelTrainer(
             _work,  # type: ignore[arg-type]
             train_loop_config={"job": job},
-            torch_config=TorchConfig(
-                backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=int(run.config.grace_seconds)
+            backend_config=ProcessGroup(
+                "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(run.config.grace_seconds)
             ),
             scaling_config=ScalingConfig(
                 num_workers=size,

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from domainshuttle.pipelines.errors import mask_secrets, one_line
+from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.run.folder import Run
 
@@ -31,6 +31,10 @@ _LEAST_SECONDS, _RANKS_A_SECOND = 2.0, 32
 def beat_seconds(world_size: int) -> float:
     """How often a worker writes its sign of life: a shared disk gets at most some dozens a second from all."""
     return max(_LEAST_SECONDS, world_size / _RANKS_A_SECOND)
+
+
+class DeviceMemoryError(UserFacingError, RuntimeError):
+    """A worker that ran out of memory: over which micro-batch, how much was used, and which settings help."""
 
 
 @dataclass(frozen=True)

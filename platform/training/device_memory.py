@@ -9,13 +9,9 @@ import torch
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.buckets import PATCH, SPACE_STRIDE, TIME_STRIDE, Bucket
-from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.config.schema import RunConfig, StageSection
-
-
-class DeviceMemoryError(UserFacingError, RuntimeError):
-    """A worker that ran out of memory: over which micro-batch, how much was used, and which settings help."""
+from domainshuttle.platform.run.workers import DeviceMemoryError
 
 
 @dataclass(frozen=True)

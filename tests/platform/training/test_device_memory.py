@@ -23,7 +23,8 @@ from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.driver.restarts import explain
-from domainshuttle.platform.training.device_memory import DeviceMemoryError, MemoryUse, memory_error
+from domainshuttle.platform.run.workers import DeviceMemoryError
+from domainshuttle.platform.training.device_memory import MemoryUse, memory_error
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.30 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.06 GiB is free."
