@@ -5,7 +5,7 @@ from pathlib import Path
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import find_run
-from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool
+from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool, page_of
 from domainshuttle.platform.tracking.outbox import absolute_uri, failed_uploads, reachable
 
 
@@ -42,4 +42,6 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
         console.print(
             f"Nothing is left in {run.spool}: {redacted} has it all. Next: domainshuttle compare {known.experiment}"
         )
+    if page := page_of(known):
+        console.print(f"MLflow's page of the run: {page}", markup=False)
     return True

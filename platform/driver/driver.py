@@ -30,7 +30,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule, preload
+from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule, page_of, preload
 
 STOPPED = 3
 """Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
@@ -152,6 +152,8 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
             f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
             f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
         )
+    if page := page_of(tracker.ids):
+        console.print(f"MLflow's page of the run: {page}", markup=False)
     if outcome == "budget spent":
         budget = config.budget_gpu_hours or 0.0
         console.print(

@@ -191,7 +191,8 @@ class Schedule:
         self._opened.add(segment.name)
         self._tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
         for corpus, source, index_digest, samples in make_feed(self._config, segment).corpora():
-            self._tracker.log_dataset(corpus, index_digest, source, samples, segment.name)
+            for run in (segment.name, None):  # the schedule's run has the data of all segments
+                self._tracker.log_dataset(corpus, index_digest, source, samples, run)
         self.run.write_ids(self._tracker.ids.to_dict())
         self._echo(f"Stage {segment.name} {self._selected(segment)}")
 

@@ -31,6 +31,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,11 +72,13 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SCHEDULE, _SEGMENT, PARENT_TAG = "domainshuttle.schedule", "domainshuttle.segment", "mlflow.parentRunId"
+_SCHEDULE, SEGMENT_TAG, PARENT_TAG = "domainshuttle.schedule", "domainshuttle.segment", "mlflow.parentRunId"
 _STATUS_TIME, _ERROR_TIME = "domainshuttle.status_time", "domainshuttle.error_time"
 """Tags of a schedule's run: when what it shows as its state, and as its error, was said, in ms since 1970; the first
 with `_ENDED` after it when the driver has ended."""
 _ENDED = " ended"
+_KIND, _TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
+"""A tag of an experiment: MLflow's pages show it as model training, not as one of language models with traces."""
 _BATCH_METRICS, _BATCH_TEXTS = 1000, 100  # MLflow's limits
 _BATCH_CHARS = 200_000
 """Of params or tags in one request: MLflow takes 1 MB, and so does nginx before it."""
@@ -152,6 +155,7 @@ class RunIds:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     parent: str | None = None
     segments: dict[str, str] = field(default_factory=dict)
+    experiment_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and without the user and password of the URI."""
@@ -161,6 +165,29 @@ class RunIds:
     def from_dict(cls, data: Mapping[str, Any], tracking_uri: str | None = None) -> RunIds:
         """The ids of `to_dict`; `tracking_uri`, with the password or of another server, replaces the saved one."""
         return cls(**{**data, "tracking_uri": tracking_uri or data["tracking_uri"], "segments": {**data["segments"]}})
+
+
+def page_of(ids: RunIds) -> str | None:
+    """Where MLflow shows a schedule's run, as model training; of an sqlite store also what serves it. None where the
+    run is not known to be on a server yet."""
+    if ids.parent is None or ids.experiment_id is None:
+        return None
+    return page_at(ids.tracking_uri, f"experiments/{ids.experiment_id}/runs/{ids.parent}")
+
+
+def page_at(uri: str, path: str) -> str | None:
+    """A page of MLflow's; None for a store that has none, such as a database that is not on this machine."""
+    page = f"#/{path}?workflowType=machine_learning"
+    if urlsplit(uri).scheme in ("http", "https"):
+        return f"{without_user(uri).rstrip('/')}/{page}"
+    if sqlite_file(uri) is None:
+        return None
+    serve = f"mlflow server --backend-store-uri {shlex.quote(uri)} --port {_PORT}"
+    return f"http://127.0.0.1:{_PORT}/{page} (after: {serve})"
+
+
+_PORT = 5000
+"""MLflow's own default."""
 
 
 class _Sender:
@@ -269,18 +296,22 @@ class _Sender:
             # an sqlite store's default is the working directory of whoever creates the experiment
             store = sqlite_file(uri)
             place = (store.parent / _ARTIFACTS / quote(name, safe="")).as_uri() if store else None
-            experiment_id = self.client.create_experiment(name, artifact_location=place)
+            kind = {_KIND: _TRAINING_KIND}
+            experiment_id = self.client.create_experiment(name, artifact_location=place, tags=kind)
         else:
             experiment_id = experiment.experiment_id
             if experiment.lifecycle_stage == "deleted":
                 self.client.restore_experiment(experiment_id)
                 logger.warning("tracking: the experiment %r had been deleted and is restored", name)
+            if _KIND not in experiment.tags:
+                self.client.set_experiment_tag(experiment_id, _KIND, _TRAINING_KIND)
+        self.ids.experiment_id = experiment_id
         start = began(segment_journal(self.folder, None)) or began(self.journal)
-        run = self.ids.parent = self._open_run(experiment_id, self.ids.parent, self.ids.name, start, {_SEGMENT: ""})
+        run = self.ids.parent = self._open_run(experiment_id, self.ids.parent, self.ids.name, start, {SEGMENT_TAG: ""})
         if segment is not None:
-            tags = {_SEGMENT: segment, PARENT_TAG: run}
+            tags = {SEGMENT_TAG: segment, PARENT_TAG: run}
             known, start = self.ids.segments.get(segment), began(self.journal)
-            run = self._open_run(experiment_id, known, segment, start, tags)
+            run = self._open_run(experiment_id, known, f"{self.ids.name} / {segment}", start, tags)
             self.ids.segments[segment] = run
         return run
 
@@ -290,7 +321,7 @@ class _Sender:
         """A run, found or created as one that began at `start` (ms since 1970; None: now)."""
         run = self._active(known) if known else None
         if run is None:
-            marks = f"tags.`{_SCHEDULE}` = '{self.ids.key}' and tags.`{_SEGMENT}` = '{tags[_SEGMENT]}'"
+            marks = f"tags.`{_SCHEDULE}` = '{self.ids.key}' and tags.`{SEGMENT_TAG}` = '{tags[SEGMENT_TAG]}'"
             run = next(iter(self.client.search_runs([experiment_id], marks, max_results=1)), None)
         if run is None:
             tags = {**tags, _SCHEDULE: self.ids.key, **({"continues": known} if known else {})}
@@ -525,6 +556,8 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED", segment: str | None = None) -> bool:
         """Ends the schedule's or a segment's run, as FINISHED or KILLED; with the schedule's all segments are sent."""
+        if segment is None and self._opened is not None:  # of workers that did not end it, since others might follow
+            self._put(self._opened, status_event("KILLED", if_running=True))
         sent = self._put(segment, status_event(status))
         return sent if segment else flush_spool(self.ids, self.folder, self.timeout) == 0
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
-from domainshuttle.platform.tracking.mlflow import PARENT_TAG, TrackingError, artifact_repository, ask, connect
+from domainshuttle.platform.tracking.mlflow import (
+    PARENT_TAG,
+    SEGMENT_TAG,
+    TrackingError,
+    artifact_repository,
+    ask,
+    connect,
+)
 from domainshuttle.platform.tracking.outbox import absolute_uri, reachable, sqlite_file
 
 _MOST_NAMES = 20
@@ -26,7 +33,7 @@ class ServerAwayError(TrackingError, ConnectionError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as the server has it: times in seconds since 1970, the last value and the last step of each metric."""
+    """A run as the server has it, a segment's by the segment's name: times in seconds since 1970, the last value and the last step of each metric."""
 
     id: str
     parent: str | None
@@ -75,7 +82,7 @@ def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
         id=info.run_id,
         parent=data.tags.get(PARENT_TAG),
         experiment=experiments[info.experiment_id],
-        name=info.run_name,
+        name=data.tags.get(SEGMENT_TAG) or info.run_name,
         status=info.status,
         start=info.start_time / 1000,
         end=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,

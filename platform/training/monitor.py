@@ -360,12 +360,20 @@ class Monitor:
             if faulty:
                 self.logger.fail(reason or f"the weights after step {step + 1} are not good")
             else:
-                self.logger.finish("FINISHED" if end is End.FINISHED else "KILLED", timeout=_LAST_WORDS)
+                self._end_run(self.logger, end)
         if self.attempt and not faulty:
             self._tell(self.attempt).end(end)
         if self.main:
             self._write_progress(step, end)
         return SegmentEnd(end, self.segment.name, step, reason, asked, self._nodes)
+
+    @staticmethod
+    def _end_run(log: MetricLogger, end: End) -> None:
+        """Ends the segment's MLflow run, unless other workers follow: how those end, or do not begin, is its state."""
+        if end in (End.ROLLED_BACK, End.REGROUPED, End.PREEMPTED):
+            log.close(_LAST_WORDS)
+        else:
+            log.finish("FINISHED" if end is End.FINISHED else "KILLED", timeout=_LAST_WORDS)
 
     def fail(self, error: BaseException) -> None:
         """Ends the attempt of a rank that fails; what it writes is on the disk when this returns, as Ray may end this

@@ -76,6 +76,14 @@ def test_a_schedule_is_a_parent_with_a_child_a_segment(store: str, tmp_path: Pat
     assert steps_of(store, child.id) == list(range(1, 31))
     client = tracking.connect(store)
     assert [file.path for file in client.list_artifacts(parent.id)] == ["config.yaml"]
+    # as people meet them in MLflow's pages
+    assert client.get_run(child.id).info.run_name == "a run / stage2/high"
+    experiment = client.get_experiment_by_name("structure")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"#/experiments/{experiment.experiment_id}/runs/{parent.id}?workflowType=machine_learning"
+    assert page in (tracking.page_of(tracker.ids) or "")
+    served = tracking.page_of(RunIds.from_dict(tracker.ids.to_dict(), "https://me:pw@host/mlflow/"))
+    assert served == f"https://host/mlflow/{page}"
     assert [file.path for file in client.list_artifacts(child.id, "files")] == ["files/config.yaml"]
     (entry,) = client.get_run(child.id).inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("sprites", "d" * 36)
@@ -139,6 +147,16 @@ def test_a_worker_that_was_killed_is_marked_as_failed_by_the_driver(store: str, 
     assert again.fail(RuntimeError("the workers ended"))
     runs = {run.name: run for run in records.read_runs(store, ["killed"])}
     assert runs["stage2"].tags["error"] == "ValueError: the cause"  # what the worker said itself is kept
+
+
+def test_a_stage_that_other_workers_were_to_go_on_with_has_the_schedules_end(store: str, tmp_path: Path) -> None:
+    """As one that went back to a checkpoint: whether it diverged, or was stopped, only the driver knows."""
+    for number, (end, state) in enumerate([("fail", "FAILED"), ("finish", "KILLED")]):
+        tracker = schedule(store, f"left-{number}", tmp_path / end)
+        tracker.open_segment("stage1")
+        assert MetricLogger(tracker.ids, "stage1", tmp_path / end / "spool").close()
+        assert tracker.fail("it diverged") if end == "fail" else tracker.finish("KILLED")
+        assert {run.status for run in records.read_runs(store, [f"left-{number}"])} == {state}
 
 
 @pytest.mark.parametrize("server", ["refused", "black_hole"])

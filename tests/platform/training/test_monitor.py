@@ -76,6 +76,10 @@ class Log:
         self.ended = status
         return True
 
+    def close(self, timeout: float = 0.0) -> bool:
+        self.ended = "open"
+        return True
+
     def fail(self, error: str, timeout: float = 0.0) -> bool:
         self.ended = f"FAILED: {error}"
         return True
@@ -453,3 +457,15 @@ def test_another_ranks_error_reaches_the_spool(tmp_path: Path) -> None:
     monitor.fail(ValueError("the cause"))
     lines, _ = segment_journal(kept.run.spool, "stage2").read()
     assert [line["values"] for line in lines] == [{"error.rank3": "ValueError: the cause"}]
+
+
+@pytest.mark.parametrize(
+    ("end", "state"),
+    [(End.ROLLED_BACK, "open"), (End.REGROUPED, "open"), (End.PREEMPTED, "open"), (End.STOPPED, "KILLED"),
+     (End.FINISHED, "FINISHED")],
+)  # fmt: skip
+def test_a_stage_that_goes_on_is_not_ended(end: End, state: str, tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    kept.monitor.begin()
+    kept.monitor.close(0, end)
+    assert kept.log.ended == state
