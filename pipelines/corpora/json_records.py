@@ -15,14 +15,10 @@ import numpy as np
 
 from domainshuttle.pipelines.errors import DataError
 
-_PIECE = 4 << 20
+_PIECE = 1 << 20
 MOST_RECORD_BYTES = 256 << 20
 """Of one record: a file that seems to have a longer one is no list of records."""
-_OPEN, _CLOSE, _QUOTE = 1, 2, 3
-_CLASSES = np.zeros(256, np.uint8)
-_CLASSES[[ord("{"), ord("[")]] = _OPEN
-_CLASSES[[ord("}"), ord("]")]] = _CLOSE
-_CLASSES[ord('"')] = _QUOTE
+_OPEN, _CLOSE = 1, -1
 _KEY = re.compile(rb'\s*,?\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _COMMA = re.compile(rb"\s*,?\s*")
 
@@ -104,7 +100,7 @@ class _Scanner:
             and self.held[: places[0] + scanned].strip(b" \t\r\n\xef\xbb\xbf")
         ):
             raise self._fault(0, f"it begins with {self.held[:20]!r}, and neither with {{ nor with [")
-        levels = self.depth + np.cumsum(np.where(classes == _OPEN, 1, -1))
+        levels = self.depth + np.cumsum(classes)
         # the file's outermost value opens and closes, and so do the values in it
         marks = np.flatnonzero(((classes == _OPEN) & (levels <= 2)) | ((classes == _CLOSE) & (levels <= 1)))
         for mark in marks:
@@ -137,28 +133,37 @@ class _Scanner:
     def _structure(self, piece: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Places and classes of the brackets of a piece that are in no text."""
         codes = np.frombuffer(piece, np.uint8)
-        classes = _CLASSES[codes]
-        places = np.flatnonzero(classes)
-        found = classes[places]
-        quotes = places[found == _QUOTE]
-        real = np.ones(len(quotes), bool)
-        after = np.flatnonzero(np.where(quotes > 0, codes[quotes - 1], 0) == ord("\\"))
+        folded = codes | 0x20  # [ is { and ] is } without this bit
+        opens = folded == ord("{")
+        marked = (codes == ord('"')) | opens | (folded == ord("}"))
+        places = np.flatnonzero(marked)
+        quotes = codes[places] == ord('"')
+        if self.slashes or b"\\" in piece:
+            quotes, places = self._unescaped(codes, places, quotes)
+        self._count_slashes(piece)
+        texts = np.cumsum(quotes, dtype=np.int32)
+        outside = ~quotes & (((texts + self.in_text) & 1) == 0)
+        self.in_text ^= bool(len(texts) and texts[-1] & 1)
+        places = places[outside]
+        return places, np.where(opens[places], _OPEN, _CLOSE)
+
+    def _unescaped(self, codes: np.ndarray, places: np.ndarray, quotes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is left of places and quotes without the quotes that follow an odd number of backslashes."""
+        escaped = np.zeros(len(places), bool)
+        after = np.flatnonzero(quotes & (places > 0) & (codes[places - 1] == ord("\\")))
         if len(after):
             slashes = np.flatnonzero(codes == ord("\\"))
-            runs = np.maximum.accumulate(np.where(np.diff(slashes, prepend=-2) != 1, slashes, 0))
-            begins = runs[np.searchsorted(slashes, quotes[after] - 1)]
-            # those at the beginning go on from the piece before
-            real[after] = (quotes[after] - begins + np.where(begins == 0, self.slashes, 0)) % 2 == 0
-        if len(quotes) and quotes[0] == 0:
-            real[0] = self.slashes % 2 == 0
+            begins = np.maximum.accumulate(np.where(np.diff(slashes, prepend=-2) != 1, slashes, 0))
+            first = begins[np.searchsorted(slashes, places[after] - 1)]
+            # a run at the beginning goes on from the piece before
+            escaped[after] = (places[after] - first + np.where(first == 0, self.slashes, 0)) % 2 == 1
+        if len(places) and places[0] == 0 and quotes[0]:
+            escaped[0] = self.slashes % 2 == 1
+        return quotes[~escaped], places[~escaped]
+
+    def _count_slashes(self, piece: bytes) -> None:
         tail = len(piece) - len(piece.rstrip(b"\\"))
         self.slashes = tail + (self.slashes if tail == len(piece) else 0)
-        quotes = quotes[real]
-        brackets = found != _QUOTE
-        places, found = places[brackets], found[brackets]
-        outside = (np.searchsorted(quotes, places) + self.in_text) % 2 == 0
-        self.in_text ^= bool(len(quotes) % 2)
-        return places[outside], found[outside]
 
     def _key(self, between: bytes, offset: int) -> str:
         match = (_KEY if self.in_object else _COMMA).fullmatch(between)
