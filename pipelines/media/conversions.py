@@ -14,7 +14,7 @@ SQUARED = "pixels made square"
 CROPPED = "cropped by its container"
 DEINTERLACED = "deinterlaced"
 ONE_STREAM = "other video streams left out"
-ONE_PICTURE = "first picture of an animation"
+ONE_PICTURE = "first of several pictures"
 
 _noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
 

@@ -27,7 +27,7 @@ from domainshuttle.pipelines.media import colours, conversions
 from domainshuttle.pipelines.media.clips import Clip, heard_decoder
 from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.media.file_types import clip_format, picture_format
-from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, jpeg_is_plain, png_tags
+from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, check_png, jpeg_is_plain, png_tags
 from domainshuttle.pipelines.sample import Buffer
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 
 RULES = (
     "as shown: upright, square pixels, sRGB, on white; target: cover and centre crop, sampled by time; references, "
-    "single ones with a view: contain on white; v4"
+    "single ones with a view: contain on white; v5"
 )
 """What is done to pixels before they are encoded."""
 
@@ -170,16 +170,20 @@ def _only_noted(data: Buffer, name: str) -> bool:
     """Whether what a JPEG has beside its pixels, as cameras' have, leaves them as they are."""
     with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
         _check_size(picture.width, picture.height, name)
-        noted = "icc_profile" not in picture.info and pictures.upright_turn(picture) is None
-        return noted and picture.mode in ("L", "RGB")
+        if "icc_profile" in picture.info or pictures.upright_turn(picture) is not None:
+            return False
+        return picture.mode in ("L", "RGB") and getattr(picture, "n_frames", 1) == 1
 
 
 def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
     with Image.open(io.BytesIO(data), formats=[kind]) as picture:
         _check_size(picture.width, picture.height, name)
+        if kind == "JPEG":
+            return _decode_jpeg_levels(data, picture)
         if kind != "PNG":
             _note_conversions(picture, None)
             return np.asarray(pictures.as_shown(picture))
+        check_png(data, name)
         tags = png_tags(data, name)
         _note_conversions(picture, tags)
         if tags.coded:
@@ -190,6 +194,24 @@ def _decode_with_pillow(data: Buffer, kind: str, name: str) -> Pixels:
         if tags.space is None and not (tags.depth == 16 and tags.colour_type == RGB and tags.hidden):
             return np.asarray(pictures.as_shown(picture))
         return _decode_png_levels(data, picture, tags)
+
+
+def _decode_jpeg_levels(data: Buffer, picture: Image.Image) -> Pixels:
+    """A JPEG that is turned or converted. Its levels come from libjpeg-turbo in strict mode, since Pillow passes over
+    what libjpeg says of damage; of CMYK, which Adobe stores inverted, and of rare chroma samplings they are Pillow's.
+    """
+    _note_conversions(picture, None)
+    try:
+        simplejpeg.decode_jpeg_header(data)
+    except (KeyError, ValueError):  # a sampling that the binding does not know
+        return np.asarray(pictures.as_shown(picture))
+    form = {"L": "GRAY", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+    levels: Pixels = simplejpeg.decode_jpeg(data, colorspace=form, strict=True)
+    if form == "CMYK":
+        return np.asarray(pictures.as_shown(picture))
+    image = Image.fromarray(levels[..., 0] if form == "GRAY" else levels)
+    image = pictures.to_srgb(image, picture.info.get("icc_profile"))
+    return np.asarray(pictures.upright_on_white(image, None, pictures.upright_turn(picture)))
 
 
 def _note_conversions(picture: Image.Image, tags: PngTags | None) -> None:

@@ -1,6 +1,7 @@
 """What pictures' files say beside their pixels, where neither simplejpeg nor Pillow tells."""
 
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,14 +10,16 @@ from domainshuttle.pipelines.media.colours import BT709, ColourSpace, named
 from domainshuttle.pipelines.sample import Buffer
 
 _START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
-_SRGB_GAMMA = 45455
+_SRGB_GAMMA, _LEAST_GAMMA, _MOST_GAMMA = 45455, 10_000, 1_000_000
+"""In hundred-thousandths."""
 GREY, RGB = 0, 2
 """PNG's colour types."""
 
 
 def jpeg_is_plain(data: Buffer, name: str) -> bool:
-    """Whether a JPEG has nothing that changes how its levels look: no EXIF or XMP, no ICC profile, 8 bits, grey or
-    three channels. A walk over the segments before the pixels; what it does not understand is not plain.
+    """Whether a JPEG has nothing that changes how its levels look: no EXIF or XMP, no ICC profile, no other
+    pictures (MPF), 8 bits, grey or three channels. A walk over the segments before the pixels; what it does not
+    understand is not plain.
 
     Raises DataError for pixels that are not square.
     """
@@ -31,7 +34,9 @@ def jpeg_is_plain(data: Buffer, name: str) -> bool:
             return len(content) > 5 and content[0] == 8 and content[5] in (1, 3)
         if marker == 0xE0 and bytes(content[:5]) == b"JFIF\0" and len(content) >= 12:
             _check_square(name, *struct.unpack_from(">HH", content, 8))
-        if marker == 0xDA or size < 2 or marker == 0xE1 or (marker == 0xE2 and bytes(content[:11]) == b"ICC_PROFILE"):
+        if marker == 0xDA or size < 2 or marker == 0xE1:
+            return False
+        if marker == 0xE2 and bytes(content[:11]).startswith((b"ICC_PROFILE", b"MPF\0")):
             return False
         position += 2 + size
     return False
@@ -50,6 +55,23 @@ class PngTags:
     """Whether it names its colours by cICP, which stands above an ICC profile."""
     space: ColourSpace | None
     """Its colours by cICP, or by gAMA and cHRM where no sRGB and no ICC profile stands above them; None for sRGB."""
+
+
+def check_png(data: Buffer, name: str) -> None:
+    """Compares each chunk with its checksum, which Pillow does not do for pixels: raises DataError for a PNG that is
+    damaged, or cut before its end."""
+    view, position = memoryview(data).cast("B"), 8
+    while position + 12 <= len(view):
+        size, kind = int.from_bytes(view[position : position + 4], "big"), bytes(view[position + 4 : position + 8])
+        end = position + 8 + size
+        if end + 4 > len(view):
+            break
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise DataError(f"{name}: damaged: the checksum of its chunk {kind!r} at byte {position} is another")
+        if kind == b"IEND":
+            return
+        position = end + 4
+    raise DataError(f"{name}: damaged: it is cut at byte {len(view)}, before its end")
 
 
 def png_tags(data: Buffer, name: str) -> PngTags:
@@ -80,6 +102,8 @@ def _by_gamma(chunks: dict[bytes, bytes]) -> ColourSpace | None:
         found = (*rgb, wx, wy)
         if max(abs(one - other) for one, other in zip(found, BT709, strict=True)) > 0.002:
             chromaticities = found
+    if gamma and not _LEAST_GAMMA <= gamma <= _MOST_GAMMA:
+        raise DataError(f"gAMA of {gamma / 100_000:g} is that of no screen: expected 0.1 to 10")
     if chromaticities == BT709 and (not gamma or abs(gamma - _SRGB_GAMMA) < 100):
         return None
     return ColourSpace(chromaticities, 100_000 / gamma if gamma else "sRGB")
