@@ -23,7 +23,7 @@ from PIL import Image
 from domainshuttle.model.pictures import Pixels, to_srgb, upright_on_white
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media import colours, conversions
-from domainshuttle.pipelines.media.container_tags import CleanAperture, ContainerTags, matroska_tags, mp4_tags
+from domainshuttle.pipelines.media.container_tags import CleanAperture, ContainerTags, Crop, matroska_tags, mp4_tags
 from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.sample import Buffer
 
@@ -37,8 +37,6 @@ _FAST = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 _PRECISE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 _HARMLESS = ("SEI type", "unable to decode APP fields")
 """What decoders call errors though no picture is touched: messages beside the frames that they can't read."""
-_DOLBY_ALONE = {5}
-"""Dolby Vision's profiles whose pictures other decoders show in wrong colours."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _SWSCALE_WHITE = 65283
 """What swscale makes white of other than RGB of 16 bits when it goes to 16 bits."""
@@ -118,7 +116,7 @@ class Clip:
             tags = matroska_tags(data, container.streams.video.index(stream))
         if tags.other_speed:
             raise DataError(f"{name}: its edit list plays a part at another speed, which is not done here")
-        if tags.dolby_vision in _DOLBY_ALONE:
+        if tags.dolby_vision is not None:
             raise DataError(
                 f"{name}: Dolby Vision of profile {tags.dolby_vision}, whose colours only its own decoders know"
             )
@@ -133,6 +131,9 @@ class Clip:
     def _sound(self) -> Iterator[av.VideoFrame]:
         decoder = self._decoder()
         for packet in self.container.demux(self.stream):
+            if decoder is not self.stream and self._notes is None:  # it does not know what the container says
+                for frame in self.stream.decode(packet):
+                    self._notes_of_all(frame)
             if packet.size and not packet.is_discard:
                 self.stamps.append(packet.pts)
                 if self.lasts is not None and packet.time_base:
@@ -143,6 +144,8 @@ class Clip:
                 self._frames += 1
                 if frame.is_corrupt:
                     raise DataError(f"{self.name}: damaged: the decoder marks frame {self._frames} as corrupt")
+                if frame.interlaced_frame and self.stream.codec_context.name == "hevc":
+                    raise DataError(f"{self.name}: H.265 whose frames are single fields, which are not put together")
                 self._check_said()
                 yield frame
             self._check_said()
@@ -156,12 +159,11 @@ class Clip:
                 self.stamps.append(packet.pts)
 
     def _check_said(self) -> None:
+        own = self.stream.codec_context.name
         for level, codec, message in self.said:
-            if (
-                level <= av.logging.ERROR
-                and codec == self.stream.codec_context.name
-                and not message.startswith(_HARMLESS)
-            ):
+            if level > av.logging.ERROR or message.startswith(_HARMLESS):
+                continue
+            if codec in (own, _ALPHA_DECODERS.get(own)):
                 raise DataError(
                     f"{self.name}: damaged after frame {self._frames}: {codec}: {' '.join(message.split())[:150]}"
                 )
@@ -169,7 +171,8 @@ class Clip:
 
     def _decoder(self) -> av.VideoStream | VideoCodecContext:
         """The stream itself, or, for VP8 and VP9 with transparency, the decoders that know it."""
-        if self.stream.metadata.get("alpha_mode") != "1" or self.stream.codec_context.name not in _ALPHA_DECODERS:
+        tags = {name.lower(): value for name, value in self.stream.metadata.items()}  # also as a tag, in capitals
+        if tags.get("alpha_mode") != "1" or self.stream.codec_context.name not in _ALPHA_DECODERS:
             return self.stream
         decoder = VideoCodecContext.create(_ALPHA_DECODERS[self.stream.codec_context.name], "r")
         assert isinstance(decoder, VideoCodecContext)
@@ -190,7 +193,7 @@ class Clip:
         if profile := notes.get(SideData.ICC_PROFILE):
             pixels = np.asarray(to_srgb(Image.fromarray(pixels), profile))
             note(conversions.PROFILE)
-        aspect = self.stream.sample_aspect_ratio or Fraction(1)
+        aspect = self.tags.aspect or self.stream.sample_aspect_ratio or Fraction(1)
         pixels = self._cropped(pixels)
         if matrix := notes.get(SideData.DISPLAYMATRIX):
             pixels, transposed = _turned(pixels, matrix, self.name)
@@ -203,11 +206,15 @@ class Clip:
         """What the first frame says beside its pixels. PyAV's table of it holds its frame until the garbage collector
         comes, so it is not asked of each; that the turn stays is seen without."""
         if self._notes is not None:
-            if frame.rotation != self._rotation:
+            # an SEI message, unlike a container's matrix, stands at key frames only and holds until the next one
+            if frame.rotation not in (self._rotation, 0):
                 raise DataError(f"{self.name}: frames turned by {self._rotation} and by {frame.rotation} degrees")
             return self._notes
-        notes = {note.type: bytes(note) for note in _notes(frame)}
+        every = [(note.type, bytes(note)) for note in _notes(frame)]
+        notes = dict(every)
         self._notes, self._rotation = notes, frame.rotation
+        if len({content for kind, content in every if kind == SideData.DISPLAYMATRIX}) > 1:
+            raise DataError(f"{self.name}: its container and its stream say different turns or mirrorings")
         if SideData.SPHERICAL in notes:
             raise DataError(f"{self.name}: a spherical clip: what of it is seen is not said")
         stereo = notes.get(SideData.STEREO3D)
@@ -227,7 +234,8 @@ class Clip:
             or (crop.left + crop.right >= width)
         ):
             raise DataError(f"{self.name}: its container crops {crop} of {height}x{width} pixels, which can't be")
-        note(conversions.CROPPED)
+        if crop != Crop():
+            note(conversions.CROPPED)
         return pixels[crop.top : height - crop.bottom, crop.left : width - crop.right]
 
 

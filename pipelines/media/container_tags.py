@@ -39,10 +39,13 @@ class ContainerTags:
     """Of one video track."""
 
     aperture: CleanAperture | Crop | None = None
+    aspect: Fraction | None = None
+    """How wide a pixel is for its height, where the size of the track says it of the part that is shown; FFmpeg takes
+    it as that of the whole picture."""
     other_speed: bool = False
     """Whether an edit plays a part at another speed, or stands still."""
     dolby_vision: int | None = None
-    """The profile."""
+    """The profile, where decoders that do not know Dolby Vision show its pictures in wrong colours."""
 
 
 def mp4_tags(data: Buffer, track: int) -> ContainerTags:
@@ -52,15 +55,18 @@ def mp4_tags(data: Buffer, track: int) -> ContainerTags:
         headers = [head for kind, head in _boxes(trak) if kind == b"tkhd"]
         if not headers or _track_number(headers[0]) != track:
             continue
-        aperture, profile = None, None
+        aperture, aspect, profile = None, None, None
         for entry in _sample_entries(trak):
-            for kind, content in _boxes(entry[78:]):
+            inner = list(_boxes(entry[78:]))
+            for kind, content in inner:
                 if kind == b"clap" and len(content) >= 32:
                     aperture = _clean_aperture(content)
-                elif kind in (b"dvcC", b"dvvC", b"dvwC") and len(content) >= 4:
-                    profile = content[2] >> 1
+                elif kind in _DOLBY_BOXES:
+                    profile = _dolby_alone(content)
+            if aperture and all(kind != b"pasp" for kind, _ in inner):
+                aspect = _aspect_of_track(headers[0], aperture, struct.unpack_from(">HH", entry, 24))
         other_speed = any(rate != 1 << 16 for edits in _inside(trak, (b"edts", b"elst")) for rate in _edit_rates(edits))
-        return ContainerTags(aperture, other_speed, profile)
+        return ContainerTags(aperture, aspect, other_speed, profile)
     return ContainerTags()
 
 
@@ -80,10 +86,47 @@ def matroska_tags(data: Buffer, number: int) -> ContainerTags:
                 if seen == number:
                     video = {field: int.from_bytes(value[:8], "big") for field, value in _elements(fields[0xE0])}
                     crop = Crop(*(video.get(field, 0) for field in (0x54BB, 0x54AA, 0x54CC, 0x54DD)))
-                    return ContainerTags(crop if crop != Crop() else None)
+                    profile = _matroskas_dolby(entry)
+                    return ContainerTags(crop if crop != Crop() else None, dolby_vision=profile)
                 seen += 1
             return ContainerTags()
     return ContainerTags()
+
+
+_DOLBY_BOXES = (b"dvcC", b"dvvC", b"dvwC")
+_DOLBY_ALONE, _DOLBY_BY_COMPATIBILITY = 5, 10
+"""The profile whose pictures are only Dolby Vision's, and the first of those that say what else they are."""
+
+
+def _dolby_alone(content: memoryview) -> int | None:
+    """The profile of a Dolby Vision configuration whose base layer is nothing that others show; None for others."""
+    if len(content) < 5:
+        return None
+    profile, compatible = content[2] >> 1, content[4] >> 4
+    alone = profile == _DOLBY_ALONE or (profile >= _DOLBY_BY_COMPATIBILITY and not compatible)
+    return profile if alone else None
+
+
+def _matroskas_dolby(entry: memoryview) -> int | None:
+    """Of a track's entry, which has a configuration as MP4's boxes are in a BlockAdditionMapping."""
+    for kind, mapping in _elements(entry):
+        fields = dict(_elements(mapping)) if kind == 0x41E4 else {}
+        if 0x41ED in fields and bytes(fields.get(0x41E7, b"")) in _DOLBY_BOXES:
+            return _dolby_alone(fields[0x41ED])
+    return None
+
+
+def _aspect_of_track(header: memoryview, aperture: CleanAperture, coded: tuple[int, int]) -> Fraction | None:
+    """The shape of a pixel by the size of the track, where that is not the size of the coded picture, (width, height);
+    a difference of less than a pixel is none."""
+    size = header[88:96] if header[:1] == b"\1" else header[76:84]
+    if len(size) < 8:
+        return None
+    width, height = (Fraction(side, 1 << 16) for side in struct.unpack(">II", size))
+    if not width or not height or (width, height) == coded:
+        return None
+    aspect = (width / height) / (aperture.width / aperture.height)
+    return Fraction(1) if abs(aspect - 1) * max(aperture.width, aperture.height) < 1 else aspect
 
 
 def _boxes(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:

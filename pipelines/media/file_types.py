@@ -11,7 +11,16 @@ from domainshuttle.pipelines.sample import Buffer
 _HEAD = 32
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 """What the first box of a QuickTime or MP4 file may be."""
+_PICTURE_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"mif1", b"msf1", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"),
+    b"crx ": "Canon's raw picture CR3",
+}
+"""What is no clip though its boxes are MP4's, by the brand of the first one."""
 _FOREIGN = {
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
     b"ffconcat": "an FFmpeg playlist",
     b"#EXTM3U": "an HLS playlist",
     b"[playlist]": "a playlist",
@@ -51,11 +60,15 @@ def clip_format(data: Buffer, name: str) -> str:
     """FFmpeg's demuxer: 'mov' for MP4 and QuickTime, 'matroska' for that and WebM; raises DataError that says what else
     was found."""
     head = bytes(data[:_HEAD])
-    if head[4:8] in _BOXES:
+    if head[4:8] in _BOXES and _brand(head) not in _PICTURE_BRANDS:
         return "mov"
     if head.startswith(b"\x1a\x45\xdf\xa3"):
         return "matroska"
     raise DataError(f"{name}: not a readable clip: expected MP4, QuickTime, Matroska or WebM; it is {_found(head)}")
+
+
+def _brand(head: bytes) -> bytes:
+    return head[8:12] if head[4:8] == b"ftyp" else b""
 
 
 def _found(head: bytes) -> str:
@@ -65,7 +78,7 @@ def _found(head: bytes) -> str:
     if head[:4] == b"RIFF":
         return f"RIFF {head[8:12].decode('ascii', 'replace').strip()}"
     if head[4:8] in _BOXES:
-        return "MP4 or QuickTime"
+        return _PICTURE_BRANDS.get(_brand(head), "MP4 or QuickTime")
     if head.startswith(b"\x1a\x45\xdf\xa3"):
         return "Matroska or WebM"
     if head.startswith(b"\xff\xd8"):
