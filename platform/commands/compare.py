@@ -17,7 +17,7 @@ from rich.console import Console
 
 from domainshuttle.platform.report.text import Prose, Records, headline
 from domainshuttle.platform.tracking.queries import RunRecord, UnknownRecordError, read_history, read_runs
-from domainshuttle.platform.tracking.training_steps import last_training_step
+from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS, last_training_step
 
 HOURS = "gpu_hours/used"
 _IDENTITY = "evaluation/identity_own"
@@ -55,6 +55,7 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     keys = differing(configs)
     same = _differing_by_name([node.run for tree in trees for node in tree[1:]], keys)
     evaluated = any(_IDENTITY in record.metrics for record in records)
+    hours_field = hours_name([tree[0].run for tree in trees])
     rows: list[Row] = []
     for tree, config in zip(trees, configs, strict=True):
         parent, below = tree[0].run, tree[1:]
@@ -62,20 +63,30 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
         if len(experiments) > 1:
             label = f"{parent.experiment}: {label}"
         used = [node.run.metrics.get(HOURS, 0.0) for node in below]
-        total = parent.metrics.get(HOURS, max(used, default=0.0))
-        steps = sum(trained_steps(node.run) or 0 for node in tree) or None
-        values = _values(uri, parent, steps, total, evaluated)
+        owned = [node.run.tags.get(HOURS_TAG) == OWN_HOURS for node in below]
+        total = parent.metrics.get(HOURS, sum(used) if all(owned) else max(used, default=0.0))
+        # the schedule's own curve has the steps of its segments again
+        steps = sum(trained_steps(node.run) or 0 for node in below) or trained_steps(parent)
+        values = _values(uri, parent, steps, total, evaluated, hours_field)
         rows.append(Row(parent, label, 0, values, {key: config.get(key, "") for key in keys}))
         before, siblings = 0.0, Counter(node.run.name for node in below)
-        for node, hours in zip(below, used, strict=True):
+        for node, hours, own_hours in zip(below, used, owned, strict=True):
             child = node.run
-            # the ledger counts over the whole schedule: a segment's own hours are those since the segment before it
-            values = _values(uri, child, trained_steps(child), max(0.0, hours - before), evaluated)
+            # where they count over the whole schedule, its own hours are those since the segment before it
+            spent = hours if own_hours else max(0.0, hours - before)
+            values = _values(uri, child, trained_steps(child), spent, evaluated, hours_field)
             own = configuration(child)
             label = _label(child, siblings[child.name] == 1)
             rows.append(Row(child, label, node.depth, values, {key: own.get(key, "") for key in same[child.name]}))
-            before = max(before, hours)
+            before = before + hours if own_hours else max(before, hours)
     return rows
+
+
+def hours_name(runs: Sequence[RunRecord]) -> str:
+    """What the hours are of: GPUs, unless a run had none; its devices are then its workers."""
+    configs = [configuration(run) for run in runs]
+    without = any(config.get("cluster.gpus_per_worker") in ("0", "0.0") for config in configs)
+    return "device-hours" if without else "GPU-hours"
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,9 @@ def trained_steps(record: RunRecord) -> int | None:
     return last_training_step(record.steps)
 
 
-def _values(uri: str, record: RunRecord, steps: int | None, hours: float, evaluated: bool) -> dict[str, str]:
+def _values(
+    uri: str, record: RunRecord, steps: int | None, hours: float, evaluated: bool, hours_field: str
+) -> dict[str, str]:
     metrics = record.metrics
     losses = read_history(uri, record.id, "loss") if "loss" in metrics else []
     finite = [value for _, value in losses if math.isfinite(value)]
@@ -177,7 +190,7 @@ def _values(uri: str, record: RunRecord, steps: int | None, hours: float, evalua
         # the share of clips that show their own subject
         **({"identity": "" if identity is None else f"{identity:.1%}"} if evaluated else {}),
         "samples/s": _number(metrics.get("samples/s")),
-        "GPU-hours": _number(hours or None),
+        hours_field: _number(hours or None),
         "duration": _duration(max(0.0, (record.end or time.time()) - record.start)),
     }
 

@@ -7,12 +7,14 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.platform.commands.compare import HOURS, Row, trained_steps
+from domainshuttle.platform.commands.compare import HOURS, Row, hours_name, trained_steps
 from domainshuttle.platform.report.text import visible
 from domainshuttle.platform.tracking.queries import read_history
+from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS
 
 LOSSES = ("loss", "loss/flow", "loss/cross_pair")
 # the palette of Okabe and Ito, which colour-blind readers can tell apart; then the same as dashed lines
@@ -37,18 +39,24 @@ def pieces(uri: str, rows: Sequence[Row], loss: str) -> list[Piece]:
     """A loss over the steps of each schedule, in which a segment's steps follow those of the segment before it."""
     import numpy
 
-    found, schedule, offset = [], "", 0
-    for row in rows:
+    found, schedule, offset, spent = [], "", 0, 0.0
+    for number, row in enumerate(rows):
         if row.depth == 0:
-            schedule, offset = row.label, 0
+            schedule, offset, spent = row.label, 0, 0.0
+            after = rows[number + 1 :]
+            below = takewhile(lambda other: other.depth > 0, after)
+            if any(trained_steps(other.run) for other in below):
+                continue  # its own curve is that of its segments again
         logged = read_history(uri, row.run.id, loss)
         points = [point for point in logged if math.isfinite(point[1])]
         if points:
             steps = numpy.array([step for step, _ in points])
-            hours = _hours(steps, read_history(uri, row.run.id, HOURS))
+            owned = row.run.tags.get(HOURS_TAG) == OWN_HOURS
+            hours = _hours(steps, read_history(uri, row.run.id, HOURS)) + (spent if owned else 0.0)
             values, left_out = [value for _, value in points], len(logged) - len(points)
             found.append(Piece(schedule, row.label, offset, steps + offset, hours, values, left_out))
         offset += trained_steps(row.run) or 0
+        spent += row.run.metrics.get(HOURS, 0.0)
     return found
 
 
@@ -93,6 +101,7 @@ def plot(uri: str, rows: Sequence[Row], path: Path | str) -> Path:
     from matplotlib.lines import Line2D
 
     drawn = {loss: found for loss in LOSSES if (found := pieces(uri, rows, loss))} or {LOSSES[0]: []}
+    hours_text = hours_name([row.run for row in rows if row.depth == 0])
     schedules = list(dict.fromkeys(piece.schedule for found in drawn.values() for piece in found))
     looks: dict[str, Any] = {
         schedule: {"color": COLOURS[n % len(COLOURS)], "linestyle": _DASHES[n // len(COLOURS) % len(_DASHES)]}
@@ -128,12 +137,12 @@ def plot(uri: str, rows: Sequence[Row], path: Path | str) -> Path:
             by_step.text(0.01, 0.02, note, transform=low, color="#888888", fontsize=9)
         if not any(math.isfinite(hour) for piece in found for hour in piece.hours):
             middle = by_hours.transAxes
-            by_hours.text(0.5, 0.5, "no GPU-hours logged", ha="center", transform=middle, color="#888888")
+            by_hours.text(0.5, 0.5, f"no {hours_text} logged", ha="center", transform=middle, color="#888888")
         last = number == len(drawn) - 1
         course = [value for piece in found for value in _smooth(piece.values)]
         by_step.xaxis.get_major_locator().set_params(integer=True)
         _finish_axes(by_step, "step of the schedule" if last else "", loss, course)
-        _finish_axes(by_hours, "GPU-hours" if last else "", "", course)
+        _finish_axes(by_hours, hours_text if last else "", "", course)
     figure.align_ylabels(grid[:, 0])
     if schedules:
         handles = [Line2D([], [], linewidth=1.8, **looks[schedule]) for schedule in schedules]

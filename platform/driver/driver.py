@@ -176,14 +176,16 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
 
 
 def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
-    """Tells the tracking of every device-hour, also of those since the last logged step: its segment what the metrics
-    of its steps began, the schedule a point an attempt, and the ledger itself."""
+    """Tells the tracking of every device-hour, also of those since the last logged step: the last segment of its own,
+    the schedule of all, each at its last step; and the ledger itself."""
     ledger = Ledger(run.ledger_path)
     summary, attempts = ledger.summary(run.config.budget_gpu_hours), ledger.attempts()
     if attempts:
-        if attempts[-1].segment in [segment.name for segment in run.segments()]:
-            tracker.log(summary.metrics(), None, attempts[-1].segment)
-        tracker.log(summary.metrics(), summary.attempts)
+        for segment in run.segments():
+            if segment.name == attempts[-1].segment:
+                reached = max(one.last for one in attempts if one.segment == segment.name)
+                tracker.log(ledger.segment_summary(segment.name).metrics(), reached, segment.name, last=True)
+                tracker.log(summary.metrics(), run.step_in_schedule(segment, reached), last=True)
         tracker.artifact(run.ledger_path)
     return summary
 

@@ -36,6 +36,7 @@ from domainshuttle.platform.run.weights_digest import sizes_digest
 from domainshuttle.platform.run.workers import attempts
 from domainshuttle.platform.tracking.mlflow import Tracker
 from domainshuttle.platform.tracking.outbox import tag_segment
+from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS
 
 Outcome = Literal["finished", "stopped", "budget spent"]
 
@@ -189,7 +190,8 @@ class Schedule:
         if segment.name in self._opened:
             return
         self._opened.add(segment.name)
-        self._tracker.open_segment(segment.name, params=dataclasses.asdict(SegmentParams.of(segment)))
+        params = dataclasses.asdict(SegmentParams.of(segment))
+        self._tracker.open_segment(segment.name, params=params, tags={HOURS_TAG: OWN_HOURS})
         for corpus, source, index_digest, samples in make_feed(self._config, segment).corpora():
             for run in (segment.name, None):  # the schedule's run has the data of all segments
                 self._tracker.log_dataset(corpus, index_digest, source, samples, run)

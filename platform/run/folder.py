@@ -207,6 +207,26 @@ class Run:
                 return segment
         raise ConfigError(f"run {self.config.name!r} has no stage {name!r}; it has {[s.name for s in self.segments()]}")
 
+    def step_in_schedule(self, segment: Segment, step: int) -> int:
+        """The schedule's own step: that of the segment, after the steps that the segments before it have."""
+        before = (one for one in self.segments() if one.number < segment.number)
+        return step + sum(one.last_step for one in before if one.finished or one.stage.duration.steps is not None)
+
+    def reached_before(self, segment: str) -> int:
+        """Steps of a segment that earlier attempts began, as far as rank 0's newest lines of samples tell."""
+        path = self.consumed_path(segment, 0)
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+                lines = file.read().splitlines()
+        except OSError:
+            return 0
+        reached = 0
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the first of the tail, or one torn by a kill
+                reached = max(reached, int(json.loads(line)["step"]) + 1)
+        return reached
+
     def choose(self, stage: str | None) -> list[Segment]:
         """The segments of one stage, or the one of that name; None: all. Raises ConfigError for a name of neither."""
         if stage is None:
@@ -323,6 +343,8 @@ def _moved(config: RunConfig, folder: Path) -> RunConfig:
 
 
 _SQLITE = "sqlite:///"
+_TAIL_BYTES = 1 << 18
+"""Of a file of samples: the lines of many steps."""
 
 
 class ProgressFile:

@@ -236,6 +236,15 @@ class Ledger:
         self._read()
         return LedgerSummary(sum(self._hours.values()), **self._hours, attempts=self._attempts, budget=budget_gpu_hours)
 
+    def segment_summary(self, segment: str) -> LedgerSummary:
+        """The account of the attempts at one segment. What a checkpoint's snapshot told of it, without parts, is
+        `other`."""
+        mine = [one for one in self.attempts() if one.segment == segment]
+        hours = {key: sum(one.hours[key] for one in mine) for key in CATEGORIES}
+        used = self.segment_hours(segment)
+        hours["other"] += max(0.0, used - sum(hours.values()))
+        return LedgerSummary(sum(hours.values()), **hours, attempts=len(mine))
+
     def segment_hours(self, segment: str) -> float:
         """Device-hours that the attempts at a segment used, whatever for."""
         self._read()

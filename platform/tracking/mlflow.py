@@ -222,7 +222,7 @@ class _Sender:
                     if offset == state["offset"]:
                         self._failing = False
                         return True
-                    self._send(state["run_id"], events, state["last_step"])
+                    self._send(state["run_id"], events, state["last_step"], state)
                     self.journal.set_bookmark({**state, "offset": offset})
             except Exception as error:  # whatever a store raises, training goes on and the events stay on disk
                 self._run_id = None  # it may have been deleted: look for it again
@@ -276,10 +276,17 @@ class _Sender:
         if self._run_id is None:
             with self._alone():
                 self._run_id = self._open_runs()
-        if state.get("run_id") == self._run_id:
-            return state
+        parent = self.ids.parent
+        if state.get("run_id") == self._run_id and state.get("parent", parent) == parent:
+            return {**state, "parent": parent}
         latest = self.client.get_run(self._run_id).data.to_proto().metrics
-        return {"run_id": self._run_id, "offset": 0, "last_step": {metric.key: metric.step for metric in latest}}
+        last_step = {metric.key: metric.step for metric in latest}
+        # the schedule's points are sent with the segment's; a schedule's run that is new has none of them
+        shown = self.client.get_run(parent).data.metrics if parent and state.get("parent", parent) == parent else {}
+        has_some = last_training_step(dict.fromkeys(shown, 0)) is not None
+        sent = last_training_step(last_step) if has_some else None
+        sent = -1 if sent is None else sent
+        return {"run_id": self._run_id, "parent": parent, "offset": 0, "last_step": last_step, "schedule": sent}
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -344,14 +351,22 @@ class _Sender:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _send(self, run_id: str, events: Sequence[Mapping[str, Any]], last_step: dict[str, int]) -> None:
-        """Sends events in their order; `last_step`, the highest step sent of each metric, grows with them."""
+    def _send(
+        self, run_id: str, events: Sequence[Mapping[str, Any]], last_step: dict[str, int], state: dict[str, Any]
+    ) -> None:
+        """Sends events in their order; `last_step`, the highest step sent of each metric, grows with them, and so does
+        the step of the segment in `state` at which the schedule's run got its last point."""
         batch: list[Any] = []
+        of_schedule: list[Any] = []
         states = [number for number, event in enumerate(events) if event.get("kind") == "status"]
         for number, event in enumerate([*events, None]):
             if event is not None and event.get("kind") == "metrics":
                 self._attempt(run_id, partial(_add_points, batch, event, last_step))
+                self._attempt(run_id, partial(_add_schedule_points, of_schedule, event, state))
                 continue
+            for first in range(0, len(of_schedule) if self.ids.parent else 0, _BATCH_METRICS):
+                self._log_points(str(self.ids.parent), of_schedule[first : first + _BATCH_METRICS])
+            of_schedule.clear()
             for first in range(0, len(batch), _BATCH_METRICS):
                 self._log_points(run_id, batch[first : first + _BATCH_METRICS])
             batch.clear()
@@ -403,7 +418,8 @@ class _Sender:
             dataset = Dataset(event["name"], event["digest"], "local", source, profile=rows)
             self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         elif kind == "resume":
-            reached = last_training_step(last_step) or 0
+            # the last logged step, or one after it that the workers had begun
+            reached = max(last_training_step(last_step) or 0, int(event.get("reached", 0)))
             if reached > event["step"]:
                 again = f"steps {event['step'] + 1} to {reached} are computed again, the points are the first ones"
                 self._set_tags(run_id, {f"resumed.{event['step']}": again})
@@ -487,10 +503,21 @@ def _add_points(batch: list[Any], event: Mapping[str, Any], last_step: dict[str,
     from mlflow.entities import Metric
 
     for key, value in event["values"].items():
-        step = last_step.get(key, -1) + 1 if event["step"] is None else event["step"]
-        if step > last_step.get(key, -1):
+        last = last_step.get(key, -1)
+        step = last + 1 if event["step"] is None else max(last, event["step"]) if event.get("last") else event["step"]
+        if step > last or event.get("last"):
             batch.append(Metric(key, float(value), int(event["time"]), int(step)))
             last_step[key] = step
+
+
+def _add_schedule_points(batch: list[Any], event: Mapping[str, Any], state: dict[str, Any]) -> None:
+    """Adds what an event has for the schedule's run, where it is of a step that no event before was of."""
+    from mlflow.entities import Metric
+
+    if "schedule" in event and event["step"] > state.get("schedule", -1):
+        step, values = event["schedule"]["step"], event["schedule"]["values"]
+        batch += [Metric(key, float(value), int(event["time"]), int(step)) for key, value in values.items()]
+        state["schedule"] = event["step"]
 
 
 _HURRY = 60.0
@@ -540,9 +567,14 @@ class Tracker:
         """Records a dataset of `rows` samples as an input; MLflow keeps 36 characters of its index's digest."""
         return self._put(segment, new_event("input", name=name, digest=digest[:36], path=mask_secrets(path), rows=rows))
 
-    def log(self, metrics: Mapping[str, float], step: int | None = 0, segment: str | None = None) -> bool:
-        """Logs what the driver measures, such as an evaluation; `step` None: after the last of each metric."""
-        return self._put(segment, metrics_event(step, metrics))
+    def log(
+        self, metrics: Mapping[str, float], step: int | None = 0, segment: str | None = None, last: bool = False
+    ) -> bool:
+        """Logs what the driver measures, such as an evaluation; `step` None: after the last of each metric.
+
+        `last`: the value is newer than that at the last step of each metric, and is logged there.
+        """
+        return self._put(segment, metrics_event(step, metrics, last=last))
 
     def fail(self, error: BaseException | str, segment: str | None = None) -> bool:
         """Marks the schedule's run, and the segment's, as FAILED with the error as the tag `error`.
@@ -600,14 +632,16 @@ class MetricLogger(BackgroundLog):
         start_step: int | None = None,
         send_every: float = 2.0,
         system_every: float | None = None,
+        reached: int = 0,
     ) -> None:
-        """`start_step` is the step that was restored, if one was; `system_every` None means no system metrics.
+        """`start_step` is the step that was restored, if one was; `reached` says how many steps the workers had begun
+        before, logged or not; `system_every` None means no system metrics.
 
         Both intervals are in seconds. Raises OSError when `spool` can not be made.
         """
         self._sender = _Sender(ids, Path(spool), segment)
         sender = self._sender
-        super().__init__(sender.journal, sender.drain, sender.upload, start_step, send_every, system_every)
+        super().__init__(sender.journal, sender.drain, sender.upload, start_step, send_every, system_every, reached)
 
 
 def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:

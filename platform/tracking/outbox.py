@@ -125,10 +125,24 @@ def clean(key: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", key)[:250]
 
 
-def metrics_event(step: int | None, values: Mapping[str, float]) -> dict[str, Any]:
-    """`step` None stands for the one after the last of each metric."""
+SchedulePoint = tuple[int, Mapping[str, float]]
+"""A step of the whole schedule, and what its run shows there."""
+
+
+def metrics_event(
+    step: int | None, values: Mapping[str, float], schedule: SchedulePoint | None = None, last: bool = False
+) -> dict[str, Any]:
+    """`step` None stands for the one after the last of each metric. `schedule` is what the schedule's run gets beside
+    it. `last`: newer values at the last step of each metric, where that is beyond `step`."""
     step = None if step is None else int(step)
-    return new_event("metrics", step=step, values={clean(key): float(value) for key, value in values.items()})
+    more: dict[str, Any] = {"last": True} if last else {}
+    if schedule is not None:
+        more["schedule"] = {"step": int(schedule[0]), "values": _floats(schedule[1])}
+    return new_event("metrics", step=step, values=_floats(values), **more)
+
+
+def _floats(values: Mapping[str, float]) -> dict[str, float]:
+    return {clean(key): float(value) for key, value in values.items()}
 
 
 def artifact_event(path: Path | str, to: str | None, spool: Path) -> dict[str, Any]:
@@ -162,9 +176,10 @@ class BackgroundLog:
         start_step: int | None,
         send_every: float,
         system_every: float | None,
+        reached: int = 0,
     ) -> None:
         """`drain` sends what is in the journal until the given time.monotonic(), True when all is sent; `upload` does
-        the same with the artifacts that `drain` has come to."""
+        the same with the artifacts that `drain` has come to. `reached`: steps that the workers had begun before."""
         self._journal, self._drain, self._upload = journal, drain, upload
         self._uploads, self._uploader = uploads_journal(journal), threading.Thread()
         self._writer = JournalWriter(journal, sync=False)
@@ -172,16 +187,18 @@ class BackgroundLog:
         self._closing, self._deadline = threading.Event(), float("inf")
         self._writer.put(status_event("RUNNING", parent=True))
         if start_step is not None:
-            self._writer.put(new_event("resume", step=start_step))
+            self._writer.put(new_event("resume", step=start_step, reached=reached))
         self._thread = threading.Thread(target=self._deliver, name="tracking", daemon=True)
         self._thread.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs numbers at a step of the segment, in some microseconds (but a GPU's tensor would make it wait).
+    def log(self, step: int, metrics: Mapping[str, float], schedule: SchedulePoint | None = None) -> None:
+        """Logs numbers at a step of the segment, and of the schedule, in some microseconds.
+
+        A GPU's tensor would make it wait.
 
         Raises TypeError or ValueError for what is not a number.
         """
-        self._writer.put(metrics_event(step, metrics))
+        self._writer.put(metrics_event(step, metrics, schedule))
 
     def tag(self, tags: Mapping[str, Any]) -> None:
         """Sets tags of the segment's run."""

@@ -33,7 +33,10 @@ class ServerAwayError(TrackingError, ConnectionError):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as the server has it, a segment's by the segment's name: times in seconds since 1970, the last value and the last step of each metric."""
+    """A run as the server has it: times in seconds since 1970, the last value and the last step of each metric.
+
+    A segment's run has the segment's name here, without the schedule's before it.
+    """
 
     id: str
     parent: str | None

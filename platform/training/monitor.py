@@ -88,6 +88,8 @@ class Monitor:
         self.run, self.segment, self.first_step, self.number = run, segment, start.first_step, start.attempt
         self._preempted_nodes, self._nodes, self._asked = preempted_nodes, tuple[str, ...](), time.monotonic()
         self._budget_read, self._stop = 0.0, Stop.NO
+        self._ending = False
+        """Whether all ranks end after this step: what is not logged yet then is."""
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
         hangs = run.hang_path(segment.name, dist.get_rank())
@@ -97,6 +99,7 @@ class Monitor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
         self._utilization: Utilization | None = None
+        reached = run.reached_before(segment.name) if self.main else 0
         self._consumed = _journal(run.consumed_path(segment.name, self.rank))
         self._dropped_lines = cache(lambda: _journal(run.dropped_path(segment.name, self.rank)))
         self._failed_lines = cache(lambda: _journal(run.failed_checkpoints_path))
@@ -132,6 +135,7 @@ class Monitor:
                 run.spool,
                 start_step=self.done,
                 system_every=15.0,
+                reached=reached,
             )
             self._write_progress(self.done, "training")
 
@@ -220,6 +224,7 @@ class Monitor:
             self._nodes = tuple(self._preempted_nodes())
             if self._nodes and not reason:
                 reason = Stop.PREEMPTED
+        self._ending = bool(reason)
         return Agreement(total / count if count else float("nan"), Stop(int(reason)))
 
     def mean_loss(self, loss: LossOutput) -> float:
@@ -274,7 +279,7 @@ class Monitor:
         self._steps += 1
         self._keys = []
         self.losses.keep()  # nothing, where it was dropped
-        if (step + 1) % self._due and step + 1 != self.segment.stage.duration.planned_steps:
+        if (step + 1) % self._due and step + 1 != self.segment.stage.duration.planned_steps and not self._ending:
             return
         metrics = self.losses.reduce()
         seconds = self._interval.take()
@@ -302,10 +307,14 @@ class Monitor:
         if self.attempt and self.logger:
             self._tell(self.attempt).progress(step + 1, every=10.0)
             summary = self.ledger.summary(self.run.config.budget_gpu_hours)
-            hours, unwritten = summary.metrics(), self.attempt.unwritten()
+            hours, mine = summary.metrics(), self.ledger.segment_summary(self.segment.name).metrics()
+            unwritten = self.attempt.unwritten()
             for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
                 hours[f"gpu_hours/{name}"] += value
-            self.logger.log(step + 1, {**self.last, **hours})
+                mine[f"gpu_hours/{name}"] += value
+            of_schedule = {name: value for name, value in self.last.items() if name in _OF_SCHEDULE}
+            at = self.run.step_in_schedule(self.segment, step + 1)
+            self.logger.log(step + 1, {**self.last, **mine}, (at, {**of_schedule, **hours}))
         logger.info(
             "%s step %d: loss %.5f, gradient norm %.3g, learning rate %.3g, %s",
             self.segment.name,
@@ -440,6 +449,12 @@ def _journal(path: Path) -> JournalWriter:
 
 _DOING = {"productive": "computing", "waiting": "waiting for data"}
 """What a worker does while its time goes to a category of the ledger."""
+
+_OF_SCHEDULE = (
+    "loss", "loss/flow", "loss/cross_pair", "grad_norm", "learning_rate", "samples/s", "tokens/s/device", "mfu",
+    "step_seconds", "data_wait_fraction", "checkpoint_stall_seconds",
+)  # fmt: skip
+"""What the schedule's run shows too, on the schedule's own step."""
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""

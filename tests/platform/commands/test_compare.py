@@ -17,6 +17,7 @@ from rich.console import Console
 from domainshuttle.platform.commands import compare, compare_page, curves
 from domainshuttle.platform.report.text import visible
 from domainshuttle.platform.tracking.mlflow import PARENT_TAG, MetricLogger, connect, open_schedule
+from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS
 
 
 def train(uri: str, experiment: str, name: str, folder: Path, cross_pair: bool, lr: float, scale: float) -> None:
@@ -369,3 +370,23 @@ def test_a_stage_that_only_some_runs_have_is_one_difference() -> None:
     assert compare.differing(folded) == ["corpora.a", "stages.base", "stages.s1.steps"]
     assert (folded[0]["stages.base"], folded[0]["corpora.a"]) == ("20 steps", "there")
     assert folded[1] == without
+
+
+def test_a_schedule_with_a_curve_of_its_own_counts_nothing_twice(uri: str, tmp_path: Path) -> None:
+    """Hours of a stage are its own, and those of workers without a GPU are no GPU-hours."""
+    params = {"cluster.gpus_per_worker": 0}
+    tracker = open_schedule(uri, "curve", "run", params, {}, tmp_path / "spool")
+    for segment, offset, steps in (("s1", 0, 4), ("s2", 4, 6)):
+        tracker.open_segment(segment, tags={HOURS_TAG: OWN_HOURS})
+        logger = MetricLogger(tracker.ids, segment, tmp_path / "spool")
+        for step in range(1, steps + 1):
+            values = {"loss": float(step), "learning_rate": 0.1}
+            point = (offset + step, {**values, "gpu_hours/used": float(offset + step)})
+            logger.log(step, {**values, "gpu_hours/used": float(step)}, point)
+        assert logger.finish()
+    assert tracker.finish()
+    rows = compare.compare(uri, ["curve"])
+    assert [(row.values["steps"], row.values["device-hours"]) for row in rows] == [("10", "10"), ("4", "4"), ("6", "6")]
+    first, second = curves.pieces(uri, rows, "loss")
+    assert (list(first.steps), list(second.steps)) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert (list(first.hours), list(second.hours)) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10])

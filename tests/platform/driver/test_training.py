@@ -28,7 +28,7 @@ from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import audit_samples
-from domainshuttle.platform.tracking.queries import read_runs
+from domainshuttle.platform.tracking.queries import read_history, read_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -58,9 +58,12 @@ def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tupl
     ):
         assert metric in stage2.metrics, f"{metric} is not among {sorted(stage2.metrics)}"
     # also of what came after the last step, such as the export
-    used = Ledger(Run(config).ledger_path).summary().used
-    for record in (stage2, parents[0]):
-        assert record.metrics["gpu_hours/used"] == pytest.approx(used, rel=1e-6)
+    ledger = Ledger(Run(config).ledger_path)
+    assert parents[0].metrics["gpu_hours/used"] == pytest.approx(ledger.summary().used, rel=1e-6)
+    assert stage2.metrics["gpu_hours/used"] == pytest.approx(ledger.segment_hours("stage2"), rel=1e-6)
+    # the schedule's own curve, stage after stage
+    curve = read_history(config.tracking_uri, parents[0].id, "loss")
+    assert curve == [*losses(config, "stage1"), *((4 + step, loss) for step, loss in losses(config, "stage2"))]
 
 
 def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig, str]) -> None:

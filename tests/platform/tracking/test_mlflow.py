@@ -159,6 +159,39 @@ def test_a_stage_that_other_workers_were_to_go_on_with_has_the_schedules_end(sto
         assert {run.status for run in records.read_runs(store, [f"left-{number}"])} == {state}
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_the_schedules_run_has_each_steps_curve_once_whenever_it_is_sent(
+    late: bool, store: str, tmp_path: Path, refused: str
+) -> None:
+    """Also where the workers are started again, the spools come in another order, or the run was deleted."""
+    ids = RunIds(refused if late else store, f"curve-{late}", "a run")
+    for segment, offset, start, last, reached in (("s1", 0, 0, 6, 0), ("s2", 6, 0, 8, 0), ("s2", 6, 5, 10, 9)):
+        logger = MetricLogger(ids, segment, tmp_path / "spool", start, reached=reached)
+        for step in range(start + 1, last + 1):
+            logger.log(step, {"learning_rate": step}, (offset + step, {"learning_rate": step}))
+        assert logger.close() is not late
+    Tracker(ids, tmp_path / "spool", timeout=5).log({"learning_rate": 99.0}, 3, "s2", last=True)
+    ids = move(ids, store)
+    for segment in ("s2", "s1"):
+        assert tracking._Sender(ids, tmp_path / "spool", segment).drain()
+
+    def curve() -> list[tuple[int, float]]:
+        return records.read_history(store, ids.parent or "", "learning_rate")
+
+    whole = [(step, float(step)) for step in range(1, 7)] + [(6 + step, float(step)) for step in range(1, 11)]
+    assert curve() == whole
+    s2 = next(run for run in records.read_runs(store, [ids.experiment]) if run.name == "s2")
+    assert (s2.metrics["learning_rate"], s2.steps["learning_rate"]) == (99.0, 10)
+    # step 9 was begun and not logged
+    assert s2.tags["resumed.5"].startswith("steps 6 to 9 are computed again")
+
+    tracking.connect(store).delete_run(ids.parent or "")
+    assert flush_spool(ids, tmp_path / "spool") == 0
+    for segment in ("s1", "s2"):
+        Tracker(ids, tmp_path / "spool").tag({"again": 1}, segment)
+    assert curve() == whole
+
+
 @pytest.mark.parametrize("server", ["refused", "black_hole"])
 def test_a_dead_server_never_delays_and_gets_everything_later(
     server: str, store: str, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture

@@ -63,11 +63,13 @@ class Log:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.points: list[tuple[int, dict[str, float]]] = []
+        self.of_schedule: list[tuple[int, dict[str, float]]] = []
         self.files: list[tuple[Path, str]] = []
         self.ended: str | None = None
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float], schedule: tuple[int, dict[str, float]]) -> None:
         self.points.append((step, dict(metrics)))
+        self.of_schedule.append(schedule)
 
     def artifact(self, path: Path, to: str) -> None:
         self.files.append((path, to))
@@ -469,3 +471,44 @@ def test_a_stage_that_goes_on_is_not_ended(end: End, state: str, tmp_path: Path)
     kept.monitor.begin()
     kept.monitor.close(0, end)
     assert kept.log.ended == state
+
+
+def test_the_schedule_has_the_segments_curve_on_its_own_step_and_each_its_own_hours(tmp_path: Path) -> None:
+    clock = Clock()
+    run = Run.open(load_config("demo", [f"output={tmp_path}"]))
+    before = Ledger(run.ledger_path, clock).start(1, "stage1", 0)
+    clock.now += 100
+    before.add("productive", 100)
+    before.progress(400)
+    before.end("finished")
+    kept = Kept(tmp_path, clock, every=2)
+    kept.monitor.begin()
+    kept.step(5.0)
+    kept.step(5.0)
+    ((_, mine), (step, schedule)) = kept.log.points[0], kept.log.of_schedule[0]
+    assert step == sum(one.duration.planned_steps for one in run.config.stages if one.name != "stage2") + 2
+    assert schedule["learning_rate"] == mine["learning_rate"]
+    assert mine["gpu_hours/used"] * 3600 == pytest.approx(10, abs=0.01)
+    assert schedule["gpu_hours/used"] * 3600 == pytest.approx(110, abs=0.01)
+    kept.monitor.close(kept.done, End.STOPPED)
+
+
+def test_a_stop_between_two_logs_is_logged(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock(), every=10)
+    kept.monitor.begin()
+    for _ in range(3):
+        kept.step(1.0)
+    kept.run.stop_path.touch()
+    kept.monitor.agree()
+    kept.step(1.0)
+    assert [step for step, _ in kept.log.points] == [4]
+
+
+def test_what_was_reached_before_is_read_from_the_samples(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, Clock())
+    for step in range(57):
+        micro_batch(kept, step, ["a"])
+    kept.monitor.close(57, End.STOPPED)
+    with kept.run.consumed_path("stage2", 0).open("a") as file:
+        file.write('{"step": 99, "par')  # torn by a kill
+    assert (kept.run.reached_before("stage2"), kept.run.reached_before("stage1")) == (57, 0)
