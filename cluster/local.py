@@ -1,8 +1,10 @@
 """A Ray cluster to run on: the one of the job or address that is given, or one started on this machine."""
 
+import http.client
 import logging
 import os
 import socket
+import urllib.request
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +42,8 @@ class Connection:
         self.address = around if around and (_IN_JOB in os.environ or not address) else address
         self.needs, self.dashboard_port = needs, dashboard_port
         self.dashboard_url: str | None = None
+        self.open_warning: str | None = None
+        """What to tell people of a standing cluster that asks nobody for a token; None: it asks, or does not answer."""
 
     def __enter__(self) -> Self:
         quiet_ray()
@@ -64,6 +68,7 @@ class Connection:
         except Exception as error:  # Ray raises bare ones, such as for a node that did not come up in time
             raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
         self.dashboard_url = context.dashboard_url or None
+        self.open_warning = open_warning(self.dashboard_url) if self.address and self.dashboard_url else None
         if self.needs:
             try:
                 check_resources(ray.cluster_resources(), self.needs)
@@ -103,6 +108,28 @@ def check_reachable(address: str, timeout: float = 3.0) -> None:
     if host and port.isdigit():
         with socket.create_connection((host, int(port)), timeout):
             pass
+
+
+def open_warning(dashboard: str, timeout: float = 5.0) -> str | None:
+    """A warning where the cluster of a dashboard (`http://HOST:PORT`) answers somebody without a token.
+
+    None where it refuses him, or nobody answers. No token is sent for the question.
+    """
+    address = dashboard if "://" in dashboard else f"http://{dashboard}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{address.rstrip('/')}/api/version", timeout=timeout) as answer:
+            is_ray = b"ray_version" in answer.read(1 << 16)
+    except (OSError, ValueError, http.client.HTTPException):  # a refusal (401) is one too
+        return None
+    return _OPEN.format(address=address) if is_ray else None
+
+
+_OPEN = (
+    "Warning: the Ray cluster at {address} is open: it asks for no token, and whoever reaches it can run programs on "
+    "its machines. Secure it: ray get-auth-token --generate > /dev/null, copy ~/.ray/auth_token to every node, set "
+    "RAY_AUTH_MODE=token and start the cluster again"
+)
 
 
 def check_port(port: int) -> None:

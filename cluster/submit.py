@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from domainshuttle.cluster.local import ClusterError, quiet_ray
+from domainshuttle.cluster.local import ClusterError, open_warning, quiet_ray
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Job:
 
     id: str
     client: Any
+    by_token: bool = False
+    """Whether the client was told to send a token, which commands in the user's shell must be told too."""
 
     @property
     def address(self) -> str:
@@ -29,9 +32,24 @@ class Job:
         return str(self.client.get_address())
 
     def log_command(self) -> str:
-        """The command that follows its log; Ray's own would prefer an address of the environment."""
-        hidden = " ".join(f"-u {name}" for name in _ADDRESSES if os.environ.get(name))
-        return f"{f'env {hidden} ' if hidden else ''}ray job logs --address {self.address} --follow {self.id}"
+        """The command that follows its log, as it can be typed in this shell."""
+        return self._command("logs", f"--follow {self.id}")
+
+    def stop_command(self) -> str:
+        """The command that asks it for a checkpoint and ends it."""
+        return self._command("stop", self.id)
+
+    def _command(self, verb: str, rest: str) -> str:
+        """A command of `ray job`, which would prefer an address of the environment and send no token unasked."""
+        changes = [f"-u {name}" for name in _ADDRESSES if os.environ.get(name)]
+        if self.by_token:
+            changes.append("RAY_AUTH_MODE=token")
+        around = f"env {' '.join(changes)} " if changes else ""
+        return f"{around}ray job {verb} --address {shlex.quote(self.address)} {rest}"
+
+    def open_warning(self) -> str | None:
+        """What to tell people where its cluster asks nobody for a token."""
+        return open_warning(self.address)
 
     def follow(self) -> Iterator[str]:
         """The job's log as it is written, until the job ends; a connection that breaks is made again.
@@ -107,7 +125,7 @@ def submit_training(
     if address is None and not any(os.environ.get(name) for name in _ADDRESSES):
         address = _HERE
     named = address or " or ".join(f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name))
-    with tempfile.TemporaryDirectory() as folder, _token_mode():
+    with tempfile.TemporaryDirectory() as folder, _token_mode() as by_token:
         # imported here, since Ray takes its mode when it is imported
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
@@ -116,7 +134,9 @@ def submit_training(
         try:
             with _without_addresses() if address else contextlib.nullcontext():
                 client = JobSubmissionClient(_with_scheme(address) if address else None)
-            job = client.submit_job(
+            job = _submit(
+                client,
+                name,
                 entrypoint=shlex.join(["domainshuttle", "train", "run.yaml", *options]),
                 # without it Ray kills a job three seconds after it asked it to stop
                 runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds)}},
@@ -125,7 +145,28 @@ def submit_training(
         # a bare one for an address that is none
         except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
             raise ClusterError(f"the job was not taken by {named}: {_remedy(str(error))}") from error
-    return Job(job, client)
+    return Job(job, client, by_token)
+
+
+def _submit(client: Any, name: str, **job: Any) -> str:
+    """Submits a job as `NAME-1`, or with the first number that no job of the cluster has; returns its id.
+
+    Ray remembers an id for good, so one that it refuses as taken is followed by the next.
+    """
+    numbers = [int(found[1]) for one in client.list_jobs()
+               if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))]  # fmt: skip
+    number = max(numbers, default=0) + 1
+    while True:
+        try:
+            return str(client.submit_job(submission_id=f"{name}-{number}", **job))
+        except RuntimeError as error:
+            if "already exists" not in str(error) or number > max(numbers, default=0) + _MOST_TAKEN:
+                raise
+            number += 1
+
+
+_MOST_TAKEN = 100
+"""Ids of removed jobs that are tried one after the other."""
 
 
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -149,8 +190,8 @@ def _with_scheme(address: str) -> str:
 
 
 @contextlib.contextmanager
-def _token_mode() -> Iterator[None]:
-    """Sends the token that there is: without the mode a client that has one still sends none.
+def _token_mode() -> Iterator[bool]:
+    """Sends the token that there is: without the mode a client that has one still sends none. Yields whether it set it.
 
     The mode is taken back, since a Ray cluster that is started with it, by a process that began without, refuses it.
     """
@@ -158,7 +199,7 @@ def _token_mode() -> Iterator[None]:
     if wanted:
         os.environ["RAY_AUTH_MODE"] = "token"
     try:
-        yield
+        yield wanted
     finally:
         if wanted:
             del os.environ["RAY_AUTH_MODE"]

@@ -30,6 +30,25 @@ app = typer.Typer(
         "by Ctrl-C."
     ),
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"domainshuttle {version('domainshuttle')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
 
@@ -206,12 +225,17 @@ def submit(
 ) -> None:  # fmt: skip
     """Submit a training run to a Ray cluster, as `ray job submit -- domainshuttle train CONFIG` would."""
     from domainshuttle.cluster.submit import submit_training
-    from domainshuttle.platform.console import console
+    from domainshuttle.platform.console import console, errors
+    from domainshuttle.platform.report.text import Advice, Prose
 
     settings = _load(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
     job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.grace_seconds))
-    console.print(f"Submitted job [bold]{job.id}[/] to {job.address}. Follow it with: {job.log_command()}")
+    if warning := job.open_warning():
+        errors.print(Prose(warning))
+    console.print(Prose(f"Submitted job {job.id} to {job.address}."))
+    console.print(Advice("Follow it:", job.log_command()))
+    console.print(Advice("Stop it, with a checkpoint:", job.stop_command()))
     if wait:
         for text in job.follow():
             sys.stdout.write(text)

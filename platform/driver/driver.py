@@ -249,7 +249,7 @@ def _git_commit() -> str:
 def _show_progress(run: Run, show: object) -> None:
     """Moves the bar to where rank 0 says the segment is."""
     if state := run.read_progress():
-        show(state["step"], state["steps"], f"{state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
+        show(state["step"], state["steps"], f"of {state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
 
 
 def _figures(state: Mapping[str, Any]) -> str:

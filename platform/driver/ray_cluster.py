@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from domainshuttle.cluster.local import Connection, Resources
 from domainshuttle.platform.config.schema import CorporaConfig, RunConfig
+from domainshuttle.platform.console import errors
+from domainshuttle.platform.report.text import Prose
 
 
 @contextlib.contextmanager
@@ -19,7 +21,10 @@ def connected(
     remedy = "Add nodes, or ask for less: --set cluster.workers=1, or --set cluster.cpus_per_worker=0.5"
     with ThreadPoolExecutor(1, "meanwhile") as pool:
         work = pool.submit(meanwhile) if meanwhile else None
-        with Connection(config.cluster.address, Resources(cpus, gpus, remedy), config.cluster.dashboard_port):
+        cluster = Connection(config.cluster.address, Resources(cpus, gpus, remedy), config.cluster.dashboard_port)
+        with cluster:
+            if cluster.open_warning:
+                errors.print(Prose(cluster.open_warning))
             if work is not None:
                 work.result()
             yield

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import ClientPayloadError
 
 from domainshuttle.cluster import submit
-from domainshuttle.cluster.local import ClusterError, Connection
+from domainshuttle.cluster.local import ClusterError, Connection, open_warning
 from domainshuttle.cluster.submit import Job
 
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -88,6 +88,50 @@ def test_the_command_that_follows_a_job_goes_to_its_cluster(monkeypatch: pytest.
     assert job.log_command() == "ray job logs --address http://host:8265 --follow job-1"
     monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
     assert job.log_command() == "env -u RAY_ADDRESS ray job logs --address http://host:8265 --follow job-1"
+    # a client that was told to send its token says so to the next command, whose shell does not
+    job = Job("x-1", Client(), by_token=True)
+    assert job.log_command() == (
+        "env -u RAY_ADDRESS RAY_AUTH_MODE=token ray job logs --address http://host:8265 --follow x-1"
+    )
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert job.stop_command() == "env RAY_AUTH_MODE=token ray job stop --address http://host:8265 x-1"
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "warned"),
+    [(200, b'{"ray_version": "2.60.0"}', True), (401, b"", False), (200, b"<html>another server</html>", False)],
+)
+def test_a_cluster_that_answers_without_a_token_is_warned_about(
+    code: int, body: bytes, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, [name.lower() for name in self.headers]))
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # no proxy stands before a cluster
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        found = open_warning(f"127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+    assert (found is not None) == warned
+    if found is not None:
+        assert f"http://127.0.0.1:{server.server_port} is open" in found and "ray get-auth-token --generate" in found
+    ((path, headers),) = asked
+    assert path == "/api/version"
+    assert not {"authorization", "x-ray-authorization"} & set(headers)
+
+
+def test_a_cluster_that_does_not_answer_is_not_called_open() -> None:
+    assert open_warning("http://127.0.0.1:1") is None
 
 
 def test_a_given_cluster_is_used_unless_a_job_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Run: python -m pytest tests/platform/test_cli.py
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -26,6 +27,13 @@ def test_every_verb_explains_itself(verb: list[str]) -> None:
         [sys.executable, "-m", "domainshuttle.platform.cli", *verb], capture_output=True, text=True, check=True
     )
     assert "Usage" in run.stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "domainshuttle.platform.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == f"domainshuttle {version('domainshuttle')}"
 
 
 def test_a_mistake_ends_with_one_message_and_code_2() -> None:
