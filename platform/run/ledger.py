@@ -239,10 +239,17 @@ class Ledger:
     def segment_summary(self, segment: str) -> LedgerSummary:
         """The account of the attempts at one segment. What a checkpoint's snapshot told of it, without parts, is
         `other`."""
-        mine = [one for one in self.attempts() if one.segment == segment]
+        self._read()
+        return self._segment_summary(segment)
+
+    def summaries(self, segment: str, budget_gpu_hours: float | None = None) -> tuple[LedgerSummary, LedgerSummary]:
+        """The account of all lines and that of one segment, both of the same lines: others come at any moment."""
+        return self.summary(budget_gpu_hours), self._segment_summary(segment)
+
+    def _segment_summary(self, segment: str) -> LedgerSummary:
+        mine = [one for one in self._records.values() if one.segment == segment]
         hours = {key: sum(one.hours[key] for one in mine) for key in CATEGORIES}
-        used = self.segment_hours(segment)
-        hours["other"] += max(0.0, used - sum(hours.values()))
+        hours["other"] += max(0.0, self._by_segment.get(segment, 0.0) - sum(hours.values()))
         return LedgerSummary(sum(hours.values()), **hours, attempts=len(mine))
 
     def segment_hours(self, segment: str) -> float:

@@ -306,9 +306,8 @@ class Monitor:
         }
         if self.attempt and self.logger:
             self._tell(self.attempt).progress(step + 1, every=10.0)
-            summary = self.ledger.summary(self.run.config.budget_gpu_hours)
-            hours, mine = summary.metrics(), self.ledger.segment_summary(self.segment.name).metrics()
-            unwritten = self.attempt.unwritten()
+            whole, own = self.ledger.summaries(self.segment.name, self.run.config.budget_gpu_hours)
+            hours, mine, unwritten = whole.metrics(), own.metrics(), self.attempt.unwritten()
             for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
                 hours[f"gpu_hours/{name}"] += value
                 mine[f"gpu_hours/{name}"] += value
