@@ -6,7 +6,6 @@ bytes that it would have had without the stop.
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from domainshuttle.pipelines.corpora.registry import CorpusConfig, make_source
 from domainshuttle.pipelines.corpora.source import LeftOut, Notes
 from domainshuttle.pipelines.corpora.survey import Rows, Survey, check_forms, open_survey
 from domainshuttle.pipelines.errors import DataError, StorageError
-from domainshuttle.pipelines.index.parts import WORK_NAME, Parts
+from domainshuttle.pipelines.index.parts import REPORT_NAME, WORK_NAME, Parts
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
@@ -27,7 +26,6 @@ from domainshuttle.pipelines.sample import safe_key
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.pipelines.storage.files import write_bytes
 
-REPORT_NAME = "report.json"
 _RECIPE_VERSION = 1
 """Of what builders make of the same configuration and files; a change makes all corpora anew."""
 
@@ -85,7 +83,7 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
         raise DataError(
             f"{job.corpus}, part {part}: {came} of {len(rows)} records came: the source changed; build again"
         )
-    write_bytes(_notes_path(parts, part), json.dumps(notes.counts).encode())
+    parts.note(part, notes.counts)
     return parts.finish(part, [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries], bad, job.metadata)
 
 
@@ -149,7 +147,7 @@ def build_corpus(
         "not_drawn": found - len(rows),
         "samples": len(rows) - bad,
         "in_quarantine": bad,
-        "notes": dict(_all_notes(parts).most_common()),
+        "notes": dict(parts.notes().most_common()),
         "examples": tally.examples,
         "digest": metadata.digest,
     }
@@ -179,14 +177,3 @@ def _died(what: str, error: Exception) -> StorageError:
         f"{what}: its worker died each time it was tried: {error}. The node's memory may be too small; what is "
         "finished stays: run the command again"
     )
-
-
-def _notes_path(parts: Parts, part: int) -> Path:
-    return parts.folder / WORK_NAME / f"{parts.prefix(part)}.notes.json"
-
-
-def _all_notes(parts: Parts) -> Counter[str]:
-    whole: Counter[str] = Counter()
-    for part in range(parts.count):
-        whole.update(json.loads(_notes_path(parts, part).read_text()))
-    return whole

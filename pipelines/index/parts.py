@@ -7,7 +7,7 @@ corpus's. So a job that was killed goes on where it was, and a corpus has an ind
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,12 +28,15 @@ from domainshuttle.pipelines.storage.files import write_bytes
 INDEX_NAME = "index.parquet"
 CONVERTED_NAME = "converted.jsonl"
 """Beside an encoded corpus's index: what was done to the pixels of which samples."""
+REPORT_NAME = "report.json"
+"""Beside an index: how its corpus came about, with settings and counts."""
 WORK_NAME = ".parts"
 """The folder, in a corpus's, of what is known of its parts."""
 EMPTY_CAPTION_NAME = "empty_caption.safetensors"
 """The text encoder's states of an empty caption, beside an encoded corpus's index."""
 
 
+_NOTES = "notes.json"
 _REPAIR = "Change what builds them (the corpus's `build` and `buckets`) and run the command again"
 
 
@@ -57,6 +60,21 @@ class Parts:
     def prefix(self, part: int) -> str:
         """The beginning of the names of a part's shards."""
         return f"part-{part:06d}"
+
+    def beside(self, part: int, name: str) -> Path:
+        """A file of a part's own, which goes when another recipe makes the parts."""
+        return self._work / f"{self.prefix(part)}.{name}"
+
+    def note(self, part: int, counts: Mapping[str, int]) -> None:
+        """Keeps what was done to a part's samples that one should know of: counted, by what."""
+        write_bytes(self.beside(part, _NOTES), json.dumps(dict(counts)).encode())
+
+    def notes(self) -> Counter[str]:
+        """The notes of all parts."""
+        whole: Counter[str] = Counter()
+        for part in range(self.count):
+            whole.update(json.loads(self.beside(part, _NOTES).read_text()))
+        return whole
 
     def begin(self) -> None:
         """Makes the folder, and clears it of parts that another recipe made."""
