@@ -112,7 +112,7 @@ class Step:
 
     make: Callable[..., Callable[[list[Work]], None]]
     arguments: tuple[Any, ...] = ()
-    pool: ActorPool = ActorPool()
+    pool: ActorPool = field(default_factory=ActorPool)
     parts_at_once: int = 1
 
 

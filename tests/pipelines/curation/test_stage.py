@@ -136,7 +136,7 @@ def test_a_step_that_forgets_its_file_and_one_that_can_not_begin(tmp_path: Path)
             named: Any = work.info.references[0].model_copy(update={"file": "ref7.jpg"})
             work.info = work.info.model_copy(update={"references": [named]})
 
-    with pytest.raises(DataError, match="s0: ref7.jpg is named, and no step made it"):
+    with pytest.raises(DataError, match=r"s0: ref7\.jpg is named, and no step made it"):
         run(raw, tmp_path / "out", [Step(lambda: forget, (), HALF)])
 
     class NoModel:
@@ -145,5 +145,5 @@ def test_a_step_that_forgets_its_file_and_one_that_can_not_begin(tmp_path: Path)
 
         def __call__(self, works: list[Work]) -> None: ...
 
-    with pytest.raises(DataError, match="^models/dino has no weights$"):
+    with pytest.raises(DataError, match=r"^models/dino has no weights$"):
         run(raw, tmp_path / "out", [Step(NoModel, (), HALF)])
