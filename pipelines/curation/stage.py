@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -288,7 +288,7 @@ def _passed(job: _Job, missing: Sequence[int], steps: Sequence[Step]) -> Iterabl
 
     # one block a part, so that any actor can take the next one
     rows = [[{"part": part, "passing": b"", "fault": b"", "done": 0}] for part in missing]
-    flow = ray.data.from_arrow([pa.Table.from_pylist(row, _PASSED) for row in rows])
+    flow: ray.data.Dataset = ray.data.from_arrow([pa.Table.from_pylist(row, _PASSED) for row in rows])
     for number, step in enumerate(steps):
         actors = min(step.pool.actors, len(missing))
         flow = flow.map_batches(
@@ -310,7 +310,7 @@ def _passed(job: _Job, missing: Sequence[int], steps: Sequence[Step]) -> Iterabl
         )
     try:
         for batch in flow.iter_batches(batch_size=1, batch_format="pyarrow"):
-            (result,) = batch.to_pylist()
+            (result,) = cast(pa.Table, batch).to_pylist()
             if result["fault"]:
                 raise pickle.loads(result["fault"])
             yield result["done"]
