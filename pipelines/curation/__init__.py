@@ -1,0 +1,1 @@
+"""What is made of a source before it is encoded: captions, domains and cross pairs."""

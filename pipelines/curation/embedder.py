@@ -1,0 +1,64 @@
+"""What pictures look like, as unit vectors whose products are similarities: DINOv2 for a subject's looks, CLIP for what
+it is.
+
+Pictures are laid on a white square first: the processors' own way, which cuts out the centre, loses heads and feet.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from domainshuttle.model.pictures import Pixels, fit_reference
+from domainshuttle.pipelines.curation.model_folders import check_model_folder, load_model
+from domainshuttle.pipelines.errors import DataError
+
+_AT_ONCE = 32
+
+Vectors = NDArray[np.float32]
+"""[n,d], each of length 1."""
+
+
+class Embedder:
+    """DINOv2 or CLIP from a local folder."""
+
+    def __init__(self, folder: str, role: Literal["dino", "clip"], device: str = "cpu") -> None:
+        import transformers
+
+        path = check_model_folder(folder, role)
+        kind: Any = transformers.BitImageProcessorPil if role == "dino" else transformers.CLIPImageProcessorPil
+        processor: Any = kind.from_pretrained(path, local_files_only=True)
+        size = processor.crop_size or processor.size
+        try:
+            self.side = int(size["height"])
+        except (KeyError, TypeError) as error:
+            raise DataError(f"models.{role} = {folder}: its processor names no size of its pictures") from error
+        self.processor, self.role, self.device = processor, role, device
+        self.model: Any = load_model(folder, role, device)
+
+    def vectors(self, pictures: Sequence[Pixels]) -> Vectors:
+        """[n,d] of n pictures [h,w,3]."""
+        found = [self._vectors(pictures[start : start + _AT_ONCE]) for start in range(0, len(pictures), _AT_ONCE)]
+        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+
+    @torch.inference_mode()
+    def _vectors(self, pictures: Sequence[Pixels]) -> Vectors:
+        outputs = self.model(pixel_values=self.prepared(pictures).to(self.device))
+        raw = outputs.last_hidden_state[:, 0] if self.role == "dino" else outputs.image_embeds
+        unit: Vectors = torch.nn.functional.normalize(raw.float(), dim=-1).cpu().numpy()
+        return unit
+
+    def prepared(self, pictures: Sequence[Pixels]) -> torch.Tensor:
+        """Pictures as the model takes them, [n,3,side,side]."""
+        squares = [_on_square(picture) for picture in pictures]
+        size = {"height": self.side, "width": self.side}
+        prepared = self.processor(squares, size=size, do_center_crop=False, return_tensors="pt")
+        values: torch.Tensor = prepared["pixel_values"]
+        return values
+
+
+def _on_square(picture: Pixels) -> Pixels:
+    side = max(picture.shape[:2])
+    return fit_reference(picture, side, side)

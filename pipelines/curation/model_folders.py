@@ -1,0 +1,132 @@
+"""Models of transformers in local folders: checked before they are loaded, loaded whole or not at all.
+
+`from_pretrained` fills weights that a folder lacks with random ones, and takes a folder of another model with no more
+than a warning. Here each is an error, as are weights that are pickles, which are never read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from domainshuttle.model.encoder_sources import files_digest
+from domainshuttle.pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ModelRole = Literal["detector", "segmenter", "dino", "clip"]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A class of transformers, the `model_type`s of the folders that it loads, and one to name as an example."""
+
+    name: str
+    types: tuple[str, ...]
+    example: str
+
+
+_MODELS: dict[ModelRole, _Model] = {
+    "detector": _Model("GroundingDinoForObjectDetection", ("grounding-dino",), "IDEA-Research/grounding-dino-tiny"),
+    # the released SAM2 says that it is a model of videos; its part for pictures is the same
+    "segmenter": _Model("Sam2Model", ("sam2", "sam2_video"), "facebook/sam2.1-hiera-large"),
+    "dino": _Model("Dinov2Model", ("dinov2",), "facebook/dinov2-base"),
+    "clip": _Model("CLIPVisionModelWithProjection", ("clip", "clip_vision_model"), "openai/clip-vit-base-patch32"),
+}
+_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt")
+
+
+def check_model_folder(folder: str, role: ModelRole) -> Path:
+    """The folder of a model, which has its configuration, weights and what it needs of a processor.
+
+    Raises DataError that says what is missing and how to get it.
+    """
+    model, path = _MODELS[role], Path(folder).expanduser()
+    named = f"models.{role} = {folder}"
+    download = f"download a whole one: hf download {model.example} --local-dir {folder}"
+    if not path.is_dir():
+        raise DataError(f"{named}: there is no such folder; {download}")
+    config = _json(path / "config.json", named, download)
+    found = config.get("model_type")
+    if found not in model.types:
+        raise DataError(
+            f"{named} is a folder of {found or 'a model that does not say its type'}, not of {model.name} "
+            f"({' or '.join(model.types)}): name another folder, such as that of {model.example}"
+        )
+    if not [*path.glob("*.safetensors")]:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        why = f"{pickles[0].name} is a pickle, which is not read" if pickles else "it has no *.safetensors"
+        raise DataError(f"{named} has no weights: {why}; {download}")
+    if not any((path / name).is_file() for name in _SETTINGS):
+        raise DataError(f"{named} has no {_SETTINGS[0]}, which says how pictures are prepared; {download}")
+    if role == "detector" and not any((path / name).is_file() for name in _TOKENIZERS):
+        raise DataError(f"{named} has no {_TOKENIZERS[0]}; {download}")
+    return path
+
+
+def model_digest(folder: str, role: ModelRole) -> str:
+    """A digest of the files that decide what a model gives. Raises DataError as `check_model_folder` does, and for
+    weights that are cut short."""
+    path = check_model_folder(folder, role)
+    names = {*path.glob("*.json"), *path.glob("vocab.txt"), *path.glob("*.safetensors")}
+    try:
+        return files_digest(sorted(path for path in names if not path.name.endswith(".index.json")))
+    except ValueError as error:
+        raise _unreadable(folder, role, error) from error
+
+
+def load_model(folder: str, role: ModelRole, device: str) -> "PreTrainedModel":
+    """A model for use alone, in float32. Raises DataError as `check_model_folder` does, and for weights that can't be
+    read or are not all there."""
+    import transformers
+
+    path = check_model_folder(folder, role)
+    kind: Any = getattr(transformers, _MODELS[role].name)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what of it matters is an error below
+    try:
+        model, info = kind.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype="float32"
+        )
+    except Exception as error:  # of transformers, safetensors and torch, each with types of its own
+        raise _unreadable(folder, role, error) from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise DataError(
+            f"models.{role} = {folder}: {len(missing)} weights of {_MODELS[role].name} are missing or of another "
+            f"shape, such as {missing[0]}; download it again"
+        )
+    loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+    return loaded
+
+
+def picture_settings(path: Path) -> dict[str, Any]:
+    """How a folder's processor prepares pictures. Raises DataError where it does not say."""
+    for name in _SETTINGS:
+        if (path / name).is_file():
+            content = _json(path / name, str(path), "download it again")
+            settings: dict[str, Any] = content.get("image_processor", content)
+            if "image_mean" in settings:
+                return settings
+    raise DataError(f"{path}: {_SETTINGS[0]} does not say how pictures are prepared; download it again")
+
+
+def _json(path: Path, named: str, download: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{named} has no {path.name}; {download}")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{named}: {path.name} is not JSON ({error}); {download}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{named}: {path.name} is no JSON object; {download}")
+    return content
+
+
+def _unreadable(folder: str, role: ModelRole, error: Exception) -> DataError:
+    text = " ".join(str(error).split())[:300]
+    return DataError(f"models.{role} = {folder} can't be loaded ({type(error).__name__}: {text}); download it again")
