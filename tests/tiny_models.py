@@ -9,7 +9,10 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-_WORDS = "person people man woman dog cat ball car grass area park road tree cup head human green grassy bread".split()
+_WORDS = [
+    "person", "people", "man", "woman", "dog", "cat", "ball", "car", "grass", "area", "park", "road", "tree", "cup",
+    "head", "human", "green", "grassy", "bread",
+]  # fmt: skip
 
 
 def _vocabulary() -> dict[str, int]:
@@ -72,8 +75,8 @@ def save_segmenter(folder: Path, seed: int = 0, side: int = 64) -> Path:
 
     torch.manual_seed(seed)
     backbone = Sam2HieraDetConfig(
-        hidden_size=8, image_size=[side, side], blocks_per_stage=[1, 1, 1, 1], embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 2, 4, 8], window_size_per_stage=[8, 4, 4, 2], global_attention_blocks=[2],
+        hidden_size=8, image_size=[side, side], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 2, 4, 8], window_size_per_stage=[8, 4, 4, 2], global_attention_blocks=[3],
         window_positional_embedding_background_size=[2, 2],
     )  # fmt: skip
     vision = Sam2VisionConfig(
@@ -118,7 +121,7 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={**small, "vocab_size": 64, "max_position_embeddings": 16},
-        vision_config={**small, "image_size": 32, "patch_size": 16},
+        vision_config={**small, "image_size": 32, "patch_size": 16, "projection_dim": 16},
         projection_dim=16,
     )
     CLIPModel(config).save_pretrained(folder)

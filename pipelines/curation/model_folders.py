@@ -88,7 +88,12 @@ def load_model(folder: str, role: ModelRole, device: str) -> "PreTrainedModel":
     transformers.logging.set_verbosity_error()  # what of it matters is an error below
     try:
         model, info = kind.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype="float32"
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            dtype="float32",
         )
     except Exception as error:  # of transformers, safetensors and torch, each with types of its own
         raise _unreadable(folder, role, error) from error

@@ -35,13 +35,14 @@ class Segmenter:
         try:
             self.size = int(settings["size"]["height"]), int(settings["size"]["width"])
             self.mean, self.deviation = (
-                torch.tensor(settings[name], dtype=torch.float32).reshape(3, 1, 1) for name in ("image_mean", "image_std")
+                torch.tensor(settings[name], dtype=torch.float32).reshape(3, 1, 1)
+                for name in ("image_mean", "image_std")
             )
             scale = settings.get("rescale_factor")
             self.scale = 1 / 255 if scale is None else float(scale)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"models.segmenter = {folder}: the settings of its pictures have no size, mean and deviation ({error}); "
+                f"models.segmenter = {folder}: its settings of pictures have no size, mean and deviation ({error}); "
                 "download it again"
             ) from error
         self.model, self.device = load_model(folder, "segmenter", device), device
