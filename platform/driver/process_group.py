@@ -19,7 +19,7 @@ class _Backend(Backend):
     share_cuda_visible_devices = True
     """A rank sees the devices of all ranks of its node, which NCCL's copies between them need."""
 
-    def on_start(self, worker_group: Any, backend_config: "ProcessGroup") -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Joins the ranks. Ray Train calls it in its controller once all workers are there."""
         address, ranks = worker_group.execute_single(0, _free_address), range(len(worker_group))
         ray.get([worker_group.execute_single_async(rank, _join, address, backend_config) for rank in ranks])

@@ -49,7 +49,7 @@ class WorkerGroup:
         self._run, self._ledger = run, Ledger(run.ledger_path)
         cluster = run.config.cluster
         self._trainer = DataParallelTrainer(
-            _work,  # type: ignore[arg-type]
+            _work,
             train_loop_config={"job": job},
             backend_config=ProcessGroup(
                 "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(run.config.grace_seconds)
