@@ -88,7 +88,7 @@ def options_of(command: Any) -> set[str]:
     }
 
 
-FOREIGN = re.compile(r"(?:ray|mlflow|zstd|lz4) (?:start|job|ui|-d|get-auth-token|server)\b.*")
+FOREIGN = re.compile(r"(?:ray|mlflow|hf|zstd|lz4) (?:start|job|ui|-d|get-auth-token|server|download)\b.*")
 """Commands of others that a text names, with their options."""
 
 
