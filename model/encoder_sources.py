@@ -14,6 +14,16 @@ from domainshuttle.model.tensor_file import TensorExtent, tensor_extents
 BLOCK_DCT, BYTE_UMT5 = "block-dct", "byte-umt5"
 """The names of the two encoders that need no weights from elsewhere."""
 BYTE_UMT5_WIDTH = 64
+TILE_ABOVE, TILE, TILE_STRIDE = 600_000, 512, 384
+"""Pixels of a frame above which Wan's VAE encodes in tiles, as those of 720p; the sides of a tile, and how far apart
+tiles begin. So a frame of 720p takes no more memory than one of 480p."""
+
+
+def tiling_rule(source: str, tile_above: int | None) -> str | None:
+    """What an encoded corpus says of tiles, of which latents are others than of whole frames; None without tiles."""
+    if source == BLOCK_DCT or tile_above is None:
+        return None
+    return f"frames above {tile_above} pixels in tiles of {TILE}, {TILE_STRIDE} apart"
 
 
 def text_width(source: str) -> int | None:

@@ -7,11 +7,13 @@ Both give the same latents' layout, so nothing behind the encoders knows which p
 """
 
 import hashlib
+import html
 import json
 import math
 from pathlib import Path
 from typing import Any, Protocol
 
+import ftfy
 import torch
 from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -25,7 +27,15 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from domainshuttle.model.encoder_sources import BLOCK_DCT, BYTE_UMT5, BYTE_UMT5_WIDTH, deciding_options
+from domainshuttle.model.encoder_sources import (
+    BLOCK_DCT,
+    BYTE_UMT5,
+    BYTE_UMT5_WIDTH,
+    TILE,
+    TILE_ABOVE,
+    TILE_STRIDE,
+    deciding_options,
+)
 from domainshuttle.model.file_mode import UmaskMode
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
@@ -161,18 +171,30 @@ def _markov_variances(basis: Tensor, correlation: float) -> Tensor:
 
 
 class WanVideoEncoder:
-    """diffusers' `AutoencoderKLWan` as a `VideoEncoder`: the posterior's mode, normalised by the VAE's statistics."""
+    """diffusers' `AutoencoderKLWan` as a `VideoEncoder`: the posterior's mode, normalised by the VAE's statistics.
 
-    def __init__(self, vae: AutoencoderKLWan, identity: str) -> None:
+    Frames of more than `tile_above` pixels are encoded in tiles (None: never). Not for several threads at once: the VAE
+    holds what it needs of the frames before.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, identity: str, tile_above: int | None = TILE_ABOVE) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.identity = identity
+        self.tile_above = tile_above
         shape = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean).view(shape)
         self._deviation = torch.tensor(vae.config.latents_std).view(shape)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        tiled = self.tile_above is not None and pixels.shape[-2] * pixels.shape[-1] > self.tile_above
+        if tiled:
+            self.vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+        try:
+            latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
+        finally:
+            if tiled:
+                self.vae.disable_tiling()
         return (latents - self._mean.to(latents.device)) / self._deviation.to(latents.device)
 
     @torch.no_grad()
@@ -190,14 +212,18 @@ class TextEncoder:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.identity = f"{identity}:{text_len}"
+        self.identity = f"{identity}-ftfy{ftfy.__version__}:{text_len}"
         self.text_len = text_len
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
         """Features of each caption without padding: tensors [l, text_dim], l <= text_len."""
         tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.text_len, return_tensors="pt"
+            [cleaned_caption(caption) for caption in captions],
+            padding=True,
+            truncation=True,
+            max_length=self.text_len,
+            return_tensors="pt",
         ).to(self.model.device)
         hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(1).tolist()
@@ -205,11 +231,17 @@ class TextEncoder:
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of a whole caption, of which `encode` takes at most text_len."""
-        return len(self.tokenizer(caption, truncation=False, verbose=False).input_ids)
+        return len(self.tokenizer(cleaned_caption(caption), truncation=False, verbose=False).input_ids)
 
     def encode_padded(self, captions: list[str]) -> Tensor:
         """Features of captions as one batch [b, text_len, text_dim], zeros behind each caption's end."""
         return pad_text(self.encode(captions), self.text_len)
+
+
+def cleaned_caption(caption: str) -> str:
+    """A caption as Wan's pipeline gives it to the tokenizer: broken Unicode mended, HTML's entities read, one space
+    between words."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
 def pad_text(features: list[Tensor], text_len: int) -> Tensor:
@@ -226,7 +258,9 @@ def network_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def load_video_encoder(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoEncoder:
+def load_video_encoder(
+    source: str, device: str = "cpu", dtype: torch.dtype = torch.float32, tile_above: int | None = TILE_ABOVE
+) -> VideoEncoder:
     """The video encoder named by `source`: `block-dct`, or a folder or hub id with an `AutoencoderKLWan`.
 
     A diffusers pipeline folder works too: its `vae` subfolder is taken. Raises ValueError when there is no such thing.
@@ -238,7 +272,7 @@ def load_video_encoder(source: str, device: str = "cpu", dtype: torch.dtype = to
     if config.get("_class_name") == "BlockDCTCodec":
         return BlockDCTCodec.from_pretrained(folder, **options).to(device)
     vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=dtype, **options).to(device)
-    return WanVideoEncoder(vae, f"{source}:{weights_digest(vae)}-{_digest_of(deciding_options(config))}")
+    return WanVideoEncoder(vae, f"{source}:{weights_digest(vae)}-{_digest_of(deciding_options(config))}", tile_above)
 
 
 def load_text_encoder(

@@ -90,15 +90,19 @@ def data_encode(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove whole encoded corpora of other data or encoders.")
     ] = False,
+    where: Annotated[str | None, typer.Option(help="Only raw samples for which a filter holds: seconds >= 2")] = None,
     anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,  # its name until November 2026
 ) -> None:
-    """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop."""
+    """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop.
+
+    After samples were added, changed or removed, only those are encoded; of new captions only the captions.
+    """
     settings = _load_corpora(config, set_)
     from domainshuttle.platform.commands.data import encode_corpora
     from domainshuttle.platform.driver.ray_cluster import connected
 
     with connected(settings, cpus=1):
-        encode_corpora(settings, corpus, overwrite or anew, most_bad)
+        encode_corpora(settings, corpus, overwrite or anew, most_bad, where)
 
 
 @data.command("index")
@@ -181,6 +185,9 @@ def plan(
     set_: Set = None,
     parameters: Annotated[bool, typer.Option(help="Print which parameters each stage trains, by group.")] = False,
     deepspeed: Annotated[bool, typer.Option(help="Print DeepSpeed's derived configuration of each stage.")] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Say how long and how large encoding so many samples of a corpus is.")
+    ] = None,
 ) -> None:
     """Show what a run would train: stages, data, buckets with their tokens, trained parameters and losses."""
     settings = _load(config, set_)
@@ -192,7 +199,7 @@ def plan(
     elif deepspeed:
         sys.stdout.write(json.dumps(deepspeed_configs(settings), indent=2) + "\n")
     else:
-        print_plan(settings)
+        print_plan(settings, samples)
 
 
 @app.command()

@@ -1,19 +1,26 @@
 """Raw samples to latents and text states, one sample at a time: the same bits beforehand and while training."""
 
-from collections import deque
-from collections.abc import Iterator
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from domainshuttle.model.encoders import TextEncoder, VideoEncoder, load_text_encoder, load_video_encoder, network_dtype
+from domainshuttle.model.encoder_sources import BYTE_UMT5
+from domainshuttle.model.encoders import TextEncoder, VideoEncoder, load_text_encoder, load_video_encoder
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
+from domainshuttle.pipelines.encoding.throughput import DECODE, READ, TEXT, VIDEO
+from domainshuttle.pipelines.encoding.units import Before
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.samples import read_raw_sample
+from domainshuttle.pipelines.index.samples import read_verified_sample
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.augment import AugmentedView, apply_view, augmented_view
 from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
@@ -27,9 +34,11 @@ from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 
 def load_encoders(sources: EncoderSources, device: str = "cpu") -> tuple[VideoEncoder, TextEncoder]:
-    """Both encoders, on a device; the video encoder computes in float32 on each."""
-    text = load_text_encoder(sources.text, sources.text_len, device, network_dtype(device))
-    return load_video_encoder(sources.video, device), text
+    """Both encoders, on a device. On each device Wan's VAE computes in float32 and a UMT5 in bf16, as in Wan's own
+    pipeline; the built-in text encoder in float32, since CPUs may multiply bf16 far slower."""
+    dtype = torch.float32 if sources.text == BYTE_UMT5 else torch.bfloat16
+    text = load_text_encoder(sources.text, sources.text_len, device, dtype)
+    return load_video_encoder(sources.video, device, tile_above=sources.tile_above), text
 
 
 class SampleEncoder:
@@ -64,62 +73,141 @@ class SampleEncoder:
 _CAPTIONS_KEPT = 256
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """A raw sample in pixels, fitted to its bucket: target [F,H,W,3], references and views [H,W,3]."""
+@dataclass
+class Tally:
+    """What encoding some samples took: `seconds` by stage, and of how many samples the latents were encoded
+    (`encoded`), all was encoded before (`copied`), or the latents were and the caption was not (`captions`)."""
 
-    sample: RawSample
-    target: Pixels
-    references: list[Pixels]
-    views: dict[int, Pixels]
-    converted: tuple[str, ...]
+    seconds: Counter[str] = field(default_factory=Counter)
+    encoded: int = 0
+    captions: int = 0
+    copied: int = 0
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A raw sample whose latents are to be encoded, in pixels fitted to its bucket: target [F,H,W,3], references and
+    views [H,W,3]; or, as `known`, the sample of before whose latents are still right. `whole`: its caption is too."""
+
+    sample: RawSample | None
+    pixels: bytes
+    seconds: Counter[str]
+    target: Pixels | None = None
+    references: tuple[Pixels, ...] = ()
+    views: Mapping[int, Pixels] = field(default_factory=dict)
+    converted: tuple[str, ...] = ()
+    known: EncodedSample | None = None
+    whole: bool = False
 
 
 def encode_rows(
-    rows: list[IndexRow], video: VideoEncoder, text: TextEncoder, fps: float | None = None
+    rows: list[IndexRow],
+    video: VideoEncoder,
+    text: TextEncoder,
+    fps: float | None = None,
+    before: Mapping[int, Before] | None = None,
+    tally: Tally | None = None,
+    threads: int = 1,
 ) -> Iterator[tuple[IndexRow, EncodedSample | DataError]]:
     """Encodes raw samples, clips sampled at `fps`: each row comes back with its encoded sample, or with the reason why
-    there is none. While one is encoded, a thread reads and decodes the next: no more than two are held in pixels."""
-    encoder = SampleEncoder(video, text)
-    waiting: deque[tuple[IndexRow, Future[_Decoded]]] = deque()
-    with ThreadPoolExecutor(1, "decode") as pool:
-        for row in rows:
-            waiting.append((row, pool.submit(_decode_row, row, fps)))
-            if len(waiting) > 1:
-                yield _finished(encoder, *waiting.popleft())
-        while waiting:
-            yield _finished(encoder, *waiting.popleft())
+    there is none. While one is encoded, `threads` read and decode the next: no more than one more than they are is
+    held in pixels. What is right of the samples of `before`, by their ids, is taken from there."""
+    encoder, tally, before = SampleEncoder(video, text), tally or Tally(), before or {}
+    waiting: deque[tuple[IndexRow, Future[_Prepared]]] = deque()
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        try:
+            for row in rows:
+                waiting.append((row, pool.submit(_prepare_row, row, fps, before.get(row.sample_id))))
+                if len(waiting) > threads:
+                    yield _finished(encoder, tally, *waiting.popleft())
+            while waiting:
+                yield _finished(encoder, tally, *waiting.popleft())
+        finally:
+            for _, left in waiting:
+                left.cancel()
 
 
-def _decode_row(row: IndexRow, fps: float | None) -> _Decoded:
+@contextmanager
+def timed(seconds: Counter[str], stage: str) -> Iterator[None]:
+    """Adds the seconds of the block to a stage."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - began  # type: ignore[assignment]
+
+
+def _prepare_row(row: IndexRow, fps: float | None, before: Before | None) -> _Prepared:
+    seconds: Counter[str] = Counter()
+    known = None
+    with timed(seconds, READ):
+        if before is not None:
+            known = before.read()
+        if before is not None and known is not None and before.whole(row.checksum):
+            return _Prepared(None, known.pixels, seconds, known=known, whole=True)
     with of_sample(f"{row.source}/{row.key}"), noted_conversions() as converted:
-        sample = read_raw_sample(row)
-        bucket = parse_bucket(row.bucket)
-        target, pictures = decode_sample(sample, bucket, fps)
-        # one view for the whole corpus: the pixels are gone when it is trained on
-        views = {
-            number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
-            for number in single_pictures([reference.subject for reference in sample.info.references])
-        }
-        return _Decoded(sample, target, pictures, views, tuple(sorted(converted)))
+        with timed(seconds, READ):
+            sample, digests = read_verified_sample(row)
+            pixels = _pixels_digest(row, sample, digests)
+        if before is not None and known is not None and before.same_pixels(row.checksum, pixels):
+            same = before.same_text and known.info.caption == sample.info.caption
+            kept = replace(known, info=sample.info, pixels=pixels)
+            return _Prepared(sample, pixels, seconds, known=kept, whole=same)
+        with timed(seconds, DECODE):
+            bucket = parse_bucket(row.bucket)
+            target, pictures = decode_sample(sample, bucket, fps)
+            # one view for the whole corpus: the pixels are gone when it is trained on
+            views = {
+                number: decode_reference(sample, number, bucket, augmented_view(0, 0, row.sample_id, number))
+                for number in single_pictures([reference.subject for reference in sample.info.references])
+            }
+        return _Prepared(sample, pixels, seconds, target, tuple(pictures), views, tuple(sorted(converted)))
+
+
+def _pixels_digest(row: IndexRow, sample: RawSample, digests: Mapping[str, bytes]) -> bytes:
+    """Of all of a raw sample that decides its latents, or that it has none: its files, and what is claimed of them."""
+    info = sample.info
+    references = [(one.file, one.subject, one.size) for one in info.references]
+    claims = [row.sample_id, info.kind, info.fps, info.frames, info.size, references]
+    digest = hashlib.blake2b(json.dumps(claims).encode(), digest_size=16)
+    for name in sorted(set(digests) - {"json"}):
+        digest.update(digests[name])
+    return digest.digest()
 
 
 def _finished(
-    encoder: SampleEncoder, row: IndexRow, decoding: Future[_Decoded]
+    encoder: SampleEncoder, tally: Tally, row: IndexRow, preparing: Future[_Prepared]
 ) -> tuple[IndexRow, EncodedSample | DataError]:
     try:
-        decoded = decoding.result()
+        prepared = preparing.result()
+        tally.seconds.update(prepared.seconds)
+        if prepared.known is not None and prepared.whole:
+            tally.copied += 1
+            return row, prepared.known
+        assert prepared.sample is not None
+        info = prepared.sample.info
         with of_sample(f"{row.source}/{row.key}"):
-            return row, EncodedSample(
-                key=decoded.sample.key,
-                info=decoded.sample.info,
-                target=_bits(encoder.target(decoded.target)),
-                references=[_bits(encoder.picture(picture)) for picture in decoded.references],
-                text=_bits(encoder.caption(decoded.sample.info.caption)),
-                caption_tokens=encoder.caption_tokens(decoded.sample.info.caption),
-                views={number: _bits(encoder.picture(picture)) for number, picture in decoded.views.items()},
-                converted=decoded.converted,
-            )
+            with timed(tally.seconds, TEXT):
+                states = _bits(encoder.caption(info.caption))
+                tokens = encoder.caption_tokens(info.caption)
+            if prepared.known is not None:
+                tally.captions += 1
+                return row, replace(prepared.known, text=states, caption_tokens=tokens)
+            assert prepared.target is not None
+            with timed(tally.seconds, VIDEO):
+                made = EncodedSample(
+                    key=prepared.sample.key,
+                    info=info,
+                    target=_bits(encoder.target(prepared.target)),
+                    references=[_bits(encoder.picture(picture)) for picture in prepared.references],
+                    text=states,
+                    caption_tokens=tokens,
+                    views={number: _bits(encoder.picture(picture)) for number, picture in prepared.views.items()},
+                    converted=prepared.converted,
+                    pixels=prepared.pixels,
+                )
+            tally.encoded += 1
+            return row, made
     except DataError as error:
         return row, error
 

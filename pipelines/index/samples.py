@@ -7,7 +7,7 @@ import numpy as np
 from domainshuttle.pipelines.index.table import SCHEMA, IndexRow
 from domainshuttle.pipelines.quarantine import SampleFault
 from domainshuttle.pipelines.sample import RawSample, SampleInfo
-from domainshuttle.pipelines.shards.tar import ShardEntry, read_members
+from domainshuttle.pipelines.shards.tar import ShardEntry, combined_checksum, member_digest, read_members
 
 
 def read_raw_sample(row: IndexRow) -> RawSample:
@@ -16,6 +16,20 @@ def read_raw_sample(row: IndexRow) -> RawSample:
     sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
     compare_with_index(row, sample.info)
     return sample
+
+
+def read_verified_sample(row: IndexRow) -> tuple[RawSample, dict[str, bytes]]:
+    """`read_raw_sample`, and the digest of each member by its extension. Also raises SampleFault where its bytes are
+    not those that were indexed."""
+    members = read_members(row.folder, row.shard, row.members)
+    sample = RawSample.from_members(row.key, members)
+    compare_with_index(row, sample.info)
+    digests = {name: member_digest(name, len(data), [data]) for name, data in members.items()}
+    if combined_checksum(digests.values()) != row.checksum:
+        raise SampleFault(
+            "checksum differs", f"{row.key}: its bytes are not those that were indexed; index the shards again"
+        )
+    return sample, digests
 
 
 def compare_with_index(row: IndexRow, info: SampleInfo, text_tokens: int = 0, caption_tokens: int = 0) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.mapped import mapped_index
 from domainshuttle.pipelines.index.selection import load_selected, selected_digest
@@ -28,6 +29,8 @@ class EncoderSources:
     video: str
     text: str
     text_len: int
+    tile_above: int | None = TILE_ABOVE
+    """Pixels of a frame above which Wan's VAE encodes in tiles; None: never."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self._finish()
+            self.finish()
         else:
             self._unfinished.__exit__(kind, error, traceback)
 
@@ -136,7 +136,7 @@ class ShardWriter:
                 raise DataError(f"member {key}.{extension} is larger than {MAX_MEMBER_BYTES} bytes: split the clip")
         size = sum(BLOCK + _padded(len(data)) for data in held.values())
         if self._tar is not None and self._tar.tarstream.offset + size + 2 * BLOCK > self.max_bytes:
-            self._finish()
+            self.finish()
         tar = self._tar if self._tar is not None else self._start()
         placed = []
         for extension in sorted(held, key=lambda extension: (extension != "json", extension)):
@@ -160,7 +160,8 @@ class ShardWriter:
         self._tar = self._unfinished.enter_context(tar)
         return self._tar
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Ends the shard that is being written; what is written next begins another."""
         if self._tar is None:
             return
         self._tar = None

@@ -34,6 +34,8 @@ class EncodedSample:
     caption_tokens: int = 0
     converted: tuple[str, ...] = ()
     """What was done to the pixels of its files beside decoding them; not in the file."""
+    pixels: bytes = b""
+    """A digest of the raw files and claims that decided its latents, where it is known; not in the file."""
 
     @property
     def whole_caption_tokens(self) -> int:

@@ -16,7 +16,8 @@ from domainshuttle.pipelines.index.folder import read_skipped
 from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
-from domainshuttle.pipelines.storage.uri import redacted, require_local
+from domainshuttle.pipelines.storage.files import exists, list_dated
+from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, redacted, require_local
 from domainshuttle.platform.commands.contact_sheet import draw_sheet
 from domainshuttle.platform.commands.data_index import (
     index_location,
@@ -65,8 +66,10 @@ def encode_corpora(
     only: list[str] | None = None,
     overwrite: bool = False,
     most_bad: float = MOST_BAD_IN_CORPUS,
+    where: str | None = None,
 ) -> None:
-    """Encodes the raw corpora on the connected Ray cluster; `overwrite`: also where that removes whole ones."""
+    """Encodes the raw corpora, or the samples of each for which the filter `where` holds, on the connected Ray cluster;
+    `overwrite`: also where that removes what is encoded already."""
     import ray
 
     from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
@@ -75,22 +78,37 @@ def encode_corpora(
     names = _chosen(config, only)
     jobs = []
     for name in names:
-        job = EncodingJob(config.corpus(name, "raw"), config.corpus(name, "encoded"))
-        index = require_local(job.raw.index, f"encoding {name}")
-        if not index.exists():
-            raise DataError(f"corpus {name!r} is not built: {index} is missing. Run: domainshuttle data build CONFIG")
+        job = EncodingJob(config.corpus(name, "raw"), config.corpus(name, "encoded"), where)
+        if not exists(job.raw.index):
+            raise DataError(
+                f"corpus {name!r} is not built: {redacted(job.raw.index)} is missing. Run: domainshuttle data build "
+                "CONFIG"
+            )
         jobs.append(job)
     began = time.monotonic()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    pool = config.cluster.encoding.pool(nodes)
-    console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs")
+    pool, grows = config.cluster.encoding.pool(nodes), config.cluster.encoding.actors is None
+    more = ", more where the cluster gets room" if grows else ""
+    console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs{more}")
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(_being_made(Path(job.encoded.folder)))
+            if not is_remote(job.encoded.folder):  # in a store nobody can hold a lock: docs/corpus.md
+                stack.enter_context(_being_made(local_path(job.encoded.folder)))
         show = stack.enter_context(progress("Encoding", "samples"))
-        results = encode(jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad)
-    for job, (metadata, bad) in zip(jobs, results, strict=True):
-        _report("Encoded", job.encoded.name, Path(job.encoded.folder), metadata.digest, bad, began)
+        results = encode(
+            jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad, grows=grows
+        )
+    for job, encoded in zip(jobs, results, strict=True):
+        _report("Encoded", job.encoded.name, job.encoded.folder, encoded.metadata.digest, encoded.bad, began)
+        console.print(
+            f"  against the index before: {encoded.new} new samples, {encoded.changed} changed and {encoded.removed} "
+            f"removed (their copies are gone), {encoded.unchanged} unchanged; now encoded {encoded.encoded}, of "
+            f"{encoded.captions} only the caption, copied {encoded.copied}"
+        )
+        if encoded.left_out:
+            console.print(f"  {encoded.left_out} samples left out by --where {where!r}", markup=False)
+        if encoded.throughput and (sentence := encoded.throughput.sentence()):
+            console.print(f"  {sentence}")
         print_skipped(read_skipped(job.raw.index))
     console.print("Next: domainshuttle train (the same configuration)")
 
@@ -143,14 +161,15 @@ def _print_left_out(report: dict[str, Any], folder: Path) -> None:
         console.print(f"  counts, examples and settings: {folder / REPORT_NAME}", markup=False)
 
 
-def _report(done: str, name: str, folder: Path, digest: str, bad: int, began: float) -> None:
-    index = Index.load(folder / INDEX_NAME, ALTERATIONS, verify=False)
-    size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 2**20
+def _report(done: str, name: str, folder: Location, digest: str, bad: int, began: float) -> None:
+    place = join(folder, INDEX_NAME)
+    index = Index.load(place, ALTERATIONS, verify=False)
+    size = sum(size for name, size, _ in list_dated(folder) if name.endswith(".tar")) / 2**20
     quarantined = f", {bad} in quarantine" if bad else ""
     console.print(
         f"{done} [bold]{name}[/]: {len(index)} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
-        f"{time.monotonic() - began:.0f} s, in {escape(str(folder))}"
+        f"{time.monotonic() - began:.0f} s, in {escape(redacted(folder))}"
     )
-    print_quarantine(folder / INDEX_NAME)
+    print_quarantine(place)
     print_alterations(index.alterations())
-    print_converted(folder / INDEX_NAME)
+    print_converted(place)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from domainshuttle.pipelines.encoding.throughput import Throughput
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.storage.files import exists
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.driver.preflight import (
@@ -16,8 +19,9 @@ from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 
 
-def print_plan(config: RunConfig) -> None:
-    """Prints the schedule, a record a segment; data, passes and tokens are known where the corpora are encoded."""
+def print_plan(config: RunConfig, samples: int | None = None) -> None:
+    """Prints the schedule, a record a segment; data, passes and tokens are known where the corpora are encoded. And
+    what encoding `samples` would take (None: all raw ones), a record a corpus of which some are encoded."""
     from domainshuttle.platform.run.data import make_feed
 
     selections, missing = selected_parameters(config), missing_corpora(config)
@@ -56,6 +60,7 @@ def print_plan(config: RunConfig) -> None:
     console.print(Records(_FIELDS, rows, title, numeric=[name for name in _FIELDS if name not in _TEXTS]))
     if plans:
         console.print(_buckets(run, plans))
+    _print_encoding(config, samples)
     if message := no_data(config):
         console.print(Prose(f"No data yet: {message}"))
     console.print(Prose(f"Next: domainshuttle train; the run's folder will be {run.folder}"))
@@ -84,6 +89,37 @@ def _buckets(run: Run, plans: Mapping[str, Mapping[str, Any]]) -> Records:
             )
     fields = ("stage", "bucket", "samples", "share of steps", "video tokens", "tokens with references", "note")
     return Records(fields, rows, "Buckets: all samples of a step are of one", numeric=fields[2:6], heads=2)
+
+
+def _print_encoding(config: RunConfig, samples: int | None) -> None:
+    """Prints what encoding takes, by what was measured of each corpus when it, or a part of it, was encoded."""
+    rows, lacking = [], []
+    for name in config.corpora if not config.encoders.live else ():
+        raw, encoded = config.corpus(name, "raw").index, config.corpus(name, "encoded")
+        measured = Throughput.load(encoded.folder)
+        if measured is None:
+            lacking.append(name)
+            continue
+        count = samples or len(Index.load(raw if exists(raw) else encoded.index, ("bucket",), verify=False))
+        size, hours = measured.estimate(count)
+        actors = config.cluster.encoding.actors or measured.actors
+        rows.append(
+            [
+                name, f"{count:,}", f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB",
+                f"{hours:,.2f} h", f"{hours / actors:,.2f} h on {actors}", f"{measured.rate:.3g}",
+                f"{measured.bottleneck} (of {measured.samples:,} samples)",
+            ]
+        )  # fmt: skip
+    fields = ("corpus", "samples", "cache", "actor time", "duration", "samples/s an actor", "bottleneck")
+    if rows:
+        console.print(Records(fields, rows, "Encoding, as measured here before", numeric=fields[1:6]))
+    if samples and lacking:
+        console.print(
+            Prose(
+                f"Of {', '.join(lacking)} nothing is measured: encode a part first, with data encode CONFIG --where"
+                " FILTER --set data=FOLDER, or all of it until it is stopped"
+            )
+        )
 
 
 def print_parameters(config: RunConfig) -> None:

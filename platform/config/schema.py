@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, fie
 from typing_extensions import TypedDict
 
 from domainshuttle.model.domains import DOMAINS
+from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
 from domainshuttle.pipelines.errors import UserFacingError
@@ -130,6 +131,9 @@ class EncodersSection(Section):
     video: str = Field("block-dct", description="`block-dct`, or folder or hub id of an AutoencoderKLWan")
     text: str = Field("byte-umt5", description="`byte-umt5`, or folder or hub id of a UMT5 encoder and its tokenizer")
     text_len: Whole = Field(512, ge=1, le=1 << 16, description="tokens a caption is cut and padded to")
+    tile_above: Whole | None = Field(
+        TILE_ABOVE, ge=1, le=MOST_COUNT, description="pixels of a frame above which a VAE encodes in tiles; none: never"
+    )
     live: ActorPool | None = Field(
         None, description="encode raw corpora while they are trained on; none: they are encoded beforehand"
     )
@@ -138,7 +142,7 @@ class EncodersSection(Section):
         """Where the encoders come from, as encoding and the loader take it."""
         from domainshuttle.pipelines.plan.feed import EncoderSources  # brings pyarrow along
 
-        return EncoderSources(self.video, self.text, self.text_len)
+        return EncoderSources(self.video, self.text, self.text_len, self.tile_above)
 
 
 class CorpusSection(Section):
@@ -700,6 +704,8 @@ class RunConfig(Section):
     def _decisive(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude=_RESUMABLE_CHANGES)
         content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
+        if self.encoders.tile_above == TILE_ABOVE:  # as earlier versions had no word of it: runs keep their digests
+            del content["encoders"]["tile_above"]
         return self._with_planned_steps(content)
 
     def _with_planned_steps(self, content: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Pat
     job = EncodingJob(
         CorpusSpec("mine", "raw", str(tmp_path / "raw")), CorpusSpec("mine", "encoded", str(tmp_path / "encoded"))
     )
-    ((encoded, _),) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, samples_per_part=8)
+    (made,) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, samples_per_part=8)
+    encoded = made.metadata
     before = rows(tmp_path / "encoded")
     again = index(tmp_path / "encoded", metadata=encoded.model_copy(update={"digest": ""}), buckets=[])
     assert (again.samples, again.metadata.encoders) == (24, encoded.encoders)

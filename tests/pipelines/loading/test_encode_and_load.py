@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from ray import cloudpickle
 from ray_books import reserved
 
 from domainshuttle.model.encoders import byte_umt5, load_text_encoder, load_video_encoder, pad_text
@@ -27,8 +28,9 @@ from domainshuttle.pipelines.corpora.builder import PartJob, build_corpus, build
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding import corpus as encode_module
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, _EncodingActor, _Work, encode
+from domainshuttle.pipelines.encoding.corpus import EncodingJob, _EncodingActor, _Task, encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
+from domainshuttle.pipelines.encoding.units import Recipe, cut_units, read_note
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
 from domainshuttle.pipelines.index.spec import CorpusShare, CorpusSpec
@@ -121,7 +123,8 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
     shard = next((corpus / "encoded").glob("*.tar"))
     before = shard.stat().st_mtime_ns
     job = job_of("pictures", corpus / "raw", corpus / "encoded")
-    ((metadata, bad),) = encode([job], SOURCES, silent, samples_per_part=16)
+    (made,) = encode([job], SOURCES, silent, samples_per_part=16)
+    metadata, bad = made.metadata, made.bad
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
     assert metadata.encoders["video"].startswith("block-dct:")
@@ -133,18 +136,18 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
 
 def test_a_node_with_other_encoders_encodes_nothing(corpus: Path, tmp_path: Path) -> None:
     """An actor finds other weights, configuration or tokenizer than those that the corpus is to name."""
-    job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
+    raw = Index.load(corpus / "raw" / INDEX_NAME)
     made_by = dict(Index.load(corpus / "encoded" / INDEX_NAME).parts[0].encoders)
-    parts = Parts(Path(job.encoded.folder), 1, "recipe")
-    parts.begin()
+    recipe = Recipe(made_by, None)
+    (unit, *_) = cut_units(raw, recipe, 64, 1 << 30)
+    task = _Task(0, str(tmp_path / "encoded"), unit.name, raw.rows(unit.rows), {}, recipe, 1 << 30)
+    batch = {"task": np.array([cloudpickle.dumps(task)], object)}
     for kind in ("video", "text", None):
         encoders = {**made_by, **({kind: "another"} if kind else {})}
-        metadata = IndexMetadata(corpus="pictures", stage="encoded", encoders=encoders)
-        actor = _EncodingActor([_Work(job, parts, metadata)], SOURCES, "cpu", 64, 1 << 30)
-        given = actor({"job": np.array([0]), "part": np.array([0])})
-        fault = str(given["fault"][0])
+        told = [json.loads(str(one["told"][0])) for one in _EncodingActor(encoders, SOURCES, "cpu")(batch)]
+        fault = told[-1].get("fault", "")
         assert (f"encoders.{kind} is" in fault and "give all nodes the same files" in fault) if kind else not fault
-        assert parts.missing() == ([0] if kind else [])
+        assert (read_note(tmp_path / "encoded", unit.name) is None) == bool(kind)
 
 
 def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
@@ -156,7 +159,8 @@ def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
     monkeypatch.setattr(encode_module, "load_encoders", refuse)
     before = reserved("_EncodingActor")
     job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
-    ((metadata, _),) = encode([job], SOURCES, silent, ActorPool(actors=2, cpus=0.25), samples_per_part=12)
+    (made,) = encode([job], SOURCES, silent, ActorPool(actors=2, cpus=0.25), samples_per_part=12)
+    metadata = made.metadata
     assert reserved("_EncodingActor") - before == {0.25: 2}
     assert metadata.encoders == read_metadata(corpus / "encoded" / INDEX_NAME).encoders
     name = EMPTY_CAPTION_NAME
@@ -367,7 +371,8 @@ def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_p
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     sources = EncoderSources(str(tmp_path), str(tmp_path), 32)
     job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
-    ((metadata, bad),) = encode([job], sources, silent, ActorPool(actors=1), samples_per_part=48)
+    (made,) = encode([job], sources, silent, ActorPool(actors=1), samples_per_part=48)
+    metadata, bad = made.metadata, made.bad
     assert bad == 0
     assert str(tmp_path) in metadata.encoders["video"]
     with pytest.raises(DataError, match="encoders"):

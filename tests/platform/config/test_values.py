@@ -31,7 +31,7 @@ model:
   size: {patch_size: [1, 2, 2], num_attention_heads: 4, attention_head_dim: 32, in_channels: 16, out_channels: 16,
          text_dim: 64, freq_dim: 64, ffn_dim: 384, num_layers: 4, cross_attn_norm: true, eps: 1e-6, max_references: 5,
          num_domains: 5, text_len: 48, boundary: 0.5}
-encoders: {text_len: 48, live: {actors: 1, cpus: 1, gpus: 0}}
+encoders: {text_len: 48, tile_above: 600000, live: {actors: 1, cpus: 1, gpus: 0}}
 corpora:
   clips:
     build: {builder: sprites, kind: video, samples: 8, identities: 72, held_out: 8, seed: 1, side: 96, frames: 9,
