@@ -52,7 +52,7 @@ def corpus(folder: Path, samples: dict[str, tuple[Members, SampleInfo]], **chang
     with ShardWriter(folder, "a", 1 << 30) as writer:
         for number, (key, (members, _)) in enumerate(samples.items()):
             if number % 3 == 0:
-                writer._finish()
+                writer.finish()
             writer.write(key, {**members, **changes.get(key, {})})
     rows = [
         IndexRow.of(entry, samples[entry.key][1], "1x32x32" if "image" in entry.key else f"{FRAMES}x32x32")

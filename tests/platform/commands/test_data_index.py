@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import Index, write_index
-from domainshuttle.pipelines.media.decode import RULES
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.platform import cli
 from domainshuttle.platform.commands import data_index as data_checks
@@ -117,8 +116,6 @@ def test_what_is_altered_or_not_read_is_counted_by_each_command_and_other_rules_
     before = Index.load(path)
     made_by = {**before.parts[0].encoders, "transform": "target: cover; v1"}
     write_index(path, before.table, before.parts[0].model_copy(update={"encoders": made_by}))
-    recipe = path.parent / ".parts" / "recipe.json"
-    recipe.write_text(recipe.read_text().replace(RULES, "target: cover; v1"))
     with pytest.raises(DataError, match=r"other rules for pixels .*`domainshuttle data encode CONFIG --overwrite`"):
         require_as_configured(config)
     run(*encode, "--overwrite")

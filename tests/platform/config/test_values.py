@@ -179,7 +179,7 @@ def test_what_is_no_amount_is_refused_with_its_key(path: tuple[str | int, ...]) 
 def test_a_number_without_a_value_is_its_default_or_refused(path: tuple[str | int, ...]) -> None:
     """Where nothing is a choice of its own, as for a limit, it is that choice."""
     optional = {"steps", "gpu_hours", "final_learning_rate", "samples", "budget_gpu_hours", "spike_factor",
-                "dashboard_port", "ema", "keep_every", "boundary", "fps"}  # fmt: skip
+                "dashboard_port", "ema", "keep_every", "boundary", "fps", "tile_above"}  # fmt: skip
     optional_sections = ("cluster.encoding.actors", "cluster.encoding.gpus")
     name = ".".join(map(str, path))
     may = str(path[-1]) in optional and name not in (
