@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from domainshuttle.model.encoders import byte_umt5, load_text_encoder
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from domainshuttle.pipelines.encoding import sample_encoder as encode
 from domainshuttle.pipelines.encoding.sample_encoder import SampleEncoder, load_encoders
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.platform.config.loading import load_config
@@ -56,12 +56,17 @@ def test_clips_in_bf16_keep_what_wan_keeps_in_float32(tmp_path: Path, monkeypatc
         assert 0 < difference.mean() < 0.02
 
 
-def test_captions_in_bf16_are_those_in_float32_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = EncoderSources(video="block-dct", text="byte-umt5", text_len=32)
-    expected = SampleEncoder(*load_encoders(sources)).caption("a cat and a dog")
-    monkeypatch.setattr(encode, "network_dtype", as_on_a_gpu)
-    video, text = load_encoders(sources)
+def test_captions_of_a_umt5_are_in_bf16_on_every_device_and_those_in_float32_but_for_rounding(tmp_path: Path) -> None:
+    model, tokenizer = byte_umt5()
+    model.save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    video, text = load_encoders(EncoderSources(video="block-dct", text=str(tmp_path), text_len=32))
     assert next(text.model.parameters()).dtype == torch.bfloat16
-    found = SampleEncoder(video, text).caption("a cat and a dog")
+    exact = load_text_encoder(str(tmp_path), 32)
+    assert next(exact.model.parameters()).dtype == torch.float32
+    assert exact.identity != text.identity
+    found, expected = (SampleEncoder(video, one).caption("a cat and a dog") for one in (text, exact))
     assert found.dtype == torch.bfloat16 and not torch.equal(found, expected)
     assert float((found.float() - expected.float()).abs().mean() / expected.float().abs().mean()) < 0.03
+    built_in = load_encoders(EncoderSources(video="block-dct", text="byte-umt5", text_len=32))[1]
+    assert next(built_in.model.parameters()).dtype == torch.float32  # CPUs may multiply bf16 far slower
