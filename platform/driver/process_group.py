@@ -8,11 +8,14 @@ import socket
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.backend import Backend, BackendConfig
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 
 class _Backend(Backend):
@@ -21,16 +24,43 @@ class _Backend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Joins the ranks. Ray Train calls it in its controller once all workers are there."""
-        address, ranks = worker_group.execute_single(0, _free_address), range(len(worker_group))
+        ranks = range(len(worker_group))
+        Path(backend_config.room).write_text(_room(worker_group).id.hex())
+        address = worker_group.execute_single(0, _free_address)
         ray.get([worker_group.execute_single_async(rank, _join, address, backend_config) for rank in ranks])
+
+
+def _room(worker_group: Any) -> PlacementGroup:
+    """What Ray reserved for the workers: each of them knows, also where another has just died."""
+    for rank in range(len(worker_group)):
+        try:
+            room: PlacementGroup = worker_group.execute_single(rank, get_current_placement_group)
+            return room
+        except RayActorError:
+            if rank == len(worker_group) - 1:
+                raise
+    raise AssertionError
+
+
+def free_room(room: Path) -> None:
+    """Gives back what Ray reserved for workers that have ended; nothing where it is not known, or given back already.
+
+    Ray Train does so itself, but not where its controller failed after it had made the workers and before they began:
+    the room would stay taken as long as the driver lives.
+    """
+    if room.exists() and ray.is_initialized():
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(room.read_text()))))
+        room.unlink()
 
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """`backend` is nccl or gloo, `timeout_seconds` that of a collective."""
+    """`backend` is nccl or gloo, `timeout_seconds` that of a collective, `room` the file, on the driver's machine, that
+    gets the id of what Ray reserved for the workers (`free_room`)."""
 
     backend: str
     timeout_seconds: int
+    room: str
 
     @property
     def backend_cls(self) -> type[Backend]:

@@ -7,7 +7,8 @@ newest whole checkpoint and goes on, until too many faults came in a row without
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.train import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
@@ -40,6 +41,8 @@ class Fault:
     """Whether it counts as a failure: nodes that were taken away and groups that found no room do not."""
     mistake: str = ""
     """An error of a kind that is in the code or the settings, in its words; empty where it was something else."""
+    of: Literal["work", "start", "room"] = "work"
+    """What it ended: workers at their work, their start, or the wait for room."""
 
 
 class FaultsInARow:
@@ -88,13 +91,26 @@ def explain(error: BaseException, witness: Witness | None = None) -> Fault:
         inner = _innermost(error.controller_failure)
         name = type(error.controller_failure).__name__
         if name in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
-            return Fault("there was no room for the workers", report, counted=False)
+            return Fault("there was no room for the workers", report, counted=False, of="room")
         if name == "WorkerGroupStartupFailedError":
-            return Fault(f"a worker died while they started ({_words(inner, 'a worker')})", report)
-        return Fault(_words(inner, "Ray Train's controller"), report)
+            return Fault(f"a worker died while they started ({_words(inner, 'a worker')})", report, of="start")
+        return Fault(_words(inner, "Ray Train's controller"), report, of="start")
     if isinstance(error, RayActorError):
         return Fault(_words(error, "Ray Train's controller"), report)
     return Fault(_words(_innermost(error), "Ray"), report)
+
+
+def after_failed_start(fault: Fault, before: Fault | None) -> Fault:
+    """A fault that follows on `before`: no room right after a start that failed is most likely still held by that
+    start's workers, so it is counted, and the first cause named. Where a node is gone, the room went with it."""
+    if fault.of != "room" or before is None or before.of != "start" or _NODE_GONE.search(before.what):
+        return fault
+    first = before.what.partition(_AFTER)[2] or before.what
+    return replace(fault, what=f"{fault.what}{_AFTER}{first}", counted=True, of="start")
+
+
+_AFTER = ", most likely since those of an earlier start still hold it, which failed: "
+_NODE_GONE = re.compile(r"\bnode of .* is gone")
 
 
 def _of_workers(failures: Mapping[int, BaseException], report: str, witness: Witness | None) -> Fault:

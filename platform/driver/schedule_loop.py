@@ -22,7 +22,7 @@ from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError,
 from domainshuttle.platform.config.schema import ConfigError, differences
 from domainshuttle.platform.driver.culprit import Witness
 from domainshuttle.platform.driver.group_size import group_size, settled_size
-from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, explain, is_fault
+from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, after_failed_start, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.model_size import model_size
@@ -67,6 +67,8 @@ class Schedule:
         self._faults: dict[str, FaultsInARow] = {}
         self._mistake = ""
         """The mistake that ended the last workers, where they had made no step."""
+        self._fault: Fault | None = None
+        """What ended the workers last."""
         self._leaving: set[str] = set()
         self._opened: set[str] = set()
         self._selections: dict[str, TrainedParameters] = {}
@@ -130,6 +132,7 @@ class Schedule:
         if group.error is not None:
             self._handle_fault(group.error, job)
             return None
+        self._fault = None
         self._ledger.end_open("the workers ended without a last line")
         return "stopped" if group.end is None else self._handle_end(group.end)
 
@@ -272,6 +275,7 @@ class Schedule:
         if not is_fault(error):
             raise error
         fault = explain(error, Witness.of(self.run, job.attempt) if job else None)
+        fault = self._fault = after_failed_start(fault, self._fault)
         state = self.run.read_progress()
         at = state.get("segment")
         segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)

@@ -13,7 +13,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from domainshuttle.platform.config.schema import RunConfig
-from domainshuttle.platform.driver.process_group import ProcessGroup
+from domainshuttle.platform.driver.process_group import ProcessGroup, free_room
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
@@ -47,12 +47,16 @@ class WorkerGroup:
         self.idle_seconds = 0.0
         """How long no worker has been at its work."""
         self._run, self._ledger = run, Ledger(run.ledger_path)
-        cluster = run.config.cluster
+        cluster, storage = run.config.cluster, run.folder / "ray"
+        storage.mkdir(exist_ok=True)
+        self._room = storage / f"room-{job.attempt:04d}"
         self._trainer = DataParallelTrainer(
             _work,
             train_loop_config={"job": job},
             backend_config=ProcessGroup(
-                "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(run.config.grace_seconds)
+                "nccl" if cluster.gpus_per_worker else "gloo",
+                timeout_seconds=int(run.config.grace_seconds),
+                room=str(self._room),
             ),
             scaling_config=ScalingConfig(
                 num_workers=size,
@@ -62,7 +66,7 @@ class WorkerGroup:
             run_config=ray.train.RunConfig(
                 # Ray's own bookkeeping of this start; ours is the run's folder
                 name=f"{run.config.name}-{time.time_ns()}",
-                storage_path=str(run.folder / "ray"),
+                storage_path=str(storage),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
                 failure_config=FailureConfig(max_failures=0, **_NO_RESTARTS),
             ),
@@ -90,6 +94,8 @@ class WorkerGroup:
             self.end = self._trainer.fit().return_value  # type: ignore[attr-defined]
         except BaseException as error:
             self.error = error
+        finally:
+            free_room(self._room)
 
     def waits_for(self) -> str:
         """What the workers need that is not there, for people."""

@@ -6,6 +6,7 @@ Run: python -m pytest tests/platform/driver/test_restarts.py
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingSta
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.driver import group_size as sizes_module
+from domainshuttle.platform.driver import worker_group
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import FaultsInARow, explain
 from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
+from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.segments import WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal, tell_error
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
@@ -78,6 +82,55 @@ def test_the_cause_is_not_what_the_others_see_of_it() -> None:
     assert explain(of_workers(LOST, died(), ValueError("x"))).what == "worker 1 died: it was killed, or crashed"
     assert explain(of_workers(LOST)).what.startswith("worker 0 failed: RuntimeError: ")
     assert explain(of_workers()).what == "the workers ended, and none said why"
+
+
+NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
+
+
+def test_no_room_after_a_failed_start_counts_and_names_what_failed_first(schedule: Schedule, shown: list[str]) -> None:
+    schedule._handle_fault(NO_ROOM)
+    assert "fault" not in shown[-1].partition(". Ray's")[0]  # others may hold it: nothing has failed
+    schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
+    schedule._handle_fault(NO_ROOM)
+    assert "no room for the workers, most likely since" in shown[-1]
+    assert "ValueError: a bug in the set-up" in shown[-1] and "fault 2 of at most 2" in shown[-1]
+    with pytest.raises(WorkersFailedError, match="a bug in the set-up"):
+        schedule._handle_fault(NO_ROOM)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        of_workers(died()),
+        ControllerError(WorkerGroupStartupFailedError("at least one")),
+        of_workers(died("The actor died because its node has died. Node Id: 77")),
+    ],
+)
+def test_no_room_after_other_faults_is_waited_for(schedule: Schedule, before: Exception) -> None:
+    if isinstance(before, ControllerError):
+        before.controller_failure.__cause__ = NodeDiedError("the node has died")
+    schedule._handle_fault(before)
+    for _ in range(5):
+        schedule._handle_fault(NO_ROOM)
+
+
+@pytest.mark.slow
+def test_the_room_of_a_start_that_failed_is_free_for_the_next(
+    run: Run, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = ray.available_resources()["CPU"]
+    right = worker_group.ProcessGroup
+    monkeypatch.setattr(worker_group, "ProcessGroup", lambda backend, **more: right("no-such-backend", **more))
+    job = WorkerJob(run.config.model_dump(mode="json"), 1, (), {}, {}, {"command": 0.0, "asked": 0.0})
+    group = WorkerGroup(run, job, 2)
+    for _ in group.running():
+        pass
+    assert isinstance(group.error, ControllerError)
+    assert "no-such-backend" in explain(group.error).what
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0.0) < free:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
