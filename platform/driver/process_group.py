@@ -24,6 +24,7 @@ class _Backend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Joins the ranks. Ray Train calls it in its controller once all workers are there."""
+        assert isinstance(backend_config, ProcessGroup)
         ranks = range(len(worker_group))
         Path(backend_config.room).write_text(_room(worker_group).id.hex())
         address = worker_group.execute_single(0, _free_address)
