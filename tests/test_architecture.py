@@ -21,7 +21,7 @@ MAY_IMPORT = {
         "pipelines", "model.batch", "model.encoders", "model.domains", "model.file_mode", "model.splitmix64",
         "model.tensor_file", "model.pictures", "model.encoder_sources",
     ),
-    "cluster": ("cluster",),
+    "cluster": ("cluster", "pipelines.values"),
     "platform": ("platform", "model", "pipelines", "cluster", "configs"),
     "configs": (),
 }  # fmt: skip

@@ -7,13 +7,15 @@ typing mistake is answered at once.
 
 from collections.abc import Iterator, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
+from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
 from domainshuttle.platform.config.schema import HORIZON, ConfigError, CorporaConfig, RunConfig, nearest
@@ -33,10 +35,22 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 
 def load_corpora(source: str, overrides: list[str] | None = None) -> RunConfig | CorporaConfig:
     """Reads as `load_config` does the configuration of a run, or one of corpora alone: without `model` and `stages`."""
-    content, origin = _prepared(*_read(source, corpora=True), overrides)
+    content, origin = _prepared(*_read(source, "corpora"), overrides)
     if "model" in content or "stages" in content or "experts" in content:
         return _checked(content, origin)
     return _validated(CorporaConfig, content, origin)
+
+
+def load_cluster(source: str, overrides: list[str] | None = None) -> ClusterSpec:
+    """Reads a cluster's description, or by its name one that ships with the package, and applies `a.b=c` overrides.
+
+    Raises ConfigError with every fault found.
+    """
+    text, origin = _read(source, "cluster")
+    content = read_mapping(text, origin)
+    for override in overrides or []:
+        _override(content, override)
+    return _validated(ClusterSpec, content, origin, "can't be used")
 
 
 def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict[str, Any], str]:
@@ -91,12 +105,12 @@ def _checked(content: dict[str, Any], origin: str) -> RunConfig:
     return _validated(RunConfig, content, origin)
 
 
-def _validated(kind: type[_Config], content: dict[str, Any], origin: str) -> _Config:
+def _validated(kind: type[_Config], content: dict[str, Any], origin: str, fault: str = "can't be run") -> _Config:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        faults = "\n".join(f"  {explain(fault, kind)}" for fault in error.errors())
-        raise ConfigError(f"{origin} can't be run:\n{faults}") from None
+        faults = "\n".join(f"  {explain(one, kind)}" for one in error.errors())
+        raise ConfigError(f"{origin} {fault}:\n{faults}") from None
 
 
 def read_text(path: Path) -> str:
@@ -152,22 +166,27 @@ def _find_folders(section: Any) -> None:
             section[key] = str(folder.absolute())
 
 
-def _read(source: str, corpora: bool = False) -> tuple[str, str]:
-    """The text of a file or of a shipped configuration, with `corpora` also of those of corpora alone, and its name."""
+def _read(source: str, kind: Literal["run", "corpora", "cluster"] = "run") -> tuple[str, str]:
+    """The text of a file or of a shipped configuration, and its name; with `corpora` also of those of corpora alone."""
     path = Path(source)
     if path.is_file():
         return read_text(path), source
-    shipped = resources.files("domainshuttle.configs")
-    found = {entry.name.removesuffix(".yaml"): entry for entry in shipped.iterdir() if entry.name.endswith(".yaml")}
-    if corpora:
-        inner = (shipped / "corpora").iterdir()
-        found |= {f"corpora/{one.name.removesuffix('.yaml')}": one for one in inner if one.name.endswith(".yaml")}
+    configs = resources.files("domainshuttle.configs")
+    shipped = _in_folder(configs / "clusters" if kind == "cluster" else configs)
+    if kind == "corpora":
+        shipped |= {f"corpora/{name}": entry for name, entry in _in_folder(configs / "corpora").items()}
     name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")  # not its stem: there are dots in names
-    if name in found:
-        return found[name].read_text(), f"{name}.yaml (shipped)"
-    raise ConfigError(
-        f"no configuration {source!r}: give a YAML file, or one that ships with the package: {', '.join(sorted(found))}"
-    )
+    name = name.removeprefix("clusters/") if kind == "cluster" else name
+    if name in shipped:
+        return shipped[name].read_text(), f"{name}.yaml (shipped)"
+    what = "description of a cluster" if kind == "cluster" else "configuration"
+    known = ", ".join(sorted(shipped))
+    raise ConfigError(f"no {what} {source!r}: give a YAML file, or one that ships with the package: {known}")
+
+
+def _in_folder(folder: Traversable) -> dict[str, Traversable]:
+    """The YAML files of a folder of the package, by their names without ending."""
+    return {one.name.removesuffix(".yaml"): one for one in folder.iterdir() if one.name.endswith(".yaml")}
 
 
 def _override(content: dict[str, Any], override: str) -> None:

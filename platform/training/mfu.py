@@ -6,30 +6,17 @@ from typing import Any
 
 import torch
 
+from domainshuttle.cluster.devices import device_shown_as
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.spec import ModelSpec
-
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-"""FLOP/s in bf16 with dense matrices, as the vendor states them, by a part of CUDA's name; the first that fits."""
 
 
 def peak_flops() -> float | None:
     """What this process's device can do in a second; None where that is not known, as on a CPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    device = device_shown_as(torch.cuda.get_device_name())
+    return device.flops if device else None
 
 
 class Utilization:
