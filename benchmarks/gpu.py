@@ -54,7 +54,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "recompute all but attention": {"activations": {"mode": "attention"}},
     "recompute every second": {"activations": {"mode": "every", "every": 2}},
     "recompute all, compiled": {"activations": {"mode": "full"}, "compile": "inductor"},
-    "recompute all, flash attention 3": {"activations": {"mode": "full"}, "attention_backend": "_flash_3"},
+    "recompute all, flash attention 4": {"activations": {"mode": "full"}, "attention_backend": "fa4"},
     "recompute all, cuDNN's attention": {"activations": {"mode": "full"}, "attention_backend": "_native_cudnn"},
     "recompute all, optimiser on the host": {"activations": {"mode": "full"}, "offload_optimizer": True},
 }

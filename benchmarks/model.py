@@ -225,7 +225,7 @@ def main() -> None:
     verb.add_argument("--latents", type=int, nargs=3, default=(21, 60, 104))
     verb.add_argument("--references", type=int, default=5)
     verb.add_argument("--layers", type=int, default=3)
-    verb.add_argument("--backends", nargs="+", default=["native", "_native_flash", "_native_cudnn", "_flash_3"])
+    verb.add_argument("--backends", nargs="+", default=["native", "_native_flash", "_native_cudnn"])
     verb.add_argument("--rounds", type=int, default=5)
     verb.add_argument("--compile", action="store_true", help="compile the blocks")
     verb.add_argument("--checkpoint", action="store_true", help="recompute blocks in the backward pass")

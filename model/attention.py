@@ -12,6 +12,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
+NO_MASKS = ("flash", "flash_hub", "flash_4_hub", "_flash_3", "_flash_3_hub", "_native_flash", "aiter_fa2_hub")
+"""Backends of diffusers' dispatcher that raise for a mask; torch's choice takes their place there."""
+
 
 def attend(
     query: Tensor,
@@ -24,8 +27,11 @@ def attend(
     """Attention [b, n, heads, d] of queries [b, n, heads, d] over keys and values [b, m, heads, d], in their dtype.
 
     ``mask`` [b or 1, 1, 1, m] is True at the keys that count. ``backend``, of diffusers' dispatcher, is what a user
-    has set; without one it is torch's choice on a GPU, and the fused float32 kernel on a CPU.
+    has set; without one it is torch's choice on a GPU, and the fused float32 kernel on a CPU. So it is with a mask,
+    where the backend takes none.
     """
+    if mask is not None and backend in NO_MASKS:
+        backend = None if query.device.type == "cpu" else "native"
     if backend is None and query.device.type == "cpu":
         # b n heads d -> b heads n d
         heads = (one.float().transpose(1, 2) for one in (query, key, value))

@@ -76,6 +76,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(blueprint(config.model_of(segment.expert), origin), config.engine)
         engine = Engine(design, stage, config.engine, loader.accumulation)
+        engine.attention.require_masks(stage.micro_batch > 1 and stage.references > 0, f"stages.{stage.name}")
         loss_of = functools.partial(
             training_loss,
             engine,

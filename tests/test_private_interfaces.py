@@ -28,6 +28,7 @@ from domainshuttle.model.batch import TrainingBatch
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = "platform/engine/zero3.py"
 STATE = "platform/engine/sharded_state.py"
+KERNELS = "platform/engine/attention_kernels.py"
 
 SOURCE = "pipelines/loading/ray_source.py"
 TRAINER = "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer"
@@ -80,12 +81,19 @@ USES: dict[str, tuple[str, ...]] = {
     # and how the folder of a job's working directory begins
     "_ray_pkg_": ("platform/config/loading.py",),
     # torch
-    "torch.utils._python_dispatch.TorchDispatchMode": ("platform/engine/initialization.py",),
+    "torch.utils._python_dispatch.TorchDispatchMode": ("platform/engine/initialization.py", KERNELS),
     "OutOfMemoryError": ("pipelines/quarantine.py",),
     "AcceleratorError": ("pipelines/quarantine.py",),
     # diffusers
     "_execution_device": ("model/generation.py",),
     "_gradient_checkpointing_func": ("model/transformer.py",),
+    # its attention backends, by name
+    "_flash_3": (KERNELS, "model/attention.py"),
+    "_flash_3_hub": ("model/attention.py",),
+    "_native_flash": (KERNELS, "model/attention.py"),
+    "_native_cudnn": (KERNELS,),
+    "_native_npu": (KERNELS,),
+    "_native_xla": (KERNELS,),
     # pyarrow
     "__reduce__": ("pipelines/storage/filesystems.py",),
 }
@@ -399,6 +407,26 @@ def _skipped(model: Any) -> None:
 
 
 EXCEPTIONS = "ray.train.v2._internal.exceptions"
+
+
+def _backend(_: Any) -> None:
+    """Names of attention backends: those without a backward pass, and those that raise for a mask."""
+    from diffusers.models import attention_dispatch
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    from domainshuttle.model.attention import NO_MASKS
+
+    names = {one.value for one in AttentionBackendName}
+    assert {"_flash_3", "_native_flash", "_native_cudnn", "_native_npu", "_native_xla", "sage", *NO_MASKS} <= names
+    assert any(name.startswith("_sage") for name in names)
+    source = inspect.getsource(attention_dispatch)
+    # the operator of _flash_3 has a forward and a fake, and no formula of its gradient
+    assert "flash_attn_3::_flash_attn_forward" in source and "register_autograd" not in source
+    given = [torch.ones(1, 3, 1, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match="attn_mask"):
+        attention_dispatch.dispatch_attention_fn(*given, attn_mask=torch.ones(1, 1, 1, 3), backend="_native_flash")
+
+
 CHECKS: dict[str, Callable[[Any], None]] = {
     **{name: of_engine(name) for name in ("get_global_grad_norm", "destroy", "optimizer", "module", "device",
                                           "backward", "step", "eval")},
@@ -423,6 +451,8 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "torch.utils._python_dispatch.TorchDispatchMode": _dispatch,
     "OutOfMemoryError": of_torch("OutOfMemoryError"), "AcceleratorError": of_torch("AcceleratorError"),
     "_execution_device": _pipeline, "_gradient_checkpointing_func": _recomputation,
+    **dict.fromkeys(("_flash_3", "_flash_3_hub", "_native_flash"), _backend),
+    **dict.fromkeys(("_native_cudnn", "_native_npu", "_native_xla"), _backend),
     "__reduce__": _store,
 }  # fmt: skip
 

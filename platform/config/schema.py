@@ -450,7 +450,8 @@ class EngineSection(Section):
         None, gt=0, lt=1, description="decay a step of a moving average of the trained parameters; none: no average"
     )
     attention_backend: str | None = Field(
-        None, description="of diffusers' attention dispatcher, such as flash or _flash_3; none: torch's own choice"
+        None,
+        description="fa3, fa4 (FlashAttention), or one of diffusers' dispatcher, such as native; none: torch's choice",
     )
     compile: str | None = Field(
         None, description="backend of torch.compile for the blocks, such as inductor; none: not compiled"

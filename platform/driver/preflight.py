@@ -150,7 +150,7 @@ def require_model(config: RunConfig) -> None:
 
 def selected_parameters(config: RunConfig) -> dict[str, TrainedParameters]:
     """Which parameters each segment trains, of a model that is not built; raises as `require_model`."""
-    _require_backends(config.engine)
+    _require_backends(config.engine, config.cluster.gpus_per_worker > 0)
     experts: list[ExpertSection | None] = [*config.experts] or [None]
     sizes = {expert: model_size(config.model_of(expert)) for expert in experts}
     for size in sizes.values():
@@ -160,16 +160,11 @@ def selected_parameters(config: RunConfig) -> dict[str, TrainedParameters]:
     }
 
 
-def _require_backends(engine: EngineSection) -> None:
+def _require_backends(engine: EngineSection, on_gpu: bool) -> None:
     if engine.attention_backend is not None:
-        from diffusers.models.attention_dispatch import AttentionBackendName
+        from domainshuttle.platform.engine.attention_kernels import require_trainable
 
-        known = [backend.value for backend in AttentionBackendName]
-        if engine.attention_backend not in known:
-            raise ConfigError(
-                f"engine.attention_backend={engine.attention_backend!r} is no backend of diffusers"
-                f"{nearest(engine.attention_backend, known)}"
-            )
+        require_trainable(engine, on_gpu)
     if engine.compile is not None:
         import torch
 

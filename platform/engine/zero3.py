@@ -30,6 +30,7 @@ from domainshuttle.model.mot import DomainMoTBlock
 from domainshuttle.model.weight_files import write_shards
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
+from domainshuttle.platform.engine.attention_kernels import AttentionKernels
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
 from domainshuttle.platform.engine.initialization import Blueprint
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
@@ -37,6 +38,8 @@ from domainshuttle.platform.run.segments import learning_rate
 
 if TYPE_CHECKING:
     pass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class Engine:
         self.stage, self._decay = stage, section.ema
         self._accumulation, self._pending = accumulation, 0
         model, self._source = blueprint.outline, blueprint.weights
-        _materialise(blueprint, self.config)
+        device = _materialise(blueprint, self.config)
         checkpoint_blocks(model, section.activations)
-        _choose_attention(model, section)
+        self.attention = _choose_attention(model, section, device)
         if section.compile is not None:
             for block in model.blocks:
                 # the forward alone: ZeRO-3's hooks, which gather the weights around it, stay outside
@@ -278,8 +281,7 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
         "bf16": {"enabled": section.precision == "bf16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
     }
-    _materialise(blueprint, config)
-    _choose_attention(model, section)
+    _choose_attention(model, section, _materialise(blueprint, config))
     _gather_whole_blocks(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()  # DeepSpeed's returns nothing
@@ -288,8 +290,8 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
 
 
 @torch.no_grad()
-def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> None:
-    """Gives the outline its weights, divided over the ranks.
+def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> torch.device:
+    """Gives the outline its weights, divided over the ranks. Returns the device of this rank.
 
     What is trained, and what generation keeps in float32, is float32; all else is of the configured type.
     """
@@ -316,6 +318,7 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> None:
                 nn.ParameterList([real]), mem_efficient_linear=False, config_dict_or_path=config, dtype=dtype
             )
     outline.compute_in(dtype)
+    return torch.device(device)
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
@@ -330,14 +333,19 @@ def _gather_whole_blocks(model: nn.Module) -> None:
         set_z3_leaf_modules(model, [DomainMoTBlock])
 
 
-def _choose_attention(model: Any, section: EngineSection) -> None:
-    if section.attention_backend is None:
-        return
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that backends are experimental
-    model.set_attention_backend(section.attention_backend)
-    logger.setLevel(level)
+def _choose_attention(model: Any, section: EngineSection, device: torch.device) -> AttentionKernels:
+    """Sets the backend of a model's attention, once it has been tried here."""
+    config = model.config
+    kernels = AttentionKernels.tried(section, device, config.num_attention_heads, config.attention_head_dim)
+    if kernels.backend is not None:
+        diffusers = logging.getLogger("diffusers.models.modeling_utils")
+        level = diffusers.level
+        diffusers.setLevel(logging.ERROR)  # it warns that backends are experimental
+        model.set_attention_backend(kernels.backend)
+        diffusers.setLevel(level)
+    logger.info("%s", kernels)
+    kernels.warn_of_old_cudnn()
+    return kernels
 
 
 def _deepspeed() -> Any:
