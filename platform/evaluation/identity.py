@@ -4,8 +4,7 @@ Each held-out sample is generated from its caption and one reference picture. Th
 reference pictures of all samples of its group: it hits when its own is the closest. The same noise and captions with
 the references of another subject of the group are the control, and chance is one in the group's size.
 
-The descriptor is simple on purpose: a histogram of hue, weighted by chroma, so that white, grey and skin hardly count;
-clips and pictures are compared by the Bhattacharyya coefficient of their histograms.
+Clips and pictures are compared by their hues (`metrics/hues.py`).
 """
 
 import json
@@ -23,14 +22,12 @@ from domainshuttle.pipelines.media.decode import Pixels
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.evaluation.metrics.hues import describe
 from domainshuttle.platform.generation.cases import Case, generate_cases, load_cases
 from domainshuttle.platform.generation.generate import load_pipeline
 from domainshuttle.platform.generation.grid import GridRow, write_grid
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
-
-HUES = 24
-LEAST_CHROMA = 0.06
 
 
 @dataclass(frozen=True)
@@ -54,23 +51,6 @@ class IdentityResult:
             for base in (self.chance, self.other)
         ]
         return all(margins)
-
-
-def describe(frames: Pixels) -> np.ndarray:
-    """The descriptor of [F,h,w,3] uint8: square roots of a hue histogram [24] that sums to 1 (zeros without colour)."""
-    red, green, blue = np.moveaxis(frames.astype(np.float64) / 255, -1, 0)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    cb, cr = 0.564 * (blue - luma), 0.713 * (red - luma)
-    weight = np.clip(np.hypot(cb, cr) - LEAST_CHROMA, 0, None).ravel()
-    place = (np.arctan2(cr, cb).ravel() + np.pi) / (2 * np.pi) * HUES
-    low = np.floor(place).astype(int)
-    share = place - low
-    # each pixel is shared between the two nearest hues, so that a small shift changes little
-    histogram = np.bincount(low % HUES, weight * (1 - share), HUES) + np.bincount(
-        (low + 1) % HUES, weight * share, HUES
-    )
-    total = histogram.sum()
-    return np.sqrt(histogram / total) if total > 0 else histogram
 
 
 def hit_rate(clips: list[Pixels], references: list[Pixels], group: int) -> list[bool]:

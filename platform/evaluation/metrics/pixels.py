@@ -1,0 +1,112 @@
+"""Metrics of pixels alone, which need no model and no download: the desk-size set, for the demo and for tests.
+
+They are no stand-ins for the paper's: each says one plain thing, and the sensitivity tests say whether it does.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from domainshuttle.pipelines.media.decode import Pixels
+from domainshuttle.pipelines.values import Count
+from domainshuttle.platform.evaluation.metrics.hues import describe
+from domainshuttle.platform.evaluation.metrics.metric import (
+    Direction,
+    Metric,
+    MetricConfig,
+    Score,
+    Trial,
+    Work,
+)
+
+Luma = NDArray[np.float64]
+"""[frames,h,w], 0 to 1."""
+
+
+class FramesConfig(MetricConfig):
+    frames: Count = 16
+    """How many, evenly over the video."""
+
+
+class HueIdentity(Metric[FramesConfig]):
+    """How near the video's colours are to each reference's: the Bhattacharyya coefficient of hue histograms weighted by
+    chroma, 0 to 1; mean over the references. That of another case is the
+    sensitivity test `other_reference`."""
+
+    name: ClassVar = "hue_identity"
+    title: ClassVar = "Hue identity"
+    source: ClassVar = "ours: the demo's identity test, case by case"
+    code_version: ClassVar = 1
+    expects: ClassVar[Mapping[Trial, Direction]] = {
+        "other_reference": "falls", "still_reference": "ceiling", "shuffled": "same", "no_references": "falls",
+    }  # fmt: skip
+
+    def measure(self, work: Work) -> Score:
+        if not work.case.references:
+            return Score("missing", reason="the case has no reference")
+        frames = np.stack(work.frames(self.config.frames))
+        found = work.once(("hues", self.config.frames), lambda: describe(frames))
+        values = [float(found @ describe(one.picture[None])) for one in work.case.references]
+        return Score("measured", float(np.mean(values)), details={"references": values})
+
+
+class Steadiness(Metric[MetricConfig]):
+    """How little neighbouring frames differ: 1 - mean |luma difference|; all frames. A still has 1, so the motion
+    stands beside it."""
+
+    name: ClassVar = "steadiness"
+    title: ClassVar = "Steadiness"
+    source: ClassVar = "ours"
+    code_version: ClassVar = 1
+    expects: ClassVar[Mapping[Trial, Direction]] = {
+        "shuffled": "falls", "noisy": "falls", "still_reference": "ceiling", "recompressed": "same",
+    }  # fmt: skip
+
+    def measure(self, work: Work) -> Score:
+        if len(work.video.frames) < 2:
+            return Score("missing", reason="the video has one frame")
+        luma = work.once("luma", lambda: luma_of(work.video.frames))
+        steps = np.abs(np.diff(luma, axis=0)).mean(axis=(1, 2))
+        far = float(np.abs(luma[-1] - luma[0]).mean())
+        return Score(
+            "measured", float(1 - steps.mean()), beside={"first_to_last": far}, details={"steps": steps.tolist()}
+        )
+
+
+class Sharpness(Metric[FramesConfig]):
+    """How much of the detail a 3x3 mean takes away: 1 - gradient energy after it / before; mean over frames. A frame of
+    one colour has no detail and counts 0."""
+
+    name: ClassVar = "sharpness"
+    title: ClassVar = "Sharpness"
+    source: ClassVar = "ours"
+    code_version: ClassVar = 1
+    expects: ClassVar[Mapping[Trial, Direction]] = {"blurred": "falls", "shuffled": "same"}
+
+    def measure(self, work: Work) -> Score:
+        luma = luma_of(np.stack(work.frames(self.config.frames)))
+        if min(luma.shape[1:]) < 4:
+            return Score("missing", reason=f"frames of {luma.shape[2]}x{luma.shape[1]} pixels: at least 4x4 are needed")
+        before, after = _energy(luma), _energy(_mean_3x3(luma))
+        values = np.where(before > 1e-9, 1 - after / np.maximum(before, 1e-9), 0.0)
+        return Score("measured", float(values.mean()), details={"frames": values.tolist()})
+
+
+def luma_of(frames: Pixels) -> Luma:
+    """Brightness of [f,h,w,3] by BT.601."""
+    weights = np.array([0.299, 0.587, 0.114]) / 255
+    return np.stack([frame @ weights for frame in frames])
+
+
+def _energy(luma: Luma) -> NDArray[np.float64]:
+    """Mean square of the steps to the right and down, of each frame."""
+    across, down = np.diff(luma, axis=2), np.diff(luma, axis=1)
+    return (across**2).mean(axis=(1, 2)) + (down**2).mean(axis=(1, 2))
+
+
+def _mean_3x3(luma: Luma) -> Luma:
+    """The mean of each pixel and its 8 neighbours, without the border."""
+    height, width = luma.shape[1] - 2, luma.shape[2] - 2
+    return np.sum([luma[:, y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0) / 9
