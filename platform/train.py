@@ -72,6 +72,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             run.quarantine_path(segment.name, rank),
             **config.loader.model_dump(),
             device=get_device(),
+            converted=run.converted_path(segment.name, rank),
         )
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(blueprint(config.model_of(segment.expert), origin), config.engine)

@@ -6,11 +6,12 @@ rank opens the bytes in place.
 """
 
 import json
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.encoder_sources import encoder_files, files_digest
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.encoding.sample_encoder import (
     SampleEncoder,
@@ -26,6 +28,7 @@ from domainshuttle.pipelines.encoding.sample_encoder import (
     decode_target,
     load_encoders,
 )
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.loading.buffers import Staging
 from domainshuttle.pipelines.loading.collate import ReadSample, check_tensor, collate, memory_tensor
@@ -79,10 +82,24 @@ class LiveEncoder:
         assert feed.encoders is not None
         if device == "cpu":
             torch.set_num_threads(1)
+        require_files(feed.encoders)
         self._reader = RawReader(feed, feed.encoders, device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.concat_tables([pack(work.rank, work.make()) for work in self._reader.works(unpacked(table))])
+
+
+def require_files(sources: EncoderSources) -> None:
+    """Raises DataError where the encoders' files on this node are others than those that `sources` names: a folder may
+    hold other files on each node."""
+    named: tuple[tuple[Literal["video", "text"], str], ...] = (("video", sources.video), ("text", sources.text))
+    for kind, source in named:
+        expected = dict(sources.files).get(f"{kind}_files")
+        if expected and (found := encoder_files(source, kind)) and files_digest(found) != expected:
+            raise DataError(
+                f"encoders.{kind}={source} has other files on node {socket.gethostname()} than where the run was "
+                "started: give all nodes the same files, and run the command again"
+            )
 
 
 class Unpacked:
@@ -117,6 +134,7 @@ def pack(rank: int, micro: MicroBatch[TrainingBatch]) -> pa.Table:
             "bad": pa.array([json.dumps([asdict(one) for one in micro.bad])], pa.string()),
             "replaced": pa.array([json.dumps(micro.replaced)], pa.string()),
             "cut_captions": pa.array([micro.cut_captions], pa.int32()),
+            "converted": pa.array([json.dumps([asdict(one) for one in micro.converted])], pa.string()),
             # no copy: the bytes are the column's memory
             "batch": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)]),
         }
@@ -141,6 +159,7 @@ def unpack(row: pa.Table, staging: Staging | None = None) -> MicroBatch[Training
         bad=[BadSample(**one) for one in json.loads(values["bad"])],
         replaced=[(planned, found) for planned, found in json.loads(values["replaced"])],
         cut_captions=values["cut_captions"],
+        converted=[BadSample(**one) for one in json.loads(values["converted"])],
     )
 
 

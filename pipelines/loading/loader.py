@@ -28,7 +28,7 @@ from domainshuttle.pipelines.loading.device_prefetch import on_device
 from domainshuttle.pipelines.loading.encoded import EncodedReader
 from domainshuttle.pipelines.loading.reader import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN, accepted_share
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN, BadSample, accepted_share
 from domainshuttle.pipelines.sample import READ_AHEAD
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Loader(Generic[B]):
     Samples that can't be read go to `quarantine` (a JSONL file) and the plan's substitutes take their place; when more
     than `most_bad` of the samples were bad (and at least 10), TooManyBadError ends the run. On a CUDA `device` the
     batches come out there, copied ahead from pinned memory.
+    Samples whose pixels live encoding converts are listed in `converted` (JSONL), each once a start.
     """
 
     def __init__(
@@ -57,13 +58,15 @@ class Loader(Generic[B]):
         most_bad: float = MOST_BAD_IN_RUN,
         device: torch.device | None = None,
         source: Source[B] | None = None,
+        converted: Path | None = None,
     ) -> None:
         self.blocks, self.rank = blocks, rank
         self.accumulation = feed.accumulation(world_size)
         self.quarantine, self.read_ahead, self.most_bad = quarantine, read_ahead, most_bad
         self.device = device if device is not None and device.type == "cuda" else None
         self.read = self.bad = 0
-        self._unwritten = b""
+        self._quarantined, self._converted = _Table(quarantine), converted and _Table(converted)
+        self._listed: set[tuple[str, str]] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         if source is None:
             staging = Staging(pinned=self.device is not None)
@@ -100,8 +103,9 @@ class Loader(Generic[B]):
                 self._note(micro)
                 yield micro
         finally:
-            if self._unwritten:
-                self._write()
+            self._quarantined.write()
+            if self._converted:
+                self._converted.write()
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch_tables(self) -> None:
@@ -129,13 +133,15 @@ class Loader(Generic[B]):
                 yield work
 
     def _note(self, micro: MicroBatch[B]) -> None:
-        """Counts what was read, and puts bad samples on the quarantine table."""
+        """Counts what was read, puts bad samples on the quarantine table, and lists converted ones, once each."""
         self.read += len(micro.keys) + len(micro.bad)
         self.bad += len(micro.bad)
+        if self._converted and (fresh := [one for one in micro.converted if (one.shard, one.key) not in self._listed]):
+            self._listed.update((one.shard, one.key) for one in fresh)
+            self._converted.add(fresh)
         if not micro.bad:
             return
-        self._unwritten += b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in micro.bad)
-        self._write()
+        self._quarantined.add(micro.bad)
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
             raise TooManyBadError(
                 f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "
@@ -147,10 +153,26 @@ class Loader(Generic[B]):
         share = accepted_share(2 * self.bad / self.read)
         return f"; or accept more with --set loader.most_bad={share}" if float(share) < 1 else ""
 
-    def _write(self) -> None:
-        """Adds what is not written yet to the quarantine table, whole lines only; a full disk ends no step."""
+
+class _Table:
+    """A JSONL file to which rows are added, whole lines only; where it can't be written they wait in memory, and no
+    step ends by it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unwritten = b""
+
+    def add(self, rows: Iterable[BadSample]) -> None:
+        self._unwritten += b"".join(json.dumps(asdict(one)).encode() + b"\n" for one in rows)
+        self.write()
+
+    def write(self) -> None:
+        """Writes what waits."""
+        if not self._unwritten:
+            return
         try:
-            with self.quarantine.open("ab", buffering=0) as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 try:
                     if file.write(self._unwritten) < len(self._unwritten):
@@ -160,7 +182,7 @@ class Loader(Generic[B]):
                     raise
             self._unwritten = b""
         except OSError as error:
-            logger.warning("%s can not be written; bad samples wait in memory: %s", self.quarantine, error)
+            logger.warning("%s can not be written; its rows wait in memory: %s", self.path, error)
 
 
 def _source(feed: Feed, staging: Staging) -> Source[TrainingBatch]:

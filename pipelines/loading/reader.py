@@ -17,6 +17,7 @@ from typing_extensions import TypeVar
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.errors import DataError, TooManyBadError
 from domainshuttle.pipelines.index.table import IndexRow
+from domainshuttle.pipelines.media.conversions import noted_conversions
 from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.pipelines.plan.pairing import Pairing
 from domainshuttle.pipelines.quarantine import BadSample, of_sample
@@ -42,6 +43,8 @@ class MicroBatch(Generic[B]):
     """`source/key` of each planned sample that is not there, and of the one that stands in its place."""
     cut_captions: int = 0
     """Of how many samples the caption has more tokens than the batch shows."""
+    converted: list[BadSample] = field(default_factory=list)
+    """Samples whose pixels were converted as they were decoded, a row a conversion: they are in the batch."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class Reader(Generic[T, B]):
             for number, place in enumerate(places):
                 while read[number] is None:
                     try:
-                        read[number] = self.read_one(place.drawn)
+                        with noted_conversions() as place.conversions:
+                            read[number] = self.read_one(place.drawn)
                     except DataError as error:
                         bad.append(self._substitute(place, planned["step"], error))
             try:
@@ -144,7 +148,12 @@ class Reader(Generic[T, B]):
         for place in places if self.feed.paired else ():
             kinds.update(place.drawn.pairing.kinds)
         cut = sum(self.has_cut_caption(one) for one in cast(list[T], read))
-        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad, replaced, cut)
+        converted = [
+            BadSample(place.drawn.row.source, place.drawn.row.shard, place.drawn.row.key, conversion)
+            for place in places
+            for conversion in sorted(place.conversions)
+        ]
+        return MicroBatch(planned["step"], planned["part"], batch, keys, kinds, bad, replaced, cut, converted)
 
     def has_cut_caption(self, sample: T) -> bool:
         """Whether a sample's caption has more tokens than are shown; here none has."""
@@ -184,6 +193,7 @@ class _Place:
     drawn: Drawn
     slot: int
     attempts: int = 0
+    conversions: set[str] = field(default_factory=set)
 
 
 _ROWS_AT_ONCE = 32

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,9 @@ class EncoderSources:
     text_len: int
     tile_above: int | None = TILE_ABOVE
     """Pixels of a frame above which Wan's VAE encodes in tiles; None: never."""
+    files: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+    """Digests of the encoders' files where the run was started (`video_files`, `text_files`), for other nodes to
+    compare theirs with."""
 
 
 @dataclass(frozen=True)

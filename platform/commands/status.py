@@ -5,6 +5,7 @@ import math
 import shlex
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -73,6 +74,7 @@ def status_record(folder: Path) -> dict[str, Any]:
         "goodput": hours.goodput,
         "damaged_checkpoints": {name: str(found) for name, found in checkpoints if isinstance(found, CheckpointError)},
         "quarantined": _quarantined(run),
+        "converted": _converted(run),
         "dropped_steps": {segment.name: len(run.dropped_steps(segment.name)) for segment in run.segments()},
         "unsent_bytes": _unsent(run),
         "next": run.train_command if not alive and word != "finished" else None,
@@ -102,6 +104,12 @@ def _reached(segment: Segment, state: Mapping[str, Any], kept: list[Checkpoint])
 def _quarantined(run: Run) -> int:
     # attempts and epochs meet the same sample again
     return len({(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")})
+
+
+def _converted(run: Run) -> dict[str, int]:
+    """Samples whose pixels live encoding converted, by what was done."""
+    lines = {(line.get("shard"), line.get("key"), line.get("reason")) for line in _lines(run.folder / "converted")}
+    return dict(Counter(str(kind) for *_, kind in lines).most_common())
 
 
 def _unsent(run: Run) -> int:
@@ -139,6 +147,9 @@ def print_status(folder: Path) -> None:
         console.print(Advice(f"{waiting:,} bytes of metrics wait for MLflow. Next:", command))
     if bad := _quarantined(run):
         console.print(Prose(f"{bad} samples in quarantine: see {run.folder / 'quarantine'}"))
+    if converted := _converted(run):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in converted.items())
+        console.print(Prose(f"Of its samples, by what was done to pixels: {kinds}: see {run.folder / 'converted'}"))
     for segment in run.segments():
         if dropped := run.dropped_steps(segment.name):
             where = run.dropped_path(segment.name, 0).parent

@@ -1,12 +1,13 @@
 """The data of a segment, as the configuration describes it."""
 
+import dataclasses
 import json
 from typing import Literal
 
 from domainshuttle.model.encoder_sources import encoder_files
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import read_metadata
-from domainshuttle.pipelines.plan.feed import Feed
+from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
@@ -45,14 +46,19 @@ def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
                         f"it again with `domainshuttle data encode CONFIG --overwrite`"
                     )
         return
-    noted = run.folder / "encoders.json"
-    before_live = json.loads(noted.read_text()) if noted.exists() else now
+    before_live = _noted(run) or now
     if changed := [kind for kind, _ in named if now.get(f"{kind}_files") != before_live.get(f"{kind}_files")]:
         raise DataError(
             f"encoders.{changed[0]} has other files than the run {run.config.name} began with: bring them back, or "
             "begin a new run with another `name`"
         )
-    write_bytes(noted, json.dumps(now).encode())
+    write_bytes(run.encoders_path, json.dumps(now).encode())
+
+
+def _noted(run: Run) -> dict[str, str]:
+    """Digests of the encoders' files with which live encoding began; nothing before its first start."""
+    noted: dict[str, str] = json.loads(run.encoders_path.read_text()) if run.encoders_path.exists() else {}
+    return noted
 
 
 def make_feed(config: RunConfig, segment: Segment) -> Feed:
@@ -70,5 +76,12 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
         reference_dropout=stage.reference_dropout,
         text_dropout=stage.text_dropout,
         paired=stage.loss.cross_pair_weight > 0,
-        encoders=config.encoders.sources() if config.encoders.live else None,
+        encoders=_live_encoders(config),
     )
+
+
+def _live_encoders(config: RunConfig) -> EncoderSources | None:
+    """What live encoding loads, with the digests that its actors compare their node's files with."""
+    if not config.encoders.live:
+        return None
+    return dataclasses.replace(config.encoders.sources(), files=tuple(sorted(_noted(Run(config)).items())))

@@ -182,6 +182,15 @@ class Run:
         """Stacks of a worker that hung."""
         return self.folder / "hangs" / f"{segment}.rank{rank:05d}.txt"
 
+    @property
+    def encoders_path(self) -> Path:
+        """Digests of the files of the encoders that live encoding began with."""
+        return self.folder / "encoders.json"
+
+    def converted_path(self, segment: str, rank: int) -> Path:
+        """Samples whose pixels live encoding converted, a line a sample and conversion."""
+        return self.folder / "converted" / f"{segment}.rank{rank:05d}.jsonl"
+
     def quarantine_path(self, segment: str, rank: int) -> Path:
         return self.folder / "quarantine" / f"{segment}.rank{rank:05d}.jsonl"
 

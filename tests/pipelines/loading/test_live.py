@@ -3,6 +3,7 @@
 Run: python -m pytest tests/pipelines/loading/test_live.py
 """
 
+import io
 import json
 import re
 import subprocess
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
 from ray_books import plasma_bytes, reserved
 from safetensors.torch import save_file
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.encoder_sources import encoder_files, files_digest
 from domainshuttle.model.encoders import load_text_encoder, load_video_encoder
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
@@ -62,6 +66,10 @@ def raw_corpus(
             kind = (damage or {}).get(sample.key)
             if kind == "jpeg":
                 files["ref0.jpg"] = files["ref0.jpg"][: len(files["ref0.jpg"]) // 2]
+            elif kind == "turned":
+                files["ref0.jpg"] = resaved(files["ref0.jpg"], "JPEG", exif=turned_exif())
+            elif kind == "clear":
+                files["ref0.jpg"] = resaved(files["ref0.jpg"], "PNG", mode="RGBA")
             elif kind == "clip":
                 files["mp4"] = b"\0" * 400 + files["mp4"][400:]
             elif kind == "short":
@@ -70,6 +78,18 @@ def raw_corpus(
             infos[sample.key] = sample.info
     rows = [IndexRow.of(entry, infos[entry.key], bucket) for entry in writer.entries]
     write_index(folder / name / "raw" / INDEX_NAME, rows, IndexMetadata(corpus=name, stage="raw", fps=sampled))
+
+
+def resaved(data: bytes, form: str, mode: str = "RGB", **options: Any) -> bytes:
+    """A picture of the same size, saved anew."""
+    Image.open(io.BytesIO(data)).convert(mode).save(buffer := io.BytesIO(), form, **options)
+    return buffer.getvalue()
+
+
+def turned_exif() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif
 
 
 def encode_corpus(folder: Path, name: str) -> None:
@@ -122,7 +142,7 @@ def feed(folder: Path, *names: str, live: bool, **changes: Any) -> Feed:
     return replace(base, **changes)
 
 
-def load(one: Feed, steps: int, quarantine: Path) -> list[MicroBatch]:
+def load(one: Feed, steps: int, quarantine: Path, converted: Path | None = None) -> list[MicroBatch]:
     """The micro-batches of a single rank; live ones are made by the actor's class, here."""
     rows = planned_rows(one, 0, steps, 0, 1)
     if one.encoders:
@@ -130,7 +150,7 @@ def load(one: Feed, steps: int, quarantine: Path) -> list[MicroBatch]:
         tables = [encoder(packed(rows.slice(number, 1))) for number in range(len(rows))]
     else:
         tables = [rows]
-    return list(Loader([*tables], one, 0, 1, quarantine, most_bad=1.0))
+    return list(Loader([*tables], one, 0, 1, quarantine, most_bad=1.0, converted=converted))
 
 
 def assert_equal(first: TrainingBatch, second: TrainingBatch) -> None:
@@ -151,6 +171,39 @@ def test_live_batches_are_those_of_the_encoded_corpus_bit_for_bit(corpora: Path,
         assert_equal(first.batch, second.batch)
     assert {micro.batch.bucket for micro in live} == {(1, 4, 4), (2, 4, 4)}
     assert not (tmp_path / "q").exists()
+
+
+def test_conversions_are_listed_as_encoding_lists_them_each_sample_once(tmp_path: Path) -> None:
+    turned = {"train-0000002": "turned", "train-0000007": "turned", "train-0000009": "clear"}
+    raw_corpus(tmp_path, "mine", turned, kind="image")
+    one = feed(tmp_path, "mine", live=True, reference_dropout=0.0, references=5)
+    micros = load(one, 6, tmp_path / "q", tmp_path / "converted" / "c")  # two passes over 24 samples
+    lines = [json.loads(line) for line in (tmp_path / "converted" / "c").open()]
+    index = Index.load(tmp_path / "mine" / "raw" / INDEX_NAME)
+    expected = {(row.key, what) for row in index.rows(range(len(index))) for what in noted_conversions_of(row)}
+    assert {key for key, _ in expected} == set(turned)
+    assert sorted((line["key"], line["reason"]) for line in lines) == sorted(expected)
+    assert sum(len(micro.converted) for micro in micros) == 2 * len(lines)
+    assert not (tmp_path / "q").exists()
+
+
+def noted_conversions_of(row: IndexRow) -> tuple[str, ...]:
+    """What encoding beforehand notes."""
+    ((_, sample),) = encode_rows([row], load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48), None)
+    assert isinstance(sample, EncodedSample)
+    return sample.converted
+
+
+def test_an_actor_refuses_other_encoder_files_than_those_of_the_start(corpora: Path, tmp_path: Path) -> None:
+    for name, seed in (("here", 0), ("there", 1)):
+        torch.manual_seed(seed)
+        vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        vae.save_pretrained(tmp_path / name / "vae")
+    files = (("video_files", files_digest(encoder_files(str(tmp_path / "here"), "video"))),)
+    here, there = (replace(SOURCES, video=f"{tmp_path}/{name}", files=files) for name in ("here", "there"))
+    LiveEncoder(feed(corpora, "clips", live=True, encoders=here))
+    with pytest.raises(DataError, match=r"other files on node .* than where the run was started"):
+        LiveEncoder(feed(corpora, "clips", live=True, encoders=there))
 
 
 def test_captions_that_are_cut_are_counted_where_they_are_shown(tmp_path: Path) -> None:

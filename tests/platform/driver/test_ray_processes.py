@@ -29,8 +29,9 @@ def kill(process: subprocess.Popen[bytes], name: str) -> bool:
 
 
 def test_each_of_rays_processes_may_die(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
-    steps = "stages.stage2.steps=60"
-    whole, whole_run, more = run_of(tiny, "sixty", steps)
+    # the plan is handed out hundreds of steps ahead: what hands it out must still be at work when it is killed
+    steps = "stages.stage2.steps=1500"
+    whole, whole_run, more = run_of(tiny, "long", steps)
     skip_stage1(whole_run, unbroken[0])
     cli("train", tiny, *more)
     config, run, more = run_of(tiny, "ray-dies", steps, "cluster.max_failures=1")
