@@ -2,7 +2,8 @@
 
 Both forms are members of a WebDataset shard: files that share a key and differ in their extension.
 
-* Raw: `key.json` (`SampleInfo`), `key.jpg|png|webp|mp4` (the target), `key.ref0.jpg` ... (the reference pictures).
+* Raw: `key.json` (`SampleInfo`), `key.jpg|png|webp|mp4` (the target), `key.ref0.jpg` ... (the reference pictures), and
+  `key.source.mp4`, where a target was made of another clip of which references are still to be cut out.
 * Encoded: `key.json` and `key.safetensors` with `target` [16, f, h, w], `reference.0` [16, h, w] ... and `text` [l, d]
   in bf16, and a `view.i` [16, h, w], an altered view of reference i, where it is the only picture of its subject.
 
@@ -36,6 +37,7 @@ LEAST_FPS, MOST_FPS = 0.01, 1000.0
 KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 EXTENSION_PATTERN = re.compile(r"(?=.{1,19}\Z)[a-z0-9]+(\.[a-z0-9]+)*")
 REFERENCE_PATTERN = re.compile(r"ref\d+\.(jpg|jpeg|png|webp)")
+SOURCE_CLIP_PATTERN = r"^source\.(mp4|webm|mkv|mov)$"
 
 Size = tuple[Annotated[int, Field(ge=1, le=65536)], Annotated[int, Field(ge=1, le=65536)]]
 
@@ -110,7 +112,8 @@ class Reference(_Model):
 class SampleInfo(_Model):
     """What `key.json` holds. `size` is the target's (height, width) in pixels, as it is looked at, and `frames` its
     length, at `fps`. All of it is said of the raw files, in an encoded sample too: its bucket and rate are told by its
-    latents and the index. Subject ids are 0..n-1 in order, and each reference names one of them."""
+    latents and the index. Subject ids are 0..n-1 in order, and each reference names one of them. `video` names the
+    video that a clip was cut out of, and `source_clip` the member that an edited target was made of."""
 
     caption: str
     source: Annotated[str, Field(min_length=1)]
@@ -121,6 +124,8 @@ class SampleInfo(_Model):
     subjects: list[Subject]
     references: list[Reference]
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
+    video: Annotated[str, Field(min_length=1)] | None = None
+    source_clip: Annotated[str, Field(pattern=SOURCE_CLIP_PATTERN)] | None = None
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -141,7 +146,8 @@ class SampleInfo(_Model):
 
     def to_json(self) -> bytes:
         """The bytes of `key.json`: UTF-8, keys in a fixed order, the same bytes for equal contents."""
-        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, sort_keys=True).encode()
+        without = {name for name in ("video", "source_clip") if getattr(self, name) is None}  # most samples have none
+        return json.dumps(self.model_dump(mode="json", exclude=without), ensure_ascii=False, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: Buffer, where: str = "key.json") -> "SampleInfo":
@@ -166,7 +172,7 @@ class RawSample:
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        expected = {reference.file for reference in self.info.references}
+        expected = self._named()
         missing = sorted(expected - set(self.files))
         if missing:
             raise DataError(f"sample {self.key!r}: missing reference {missing}; it has {sorted(self.files)}")
@@ -180,8 +186,12 @@ class RawSample:
 
     @property
     def target_extension(self) -> str:
-        """The extension of the target: the one file that is not a reference."""
-        return next(iter(set(self.files) - {reference.file for reference in self.info.references}))
+        """The extension of the target: the one file that `info` does not name."""
+        return next(iter(set(self.files) - self._named()))
+
+    def _named(self) -> set[str]:
+        source_clip = {self.info.source_clip} if self.info.source_clip else set()
+        return {reference.file for reference in self.info.references} | source_clip
 
     @property
     def target(self) -> Buffer:

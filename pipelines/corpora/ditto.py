@@ -1,7 +1,8 @@
 """Ditto-1M: clips and what an editor made of them by a command. Format: docs/datasets.md.
 
 It has no references, masks or words. The edited clip is the target, and frames of the source clip show what it was made
-of: one subject, the scene. Subjects are cut out of these by a later stage. Only the source has a caption.
+of: one subject, the scene. With `source_clip` the whole source clip lies beside the target, and cross pairs are cut out
+of it (`curation/pairs`). Only the source has a caption.
 """
 
 from collections.abc import Iterator
@@ -45,6 +46,9 @@ class DittoConfig(SourceConfig):
     )
     videos: str = Field("videos", description="what paths of records are below")
     source_frames: Whole = Field(2, ge=1, le=8, description="frames of the source clip, evenly spread, as references")
+    source_clip: bool = Field(
+        False, description="keep the source clip beside the edited one: cross pairs are cut out of it"
+    )
 
 
 class DittoSource(RecordSource):
@@ -105,4 +109,5 @@ class DittoSource(RecordSource):
             [("scene", FANTASY if fantasy else _OTHER)],
             [Shown(0, "edited", drawn_picture(frames[number])) for number in sorted(frames)],
             {CAPTION_IS_INSTRUCTION: 1.0, FROM_WORDS: 1.0},
+            source_clip=source if self.config.source_clip else None,
         )

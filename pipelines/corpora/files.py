@@ -92,9 +92,13 @@ def sample_of(
     subjects: Sequence[tuple[str, int]],
     shown: Iterable[Shown],
     scores: dict[str, float],
+    video: str | None = None,
+    source_clip: ClipFile | None = None,
 ) -> RawSample:
     """A raw sample of its parts; `subjects` are (word, domain), in the order of their ids."""
     files: dict[str, Buffer] = {target.extension: target.data}
+    if source_clip is not None:
+        files[f"source.{source_clip.extension}"] = source_clip.data
     references = []
     for number, one in enumerate(shown):
         name = f"ref{number}.{one.picture.extension}"
@@ -111,5 +115,7 @@ def sample_of(
         subjects=[Subject(id=number, word=word, domain=domain) for number, (word, domain) in enumerate(subjects)],
         references=references,
         scores=scores,
+        video=video,
+        source_clip=f"source.{source_clip.extension}" if source_clip is not None else None,
     )
     return RawSample(safe_key(id_), info, files)

@@ -136,6 +136,7 @@ class ManifestSource(RecordSource):
                 "subjects": subjects,
                 "references": shown,
                 "scores": {name: scores.number(name) for name in scores.content},
+                "video": fields.text("source_video") if "source_video" in fields else None,
             },
         )
 
@@ -207,6 +208,7 @@ class ManifestSource(RecordSource):
             subjects,
             shown,
             {**content["scores"], **({FROM_WORDS: 1.0} if guessed else {})},
+            content["video"],
         )
 
 

@@ -49,6 +49,24 @@ def decode_rle(counts: str, height: int, width: int) -> Mask:
     return np.repeat(ones, runs).reshape(width, height).T
 
 
+def encode_rle(mask: Mask) -> str:
+    """COCO's compressed run lengths of a mask [h,w]: the string that `decode_rle` reads."""
+    flat = np.ascontiguousarray(mask.T).ravel()
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate([[0] if not len(flat) or not flat[0] else [0, 0], edges, [len(flat)]]))
+    values = runs.astype(np.int64)
+    values[3:] = runs[3:] - runs[1:-2]
+    letters: list[int] = []
+    for value in values.tolist():
+        while True:
+            bits, value = value & 0x1F, value >> 5
+            more = value != (-1 if bits & 0x10 else 0)
+            letters.append((bits | (0x20 if more else 0)) + 48)
+            if not more:
+                break
+    return bytes(letters).decode("ascii")
+
+
 def covered_share(counts: str, height: int, width: int) -> float:
     """The share of a frame that a mask covers, of which nothing is drawn. Raises DataError as `decode_rle` does."""
     return float(_runs(counts, height, width)[1::2].sum() / (height * width))

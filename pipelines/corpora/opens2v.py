@@ -142,9 +142,8 @@ class OpenS2VSource(RecordSource):
         if empty is not None and (picture := self._background(entry)):
             shown.append(Shown(empty, "edited", picture))
         notes.add("subjects", len(subjects))
-        return sample_of(
-            record.id, self.corpus, entry.caption, target, described, shown, {**entry.scores, FROM_WORDS: 1.0}
-        )
+        scores = {**entry.scores, FROM_WORDS: 1.0}
+        return sample_of(record.id, self.corpus, entry.caption, target, described, shown, scores, entry.cluster)
 
     def _entry(self, record: Record) -> "_Entry":
         return _Entry(self._content(record), record.id, record.id.rpartition("/")[0])

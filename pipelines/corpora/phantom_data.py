@@ -123,8 +123,16 @@ class PhantomDataSource(RecordSource):
                 scores[f"reference_{len(described) - 1}"] = phrase["score"]
         if not described:
             raise SampleFault("no reference", f"{record.id}: none of its boxes could be cut out")
+        match = _VID.fullmatch(record.id)
         return sample_of(
-            record.id, self.corpus, record.payload["caption"], target, described, shown, {**scores, FROM_WORDS: 1.0}
+            record.id,
+            self.corpus,
+            record.payload["caption"],
+            target,
+            described,
+            shown,
+            {**scores, FROM_WORDS: 1.0},
+            match["uuid"] if match else None,
         )
 
     def _clip(self, vid: str) -> ClipFile:

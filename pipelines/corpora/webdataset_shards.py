@@ -45,6 +45,9 @@ class WebDatasetConfig(SourceConfig):
     captions: list[str] = Field(
         ["caption", "text", "prompt"], description="fields of key.json, where there is no key.txt"
     )
+    source_video: str | None = Field(
+        None, description="field of key.json that names the video that a clip was cut out of, such as url"
+    )
 
 
 class WebDatasetSource:
@@ -97,7 +100,10 @@ class WebDatasetSource:
         if not caption:
             return LeftOut(id_, "empty caption")
         extra = len(endings) - 1 - len(texts)
-        return Record(id_, {"file": piece.name, "key": key, "target": target, "caption": caption, "extra": extra})
+        named = self.config.source_video
+        video = described.text(named).strip() or None if named is not None and named in described else None
+        content = {"file": piece.name, "key": key, "target": target, "caption": caption, "extra": extra, "video": video}
+        return Record(id_, content)
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
         """See `source.Source`."""
@@ -114,7 +120,7 @@ class WebDatasetSource:
             try:
                 with of_sample(record.id):
                     target = clip_of(data, name) if clip else picture_of(data, name)
-                    sample = sample_of(record.id, self.corpus, content["caption"], target, [], [], {})
+                    sample = sample_of(record.id, self.corpus, content["caption"], target, [], [], {}, content["video"])
             except DataError as error:
                 yield LeftOut(record.id, fault_reason(error))
                 continue

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 
@@ -86,6 +86,8 @@ class Work:
             if (data := self.files.get(reference.file, before.files.get(reference.file))) is None:
                 raise DataError(f"{self.row.key}: {reference.file} is named, and no step made it")
             files[reference.file] = data
+        if self.info.source_clip is not None:
+            files[self.info.source_clip] = before.files[self.info.source_clip]
         return RawSample(self.row.key, self.info, files)
 
 
@@ -157,7 +159,7 @@ def run_stage(
     progress(done, total)
     if missing:
         job = _Job(raw, parts, metadata, samples_per_part, shard_bytes)
-        for finished in _passed(job, missing, steps):
+        for finished in pass_through(job, missing, steps):
             done += finished
             progress(done, total)
     merged, bad = parts.merge(metadata, most_bad, _REPAIR)
@@ -167,6 +169,7 @@ def run_stage(
         "stage": name,
         "settings": dict(recipe),
         "from": index.digest,
+        "from_folder": str(raw.folder),
         "samples": total - bad,
         "in_quarantine": bad,
         "left_out": dict(_reasons(folder).most_common()),
@@ -186,9 +189,28 @@ _PASSED = pa.schema(
 """What goes from step to step: a part, its samples, what a step raised, and how many of its samples are finished."""
 
 
+class PartsJob(Protocol):
+    """What the parts that pass through steps have in common, and what is written of them in the end."""
+
+    raw: CorpusSpec
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written, for messages."""
+        ...
+
+    def rows(self, index: Index, part: int) -> list[IndexRow]:
+        """The samples of a part."""
+        ...
+
+    def write(self, part: int, passed: "Passing") -> int:
+        """Writes what the steps made of a part, whole or not at all; returns how many samples that finishes."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Job:
-    """What the parts of a stage have in common."""
+    """A stage that makes shards."""
 
     raw: CorpusSpec
     parts: Parts
@@ -196,13 +218,32 @@ class _Job:
     samples_per_part: int
     shard_bytes: int
 
+    @property
+    def folder(self) -> Path:
+        return self.parts.folder
+
     def rows(self, index: Index, part: int) -> list[IndexRow]:
         start = part * self.samples_per_part
         return index.rows(range(start, min(start + self.samples_per_part, len(index))))
 
+    def write(self, part: int, passed: "Passing") -> int:
+        infos = {}
+        traces = [(number, bad.key, trace) for number, bad, trace in passed.out]
+        with ShardWriter(self.parts.folder, self.parts.prefix(part), self.shard_bytes) as writer:
+            for number, work in passed.works:
+                writer.write(work.row.key, work.finished().members())
+                infos[work.row.key] = work.info, work.row.bucket
+                traces.append((number, work.row.key, work.trace))
+        lines = [json.dumps({"key": key, **trace}) + "\n" for _, key, trace in sorted(traces, key=_place) if trace]
+        write_bytes(self.parts.beside(part, TRACE_NAME), "".join(lines).encode())
+        self.parts.note(part, passed.notes)
+        rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
+        bad = [one for _, one, _ in sorted(passed.out, key=_place)]
+        return sum(self.parts.finish(part, rows, bad, self.metadata))
+
 
 @dataclass
-class _Passing:
+class Passing:
     """A part between two steps: samples that are still in, and those that were left out, both by their place in it."""
 
     works: list[tuple[int, Work]]
@@ -225,7 +266,7 @@ class _Passing:
 class _StepActor:
     """Holds a step. The first one reads the samples' descriptions, and the last one writes the shards."""
 
-    def __init__(self, job: _Job, step: Step, first: bool, last: bool) -> None:
+    def __init__(self, job: PartsJob, step: Step, first: bool, last: bool) -> None:
         self.job, self.first, self.last = job, first, last
         self.fault: UserFacingError | None = None
         try:
@@ -242,7 +283,7 @@ class _StepActor:
                 came = self._read(part) if self.first else pickle.loads(passing)
                 came.call(self.step)
                 if self.last:
-                    done = self._write(part, came)
+                    done = self.job.write(part, came)
                 else:
                     passing = pickle.dumps(came, protocol=5)
             except UserFacingError as error:
@@ -251,8 +292,8 @@ class _StepActor:
         passing = b"" if self.last or told else passing
         return pa.Table.from_pylist([{"part": part, "passing": passing, "fault": told, "done": done}], _PASSED)
 
-    def _read(self, part: int) -> _Passing:
-        passing = _Passing([], [], Counter())
+    def _read(self, part: int) -> Passing:
+        passing = Passing([], [], Counter())
         assert self.index is not None
         for number, row in enumerate(self.job.rows(self.index, part)):
             try:
@@ -261,27 +302,12 @@ class _StepActor:
                 passing.leave_out(number, row, fault_reason(error), {})
         return passing
 
-    def _write(self, part: int, passing: _Passing) -> int:
-        job, infos = self.job, {}
-        traces = [(number, bad.key, trace) for number, bad, trace in passing.out]
-        with ShardWriter(job.parts.folder, job.parts.prefix(part), job.shard_bytes) as writer:
-            for number, work in passing.works:
-                writer.write(work.row.key, work.finished().members())
-                infos[work.row.key] = work.info, work.row.bucket
-                traces.append((number, work.row.key, work.trace))
-        lines = [json.dumps({"key": key, **trace}) + "\n" for _, key, trace in sorted(traces, key=_place) if trace]
-        write_bytes(job.parts.beside(part, TRACE_NAME), "".join(lines).encode())
-        job.parts.note(part, passing.notes)
-        rows = [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries]
-        bad = [one for _, one, _ in sorted(passing.out, key=_place)]
-        return sum(job.parts.finish(part, rows, bad, job.metadata))
-
 
 def _place(numbered: tuple[Any, ...]) -> int:
     return int(numbered[0])
 
 
-def _passed(job: _Job, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
+def pass_through(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
     """Sends parts through the steps; gives how many samples each part had that is finished. Raises a step's fault."""
     import ray.data
     from ray.exceptions import RayActorError, RayTaskError
@@ -318,7 +344,7 @@ def _passed(job: _Job, missing: Sequence[int], steps: Sequence[Step]) -> Iterabl
         raise  # a fault of ours, with its traceback
     except RayActorError as error:
         raise StorageError(
-            f"{job.parts.folder}: a worker died each time its part was tried: {error}. The node's memory may be too "
+            f"{job.folder}: a worker died each time its part was tried: {error}. The node's memory may be too "
             "small; what is finished stays: run the command again"
         ) from error
 

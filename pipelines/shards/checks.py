@@ -37,7 +37,7 @@ def check_files(key: str, info: SampleInfo, extensions: Iterable[str]) -> None:
         elif "safetensors" in files:
             kind = "encoded sample"
         else:
-            kind = "unknown file" if files - references - set(allowed) else "missing target"
+            kind = "unknown file" if files - references - {info.source_clip} - set(allowed) else "missing target"
         raise SampleFault(kind, str(error)) from error
 
 

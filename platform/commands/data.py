@@ -37,7 +37,7 @@ def build_corpora(
 ) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
     for name in _chosen(config, only):
-        raw, build = config.corpus(name, "raw"), config.corpora[name].build
+        raw, build = config.built(name), config.corpora[name].build
         folder = require_local(raw.folder, f"building {name}")
         if build is None:
             buckets = " ".join(f"--bucket {bucket}" for bucket in raw.buckets)

@@ -20,6 +20,7 @@ from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
+from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
 from domainshuttle.pipelines.sample import LATENT_CHANNELS, READ_AHEAD
@@ -151,6 +152,9 @@ class CorpusSection(Section):
     build: CorpusConfig | None = Field(
         None, description="its source; none: the shards are your own, indexed with `domainshuttle data index`"
     )
+    pair: PairConfig | None = Field(
+        None, description="cross pairs, which then are what is encoded; none: what was built is"
+    )
     buckets: list[str] = Field(min_length=1, description="frames x height x width, such as 81x480x832")
     fps: Fps | None = Field(None, description="rate at which clips are sampled; none: each clip's own")
 
@@ -159,10 +163,18 @@ class CorpusSection(Section):
         return [parse_bucket(text) for text in self.buckets]
 
     def spec(self, name: str, form: Literal["raw", "encoded"], data: str) -> "CorpusSpec":
-        """The corpus in a form, below the folder or URI `data`."""
+        """The corpus in a form, below the folder or URI `data`; where it is paired, its raw form is the pairs'."""
+        paired = form == "raw" and self.pair is not None
+        return self._spec(name, form, join(data, f"{name}/{PAIRED if paired else form}"))
+
+    def built(self, name: str, data: str) -> "CorpusSpec":
+        """The corpus as it was built or indexed, which is what cross pairs are made of."""
+        return self._spec(name, "raw", join(data, f"{name}/raw"))
+
+    def _spec(self, name: str, form: Literal["raw", "encoded"], folder: str) -> "CorpusSpec":
         from domainshuttle.pipelines.index.spec import CorpusSpec  # brings pyarrow along
 
-        return CorpusSpec(name, form, join(data, f"{name}/{form}"), tuple(self.parsed_buckets), self.fps)
+        return CorpusSpec(name, form, folder, tuple(self.parsed_buckets), self.fps)
 
     @model_validator(mode="after")
     def _samples_fit(self) -> "CorpusSection":
@@ -175,6 +187,8 @@ class CorpusSection(Section):
 
 
 _MOST_SIDE = 1 << 16
+PAIRED = "paired"
+"""The folder of a corpus's cross pairs, beside that of what was built."""
 
 
 class FlowSection(Section):
@@ -535,6 +549,10 @@ class CorporaConfig(Section):
         """A corpus in a form."""
         return self.corpora[name].spec(name, form, self.data)
 
+    def built(self, name: str) -> "CorpusSpec":
+        """A corpus as it was built."""
+        return self.corpora[name].built(name, self.data)
+
 
 class RunConfig(Section):
     """A complete run."""
@@ -685,6 +703,10 @@ class RunConfig(Section):
         """A corpus in a form: by default in the one that training reads."""
         return self.corpora[name].spec(name, form or self.trained_form, self.data)
 
+    def built(self, name: str) -> "CorpusSpec":
+        """A corpus as it was built."""
+        return self.corpora[name].built(name, self.data)
+
     @property
     def trained_form(self) -> Literal["raw", "encoded"]:
         """In which form training reads the corpora."""
@@ -707,6 +729,14 @@ class RunConfig(Section):
         content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
         if self.encoders.tile_above == TILE_ABOVE:  # as earlier versions had no word of it: runs keep their digests
             del content["encoders"]["tile_above"]
+        for name, corpus in content["corpora"].items():
+            pair = self.corpora[name].pair
+            corpus.pop("pair")  # as above
+            if pair is not None:
+                corpus["pair"] = {**pair.finding(), **pair.choosing()}
+            for key, unused in (("source_clip", False), ("source_video", None)):
+                if corpus["build"] and corpus["build"].get(key, ...) is unused:
+                    del corpus["build"][key]
         return self._with_planned_steps(content)
 
     def _with_planned_steps(self, content: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,14 @@ from built import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from domainshuttle.pipelines.corpora.masks import Candidate, covered_share, cut_out, decode_rle, without_duplicates
+from domainshuttle.pipelines.corpora.masks import (
+    Candidate,
+    covered_share,
+    cut_out,
+    decode_rle,
+    encode_rle,
+    without_duplicates,
+)
 from domainshuttle.pipelines.errors import DataError
 
 
@@ -56,3 +63,11 @@ def test_a_subject_is_cut_out_on_white() -> None:
         cut_out(frame, np.zeros((6, 8), bool))
     with pytest.raises(DataError, match="mask of 8x5"):
         cut_out(frame, mask[:5])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_run_lengths_are_written_as_cocos_code_writes_them(share: float) -> None:
+    mask = np.random.default_rng(7).random((37, 53)) < share
+    mask[10:30, 5:50] = share > 0
+    assert encode_rle(mask) == encoded(mask)
+    np.testing.assert_array_equal(decode_rle(encode_rle(mask), 37, 53), mask)

@@ -48,7 +48,17 @@ corpora:
     buckets: [9x64x64]
   people: {build: {builder: nano-consistent, folder: /x, other_outputs: 2}, buckets: [1x64x64]}
   boxes: {build: {builder: phantom-data, folder: /x, most_cut: 0.3, least_score: 0.5}, buckets: [9x64x64]}
-  edits: {build: {builder: ditto, folder: /x, source_frames: 2}, buckets: [9x64x64]}
+  edits:
+    build: {builder: ditto, folder: /x, source_frames: 2}
+    buckets: [9x64x64]
+    pair:
+      {models: {detector: /d, segmenter: /s, dino: /v, clip: /c}, frames: 4, other_clips: 4,
+       pictures: 3, least_pictures: 1, least_detection: 0.3, most_found: 6,
+       same_overlap: 0.8, least_mask: 0.8, least_area: 0.01, most_area: 0.9, least_side: 64, least_dino: 0.45,
+       most_dino: 0.97, least_clip: 0.7, least_quality: 3,
+       quality: {url: "http://x/v1", model: m, at_once: 4, requests_per_minute: 60, tokens_per_minute: 1000,
+                 most_cost: 5, price_in: 1, price_out: 2, answers: 3, answer_tokens: 100, temperature: 0.5, seed: 1,
+                 timeout: 10, patience: 20}}
 experts: [{name: high, low: 0.5, high: 1}, {name: low, low: 0, high: 0.6}]
 stages:
   - {name: one, mixture: {clips: 1}, steps: 2, gpu_hours: 3, global_batch: 8, micro_batch: 2, learning_rate: 1e-4,
@@ -82,6 +92,11 @@ MAY_BE_ZERO = {
     "loader.read_ahead", "guard.most_rollbacks", "cluster.resize_seconds", "cluster.gpus_per_worker",
     "cluster.max_failures", "cluster.encoding.cpus", "cluster.encoding.gpus", "engine.persistent_parameters",
     "checkpoint.keep_best", "sampling.gpus",
+    "corpora.edits.pair.least_area", "corpora.edits.pair.least_clip", "corpora.edits.pair.least_detection",
+    "corpora.edits.pair.least_dino", "corpora.edits.pair.least_mask", "corpora.edits.pair.least_quality",
+    "corpora.edits.pair.most_area", "corpora.edits.pair.most_dino", "corpora.edits.pair.other_clips",
+    "corpora.edits.pair.same_overlap", "corpora.edits.pair.quality.price_in", "corpora.edits.pair.quality.price_out",
+    "corpora.edits.pair.quality.seed", "corpora.edits.pair.quality.temperature",
 }  # fmt: skip
 """Of every number, those for which nothing is a sensible amount."""
 NO_NUMBER = ("x", "true", "yes", "[1]", "{a: 1}", "12:30", "1,5", "2026-01-01", "5%", "0x", "1e", "--1", "010", "-07")
@@ -180,7 +195,9 @@ def test_a_number_without_a_value_is_its_default_or_refused(path: tuple[str | in
     """Where nothing is a choice of its own, as for a limit, it is that choice."""
     optional = {"steps", "gpu_hours", "final_learning_rate", "samples", "budget_gpu_hours", "spike_factor",
                 "dashboard_port", "ema", "keep_every", "boundary", "fps", "tile_above"}  # fmt: skip
-    optional_sections = ("cluster.encoding.actors", "cluster.encoding.gpus")
+    limits = [f"corpora.edits.pair.quality.{one}" for one in
+              ("most_cost", "requests_per_minute", "tokens_per_minute")]  # fmt: skip
+    optional_sections = ("cluster.encoding.actors", "cluster.encoding.gpus", *limits)
     name = ".".join(map(str, path))
     may = str(path[-1]) in optional and name not in (
         "corpora.clips.build.fps", "corpora.clips.build.samples", "generation.fps", "generation.steps",
