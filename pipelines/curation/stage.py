@@ -192,7 +192,10 @@ _PASSED = pa.schema(
 class PartsJob(Protocol):
     """What the parts that pass through steps have in common, and what is written of them in the end."""
 
-    raw: CorpusSpec
+    @property
+    def raw(self) -> CorpusSpec:
+        """The corpus that they are of."""
+        ...
 
     @property
     def folder(self) -> Path:
