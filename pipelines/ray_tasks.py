@@ -1,10 +1,12 @@
 """One function over many pieces of work, as Ray tasks, on the cluster that is connected."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError
+from domainshuttle.pipelines.values import ActorPool
 
 
 def each_result(
@@ -43,3 +45,80 @@ def each_result(
 
 Progress = Callable[[int, int], None]
 """Called with the samples done and the samples in all."""
+
+
+def each_by_actors(
+    make: Callable[..., Callable[[Any], Any]],
+    arguments: tuple[Any, ...],
+    work: Iterable[Any],
+    pool: ActorPool | None,
+    tries: int = 3,
+) -> Iterator[tuple[Any, Any]]:
+    """Calls `make(*arguments)(piece)` of each piece; yields (piece, result) as they finish.
+
+    `make(*arguments)` is made once in each actor of the pool, on the cluster that is connected, or with `pool` None
+    once in this process. A piece whose actor dies is tried again by a new one; when that has happened `tries` times its
+    result is the error. What is raised otherwise is raised here: a UserFacingError as it is, others as Ray's.
+    """
+    if pool is None:
+        worker = make(*arguments)
+        yield from ((piece, worker(piece)) for piece in work)
+        return
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    kind = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_Holder)
+    numbered, tried = iter(enumerate(work)), Counter[int]()
+    again: list[tuple[int, Any]] = []
+    busy: dict[Any, tuple[Any, int, Any]] = {}
+
+    def give(actor: Any) -> None:
+        following = again.pop() if again else next(numbered, None)
+        if following is None:
+            ray.kill(actor)
+            return
+        number, piece = following
+        busy[actor.call.remote(piece)] = actor, number, piece
+
+    try:
+        for first in islice(numbered, pool.actors):
+            again.append(first)
+            give(kind.remote(make, arguments))
+        while busy:
+            (done,), _ = ray.wait(list(busy))
+            actor, number, piece = busy.pop(done)
+            try:
+                result = ray.get(done)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserFacingError):
+                    raise error.cause from None
+                raise
+            except RayActorError as error:
+                tried[number] += 1
+                actor = kind.remote(make, arguments)
+                if tried[number] < tries:
+                    again.append((number, piece))
+                    give(actor)
+                    continue
+                result = error
+            give(actor)
+            yield piece, result
+    finally:
+        for actor, _, _ in busy.values():
+            ray.kill(actor)
+
+
+class _Holder:
+    """An actor around a callable object."""
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+        self.fault: UserFacingError | None = None
+        try:
+            self.held = make(*arguments)
+        except UserFacingError as error:  # of a constructor Ray keeps only the text
+            self.fault = error
+
+    def call(self, piece: Any) -> Any:
+        if self.fault is not None:
+            raise self.fault
+        return self.held(piece)

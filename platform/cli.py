@@ -1,5 +1,6 @@
 """The command line. Each verb imports what it needs when it runs, so that `--help` answers at once."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 
@@ -51,6 +53,27 @@ def common(
 
 data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
+
+
+class _ModelsFirst(typer.core.TyperGroup):
+    """`evaluate MODEL` is short for the command `evaluate models MODEL`: what is no command's name is a model or an
+    option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["models", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(
+    no_args_is_help=True,
+    cls=_ModelsFirst,
+    help=(
+        "Judge models on a test set: **evaluate MODEL --cases paper** makes and measures clips and writes a report. "
+        "**evaluate models --help** has all options."
+    ),
+)
+app.add_typer(evaluation, name="evaluate")
 
 Config = Annotated[
     str, typer.Argument(help="A YAML file, or the name of one that ships with the package, such as demo.")
@@ -428,17 +451,51 @@ def generate(
     generate_clips(model, prompt, reference or [], cases, out, sampling)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder, whose configuration names the held-out corpus.")],
-    model: Annotated[Path, typer.Argument(help="The exported model.")],
-    out: Annotated[Path, typer.Option(help="Folder for table, grid and clips.")] = Path("evaluation"),
-) -> None:
-    """Measure on held-out identities whether clips show their own subject; write the table, a grid and clips."""
-    from domainshuttle.platform.evaluation.identity import evaluate_run
+@evaluation.command("models", hidden=True)
+def evaluate_models(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="An exported folder, a folder of a WanVACEPipeline, a hub id, or a folder of videos CASE.mp4; with a "
+            "name before it: NAME=PATH.",
+        ),
+    ],
+    cases: Annotated[
+        str | None,
+        typer.Option(help="The evaluation's YAML file, or one that ships: paper, opens2v or demo."),
+    ] = None,
+    set_: Set = None,
+    out: Annotated[Path, typer.Option(help="Folder of the evaluation; one that is there goes on.")] = Path(
+        "evaluation"
+    ),
+    run: Annotated[
+        Path | None,
+        typer.Option(help="A run's folder: its held-out corpus is the test set, unless --cases is given, and the "
+                     "results are logged to its MLflow run."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Try once more what failed before.")] = False,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+) -> None:  # fmt: skip
+    """Make the clips of a test set, measure them, and write a report. Goes on after a stop."""
+    from domainshuttle.platform.evaluation.evaluate import chosen_config, run_evaluation
     from domainshuttle.platform.run.folder import find_run
 
-    evaluate_run(find_run(run), model, out)
+    found = find_run(run) if run is not None else None
+    settings = chosen_config(cases, found.config if found else None, set_ or [])
+    on_ray = address is not None or settings.generation.pool is not None or settings.scoring is not None
+    with _ray(address) if on_ray else contextlib.nullcontext():
+        run_evaluation(model, settings, out, found, again)
+
+
+@evaluation.command("report")
+def evaluate_report(
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation.")] = Path("evaluation"),
+) -> None:
+    """Write the report of an evaluation again, from what is there; nothing is made or measured."""
+    from domainshuttle.platform.evaluation.evaluate import publish, read_results
+
+    publish(folder, read_results(folder))
 
 
 @app.command()

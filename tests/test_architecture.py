@@ -31,8 +31,8 @@ ORDER = {
         {"training"}, {"train"}, {"driver"}, {"evaluation"}, {"commands"}, {"cli"},
     ],
     "pipelines": [
-        {"errors"}, {"sample"}, {"buckets", "quarantine", "ray_tasks", "values"}, {"storage"}, {"shards", "endpoints"},
-        {"media"}, {"index"}, {"plan", "corpora"}, {"curation"}, {"encoding"}, {"loading"},
+        {"errors"}, {"sample"}, {"values"}, {"buckets", "quarantine", "ray_tasks"}, {"storage"},
+        {"shards", "endpoints"}, {"media"}, {"index"}, {"plan", "corpora"}, {"curation"}, {"encoding"}, {"loading"},
     ],
 }  # fmt: skip
 """The sub-rooms of a room, each line after what it may import. Those of one line do not import each other."""

@@ -204,7 +204,7 @@ def _run_variant(plan: Plan, name: str, config: RunConfig, timer: Timer) -> None
     settings = str(plan.folder / "configs" / f"{name}.yaml")
     timer.run(f"Train {name}", "train", settings)  # nothing where it is done; the run then has today's evaluation
     timer.run(f"Export {name}", "export", str(run.folder), str(exported), "--overwrite")
-    timer.run(f"Evaluate {name}", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
+    timer.run(f"Evaluate {name}", "evaluate", str(exported), "--run", str(run.folder), "--out", str(evaluation))
     result = json.loads((evaluation / "identity.json").read_text())
     (evaluation / "done.json").write_text(json.dumps({**result, "config": config.digest(), "judged": judged}))
 

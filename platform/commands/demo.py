@@ -79,7 +79,7 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=(run, last.name, middle))
     timer.run("Train on, from the checkpoint", "train", str(source))
     timer.run("Export", "export", str(run.folder), str(exported), "--overwrite")
-    timer.run("Generate and judge clips", "evaluate", str(run.folder), str(exported), "--out", str(evaluation))
+    timer.run("Generate and judge clips", "evaluate", str(exported), "--run", str(run.folder), "--out", str(evaluation))
     timer.run("Compare", "compare", config.tracking.experiment, "--uri", config.tracking_uri,
               "--page", str(folder / "compare.html"))  # fmt: skip
     audit = audit_samples(config)
@@ -123,7 +123,7 @@ def _print_summary(
             f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
             f"{result['chance']:.0%}; real clips {result['target']:.0%}\n\n"
-            f"[bold]Look at[/]  {evaluation / 'grid.png'} and grid.mp4\n"
+            f"[bold]Look at[/]  {evaluation / 'report' / 'index.html'}, {evaluation / 'grid.png'} and grid.mp4\n"
             f"[bold]Compare[/]  mlflow ui --backend-store-uri {config.tracking_uri} --port 5000\n"
             f"[bold]Again[/]    domainshuttle generate {evaluation.parent / 'exported'} --help",
             title="The demo is done",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
@@ -35,7 +35,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 
 def load_corpora(source: str, overrides: list[str] | None = None) -> RunConfig | CorporaConfig:
     """Reads as `load_config` does the configuration of a run, or one of corpora alone: without `model` and `stages`."""
-    content, origin = _prepared(*_read(source, "corpora"), overrides)
+    content, origin = _prepared(*_read(source, corpora=True), overrides)
     if "model" in content or "stages" in content or "experts" in content:
         return _checked(content, origin)
     return _validated(CorporaConfig, content, origin)
@@ -46,11 +46,22 @@ def load_cluster(source: str, overrides: list[str] | None = None) -> ClusterSpec
 
     Raises ConfigError with every fault found.
     """
-    text, origin = _read(source, "cluster")
+    return load_shipped(ClusterSpec, source, "clusters", "description of a cluster", overrides)
+
+
+def load_shipped(
+    kind: type[_Config], source: str, folder: str, what: str, overrides: list[str] | None = None
+) -> _Config:
+    """Reads a configuration of another kind than a run's: a YAML file, or by its name one that ships in
+    `configs/FOLDER`; applies `a.b=c` overrides. `what` is what a message calls it.
+
+    Raises ConfigError with every fault found.
+    """
+    text, origin = _read(source, folder, what)
     content = read_mapping(text, origin)
     for override in overrides or []:
         _override(content, override)
-    return _validated(ClusterSpec, content, origin, "can't be used")
+    return _validated(kind, content, origin, "can't be used")
 
 
 def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict[str, Any], str]:
@@ -166,20 +177,20 @@ def _find_folders(section: Any) -> None:
             section[key] = str(folder.absolute())
 
 
-def _read(source: str, kind: Literal["run", "corpora", "cluster"] = "run") -> tuple[str, str]:
-    """The text of a file or of a shipped configuration, and its name; with `corpora` also of those of corpora alone."""
+def _read(source: str, folder: str = "", what: str = "configuration", corpora: bool = False) -> tuple[str, str]:
+    """The text of a file or of a configuration that ships in a folder, with `corpora` also of those of corpora alone,
+    and its name."""
     path = Path(source)
     if path.is_file():
         return read_text(path), source
     configs = resources.files("domainshuttle.configs")
-    shipped = _in_folder(configs / "clusters" if kind == "cluster" else configs)
-    if kind == "corpora":
+    shipped = _in_folder(configs / folder if folder else configs)
+    if corpora:
         shipped |= {f"corpora/{name}": entry for name, entry in _in_folder(configs / "corpora").items()}
     name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")  # not its stem: there are dots in names
-    name = name.removeprefix("clusters/") if kind == "cluster" else name
+    name = name.removeprefix(f"{folder}/")
     if name in shipped:
         return shipped[name].read_text(), f"{name}.yaml (shipped)"
-    what = "description of a cluster" if kind == "cluster" else "configuration"
     known = ", ".join(sorted(shipped))
     raise ConfigError(f"no {what} {source!r}: give a YAML file, or one that ships with the package: {known}")
 

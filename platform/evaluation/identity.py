@@ -2,32 +2,28 @@
 
 Each held-out sample is generated from its caption and one reference picture. The clip is then compared with the
 reference pictures of all samples of its group: it hits when its own is the closest. The same noise and captions with
-the references of another subject of the group are the control, and chance is one in the group's size.
-
-Clips and pictures are compared by their hues (`metrics/hues.py`).
+the references of another subject of the group are the control, and chance is one in the group's size. The descriptor is
+that of the metric `hue_identity`.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
 from domainshuttle.model.domains import DOMAINS
-from domainshuttle.model.generation import DomainShuttlePipeline
-from domainshuttle.pipelines.index.parts import INDEX_NAME
-from domainshuttle.pipelines.index.table import Index
-from domainshuttle.pipelines.media.decode import Pixels
-from domainshuttle.pipelines.storage.uri import join
-from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.console import console, progress
+from domainshuttle.pipelines.media.decode import Pixels, decode_image
+from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.console import console
+from domainshuttle.platform.evaluation.cases import EvaluationCase
 from domainshuttle.platform.evaluation.metrics.hues import describe
-from domainshuttle.platform.generation.cases import Case, generate_cases, load_cases
-from domainshuttle.platform.generation.generate import load_pipeline
+from domainshuttle.platform.evaluation.metrics.metric import Video
+from domainshuttle.platform.evaluation.videos import CONTROL_MARK, REAL, Clip
 from domainshuttle.platform.generation.grid import GridRow, write_grid
-from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
+
+__all__ = ["IdentityResult", "describe", "hit_rate", "measure_identity", "print_result"]
 
 
 @dataclass(frozen=True)
@@ -64,66 +60,47 @@ def hit_rate(clips: list[Pixels], references: list[Pixels], group: int) -> list[
     return hits
 
 
-def evaluate_identity(
-    pipeline: DomainShuttlePipeline, cases: list[Case], candidates: int, steps: int, guidance: float, seed: int
-) -> tuple[IdentityResult, list[Pixels], list[Pixels]]:
-    """Generates all cases with their own and with another subject's reference; returns the result and both clips."""
-    group_start = [number // candidates * candidates for number in range(len(cases))]
-    # half a group further on: another subject of the same group
-    other = [s + (n - s + candidates // 2) % candidates for n, s in enumerate(group_start)]
-    swapped = [replace(case, references=cases[number].references) for case, number in zip(cases, other, strict=True)]
-    targets = [case.target for case in cases if case.target is not None]
-    frames, height, width, _ = targets[0].shape
-    with progress("Generating", "steps") as show:
-        own, control = (
-            generate_cases(
-                pipeline, chosen, (frames, height, width), steps, guidance, seed,
-                lambda step, before=before: show(before + step, 2 * steps),  # type: ignore[misc]
-            )
-            for chosen, before in ((cases, 0), (swapped, steps))
-        )  # fmt: skip
-    references = [case.references[0] for case in cases]
-    hits = hit_rate(own, references, candidates)
+def measure_identity(
+    cases: list[EvaluationCase], clips: dict[str, list[Clip]], model: str, candidates: int, fps: float, out: Path
+) -> tuple[IdentityResult, list[Path]] | None:
+    """The test of a model with the control `other`, and its files: identity.json and a grid of pictures.
+
+    `clips` are those of each column, in the order of the cases. Cases of which a clip or the reference is missing are
+    left out; None where there are no clips of the control, or no group is whole.
+    """
+    control = f"{model}{CONTROL_MARK}other"
+    by_case = {name: {clip.case: clip for clip in found if not clip.repeat} for name, found in clips.items()}
+    columns = [name for name in (model, control, REAL) if name in clips]
+    whole = sorted(
+        (case for case in cases if case.references and all(not by_case[name][case.id].failure for name in columns)),
+        key=lambda case: case.id,
+    )
+    whole = whole[: len(whole) // candidates * candidates]
+    if control not in clips or not whole:
+        return None
+    frames = {name: [Video.read(by_case[name][case.id].path).frames for case in whole] for name in columns}
+    references = [decode_image(case.references[0].path.read_bytes(), case.id) for case in whole]
+    hits = {name: hit_rate(frames[name], references, candidates) for name in columns}
     by_domain = {
-        name: float(np.mean([hit for hit, case in zip(hits, cases, strict=True) if case.domain == name]))
+        name: float(np.mean([hit for hit, case in zip(hits[model], whole, strict=True) if case.domains == name]))
         for name in DOMAINS
-        if any(case.domain == name for case in cases)
+        if any(case.domains == name for case in whole)
     }
     result = IdentityResult(
-        clips=len(cases),
-        candidates=candidates,
-        own=float(np.mean(hits)),
-        other=float(np.mean(hit_rate(control, references, candidates))),
-        target=float(np.mean(hit_rate(targets, references, candidates))),
-        chance=1 / candidates,
-        by_domain=by_domain,
-    )
-    return result, own, control
-
-
-def evaluate_run(run: Run, model: Path, out: Path) -> IdentityResult:
-    """Evaluates an exported model on the run's held-out corpus; writes table, grid and clips, also to MLflow."""
-    config = run.config
-    section = config.evaluation
-    if section is None:
-        raise ConfigError(f"run {config.name!r} has no `evaluation` section: name its held-out corpus there")
-    folder = config.corpus(section.corpus, "raw").folder
-    cases = load_cases(Index.load(join(folder, INDEX_NAME)), section.candidates * section.groups)
-    sampling = config.generation
-    result, own, control = evaluate_identity(
-        load_pipeline(model), cases, section.candidates, sampling.steps, sampling.guidance, config.seed
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "identity.json").write_text(json.dumps({**asdict(result), "learned": result.learned}, indent=2))
+        clips=len(whole), candidates=candidates, own=float(np.mean(hits[model])),
+        other=float(np.mean(hits[control])), target=float(np.mean(hits[REAL])) if REAL in hits else float("nan"),
+        chance=1 / candidates, by_domain=by_domain,
+    )  # fmt: skip
+    content = {**asdict(result), "learned": result.learned}
+    write_bytes(out / "identity.json", json.dumps(content, indent=2).encode())
+    targets = frames.get(REAL, [None] * len(whole))
     rows = [
-        GridRow(case.caption, case.domain, case.references, clip, case.target, other)
-        for case, clip, other in zip(cases, own, control, strict=True)
+        GridRow(case.prompt, case.domains, [reference], own, target, other)
+        for case, reference, own, target, other in zip(
+            whole, references, frames[model], targets, frames[control], strict=True
+        )
     ]
-    grid = write_grid(_varied(rows, 8), out, sampling.fps)
-    print_result(result)
-    _track(run, result, [out / "identity.json", *grid])
-    console.print(f"Grid: {' and '.join(map(str, grid))}; table: {out / 'identity.json'}")
-    return result
+    return result, [out / "identity.json", *write_grid(_varied(rows, 8), out, fps)]
 
 
 def print_result(result: IdentityResult) -> None:
@@ -144,27 +121,12 @@ def print_result(result: IdentityResult) -> None:
 
 def _varied(rows: list[GridRow], count: int) -> list[GridRow]:
     """Rows in turn from each domain, so that the grid shows all of them."""
-    queues = {name: [row for row in rows if row.domain == name] for name in DOMAINS}
+    queues: dict[str, list[GridRow]] = {}
+    for row in rows:
+        queues.setdefault(row.domain, []).append(row)
     chosen: list[GridRow] = []
     while len(chosen) < min(count, len(rows)):
         for queue in queues.values():
             if queue and len(chosen) < count:
                 chosen.append(queue.pop(0))
     return chosen
-
-
-def _track(run: Run, result: IdentityResult, files: list[Path]) -> None:
-    """Logs the result to the run of the last stage."""
-    saved = run.read_ids()
-    if saved is None:
-        return
-    last = run.segments()[-1]
-    tracker = Tracker(RunIds.from_dict(saved, run.config.tracking_uri), run.spool)
-    values = {"own": result.own, "other": result.other, "chance": result.chance, "target": result.target}
-    tracker.log(
-        {f"evaluation/identity_{name}": value for name, value in values.items()},
-        last.stage.duration.planned_steps,
-        last.name,
-    )
-    for path in files:
-        tracker.artifact(path.absolute(), "evaluation", last.name)

@@ -1,5 +1,6 @@
 """Cases to generate: held-out samples of a raw corpus, or those of a file in the release's format."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,25 +64,56 @@ def load_cases(index: Index, count: int, spread: bool = False) -> list[Case]:
     return cases
 
 
-def read_cases(path: Path) -> Iterator[tuple[str, GenerationCase]]:
-    """Name and case of each line of a JSONL file; raises ConfigError that names the line that is not understood."""
+@dataclass(frozen=True)
+class FiledCase:
+    """A case of a file."""
+
+    name: str
+    """Of the files that are made of it: the file's, with the line's number."""
+    id: str
+    """What stays the same when lines are added, removed or moved: what the line says is its `id`, else a digest."""
+    case: GenerationCase
+    item: dict[str, Any]
+    """The line, parsed."""
+
+
+def read_cases(path: Path) -> Iterator[FiledCase]:
+    """The case of each line of a JSONL file; raises ConfigError that names the line that is not understood."""
     if not path.is_file():
         raise ConfigError(f"no file {path}: expected a JSONL of cases, one a line")
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            yield f"{path.stem}-{number:04d}", GenerationCase.from_release(json.loads(line), path.parent)
+            item = json.loads(line)
+            case = GenerationCase.from_release(item, path.parent)
+            yield FiledCase(f"{path.stem}-{number:04d}", str(item.get("id") or content_id(case)), case, item)
         except (ValueError, TypeError, AttributeError) as error:  # of a line that is no mapping, or of other types
             raise ConfigError(f"{path}, line {number}: {error}") from error
+
+
+def content_id(case: GenerationCase) -> str:
+    """A name of a case that has none, from all that decides what is generated of it: 12 hex digits."""
+    digest = hashlib.sha256(json.dumps([case.prompt, case.subjects, case.domains]).encode())
+    for picture in case.references:
+        digest.update(hashlib.sha256(picture.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def case_seed(seed: int, case_id: str, repeat: int = 0) -> int:
+    """The seed of a case's noise, 0 to 2^63 - 1: a function of the run's seed, the case's id and the number of the
+    repeat alone, so that it stays when cases are added, removed or moved."""
+    digest = hashlib.sha256(json.dumps([seed, case_id, repeat]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def cases_of_file(path: Path) -> list[Case]:
     """The cases of a JSONL file with their pictures; raises ConfigError, or DataError for a picture that is none."""
     cases = []
-    for name, case in read_cases(path):
+    for filed in read_cases(path):
+        case = filed.case
         pictures = tuple(decode_image(picture.read_bytes(), str(picture)) for picture in case.references)
-        cases.append(Case(name, case.prompt, pictures, case.subjects, case.domains))
+        cases.append(Case(filed.id, case.prompt, pictures, case.subjects, case.domains))
     if not cases:
         raise ConfigError(f"{path} has no cases: expected one a line")
     return cases
@@ -96,7 +128,7 @@ def generate_cases(
     seed: int,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Pixels]:
-    """A clip [F,h,w,3] a case, all in one batch; `size` is frames, height, width, and case n has seed `seed` + n.
+    """A clip [F,h,w,3] a case, all in one batch; `size` is frames, height, width, and each has a seed of its own.
 
     `on_step` is called with the number of sampling steps done; what it raises ends the generation.
     """
@@ -119,7 +151,7 @@ def generate_cases(
         num_inference_steps=steps,
         guidance_scale=guidance,
         reference_guidance_scale=guidance,
-        seed=[seed + number for number in range(len(cases))],
+        seed=[case_seed(seed, case.key) for case in cases],
         output_type="np",
         callback_on_step_end=callback,
     )

@@ -22,7 +22,7 @@ from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
-from domainshuttle.platform.generation.cases import read_cases
+from domainshuttle.platform.generation.cases import case_seed, read_cases
 from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
 
 
@@ -100,19 +100,22 @@ def generate_clips(
     """
     if (prompt is None) == (cases is None):
         raise ConfigError("give either --prompt (and --reference for each picture) or --cases FILE.jsonl")
-    todo = list(read_cases(cases)) if cases else [("clip", _case(prompt or "", references))]
+    if cases:
+        todo = [(one.name, one.case, case_seed(sampling.seed, one.id)) for one in read_cases(cases)]
+    else:
+        todo = [("clip", _case(prompt or "", references), sampling.seed)]
     if not todo:
         raise ConfigError(f"{cases} has no cases: expected one a line")
-    for _, case in todo:
+    for _, case, _ in todo:
         _references(case)
     out.mkdir(parents=True, exist_ok=True)
     pipeline = load_pipeline(model)
-    for number, (name, case) in enumerate(todo):
+    for name, case, seed in todo:
         try:
             pipeline.check_inputs(
                 [case.prompt], None, sampling.height, sampling.width, sampling.frames, sampling.steps,
                 [scale for scale in (sampling.guidance, sampling.reference_guidance) if scale is not None],
-                sampling.seed + number, [case.references] if case.references else None,
+                seed, [case.references] if case.references else None,
                 [case.subjects] if case.references else None, [case.domains] if case.references else None,
             )  # fmt: skip
         except InputError as error:
@@ -122,7 +125,7 @@ def generate_clips(
     with progress("Generating", "steps") as show:
         total = len(todo) * sampling.steps
         show(0, total)
-        for number, (name, case) in enumerate(todo):
+        for number, (name, case, seed) in enumerate(todo):
 
             def stepped(_: Any, step: int, *__: Any, done: int = number * sampling.steps) -> dict[str, Any]:
                 show(done + step + 1, total)
@@ -140,7 +143,7 @@ def generate_clips(
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance,
                 reference_guidance_scale=sampling.reference_guidance,
-                seed=sampling.seed + number,
+                seed=seed,
                 output_type="np",
                 callback_on_step_end=stepped,
             )

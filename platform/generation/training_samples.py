@@ -133,11 +133,10 @@ def generate_samples(
     buckets = [bucket for corpus in stage.mixture for bucket in config.corpora[corpus].parsed_buckets]
     largest = max(buckets, key=lambda bucket: bucket.frames * bucket.height * bucket.width)
     rows = []
-    for number, case in enumerate(cases):
+    for case in cases:
         size = case.target.shape[:3] if case.target is not None else (largest.frames, largest.height, largest.width)
         # one at a time, as memory grows with each
-        seed = config.seed + number
-        (clip,) = generate_cases(pipeline, [case], size, sampling.steps, sampling.guidance, seed, in_time)
+        (clip,) = generate_cases(pipeline, [case], size, sampling.steps, sampling.guidance, config.seed, in_time)
         rows.append(GridRow(case.caption, case.domain, case.references, clip, case.target))
     with atomic_folder(out) as aside:
         write_grid(rows, aside, sampling.fps)

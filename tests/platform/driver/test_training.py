@@ -28,7 +28,7 @@ from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import audit_samples
-from domainshuttle.platform.tracking.queries import read_history, read_runs
+from domainshuttle.platform.tracking.queries import list_artifacts, read_history, read_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -198,7 +198,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     assert "line 1" in in_process("generate", exported, "--cases", cases, expect=2)
 
     out = tmp_path / "evaluation"
-    in_process("evaluate", run.folder, exported, "--out", out)
+    in_process("evaluate", exported, "--run", run.folder, "--out", out)
     result = json.loads((out / "identity.json").read_text())
     assert result["clips"] == 8
     assert result["chance"] == 0.25
@@ -207,6 +207,11 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     assert (out / "grid.mp4").stat().st_size > 1000
     records = {record.name: record for record in read_runs(config.tracking_uri, ["tiny"])}
     assert records["stage2"].metrics["evaluation/identity_own"] == result["own"]
+    hues = records["stage2"].metrics
+    assert (
+        hues["evaluation/hue_identity_low"] <= hues["evaluation/hue_identity"] <= hues["evaluation/hue_identity_high"]
+    )
+    assert "evaluation/report/index.html" in list_artifacts(config.tracking_uri, records["stage2"].id, "evaluation")
 
     page = tmp_path / "compare.html"
     table = in_process("compare", "tiny", "--uri", config.tracking_uri, "--page", page)

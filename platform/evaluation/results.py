@@ -1,0 +1,207 @@
+"""What an evaluation found: values by case, means with their intervals by split, and who is better than whom."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from domainshuttle.platform.evaluation.cases import SPLITS, EvaluationCase
+from domainshuttle.platform.evaluation.config import EvaluationConfig
+from domainshuttle.platform.evaluation.metrics.metric import Metric, Score
+from domainshuttle.platform.evaluation.scoring import applies
+from domainshuttle.platform.evaluation.statistics import Comparison, Estimate, Values, compare, estimates
+from domainshuttle.platform.evaluation.store import ResultStore
+from domainshuttle.platform.evaluation.videos import Clip, Column
+
+ALL = "all"
+"""The stratum of all cases."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a metric found of a case in a column: a score a repeat."""
+
+    scores: tuple[Score, ...]
+
+    @property
+    def value(self) -> float:
+        """The mean over repeats; NaN where none has a value."""
+        values = [one.value for one in self.scores if one.value is not None]
+        return fmean(values) if values else float("nan")
+
+    @property
+    def reason(self) -> str:
+        """Why there is no value; empty where there is one."""
+        if any(one.value is not None for one in self.scores):
+            return ""
+        return next((f"{one.state}: {one.reason}" for one in self.scores), "")
+
+
+class Results:
+    """The rows of an evaluation, as figures. `metrics` in the order of tables."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        cases: Sequence[EvaluationCase],
+        columns: Sequence[Column],
+        clips: Sequence[Clip],
+        metrics: Sequence[Metric[Any]],
+        store: ResultStore,
+    ) -> None:
+        self.config, self.cases, self.columns, self.metrics = config, list(cases), list(columns), list(metrics)
+        self.clips: dict[tuple[str, str], list[Clip]] = {}
+        for clip in clips:
+            self.clips.setdefault((clip.column, clip.case), []).append(clip)
+        self._cells: dict[tuple[str, str, str], Cell] = {}
+        for metric in metrics:
+            for case in cases:
+                if not applies(metric, case):
+                    continue
+                for column in columns:
+                    scores = [
+                        _score_of(case, clip, metric, store) for clip in self.clips.get((column.name, case.id), ())
+                    ]
+                    self._cells[column.name, metric.label, case.id] = Cell(tuple(scores))
+
+    def cell(self, column: str, metric: str, case: str) -> Cell | None:
+        """None where the metric is none of the case's."""
+        return self._cells.get((column, metric, case))
+
+    @cached_property
+    def strata(self) -> list[str]:
+        """All cases, and each split where there are several."""
+        there = [split for split in SPLITS if any(case.split == split for case in self.cases)]
+        return [ALL, *(there if len(there) > 1 else [])]
+
+    def cases_of(self, metric: str, stratum: str) -> list[EvaluationCase]:
+        """The cases of a stratum that a metric is measured on."""
+        found = next(one for one in self.metrics if one.label == metric)
+        return [case for case in self.cases if stratum in (ALL, case.split) and applies(found, case)]
+
+    def values(self, column: str, metric: str, stratum: str = ALL) -> Values:
+        """The value of each case of a stratum; NaN where there is none."""
+        return np.array(
+            [self._cells[column, metric, case.id].value for case in self.cases_of(metric, stratum)], dtype=np.float64
+        )
+
+    def value_range(self, metric: str) -> tuple[float, float]:
+        """The least and the most value that any case of any column has."""
+        found = [cell.value for (_, name, _), cell in self._cells.items() if name == metric]
+        known = [value for value in found if not np.isnan(value)]
+        return (min(known), max(known)) if known else (0.0, 0.0)
+
+    @cached_property
+    def estimates(self) -> dict[tuple[str, str, str], Estimate]:
+        """By stratum, metric and column."""
+        settings, found = self.config.statistics, {}
+        for stratum in self.strata:
+            for metric in self.metrics:
+                if not self.cases_of(metric.label, stratum):
+                    continue
+                table = np.stack([self.values(column.name, metric.label, stratum) for column in self.columns])
+                least, most = self.value_range(metric.label)
+                rows = estimates(table, settings.confidence, settings.resamples, settings.seed, least, most)
+                for column, one in zip(self.columns, rows, strict=True):
+                    found[stratum, metric.label, column.name] = one
+        return found
+
+    @cached_property
+    def comparisons(self) -> dict[tuple[str, str, str], dict[str, Comparison]]:
+        """By stratum and two models, of each metric: how much more the first has. Controls are compared with theirs."""
+        judged = [column.name for column in self.columns if column.judged]
+        pairs = [*combinations(judged, 2), *((one.of, one.name) for one in self.columns if one.control)]
+        settings, found = self.config.statistics, {}
+        for stratum in self.strata:
+            names = [metric.label for metric in self.metrics if self.cases_of(metric.label, stratum)]
+            ranges = {name: self.value_range(name) for name in names}
+            for left, right in pairs:
+                found[stratum, left, right] = compare(
+                    {name: self.values(left, name, stratum) for name in names},
+                    {name: self.values(right, name, stratum) for name in names},
+                    ranges, settings.confidence, settings.resamples, settings.seed, settings.most_missing,
+                )  # fmt: skip
+        return found
+
+    @cached_property
+    def voids(self) -> dict[tuple[str, str], str]:
+        """By column and metric: why its scores may not be averaged."""
+        found = {}
+        for metric in self.metrics:
+            for column in self.columns:
+                scores = [
+                    score for case in self.cases_of(metric.label, ALL)
+                    for score in self._cells[column.name, metric.label, case.id].scores
+                ]  # fmt: skip
+                if scores and (why := metric.void(scores)):
+                    found[column.name, metric.label] = why
+        return found
+
+    def beside(self, column: str, metric: str) -> dict[str, float]:
+        """The means of the numbers that stand beside a metric's value."""
+        found: dict[str, list[float]] = {}
+        for case in self.cases_of(metric, ALL):
+            for score in self._cells[column, metric, case.id].scores:
+                for name, value in score.beside.items():
+                    found.setdefault(name, []).append(float(value))
+        return {name: fmean(values) for name, values in found.items()}
+
+    def failures(self) -> list[tuple[str, str, str, str]]:
+        """Column, metric, case and reason of each value that is not there."""
+        return [
+            (column, metric, case, cell.reason)
+            for (column, metric, case), cell in self._cells.items()
+            if np.isnan(cell.value)
+        ]
+
+    def failure_counts(self) -> Counter[tuple[str, str]]:
+        """Values that are not there, by column and metric."""
+        return Counter((column, metric) for column, metric, _, _ in self.failures())
+
+
+def _score_of(case: EvaluationCase, clip: Clip, metric: Metric[Any], store: ResultStore) -> Score:
+    if clip.failure:
+        return Score("failed", reason=clip.failure)
+    row = store.get((case.digest, clip.sha256, metric.digest))
+    return row.score if row is not None else Score("failed", reason="not measured yet: run the evaluation again")
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """All figures, JSON-ready."""
+    from domainshuttle.platform.evaluation.statistics import as_plain
+
+    return as_plain(
+        {
+            "name": results.config.name,
+            "cases": dict(Counter(case.split for case in results.cases)),
+            "metrics": {one.label: {"digest": one.digest, **_plain(one.decisions())} for one in results.metrics},
+            "means": [
+                {"stratum": stratum, "metric": metric, "column": column, **one.__dict__}
+                for (stratum, metric, column), one in results.estimates.items()
+            ],
+            "comparisons": [
+                {
+                    "stratum": stratum, "left": left, "right": right, "metric": metric, "p": one.p,
+                    "adjusted": one.adjusted, "verdict": one.verdict, **one.difference.__dict__,
+                }
+                for (stratum, left, right), by_metric in results.comparisons.items()
+                for metric, one in by_metric.items()
+            ],
+            "void": [{"column": c, "metric": m, "why": why} for (c, m), why in results.voids.items()],
+            "failures": [
+                {"column": c, "metric": m, "case": case, "reason": reason}
+                for c, m, case, reason in results.failures()
+            ],
+        }
+    )  # fmt: skip
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return found

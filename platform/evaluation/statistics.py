@@ -1,0 +1,212 @@
+"""How sure a figure is, and when one model may be called better than another.
+
+The unit is the case: frames, subjects, a judge's repeats and seeds are averaged inside it first, so that 110 cases
+count as 110 whatever was done with each. Intervals are bias-corrected and accelerated bootstraps over the cases, pairs
+of models are compared over the cases that both have a value for, and of a family of comparisons Holm's procedure keeps
+the chance of any false one. A case without a value is never a 0: it is counted, and where there are many of them the
+mean is said with the bounds that it would have if all of them were the worst or the best.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Values = NDArray[np.float64]
+"""One a case, in one order; NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over cases with its interval."""
+
+    mean: float
+    low: float
+    """Of the confidence interval; NaN where one case, or none, has a value."""
+    high: float
+    cases: int
+    """With a value."""
+    missing: int
+    """Without one."""
+    worst: float
+    """The mean if every missing case had the metric's least value, which `mean` is where none is missing."""
+    best: float
+
+    @property
+    def share_missing(self) -> float:
+        return self.missing / max(1, self.cases + self.missing)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more a model has than another, over the cases that both have."""
+
+    difference: Estimate
+    p: float
+    """Of the paired sign-flip test that the difference is 0; NaN where it can't be computed."""
+    adjusted: float
+    """By Holm over the family of metrics of this pair."""
+    verdict: int
+    """1: more, and -1: less, where interval, adjusted p and worst-case bounds all say so; 0: not shown."""
+
+
+def estimate(
+    values: Values,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    least: float = 0.0,
+    most: float = 1.0,
+) -> Estimate:
+    """The mean of the cases with a value, its BCa interval, and its bounds if the missing had `least` or `most`."""
+    return estimates(values[None], confidence, resamples, seed, least, most)[0]
+
+
+def estimates(
+    table: NDArray[np.float64],
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    least: float = 0.0,
+    most: float = 1.0,
+) -> list[Estimate]:
+    """`estimate` of each row of [rows, cases]; rows with the same missing cases are resampled together."""
+    found: dict[int, Estimate] = {}
+    there = ~np.isnan(table)
+    groups: dict[bytes, list[int]] = {}
+    for row, mask in enumerate(there):
+        groups.setdefault(mask.tobytes(), []).append(row)
+    for rows in groups.values():
+        mask = there[rows[0]]
+        values, missing = table[rows][:, mask], int((~mask).sum())
+        lows, highs = _bca(values, confidence, resamples, seed)
+        for row, one, low, high in zip(rows, values, lows, highs, strict=True):
+            count = len(one)
+            mean = float(one.mean()) if count else float("nan")
+            total, whole = float(one.sum()), max(1, count + missing)
+            bounds = [(total + missing * bound) / whole if missing else mean for bound in (least, most)]
+            found[row] = Estimate(mean, float(low), float(high), count, missing, *bounds)
+    return [found[row] for row in range(len(table))]
+
+
+def _bca(values: NDArray[np.float64], confidence: float, resamples: int, seed: int) -> tuple[Values, Values]:
+    """The intervals of the means of [rows, cases]."""
+    rows, count = values.shape
+    low, high = np.full(rows, np.nan), np.full(rows, np.nan)
+    if count < 2:
+        return low, high
+    means = values.mean(axis=1)
+    varied = np.ptp(values, axis=1) > 0
+    low[~varied] = high[~varied] = means[~varied]  # nothing varies: the mean itself
+    if varied.any():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            result = stats.bootstrap(
+                (values[varied],), np.mean, n_resamples=resamples, confidence_level=confidence, method="BCa", axis=-1,
+                vectorized=True, rng=np.random.default_rng(seed), batch=max(1, _MOST_AT_ONCE // values[varied].size),
+            )  # fmt: skip
+        low[varied], high[varied] = result.confidence_interval
+    return low, high
+
+
+_MOST_AT_ONCE = 20_000_000
+"""Numbers that resampling holds at a time: 160 MB."""
+
+
+def sign_flip_p(differences: Values, resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p of paired differences under flips of their signs: exact where 2^n is at most `resamples`."""
+    given = differences[~np.isnan(differences)]
+    if len(given) < 2 or not np.any(given):
+        return float("nan") if len(given) < 2 else 1.0
+    result = stats.permutation_test(
+        (given,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, alternative="two-sided",
+        axis=-1, rng=np.random.default_rng(seed), batch=max(1, _MOST_AT_ONCE // len(given)),
+    )  # fmt: skip
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of a family, in its order; a NaN stays one and is no member."""
+    adjusted = [float("nan")] * len(p_values)
+    members = sorted((p, n) for n, p in enumerate(p_values) if not np.isnan(p))
+    reached = 0.0
+    for rank, (p, number) in enumerate(members):
+        reached = max(reached, min(1.0, p * (len(members) - rank)))
+        adjusted[number] = reached
+    return adjusted
+
+
+def compare(
+    ours: Mapping[str, Values],
+    theirs: Mapping[str, Values],
+    ranges: Mapping[str, tuple[float, float]],
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    most_missing: float = 0.02,
+) -> dict[str, Comparison]:
+    """Two models by metric, over the cases that both have a value for; `ranges` are the metrics' least and most."""
+    names = [name for name in ours if name in theirs]
+    differences = {name: ours[name] - theirs[name] for name in names}
+    p_values = [sign_flip_p(differences[name], resamples, seed) for name in names]
+    found = {}
+    for name, p, adjusted in zip(names, p_values, holm(p_values), strict=True):
+        least, most = ranges[name]
+        one = estimate(differences[name], confidence, resamples, seed, least - most, most - least)
+        bounds = [one.low, one.high]
+        if one.share_missing > most_missing:
+            bounds += [one.worst, one.best]
+        shown = not np.isnan(adjusted) and adjusted < 1 - confidence and not np.isnan(one.low)
+        verdict = int(min(bounds) > 0) - int(max(bounds) < 0) if shown else 0
+        found[name] = Comparison(one, p, adjusted, verdict)
+    return found
+
+
+def ranking(means: Mapping[str, float]) -> list[str]:
+    """Names from the highest mean to the lowest; those without one are left out."""
+    return sorted((name for name, mean in means.items() if not np.isnan(mean)), key=lambda name: -means[name])
+
+
+def kendall(left: Mapping[str, float], right: Mapping[str, float]) -> float:
+    """Kendall's tau-b between two rankings of the same models by their means; NaN with less than two in common."""
+    names = [name for name in left if name in right and not np.isnan(left[name]) and not np.isnan(right[name])]
+    if len(names) < 2:
+        return float("nan")
+    return float(stats.kendalltau([left[name] for name in names], [right[name] for name in names]).statistic)
+
+
+Level = Literal["nominal", "ordinal", "interval", "ratio"]
+
+
+def krippendorff_alpha(ratings: NDArray[np.float64], level: Level = "ordinal") -> float:
+    """Agreement of raters: [raters, items] with NaN where one gave none; 1 is perfect, 0 is chance.
+
+    NaN where no item has two ratings, or all ratings are one value.
+    """
+    import krippendorff
+
+    rated = ratings[:, (~np.isnan(ratings)).sum(axis=0) >= 2]
+    if not rated.size or len(np.unique(rated[~np.isnan(rated)])) < 2:
+        return float("nan")
+    return float(krippendorff.alpha(reliability_data=rated, level_of_measurement=level))
+
+
+def smallest_difference(deviation: float, cases: int, confidence: float = 0.95, power: float = 0.8) -> float:
+    """The difference of means that `cases` pairs, whose differences have a standard deviation, find with a power."""
+    quantiles = stats.norm.ppf(1 - (1 - confidence) / 2) + stats.norm.ppf(power)
+    return float(quantiles * deviation / np.sqrt(cases))
+
+
+def as_plain(value: Any) -> Any:
+    """JSON-ready, with None for NaN."""
+    if isinstance(value, float | np.floating):
+        return None if np.isnan(value) else float(value)
+    if isinstance(value, dict):
+        return {key: as_plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(one) for one in value]
+    return value

@@ -1,0 +1,293 @@
+"""The videos of an evaluation: who made them, where they lie, and the generation of what is missing.
+
+A column is what a reader compares: a model, the same model with other references (a control), the real clips, or a
+folder of videos that another system made. Its videos are `videos/COLUMN/CASE.mp4`, each with a JSON beside it that says
+what it was made of and its sha256; a later repeat is `CASE.r1.mp4`. A video whose JSON names the same model, case, seed
+and settings is never made again, and one that could not be made is a JSON with its reason.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.pipelines.ray_tasks import each_by_actors
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import progress
+from domainshuttle.platform.evaluation.cases import EvaluationCase
+from domainshuttle.platform.evaluation.config import Control, EvaluationConfig, GenerationSettings
+from domainshuttle.platform.generation.cases import case_seed
+
+REAL = "real"
+"""The column of the real clips."""
+CONTROL_MARK = "~"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+@dataclass(frozen=True)
+class Column:
+    """Who made the videos that stand in one column."""
+
+    name: str
+    path: str
+    """An exported folder, a diffusers folder, a hub id, or a folder of videos."""
+    generated: bool
+    """Whether its videos are made here."""
+    control: Control | None = None
+    of: str = ""
+    """Of a control, the column that it is one of."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is one of the models that are ranked."""
+        return self.control is None and self.name != REAL
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video of a column."""
+
+    column: str
+    case: str
+    repeat: int
+    path: Path
+    sha256: str
+    """Empty where there is none."""
+    failure: str
+    """Why there is none."""
+    made: dict[str, Any]
+    """What its JSON says of how it was made."""
+
+
+def columns_of(models: Sequence[str], config: EvaluationConfig, cases: Sequence[EvaluationCase]) -> list[Column]:
+    """The columns of models as they were named, `PATH` or `NAME=PATH`, with their controls, and the real clips.
+
+    Raises ConfigError for what is no model, and for one name twice.
+    """
+    columns: list[Column] = []
+    for text in models:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(text).name, text
+        if not _NAME.fullmatch(name) or name == REAL:
+            raise ConfigError(f"model {text!r}: give it a name of letters, digits, ., - and _: NAME={path}")
+        if any(column.name == name for column in columns):
+            raise ConfigError(f"two models are called {name!r}: give each a name, such as {name}-2={path}")
+        folder = Path(path).expanduser()
+        generated = not folder.is_dir() or (folder / "model_index.json").is_file()
+        if not generated and not any(folder.glob("*.mp4")):
+            raise ConfigError(
+                f"{folder} is no exported model, and has no videos CASE.mp4: make one with domainshuttle export"
+            )
+        columns.append(Column(name, str(folder.absolute()) if folder.is_dir() else path, generated))
+        if generated:
+            columns += [
+                Column(f"{name}{CONTROL_MARK}{control}", columns[-1].path, True, control, name)
+                for control in dict.fromkeys(config.controls)
+            ]
+    if any(case.target for case in cases):
+        columns.append(Column(REAL, "", False))
+    return columns
+
+
+def partner(case: EvaluationCase, cases: Sequence[EvaluationCase], group: int | None = None) -> EvaluationCase:
+    """The case whose references a control `other` takes: half round the cases of the same split, in order of ids, or
+    half round its group where they are tested in groups of `group` (identity)."""
+    ring = sorted((one for one in cases if one.split == case.split and one.references), key=lambda one: one.id)
+    here = next((n for n, one in enumerate(ring) if one.id == case.id), None)
+    if here is None:
+        return case
+    start = here // (group or len(ring)) * (group or len(ring))
+    ring = ring[start : start + (group or len(ring))]
+    return ring[(here - start + max(1, len(ring) // 2)) % len(ring)]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A clip to be made."""
+
+    case: EvaluationCase
+    """As the model is shown it."""
+    repeat: int
+    seed: int
+    path: Path
+    made: dict[str, Any]
+    """What decides the clip: its JSON begins with it."""
+
+
+class VideoFolder:
+    """The videos of an evaluation, in a folder that all nodes see."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, column: Column, case: EvaluationCase, repeat: int) -> Path:
+        """Where a video lies, or has to be put."""
+        if column.name == REAL:
+            assert case.target is not None
+            return case.target
+        folder = self.folder / column.name if column.generated else Path(column.path)
+        return folder / f"{case.id}{f'.r{repeat}' if repeat else ''}.mp4"
+
+    def note(self, column: Column, case: EvaluationCase, repeat: int) -> Path:
+        """Where it is said what a video was made of."""
+        return self.folder / column.name / f"{case.id}{f'.r{repeat}' if repeat else ''}.json"
+
+    def orders(
+        self, column: Column, cases: Sequence[EvaluationCase], config: EvaluationConfig, again: bool = False
+    ) -> tuple[list[_Order], dict[str, Any]]:
+        """What is missing of a column that is made here, and how its clips are made. `again`: also what failed."""
+        from domainshuttle.platform.evaluation.generators import Settings, model_digest, pipeline_class
+
+        settings = Settings.of(column.path, config.generation)
+        how = {
+            "model": model_digest(column.path), "pipeline": pipeline_class(column.path),
+            "settings": settings.to_dict(), "control": column.control or "",
+        }  # fmt: skip
+        orders = []
+        for repeat in range(config.repeats):
+            for case in cases:
+                shown = case
+                if column.control is not None:
+                    group = config.identity.candidates if config.identity else None
+                    theirs = partner(case, cases, group).references if column.control == "other" else ()
+                    shown = replace(case, references=theirs)
+                # a control has the noise of the clip that it is compared with
+                seed = case_seed(config.seed, case.id, repeat)
+                made = {**how, "case": shown.digest, "seed": seed}
+                path = self.path(column, case, repeat)
+                there = read_note(self.note(column, case, repeat))
+                if there is not None and {key: there.get(key) for key in made} == made:
+                    if "failure" in there and not again:
+                        continue
+                    if "failure" not in there and path.is_file() and path.stat().st_size == there.get("bytes"):
+                        continue
+                orders.append(_Order(shown, repeat, seed, path, made))
+        return orders, how
+
+    def generate(
+        self, column: Column, cases: Sequence[EvaluationCase], config: EvaluationConfig, again: bool = False
+    ) -> int:
+        """Makes what is missing of a column; returns how many clips. Raises ConfigError for a model that can't be
+        loaded, or settings that it can't have."""
+        orders, how = self.orders(column, cases, config, again)
+        if not orders:
+            return 0
+        (self.folder / column.name).mkdir(parents=True, exist_ok=True)
+        size = config.generation.batch
+        batches = list(_batches(orders, size))
+        done = 0
+        with progress(f"Generating {column.name}", "clips") as show:
+            show(0, len(orders))
+            arguments = (column.path, config.generation, how["settings"])
+            for batch, result in each_by_actors(_ClipMaker, arguments, batches, config.generation.pool):
+                if isinstance(result, Exception):  # its worker died each time
+                    for order in batch:
+                        _write_failure(order, f"the worker that made it died each time: {result}")
+                done += len(batch)
+                show(done, len(orders))
+        return len(orders)
+
+    def clips(self, column: Column, cases: Sequence[EvaluationCase], repeats: int) -> list[Clip]:
+        """The videos of a column, with their digests; a digest is computed again only where the file has changed."""
+        return [
+            self._clip(column, case, repeat)
+            for case in cases
+            for repeat in range(repeats if column.name != REAL else 1)
+        ]
+
+    def _clip(self, column: Column, case: EvaluationCase, repeat: int) -> Clip:
+        note = self.note(column, case, repeat)
+        there = read_note(note) or {}
+        if column.name == REAL and case.target is None:
+            return Clip(column.name, case.id, repeat, Path(), "", "the case has no real clip", {})
+        path = self.path(column, case, repeat)
+        if column.generated and "failure" in there:
+            return Clip(column.name, case.id, repeat, path, "", str(there["failure"]), there)
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return Clip(column.name, case.id, repeat, path, "", f"there is no video {path}", there)
+        if (there.get("bytes"), there.get("changed")) != (status.st_size, status.st_mtime_ns):
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            there |= {"sha256": sha256, "bytes": status.st_size, "changed": status.st_mtime_ns}
+            write_note(note, there)
+        return Clip(column.name, case.id, repeat, path, str(there["sha256"]), "", there)
+
+
+class _ClipMaker:
+    """Makes clips with one pipeline."""
+
+    def __init__(self, model: str, settings: GenerationSettings, resolved: dict[str, Any]) -> None:
+        from domainshuttle.platform.evaluation.generators import Settings, load_generator
+
+        self.settings = Settings(**resolved)
+        self.generator = load_generator(model)
+        self.generator.check(self.settings)
+        self.batch = settings.batch
+        self._warm: set[int] = set()
+
+    def __call__(self, batch: list[_Order]) -> int:
+        """Writes the clips of a batch, or why there are none; returns how many there are."""
+        from domainshuttle.platform.evaluation.generators import CaseError
+
+        if len(batch) not in self._warm:
+            self._warm_up(batch)
+        try:
+            clips, latency = self.generator.generate(
+                [order.case for order in batch], [order.seed for order in batch], self.settings
+            )
+        except CaseError as error:
+            if len(batch) > 1:  # which of them it is
+                return sum(self([order]) for order in batch)
+            _write_failure(batch[0], str(error))
+            return 0
+        for order, clip in zip(batch, clips, strict=True):
+            data = encode_mp4(clip, self.settings.fps, self.settings.crf)
+            write_bytes(order.path, data)
+            digest, status = hashlib.sha256(data).hexdigest(), order.path.stat()
+            found = {"sha256": digest, "bytes": status.st_size, "changed": status.st_mtime_ns}
+            write_note(order.path.with_suffix(".json"), {**order.made, **found, "latency": latency.to_dict()})
+        return len(batch)
+
+    def _warm_up(self, batch: list[_Order]) -> None:
+        """One step of the same shape, so that the first call's costs are in no figure."""
+        from domainshuttle.platform.evaluation.generators import CaseError
+
+        self._warm.add(len(batch))
+        try:
+            one_step = replace(self.settings, steps=1)
+            self.generator.generate([order.case for order in batch], [order.seed for order in batch], one_step)
+        except CaseError:
+            return  # said of the case itself
+
+
+def _batches(orders: Sequence[_Order], size: int) -> Iterator[list[_Order]]:
+    """Orders in groups of at most `size`."""
+    for start in range(0, len(orders), size):
+        yield list(orders[start : start + size])
+
+
+def _write_failure(order: _Order, reason: str) -> None:
+    write_note(order.path.with_suffix(".json"), {**order.made, "failure": reason})
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What is said of a video; None where nothing is, or nothing whole."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_note(path: Path, content: dict[str, Any]) -> None:
+    """Says what a video was made of; whole or not at all."""
+    with atomic_file(path, sync=False) as aside:
+        aside.write_text(json.dumps(content))

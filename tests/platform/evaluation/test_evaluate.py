@@ -1,0 +1,161 @@
+"""An evaluation from end to end: clips, rows, resuming, failures, baselines, report.
+
+Run: pytest tests/platform/evaluation/test_evaluate.py
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import in_process
+
+from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.evaluation.config import EvaluationConfig
+from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
+from domainshuttle.platform.evaluation.store import ResultStore
+from domainshuttle.platform.generation.cases import case_seed
+
+
+def changed(config: EvaluationConfig, **more: object) -> EvaluationConfig:
+    return EvaluationConfig.model_validate({**config.model_dump(mode="json"), **more})
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.rglob("*.mp4")}
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, cases_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluationConfig]:
+    """An evaluation of one model with both controls and two clips a case."""
+    out = tmp_path_factory.mktemp("evaluation")
+    config = EvaluationConfig.model_validate(
+        {
+            "name": "mini", "seed": 3, "repeats": 2, "sources": {"own": {"kind": "cases", "path": str(cases_file)}},
+            "metrics": {"hue_identity": {}, "steadiness": {"cases": "in_domain"}}, "controls": ["other", "none"],
+            "identity": {"candidates": 3}, "statistics": {"resamples": 200}, "generation": {"batch": 4},
+        }
+    )  # fmt: skip
+    run_evaluation([str(model)], config, out)
+    return out, config
+
+
+def test_every_clip_has_a_row_a_metric_and_says_what_it_was_made_of(done: tuple[Path, EvaluationConfig]) -> None:
+    out, config = done
+    results = read_results(out)
+    assert [column.name for column in results.columns] == ["model", "model~other", "model~none"]
+    assert len(list((out / "videos" / "model").glob("*.mp4"))) == 12
+    assert len(ResultStore(out)) == 3 * 12 + 3 * 6  # steadiness of the in-domain half alone
+    note = json.loads((out / "videos/model/case-1.r1.json").read_text())
+    assert note["seed"] == case_seed(3, "case-1", 1)
+    assert note["settings"]["guidance_high"] == note["settings"]["guidance_low"] == 2.0
+    assert note["sha256"] == hashlib.sha256((out / "videos/model/case-1.r1.mp4").read_bytes()).hexdigest()
+    latency = note["latency"]
+    assert latency["warm"] and latency["evaluations"] == 2 and latency["steps"] == 2 and latency["batch"] == 4
+    parts = sum(latency[part] for part in ("text", "references", "denoising", "decoding"))
+    assert 0 < parts <= latency["total"] and latency["denoising"] > 0 and latency["references"] > 0
+    assert json.loads((out / "videos/model~none/case-1.json").read_text())["latency"]["references"] == 0
+    assert not results.failures()
+    # a case's value is the mean over its clips, and the case is the unit
+    rows = [results.cell("model", "hue_identity", "case-2").scores[n].value for n in (0, 1)]  # type: ignore[union-attr]
+    assert results.values("model", "hue_identity")[2] == pytest.approx(np.mean(rows))
+    assert results.estimates["all", "hue_identity", "model"].cases == 6
+    assert results.estimates["in_domain", "steadiness", "model"].cases == 3
+    assert ("real_to_fantasy", "steadiness", "model") not in results.estimates
+
+
+def test_nothing_is_made_twice_and_what_is_missing_is_made_again_alike(
+    done: tuple[Path, EvaluationConfig], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = done[0], done[1]
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    before, rows = digests(copy / "videos"), (copy / "rows.jsonl").read_bytes()
+    (copy / "videos/model/case-3.mp4").unlink()
+    run_evaluation([str(model)], config, copy)
+    assert digests(copy / "videos") == before and (copy / "rows.jsonl").read_bytes() == rows
+    # a stop in the middle of a row, and a metric that is added
+    (copy / "rows.jsonl").write_bytes(rows[: len(rows) // 2])
+    wider = changed(config, metrics={"hue_identity": {}, "steadiness": {"cases": "in_domain"}, "sharpness": {}})
+    whole = len(ResultStore(copy))
+    run_evaluation([str(model)], wider, copy)
+    assert digests(copy / "videos") == before and len(ResultStore(copy)) == 3 * 12 * 2 + 3 * 6 > whole
+    with monkeypatch.context() as patch:  # nothing is missing: no model is loaded, no video decoded
+        patch.setattr("domainshuttle.platform.evaluation.generators.load_generator", None)
+        patch.setattr("domainshuttle.platform.evaluation.metrics.metric.Video.read", None)
+        run_evaluation([str(model)], changed(wider, identity=None), copy)
+    # cases that are added change no clip of the others
+    lines = (copy / "cases.jsonl").read_text().splitlines()
+    more = {**json.loads(lines[0]), "id": "aaa-new", "prompts": "new"}
+    (copy / "more.jsonl").write_text("\n".join([json.dumps(more), *lines[::-1]]))
+    source = {"own": {"kind": "cases", "path": str(copy / "more.jsonl")}}
+    run_evaluation([str(model)], changed(wider, sources=source, controls=[], identity=None), copy)
+    assert {name: digest for name, digest in digests(copy / "videos").items() if "aaa" not in name} == before
+
+
+def test_another_model_other_settings_and_failures(
+    config: EvaluationConfig, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, out = make_model(tmp_path / "first", seed=1), tmp_path / "out"
+    few = changed(config, metrics={"hue_identity": {}})
+    run_evaluation([str(first)], few, out)
+    before = digests(out / "videos")
+    make_model(tmp_path / "first", seed=2)  # other weights under the same name: all of it is made anew
+    results = run_evaluation([f"first={first}"], few, out)
+    assert not set(digests(out / "videos").values()) & set(before.values())
+    # a case that the model can't make is a failure with its reason, and no other is touched
+    lines = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
+    many = {**lines[0], "id": "many", "subjects": [0] * 7}
+    for key in ("labels", "edit_prompts", "sha256", "domain_code"):
+        many[key] = many[key] * 7
+    many["seg_meta"] = [{"seg_file": many["seg_meta"][0]["seg_file"] * 7}]
+    (out / "many.jsonl").write_text("\n".join(map(json.dumps, [many, *lines])))
+    source = {"own": {"kind": "cases", "path": str(out / "many.jsonl")}}
+    results = run_evaluation([f"first={first}"], changed(few, sources=source, generation={"batch": 3}), out)
+    ((column, metric, case, reason),) = results.failures()
+    assert (column, metric, case) == ("first", "hue_identity", "many") and "7 reference images" in reason
+    one = results.estimates["all", "hue_identity", "first"]
+    assert (one.cases, one.missing) == (6, 1) and one.worst < one.mean < one.best
+    assert "7 reference images" in (out / "report/index.html").read_text()
+    with pytest.raises(ConfigError, match=r"height x width 33x48 must be multiples"):
+        run_evaluation([f"first={first}"], changed(few, generation={"height": 33}), tmp_path / "bad")
+    with pytest.raises(ConfigError, match="has no videos"):
+        run_evaluation([str(tmp_path)], few, tmp_path / "bad")
+
+
+def test_a_baseline_is_a_folder_of_videos(config: EvaluationConfig, model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "kling", tmp_path / "out"
+    folder.mkdir()
+    for number in range(5):  # one is missing
+        clip = np.random.default_rng(number).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+        (folder / f"case-{number}.mp4").write_bytes(encode_mp4(clip, 8))
+    (folder / "case-1.mp4").write_bytes(b"no video")
+    results = run_evaluation([str(model), f"Kling={folder}"], config, out)
+    assert [column.name for column in results.columns] == ["model", "Kling"]
+    reasons = {case: reason for column, _, case, reason in results.failures() if column == "Kling"}
+    assert set(reasons) == {"case-1", "case-5"} and "there is no video" in reasons["case-5"]
+    assert results.estimates["all", "sharpness", "Kling"].cases == 4
+    pair = results.comparisons["all", "model", "Kling"]["sharpness"]
+    assert (pair.difference.cases, pair.difference.missing, pair.verdict) == (4, 2, 0)
+    page = (out / "report/index.html").read_text()
+    assert "there is no video" in page and (out / "report/videos/Kling/case-0.mp4").is_file()
+
+
+def test_the_commands(model: Path, config: EvaluationConfig, tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    arguments = ("--cases", tmp_path / "mini.yaml", "--out", tmp_path / "out", "--set", "generation.steps=1")
+    printed = in_process("evaluate", f"ours={model}", *arguments)
+    assert "Test set mini: 6 cases (in domain 3 of 3, real to fantasy 3 of 3)" in printed
+    assert "Hue identity" in printed
+    (tmp_path / "out/report/index.html").unlink()
+    assert "index.html" in in_process("evaluate", "report", tmp_path / "out")
+    assert (tmp_path / "out/report/index.html").is_file()
+    assert "or --run RUN" in in_process("evaluate", model, expect=2)
+    assert "no evaluation 'papr'" in in_process("evaluate", model, "--cases", "papr", expect=2)
+    assert "is no folder of an evaluation" in in_process("evaluate", "report", tmp_path, expect=2)
