@@ -451,7 +451,7 @@ def generate(
     generate_clips(model, prompt, reference or [], cases, out, sampling)
 
 
-@evaluation.command("models", hidden=True)
+@evaluation.command("models")
 def evaluate_models(
     model: Annotated[
         list[str],

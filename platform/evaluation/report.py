@@ -1,4 +1,4 @@
-"""The report of an evaluation: a static folder that opens from disk, with videos side by side and where figures are from.
+"""The report of an evaluation: a static folder that opens from disk, with videos side by side and all figures.
 
 `index.html` needs only what lies beside it: videos and pictures are links to those of the evaluation, or copies where
 links can't be made. A browser loads a video when it is played, and a poster when it is scrolled to.

@@ -107,7 +107,8 @@ def test_every_command_that_a_text_names_is_one_and_has_the_options_beside_it() 
     for one in TEXTS:
         for after in re.findall(r"domainshuttle ([a-z].*?)(?=domainshuttle |$)", one.text.replace("\n", " ")):
             words = after.split()
-            name = " ".join(words[:2]) if words[0] == "data" else words[0]
+            name = " ".join(words[:2]) if words[0] == "data" or " ".join(words[:2]) in COMMANDS else words[0]
+            name = "evaluate models" if name == "evaluate" else name  # what it is short for
             name = name.rstrip(".,;:`)'")
             if name == "data":  # in prose, such as "domainshuttle data build, data encode"
                 continue

@@ -109,7 +109,7 @@ def test_opens2v_by_groups_with_the_first_references(tmp_path: Path) -> None:
     assert cases[0].labels == ("man", "woman", "cup", "beach")
     assert cases[0].domains == "human, object, background"
     (tmp_path / "Images/multihuman/2b.png").unlink()
-    with pytest.raises(ConfigError, match="1 of its pictures are not beside it.*hf download"):
+    with pytest.raises(ConfigError, match=r"1 of its pictures are not beside it.*hf download"):
         build_test_set(config.sources, None, tmp_path / "again")
     source["groups"] = ["multihumans"]
     with pytest.raises(ConfigError, match="it has: multihuman, multiobject"):

@@ -45,7 +45,7 @@ def done(model: Path, cases_file: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_every_clip_has_a_row_a_metric_and_says_what_it_was_made_of(done: tuple[Path, EvaluationConfig]) -> None:
-    out, config = done
+    out, _ = done
     results = read_results(out)
     assert [column.name for column in results.columns] == ["model", "model~other", "model~none"]
     assert len(list((out / "videos" / "model").glob("*.mp4"))) == 12
