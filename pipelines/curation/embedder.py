@@ -1,7 +1,8 @@
 """What pictures look like, as unit vectors whose products are similarities: DINOv2 for a subject's looks, CLIP for what
 it is.
 
-Pictures are laid on a white square first: the processors' own way, which cuts out the centre, loses heads and feet.
+Pictures are laid on a white square first: the processors' own way, which cuts out the centre, loses heads and feet. It
+is there too (`fit="crop"`), for metrics that are defined so.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ Vectors = NDArray[np.float32]
 class Embedder:
     """DINOv2 or CLIP from a local folder."""
 
-    def __init__(self, folder: str, role: Literal["dino", "clip"], device: str = "cpu") -> None:
+    def __init__(
+        self, folder: str, role: Literal["dino", "clip"], device: str = "cpu", fit: Literal["pad", "crop"] = "pad"
+    ) -> None:
         import transformers
 
         path = check_model_folder(folder, role)
@@ -35,7 +38,7 @@ class Embedder:
             self.side = int(size["height"])
         except (KeyError, TypeError) as error:
             raise DataError(f"models.{role} = {folder}: its processor names no size of its pictures") from error
-        self.processor, self.role, self.device = processor, role, device
+        self.processor, self.role, self.device, self.fit = processor, role, device, fit
         self.model: Any = load_model(folder, role, device)
 
     def vectors(self, pictures: Sequence[Pixels]) -> Vectors:
@@ -52,6 +55,9 @@ class Embedder:
 
     def prepared(self, pictures: Sequence[Pixels]) -> torch.Tensor:
         """Pictures as the model takes them, [n,3,side,side]."""
+        if self.fit == "crop":
+            cropped: torch.Tensor = self.processor([*pictures], return_tensors="pt")["pixel_values"]
+            return cropped
         squares = [_on_square(picture) for picture in pictures]
         size = {"height": self.side, "width": self.side}
         prepared = self.processor(squares, size=size, do_center_crop=False, return_tensors="pt")

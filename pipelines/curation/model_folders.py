@@ -15,7 +15,7 @@ from domainshuttle.pipelines.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ModelRole = Literal["detector", "segmenter", "dino", "clip"]
+ModelRole = Literal["detector", "segmenter", "dino", "clip", "gme"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class _Model:
     name: str
     types: tuple[str, ...]
     example: str
+    unused: tuple[str, ...] = ()
+    """Weights that folders may lack, since what is asked of the model does not use them."""
 
 
 _MODELS: dict[ModelRole, _Model] = {
@@ -33,6 +35,9 @@ _MODELS: dict[ModelRole, _Model] = {
     "segmenter": _Model("Sam2Model", ("sam2", "sam2_video"), "facebook/sam2.1-hiera-large"),
     "dino": _Model("Dinov2Model", ("dinov2",), "facebook/dinov2-base"),
     "clip": _Model("CLIPVisionModelWithProjection", ("clip", "clip_vision_model"), "openai/clip-vit-base-patch32"),
+    "gme": _Model(
+        "Qwen2VLForConditionalGeneration", ("qwen2_vl",), "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", ("lm_head.weight",)
+    ),
 }
 _SETTINGS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt")
@@ -61,7 +66,7 @@ def check_model_folder(folder: str, role: ModelRole) -> Path:
         raise DataError(f"{named} has no weights: {why}; {download}")
     if not any((path / name).is_file() for name in _SETTINGS):
         raise DataError(f"{named} has no {_SETTINGS[0]}, which says how pictures are prepared; {download}")
-    if role == "detector" and not any((path / name).is_file() for name in _TOKENIZERS):
+    if role in ("detector", "gme") and not any((path / name).is_file() for name in _TOKENIZERS):
         raise DataError(f"{named} has no {_TOKENIZERS[0]}; {download}")
     return path
 
@@ -77,8 +82,10 @@ def model_digest(folder: str, role: ModelRole) -> str:
         raise _unreadable(folder, role, error) from error
 
 
-def load_model(folder: str, role: ModelRole, device: str) -> "PreTrainedModel":
-    """A model for use alone, in float32. Raises DataError as `check_model_folder` does, and for weights that can't be
+def load_model(
+    folder: str, role: ModelRole, device: str, dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+) -> "PreTrainedModel":
+    """A model for use alone. Raises DataError as `check_model_folder` does, and for weights that can't be
     read or are not all there."""
     import transformers
 
@@ -93,13 +100,15 @@ def load_model(folder: str, role: ModelRole, device: str) -> "PreTrainedModel":
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
-            dtype="float32",
+            dtype=dtype,
         )
     except Exception as error:  # of transformers, safetensors and torch, each with types of its own
         raise _unreadable(folder, role, error) from error
     finally:
         transformers.logging.set_verbosity(level)
-    missing = sorted({*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])})
+    missing = sorted(
+        {*info["missing_keys"], *(str(key) for key, *_ in info["mismatched_keys"])} - {*_MODELS[role].unused}
+    )
     if missing:
         raise DataError(
             f"models.{role} = {folder}: {len(missing)} weights of {_MODELS[role].name} are missing or of another "

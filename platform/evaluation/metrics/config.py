@@ -1,31 +1,60 @@
 """Which metrics an evaluation has, and their choices."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from domainshuttle.pipelines.values import Section
-from domainshuttle.platform.evaluation.metrics.metric import Metric, MetricConfig, Models
-from domainshuttle.platform.evaluation.metrics.pixels import FramesConfig, HueIdentity, Sharpness, Steadiness
+from domainshuttle.platform.evaluation.metrics.choices import (
+    AestheticChoices,
+    FrameChoices,
+    MetricConfig,
+    SubjectChoices,
+)
+from domainshuttle.platform.evaluation.metrics.metric import Metric, Models
+from domainshuttle.platform.evaluation.metrics.weights import MetricModels
+
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")]
 
 
 class MetricsConfig(Section):
     """The metrics that are measured: those that are named, with their choices; `{}` takes all defaults."""
 
-    hue_identity: FramesConfig | None = Field(None, description="hue histograms of video and reference; no model")
+    models: MetricModels = MetricModels()
+    aes: AestheticChoices | None = Field(None, description="aesthetic predictor of LAION on CLIP")
+    dino_i: SubjectChoices | None = Field(None, description="DINOv2 similarity of cut-out subjects")
+    clip_i: SubjectChoices | None = Field(None, description="CLIP similarity of cut-out subjects")
+    hue_identity: FrameChoices | None = Field(None, description="hue histograms of video and reference; no model")
     steadiness: MetricConfig | None = Field(None, description="1 - mean difference of neighbouring frames; no model")
-    sharpness: FramesConfig | None = Field(None, description="detail that a 3x3 mean takes away; no model")
+    sharpness: FrameChoices | None = Field(None, description="detail that a 3x3 mean takes away; no model")
+    variants: "dict[VariantName, MetricsConfig]" = Field(
+        default_factory=dict,
+        description="the same metrics with other choices, such as another CLIP, beside them: does the winner change?",
+    )
 
     def build(self, models: Models | None = None) -> list[Metric[Any]]:
-        """The metrics, in the order above. Loads nothing."""
-        models = models or Models()
-        kinds: list[tuple[type[Metric[Any]], MetricConfig | None]] = [
-            (HueIdentity, self.hue_identity),
-            (Steadiness, self.steadiness),
-            (Sharpness, self.sharpness),
-        ]
-        return [kind(choices, models) for kind, choices in kinds if choices is not None]
+        """The metrics, in the order above, then the variants. Loads nothing."""
+        models, built = models or Models(), list[Metric[Any]]()
+        for name, kind in _kinds().items():
+            if (choices := getattr(self, name)) is not None:
+                built.append(kind(choices, models, self.models))
+        for name, variant in self.variants.items():
+            of_it = variant.model_copy(update={"models": variant.models.over(self.models)}).build(models)
+            for metric in of_it:
+                metric.variant = ".".join(part for part in (name, metric.variant) if part)
+            built += of_it
+        return built
 
 
-DESK = MetricsConfig(hue_identity=FramesConfig(), steadiness=MetricConfig(), sharpness=FramesConfig())
+def _kinds() -> dict[str, type[Metric[Any]]]:
+    """The kinds of metrics by the names of MetricsConfig."""
+    from domainshuttle.platform.evaluation.metrics.aesthetics import Aesthetics
+    from domainshuttle.platform.evaluation.metrics.pixels import HueIdentity, Sharpness, Steadiness
+    from domainshuttle.platform.evaluation.metrics.subject_similarity import ClipSimilarity, DinoSimilarity
+
+    kinds = (Aesthetics, DinoSimilarity, ClipSimilarity, HueIdentity, Steadiness, Sharpness)
+    return {kind.name: kind for kind in kinds}
+
+
+DESK = MetricsConfig(hue_identity=FrameChoices(), steadiness=MetricConfig(), sharpness=FrameChoices())
 """The desk-size set: no download, seconds for a test set."""

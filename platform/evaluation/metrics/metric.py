@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError, one_line
 from domainshuttle.pipelines.media.decode import RULES, Pixels, opened_clip, shown_frames
-from domainshuttle.pipelines.values import Section
+from domainshuttle.platform.evaluation.metrics.choices import MetricConfig
+from domainshuttle.platform.evaluation.metrics.weights import MetricModels, weights_digest
 
 Made = TypeVar("Made")
 State = Literal["measured", "missing", "refused", "failed"]
@@ -194,12 +194,6 @@ Trial = Literal[
 """What a sensitivity test does to a case or its video (`sensitivity`)."""
 
 
-class MetricConfig(Section):
-    """The choices of a metric. Those that the paper leaves open are fields, and the report prints their values."""
-
-    cases: Literal["all", "in_domain", "cross_domain"] = Field("all", description="those that it is measured on")
-
-
 Config = TypeVar("Config", bound=MetricConfig)
 
 
@@ -217,25 +211,39 @@ class Metric(ABC, Generic[Config]):
     """Where its definition is from."""
     code_version: ClassVar[int]
     expects: ClassVar[Mapping[Trial, Direction]] = {}
+    uses: tuple[str, ...] = ()
+    """The fields of MetricModels that it needs."""
 
-    def __init__(self, config: Config, models: Models | None = None) -> None:
+    def __init__(self, config: Config, models: Models | None = None, folders: MetricModels | None = None) -> None:
         self.config = config
         self.models = models or Models()
+        self.folders = folders or MetricModels()
+        self.variant = ""
+        """Which of several of one kind it is, such as that with a larger model."""
 
     @property
     def label(self) -> str:
-        """Its name in tables: two of one kind, such as two judges, have different ones."""
-        return self.name
+        """Its name in tables: two of one kind have different ones."""
+        return f"{self.name}.{self.variant}" if self.variant else self.name
+
+    def expectations(self) -> Mapping[Trial, Direction]:
+        """What the sensitivity tests expect of it, with these choices."""
+        return self.expects
 
     def needs(self) -> Needs:
         return Needs()
 
     def check(self) -> None:
         """Raises UserFacingError before work starts, for a model's folder that is not whole for example."""
+        self.weights()
 
     def weights(self) -> Mapping[str, str]:
-        """A digest of each model's files, or its id @ revision."""
-        return {}
+        """A digest of each model's files."""
+        return {name: weights_digest(self.folders, name, self.name) for name in self.uses}
+
+    def model_folder(self, name: str) -> str:
+        """The folder of a model. Raises DataError where none is named."""
+        return self.folders.folder(name, self.name)
 
     def decisions(self) -> dict[str, Any]:
         """All that decides a value beside the case and the video; the report prints it."""

@@ -10,27 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from domainshuttle.pipelines.media.decode import Pixels
-from domainshuttle.pipelines.values import Count
+from domainshuttle.platform.evaluation.metrics.choices import FrameChoices, MetricConfig
 from domainshuttle.platform.evaluation.metrics.hues import describe
-from domainshuttle.platform.evaluation.metrics.metric import (
-    Direction,
-    Metric,
-    MetricConfig,
-    Score,
-    Trial,
-    Work,
-)
+from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Score, Trial, Work
 
 Luma = NDArray[np.float64]
 """[frames,h,w], 0 to 1."""
 
 
-class FramesConfig(MetricConfig):
-    frames: Count = 16
-    """How many, evenly over the video."""
-
-
-class HueIdentity(Metric[FramesConfig]):
+class HueIdentity(Metric[FrameChoices]):
     """How near the video's colours are to each reference's: the Bhattacharyya coefficient of hue histograms weighted by
     chroma, 0 to 1; mean over the references. That of another case is the
     sensitivity test `other_reference`."""
@@ -75,7 +63,7 @@ class Steadiness(Metric[MetricConfig]):
         )
 
 
-class Sharpness(Metric[FramesConfig]):
+class Sharpness(Metric[FrameChoices]):
     """How much of the detail a 3x3 mean takes away: 1 - gradient energy after it / before; mean over frames. A frame of
     one colour has no detail and counts 0."""
 

@@ -3,44 +3,29 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from metric_inputs import clip, work
 
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.platform.evaluation.metrics.choices import FrameChoices, MetricConfig
 from domainshuttle.platform.evaluation.metrics.config import DESK, MetricsConfig
 from domainshuttle.platform.evaluation.metrics.metric import (
     Metric,
     MetricCase,
-    MetricConfig,
     Models,
-    Reference,
     Score,
     Video,
     Work,
     frame_numbers,
 )
-from domainshuttle.platform.evaluation.metrics.pixels import FramesConfig, HueIdentity, Sharpness, Steadiness
-
-
-def clip(seed: int = 0, frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
-    """A square of one colour that moves over noise."""
-    random = np.random.default_rng(seed)
-    found = np.repeat(random.integers(90, 110, (1, height, width, 3), np.uint8), frames, 0)
-    colour = random.integers(0, 256, 3)
-    for number in range(frames):
-        found[number, 8:20, number : number + 12] = colour
-    return found
-
-
-def work(frames: np.ndarray, *references: np.ndarray, **options: Any) -> Work:
-    case = MetricCase("case", "a square", tuple(Reference(one) for one in references), **options)
-    return Work(case, Video(frames, 8.0, hashlib.sha256(frames.tobytes()).hexdigest()))
+from domainshuttle.platform.evaluation.metrics.pixels import HueIdentity, Sharpness, Steadiness
 
 
 def test_frames_are_those_of_opens2v() -> None:
@@ -113,22 +98,22 @@ def test_a_fault_of_one_case_is_its_score_and_one_of_the_place_is_raised() -> No
 
 
 def test_a_digest_is_of_what_decides_a_value_alone() -> None:
-    one = HueIdentity(FramesConfig())
-    assert one.digest == HueIdentity(FramesConfig(frames=16)).digest
-    assert one.digest == HueIdentity(FramesConfig(cases="in_domain")).digest
-    assert one.digest != HueIdentity(FramesConfig(frames=8)).digest
-    assert one.digest != Sharpness(FramesConfig()).digest
+    one = HueIdentity(FrameChoices())
+    assert one.digest == HueIdentity(FrameChoices(frames=16)).digest
+    assert one.digest == HueIdentity(FrameChoices(cases="in_domain")).digest
+    assert one.digest != HueIdentity(FrameChoices(frames=8)).digest
+    assert one.digest != Sharpness(FrameChoices()).digest
 
     class Newer(HueIdentity):
         code_version: ClassVar = HueIdentity.code_version + 1
 
-    assert one.digest != Newer(FramesConfig()).digest
+    assert one.digest != Newer(FrameChoices()).digest
 
 
 def test_cases_are_chosen_by_their_domains() -> None:
     inside, across = MetricCase("a", "", split="in_domain"), MetricCase("b", "", split="mixed")
     for wanted, expected in (("all", (True, True)), ("in_domain", (True, False)), ("cross_domain", (False, True))):
-        metric = HueIdentity(FramesConfig(cases=wanted))
+        metric = HueIdentity(FrameChoices(cases=wanted))
         assert (metric.applies(inside), metric.applies(across)) == expected
 
 
@@ -141,7 +126,7 @@ def test_the_desk_set_is_of_the_named_metrics() -> None:
 
 
 def test_hue_identity_is_highest_for_the_own_reference() -> None:
-    metric = HueIdentity(FramesConfig())
+    metric = HueIdentity(FrameChoices())
     clips = [clip(seed) for seed in range(4)]
     values = [[metric.measure(work(one, other[0])).value for other in clips] for one in clips]
     assert np.argmax(values, axis=1).tolist() == [0, 1, 2, 3]  # type: ignore[arg-type]
@@ -166,7 +151,7 @@ def test_steadiness_is_the_mean_step_of_luma() -> None:
 def test_sharpness_is_what_a_mean_takes_away() -> None:
     from scipy.ndimage import uniform_filter
 
-    metric, frames = Sharpness(FramesConfig(frames=3)), clip(frames=3)
+    metric, frames = Sharpness(FrameChoices(frames=3)), clip(frames=3)
     values = []
     for frame in frames:
         luma = frame.astype(float) @ np.array([0.299, 0.587, 0.114]) / 255
@@ -177,3 +162,19 @@ def test_sharpness_is_what_a_mean_takes_away() -> None:
         values.append(1 - after / before)
     assert metric.measure(work(frames)).value == pytest.approx(np.mean(values), abs=1e-9)
     assert metric.measure(work(np.full((3, 8, 8, 3), 7, np.uint8))).value == 0
+
+
+def test_variants_are_the_same_metrics_with_other_choices_and_names(tmp_path: Path) -> None:
+    config = MetricsConfig.model_validate(
+        {
+            "models": {"dino": "/m/dino", "clip": "/m/clip"},
+            "clip_i": {},
+            "variants": {"large": {"models": {"clip": "/m/large"}, "clip_i": {"not_found": "left_out"}}},
+        }
+    )
+    first, second = config.build()
+    assert (first.label, second.label) == ("clip_i", "clip_i.large")
+    assert (first.folders.clip, second.folders.clip, second.folders.dino) == ("/m/clip", "/m/large", "/m/dino")
+    assert second.config.not_found == "left_out" and first.config.not_found == "zero"
+    with pytest.raises(DataError, match=r"clip_i needs models\.detector"):
+        first.check()

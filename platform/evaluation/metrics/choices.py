@@ -1,0 +1,57 @@
+"""The choices of the metrics. What the paper leaves open is a field, whose value the report prints.
+
+Without torch, so that a configuration is checked at once.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from domainshuttle.pipelines.values import Count, Real, Section, Share
+
+
+class MetricConfig(Section):
+    """The choices of a metric."""
+
+    cases: Literal["all", "in_domain", "cross_domain"] = Field("all", description="those that it is measured on")
+
+
+class FrameChoices(MetricConfig):
+    """Of metrics that look at single frames."""
+
+    frames: Count = 16
+    """How many, evenly over the video."""
+
+
+class AestheticChoices(MetricConfig):
+    """Of AES."""
+
+    frames: Count = Field(32, description="evenly over the video; not stated by the paper, 32 in OpenS2V-Eval")
+    low: Real = Field(4.0, description="raw score that counts 0")
+    high: Real = Field(7.0, description="raw score that counts 1")
+    backend: Literal["pil"] = "pil"
+    dtype: Literal["float32"] = "float32"
+
+
+class SubjectChoices(MetricConfig):
+    """How subjects are found and compared."""
+
+    cases: Literal["all", "in_domain", "cross_domain"] = "in_domain"
+    frames: Count = Field(16, description="evenly over the video; of the paper")
+    least_box: Share = Field(0.4, description="confidence of Grounding DINO below which nothing was found")
+    least_mask: Share = Field(0.9, description="SAM 2's own guess of its mask's overlap, below which nothing was found")
+    most_overlap: Share = Field(0.7, description="of two boxes of a word, above which they are one")
+    candidates: Literal["surest", "all"] = Field(
+        "surest", description="surest: as many boxes of a word as it has subjects; all: the best of all boxes"
+    )
+    background_fill: Literal["white", "keep"] = Field("white", description="what is around a subject in its box")
+    reference: Literal["cut_out", "whole"] = Field(
+        "cut_out", description="whether a subject is cut out of its reference too, where its word is found there"
+    )
+    references: Literal["mean", "max"] = Field("mean", description="over the references of one subject")
+    not_found: Literal["zero", "left_out"] = Field(
+        "zero", description="a frame without the subject: a 0, or left out (then flicker is not punished)"
+    )
+    backgrounds: Literal["whole_frame", "left_out"] = "whole_frame"
+    backend: Literal["pil"] = "pil"
+    dtype: Literal["float32"] = "float32"
