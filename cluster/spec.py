@@ -200,9 +200,6 @@ class KubernetesSection(Section):
         default_factory=list, description="Secrets whose keys are the pods' environment: AWS_..., MLFLOW_..., HF_TOKEN"
     )
     retries: Whole = Field(3, ge=0, le=100, description="new Ray clusters that a failed job gets")
-    budget_retries: Whole = Field(
-        0, ge=0, le=100, description="the same for a run with budget_gpu_hours: a spent budget is not tried again"
-    )
     deadline_hours: Real | None = Field(
         None, gt=0, le=1e5, description="the job fails after so long, without a checkpoint; none: no limit"
     )

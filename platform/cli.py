@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
@@ -50,6 +50,9 @@ def common(
 ) -> None:
     """Options of the program itself."""
 
+
+cluster = typer.Typer(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check such as others made.")
+app.add_typer(cluster, name="cluster")
 
 data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
@@ -202,6 +205,47 @@ def data_inspect(
     inspect_corpus(index, sheet, samples, where)
 
 
+@cluster.command("render")
+def cluster_render(
+    target: Annotated[
+        Literal["kuberay", "vm", "mlflow", "monitoring"],
+        typer.Argument(help="What manages the cluster, or a part of it."),
+    ],
+    config: Config,
+    spec: Annotated[
+        str, typer.Option("--cluster", help="The cluster's description: a YAML file, or h100-1, h100-8, h100-64.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("manifests"),
+    set_: Set = None,
+    spec_set: Annotated[
+        list[str] | None,
+        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster: trainers.nodes=4"),
+    ] = None,
+) -> None:
+    """Write what starts a run on a cluster, from one description of it (docs/cluster.md).
+
+    **kuberay**: RayJob, RayCluster, disruption budget, network policy, MLflow, monitors, alerts. **vm**: the YAML of
+    `ray up`, Prometheus' files and a dashboard. **mlflow** and **monitoring**: these alone.
+    """
+    settings = _load(config, set_)
+    from domainshuttle.platform.commands.cluster import render_cluster
+    from domainshuttle.platform.config.loading import load_cluster
+
+    render_cluster(target, settings, load_cluster(spec, spec_set), out)
+
+
+@cluster.command("check")
+def cluster_check(
+    files: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="YAML files with RayJobs, RayClusters.")
+    ],
+) -> None:
+    """Print what KubeRay's operator would refuse of manifests that their schema accepts; code 1 where it would."""
+    from domainshuttle.platform.commands.cluster import check_manifests
+
+    raise SystemExit(0 if check_manifests(files) else 1)
+
+
 @app.command()
 def plan(
     config: Config,
@@ -226,16 +270,31 @@ def plan(
 
 
 @app.command()
-def train(config: Config, set_: Set = None, fresh: Fresh = False, stage: Stage = None, resume: Resume = "auto") -> None:
+def train(
+    config: Config,
+    set_: Set = None,
+    fresh: Fresh = False,
+    stage: Stage = None,
+    resume: Resume = "auto",
+    stopped_code: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Exit code of a run that was stopped, or whose budget is spent: 0 where a failed job is tried again.",
+        ),
+    ] = 3,
+) -> None:
     """Train the schedule of a configuration, or go on with it: the same command starts and resumes a run.
 
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
     settings = _load(config, set_)  # before what takes seconds to import: a mistake is answered at once
-    from domainshuttle.platform.driver.driver import train_run
+    from domainshuttle.platform.driver.driver import STOPPED, train_run
 
-    raise SystemExit(train_run(settings, fresh, stage, resume))
+    code = train_run(settings, fresh, stage, resume)
+    raise SystemExit(stopped_code if code == STOPPED else code)
 
 
 @app.command()

@@ -1,0 +1,86 @@
+"""The metrics of a run that Ray's nodes export for Prometheus: their names, here alone, and how they are set.
+
+Ray calls them `ray_NAME` and adds labels of the node and the process. As a process has another id after each restart,
+queries aggregate: `max by (run)`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "domainshuttle_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A gauge of a run."""
+
+    text: str
+    tags: tuple[str, ...]
+    """Beside `run`."""
+
+
+_SEGMENT, _RANK, _RUN = ("segment",), ("segment", "rank"), ()
+
+METRICS: dict[str, Metric] = {
+    # of rank 0, for all ranks
+    "loss": Metric("Loss, mean over the samples of the last logged steps.", _SEGMENT),
+    "grad_norm": Metric("Norm of the gradient, before clipping.", _SEGMENT),
+    "learning_rate": Metric("Learning rate.", _SEGMENT),
+    "step_seconds": Metric("Seconds of a step.", _SEGMENT),
+    "mfu": Metric("Share of the devices' arithmetic that the model uses.", _SEGMENT),
+    "device_tokens_per_second": Metric("Tokens a second of a device.", _SEGMENT),
+    "samples_per_second": Metric("Samples a second of all devices.", _SEGMENT),
+    "data_wait_fraction": Metric("Share of rank 0's time that went into waiting for data.", _SEGMENT),
+    "checkpoint_stall_seconds": Metric("Seconds in which a checkpoint held the last steps up.", _SEGMENT),
+    "skipped_steps": Metric("Steps of the segment whose gradients were thrown away.", _SEGMENT),
+    "failed_checkpoints": Metric("Checkpoints of the segment that did not become whole.", _SEGMENT),
+    "checkpoint_time": Metric("When the newest checkpoint became whole, or the workers started; Unix time.", _SEGMENT),
+    "checkpoint_every_steps": Metric("Steps between checkpoints.", _SEGMENT),
+    # of each rank
+    "rank_wait_fraction": Metric("Share of a rank's own time that went into waiting for data.", _RANK),
+    "rank_matmul_flops": Metric("FLOP/s of a rank's own matrix products, without waiting for other ranks.", _RANK),
+    # of the driver
+    "step": Metric("Steps of the segment that are done.", _SEGMENT),
+    "planned_steps": Metric("Steps of the segment that are planned.", _SEGMENT),
+    "step_time": Metric("When the last logged step was done, or the driver began; Unix time.", _RUN),
+    "begin_time": Metric("When the driver began; Unix time.", _RUN),
+    "workers": Metric("Workers of the newest start.", _RUN),
+    "restarts": Metric("Starts of the workers after the first.", _RUN),
+    "gpu_hours": Metric("Device-hours used.", _RUN),
+    "gpu_hours_budget": Metric("Device-hours that the run may use.", _RUN),
+    "goodput": Metric("Share of the device-hours that went into steps that count.", _RUN),
+    "outbox_bytes": Metric("Bytes of metrics and files that wait for MLflow.", _RUN),
+    "quarantined_samples": Metric("Samples that could not be read.", _RUN),
+}
+
+
+def series(name: str) -> str:
+    """What Prometheus calls a metric. Raises KeyError for one that is none."""
+    assert METRICS[name]
+    return f"ray_{PREFIX}{name}"
+
+
+class RunMetrics:
+    """Sets the metrics of one process of a run. Without a connection to Ray it does nothing."""
+
+    def __init__(self, **tags: str) -> None:
+        """`tags` are run, segment and rank, as far as the process has them."""
+        self._tags = tags
+        self._gauges: dict[str, Any] = {}
+
+    def set(self, values: Mapping[str, float | None], **tags: str) -> None:
+        """Sets metrics by their names; None: the value is not known. `tags` take the place of those of the process."""
+        import ray
+        from ray.util.metrics import Gauge
+
+        if not ray.is_initialized():
+            return
+        for name, value in values.items():
+            if value is None:
+                continue
+            metric, known = METRICS[name], {**self._tags, **tags}
+            keys = ("run", *metric.tags)
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(PREFIX + name, metric.text, tag_keys=keys)
+            self._gauges[name].set(float(value), {key: known[key] for key in keys})

@@ -1,0 +1,82 @@
+"""Manifests of a cluster, with a run on it, and checks of such that others have changed."""
+
+import math
+from pathlib import Path
+
+import yaml
+
+from domainshuttle.cluster.kuberay.rules import faults, manifests_of
+from domainshuttle.cluster.render import render
+from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.cluster.workload import Workload
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.console import console
+from domainshuttle.platform.report.text import Advice, Prose
+
+_DRAIN_SECONDS = 120.0
+"""Two steps of a 14B model and its save take less on 64 H100."""
+
+
+def workload_of(config: RunConfig, spec: ClusterSpec, options: tuple[str, ...] = ()) -> Workload:
+    """What a run asks of a cluster. Raises ConfigError where spot nodes go before their workers have saved."""
+    drain = spec.kubernetes.drain_seconds or _DRAIN_SECONDS
+    trainers = spec.trainers
+    if trainers.spot and trainers.notice_seconds is not None and trainers.notice_seconds < drain:
+        raise ConfigError(
+            f"cluster {spec.name}: trainers are spot nodes that go {trainers.notice_seconds:g} s after their notice, "
+            f"and two steps and a save take {drain:g} s: use other nodes, or set kubernetes.drain_seconds"
+        )
+    cluster = config.cluster
+    return Workload(
+        name=config.name,
+        config_yaml=config.to_yaml(),
+        workers=(cluster.least_workers, cluster.most_workers),
+        cpus_per_worker=cluster.cpus_per_worker,
+        gpus_per_worker=cluster.gpus_per_worker,
+        stop_seconds=math.ceil(config.grace_seconds),
+        drain_seconds=drain,
+        options=options,
+    )
+
+
+def render_cluster(target: str, config: RunConfig, spec: ClusterSpec, out: Path) -> None:
+    """Writes the files of a target (cluster/render.py) into a folder, and says what comes next."""
+    files = render(target, spec, workload_of(config, spec))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with atomic_file(out / name) as path:
+            path.write_text(text)
+        console.print(Prose(f"Wrote {out / name}"))
+    if "@sha256:" not in spec.image and target in ("kuberay", "vm"):
+        console.print(
+            Prose(
+                f"image: {spec.image} is a tag, which may name another image tomorrow: give its digest "
+                "(REPOSITORY@sha256:...)"
+            )
+        )
+    console.print(Advice("Next:", _NEXT[target].format(out=out)))
+
+
+_NEXT = {
+    "kuberay": "kubectl apply --server-side -f {out}/rayjob.yaml",
+    "vm": "ray up {out}/cluster.yaml",
+    "mlflow": "kubectl apply --server-side -f {out}/mlflow.yaml",
+    "monitoring": "kubectl apply --server-side -f {out}/monitoring.yaml",
+}
+
+
+def check_manifests(paths: list[Path]) -> bool:
+    """Prints what KubeRay's operator would refuse of the RayJobs and RayClusters in files; whether there is nothing."""
+    found, checked = [], 0
+    for path in paths:
+        try:
+            manifests = manifests_of(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        checked += sum(manifest.get("kind") in ("RayJob", "RayCluster") for manifest in manifests)
+        found += [f"{path}: {fault}" for manifest in manifests for fault in faults(manifest)]
+    for fault in found:
+        console.print(Prose(fault))
+    console.print(Prose(f"{checked} of KubeRay's resources checked, {len(found)} faults"))
+    return not found
