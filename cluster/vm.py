@@ -92,10 +92,10 @@ def _node(vm: VmSection, name: str, place: Pool | HeadSection) -> dict[str, Any]
         raise ClusterError(f"{name}.instance is missing: name the machine type, such as {example}")
     spot = isinstance(place, Pool) and place.spot
     if vm.provider == "aws":
-        disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": place.scratch_gib, "VolumeType": "gp3"}}
-        node: dict[str, Any] = {"InstanceType": place.instance, "BlockDeviceMappings": [disk]}
+        volume = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": place.scratch_gib, "VolumeType": "gp3"}}
+        node: dict[str, Any] = {"InstanceType": place.instance, "BlockDeviceMappings": [volume]}
         return {**node, **({"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {})}
-    disk = {
+    disk: dict[str, Any] = {
         "boot": True,
         "autoDelete": True,
         "type": "PERSISTENT",
