@@ -63,7 +63,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         origin = identified_origin(run, job.origins[segment.name])
         design = blueprint(config.model_of(segment.expert), origin)
         selected = select_trained(design.outline, stage.trained)
-        feed = make_feed(config, segment)
+        feed = make_feed(config, segment, start.order)
         loader: Loader[TrainingBatch] = Loader(
             shared_blocks(feed, start.first_planned(last_step), last_step, config),
             feed,

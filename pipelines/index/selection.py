@@ -1,12 +1,18 @@
 """Which rows of an index are trained on: a corpus as its index has it, or those of its samples that a filter leaves."""
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.digest import combined_digest
 from domainshuttle.pipelines.index.filter import RowFilter
 from domainshuttle.pipelines.index.spec import CorpusShare
-from domainshuttle.pipelines.index.table import PLACES, SCHEMA, Index, IndexMetadata
+from domainshuttle.pipelines.index.table import PLACES, SCHEMA, Index, IndexMetadata, reading_index
+from domainshuttle.pipelines.storage.files import open_parquet
 from domainshuttle.pipelines.storage.uri import Location, absolute, redacted
 
 
@@ -35,10 +41,29 @@ def selected_digest(part: IndexMetadata, where: str | None) -> str:
     return combined_digest("where", part.digest, where) if where else part.digest
 
 
-def load_selected(share: CorpusShare, columns: tuple[str, ...]) -> Index:
-    """Some columns of a corpus's index file, unverified, of the rows that its filter leaves."""
+def load_selected(
+    share: CorpusShare,
+    columns: tuple[str, ...],
+    derived: Mapping[str, tuple[str, Callable[[pa.ChunkedArray], np.ndarray]]] | None = None,
+) -> Index:
+    """Some columns of a corpus's index file, unverified, of the rows that its filter leaves.
+
+    `derived` are columns of numbers that are made of others, by name: of which column, and how. That one is read in
+    parts and never held: lists take many times the memory of a number.
+    """
     index = Index.load(share.index, columns, verify=False)
+    table = index.table
+    for name, (column, make) in (derived or {}).items():
+        with reading_index(share.index):
+            file = open_parquet(share.index)
+            parts = [make(part) for part in _parts(file, column)]
+        table = table.append_column(name, pa.array(np.concatenate(parts)))
     if not share.where:
-        return index
-    table = index.table.filter(selected_rows(share.index, share.where)).combine_chunks()
+        return replace(index, table=table)
+    table = table.filter(selected_rows(share.index, share.where)).combine_chunks()
     return Index(table, index.parts, selected_digest(index.parts[0], share.where))
+
+
+def _parts(file: pq.ParquetFile, column: str) -> Iterator[pa.ChunkedArray]:
+    for group in range(file.num_row_groups):
+        yield file.read_row_group(group, columns=[column]).column(column)

@@ -19,7 +19,7 @@ from domainshuttle.pipelines.errors import DataError, TooManyBadError
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media.conversions import noted_conversions
 from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.pipelines.plan.pairing import Pairing
+from domainshuttle.pipelines.plan.pairing import Pairing, StepDraw
 from domainshuttle.pipelines.quarantine import BadSample, of_sample
 from domainshuttle.pipelines.storage.uri import redacted
 
@@ -121,8 +121,9 @@ class Reader(Generic[T, B]):
         return sum(member.size for sample in samples for member in sample.members)
 
     def _make(self, planned: dict[str, Any], samples: list[IndexRow]) -> MicroBatch[B]:
+        draw = StepDraw(**planned["draw"]) if planned["draw"] else None
         places = [
-            _Place(self._drawn(row, epoch), slot)
+            _Place(self._drawn(row, epoch, draw), slot)
             for row, epoch, slot in zip(samples, planned["epochs"], planned["slots"], strict=True)
         ]
         read: list[T | None] = [None] * len(places)
@@ -135,12 +136,12 @@ class Reader(Generic[T, B]):
                         with noted_conversions() as place.conversions:
                             read[number] = self.read_one(place.drawn)
                     except DataError as error:
-                        bad.append(self._substitute(place, planned["step"], error))
+                        bad.append(self._substitute(place, planned["step"], draw, error))
             try:
                 batch = self.assemble(cast(list[T], read))
             except BadPlacesError as found:
                 for number, fault in found.faults.items():
-                    bad.append(self._substitute(places[number], planned["step"], fault))
+                    bad.append(self._substitute(places[number], planned["step"], draw, fault))
                     read[number] = None
         keys = [_name(place.drawn.row) for place in places]
         replaced = [(_name(row), key) for row, key, p in zip(samples, keys, places, strict=True) if p.attempts]
@@ -164,10 +165,10 @@ class Reader(Generic[T, B]):
         with of_sample(_name(drawn.row)):
             return self.read(drawn)
 
-    def _drawn(self, row: IndexRow, epoch: int) -> Drawn:
-        return Drawn(row, epoch, self.feed.pair(row, epoch))
+    def _drawn(self, row: IndexRow, epoch: int, draw: StepDraw | None) -> Drawn:
+        return Drawn(row, epoch, self.feed.pair(row, epoch, draw))
 
-    def _substitute(self, place: "_Place", step: int, error: DataError) -> BadSample:
+    def _substitute(self, place: "_Place", step: int, draw: StepDraw | None, error: DataError) -> BadSample:
         """Puts the plan's next substitute in a place, and returns the row of the quarantine table for what was there.
 
         Raises TooManyBadError after too many.
@@ -177,7 +178,8 @@ class Reader(Generic[T, B]):
             raise TooManyBadError(
                 f"step {step}: {place.attempts + 1} samples in a row can't be read, the last one because: {error}"
             ) from error
-        place.drawn = self._drawn(self.index.row(self.plan.substitute(step, place.slot, place.attempts)), epoch)
+        substitute = self.index.row(self.plan.substitute(step, place.slot, place.attempts))
+        place.drawn = self._drawn(substitute, epoch, draw)
         place.attempts += 1
         return BadSample(row.source, row.shard, row.key, str(error))
 

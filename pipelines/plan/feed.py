@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +14,12 @@ from domainshuttle.pipelines.index.mapped import mapped_index
 from domainshuttle.pipelines.index.selection import load_selected, selected_digest
 from domainshuttle.pipelines.index.spec import CorpusShare
 from domainshuttle.pipelines.index.table import Index, IndexRow
-from domainshuttle.pipelines.plan.pairing import Pairing, choose_references
-from domainshuttle.pipelines.plan.step_plan import StepPlan
+from domainshuttle.pipelines.plan.pairing import Pairing, StepDraw, choose_references, reference_profiles
+from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION, PROFILE, StepPlan
 from domainshuttle.pipelines.storage.uri import absolute, parent, redacted
 
 PLAN_COLUMNS = ("bucket",)
-"""What a plan needs of the index, beside which corpus a row is of."""
+"""What a plan needs of the index, beside which corpus a row is of, and the profiles of its references."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Feed:
     paired: bool = False
     encoders: EncoderSources | None = None
     """What encodes raw corpora while they are trained on."""
+    order: int = ORDER_VERSION
+    """The version of the data order: that which the run began with."""
 
     def index(self) -> Index:
         """The joint index, mapped from a file that the processes of a node share."""
@@ -81,8 +83,9 @@ class Feed:
             )
         return count
 
-    def pair(self, row: IndexRow, epoch: int) -> Pairing:
-        """The reference sets of a sample in an epoch; empty where the stage shows no references."""
+    def pair(self, row: IndexRow, epoch: int, step: StepDraw | None = None) -> Pairing:
+        """The reference sets of a sample in an epoch; empty where the stage shows no references. `step` is what its
+        step draws for all samples."""
         return choose_references(
             row.reference_subjects if self.references else (),
             row.reference_origins if self.references else (),
@@ -92,6 +95,7 @@ class Feed:
             max(self.references, 1),
             self.reference_dropout,
             self.text_dropout,
+            step,
         )
 
 
@@ -103,14 +107,18 @@ def _mapped(shares: tuple[CorpusShare, ...]) -> Index:
 @lru_cache(maxsize=4)
 def _plan(feed: Feed) -> StepPlan:
     # of its own columns: Ray Data's processes, also on nodes without ranks, need no others
-    index = Index.concat([load_selected(share, PLAN_COLUMNS) for share in feed.shares])
+    profiles = partial(reference_profiles, max_references=feed.references)
+    derived = {PROFILE: ("reference_subjects", profiles)} if feed.references else {}
+    index = Index.concat([load_selected(share, PLAN_COLUMNS, derived) for share in feed.shares])
     weights = {share.corpus: share.weight for share in feed.shares if share.weight is not None}
-    return StepPlan(index, weights, feed.seed, feed.global_batch, by="corpus")
+    return StepPlan(
+        index, weights, feed.seed, feed.global_batch, "corpus", references=feed.references, version=feed.order
+    )
 
 
 def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size: int) -> pa.Table:
     """The micro-batches of a rank (None: of all, in turn) in steps start..stop-1: step, rank, part, the samples' rows
-    in the index, epochs and slots, and the digest of the plan."""
+    in the index, epochs and slots, what the step draws for all of them, and the digest of the plan."""
     plan, accumulation = feed.plan(), feed.accumulation(world_size)
     digest = plan.digest
     rows: list[dict[str, Any]] = []
@@ -127,6 +135,7 @@ def planned_rows(feed: Feed, start: int, stop: int, rank: int | None, world_size
                         "rows": part.rows.tolist(),
                         "epochs": part.epochs.tolist(),
                         "slots": part.slots.tolist(),
+                        "draw": None if part.draw is None else asdict(part.draw),
                         "plan": digest,
                     }
                 )
@@ -141,6 +150,7 @@ _ROWS = pa.schema(
         ("rows", pa.list_(pa.int64())),
         ("epochs", pa.list_(pa.int32())),
         ("slots", pa.list_(pa.int32())),
+        ("draw", pa.struct([("drop", pa.float64()), ("deal", pa.float64())])),
         ("plan", pa.string()),
     ]
 )

@@ -14,13 +14,22 @@ The rule:
 4. In each set subjects come in order, and the pictures of one subject together in the sample's order.
 
 With probability `dropout` a sample shows no reference at all, with `text_dropout` no text: guidance needs both.
+
+All ranks wait for the longest sample of a micro-step, so the samples of a step shall have equally many references. How
+many pictures rule 3 deals to A and to B, and whether references are left out, is therefore drawn once a step
+(`StepDraw`), from the distribution that each sample would draw from by itself; which pictures they are stays the
+sample's own draw. `reference_profiles` says which samples can have the same counts: those with as many subjects and as
+many pictures left over.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
+import pyarrow as pa
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.augment import uniforms
@@ -46,6 +55,15 @@ class Pairing:
     text_dropped: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class StepDraw:
+    """What the samples of a step draw together, two numbers in [0, 1): references are left out where `drop` is below
+    the dropout, and `deal` says how many pictures left over each set is given."""
+
+    drop: float
+    deal: float
+
+
 def choose_references(
     reference_subjects: Sequence[int],
     reference_origins: Sequence[str],
@@ -55,11 +73,13 @@ def choose_references(
     max_references: int = 5,
     dropout: float = 0.0,
     text_dropout: float = 0.0,
+    step: StepDraw | None = None,
 ) -> Pairing:
     """The reference sets of a sample in an epoch, by the rule above.
 
     `reference_subjects` and `reference_origins` are the index's columns: one a picture. A sample without pictures has
-    empty sets. Raises DataError where the two differ in length or a number is out of range.
+    empty sets. `step` is what its step draws for all; None, as orders of version 1 have it: each draws by itself.
+    Raises DataError where the two differ in length or a number is out of range.
     """
     reference_subjects = [int(subject) for subject in reference_subjects]
     if len(reference_subjects) != len(reference_origins):
@@ -73,6 +93,8 @@ def choose_references(
             "1 and two probabilities"
         )
     drop_references, drop_text = uniforms(seed, epoch, sample_id, _DROPOUT, 2)
+    if step is not None:
+        drop_references = step.drop
     text_dropped = bool(drop_text < text_dropout)
     if drop_references < dropout or not reference_subjects:
         return Pairing([], [], [], {}, bool(reference_subjects), text_dropped)
@@ -100,11 +122,17 @@ def choose_references(
     single = set(first) - set(second)
     set_a = list(first.values())
     set_b = [second.get(subject, first[subject]) for subject in first]
-    for picture in rest:
-        choice = int(draws[2 * count + picture] * 3)
-        chosen = (set_a, set_b, None)[choice]
-        if chosen is not None and len(chosen) < max_references:
-            chosen.append(picture)
+    if step is None:
+        for picture in rest:
+            choice = int(draws[2 * count + picture] * 3)
+            chosen = (set_a, set_b, None)[choice]
+            if chosen is not None and len(chosen) < max_references:
+                chosen.append(picture)
+    else:
+        more_a, more_b = dealt(len(rest), max_references - len(first), step.deal)
+        rest.sort(key=lambda picture: draws[2 * count + picture])
+        set_a += rest[:more_a]
+        set_b += rest[more_a : more_a + more_b]
 
     order = sorted(range(count), key=lambda picture: (reference_subjects[picture], picture))
     set_a = [picture for picture in order if picture in set_a]
@@ -131,3 +159,64 @@ def single_pictures(reference_subjects: Sequence[int]) -> list[int]:
     """The pictures that are the only ones of their subjects: those that set B can show as augmented views alone."""
     counts = Counter(reference_subjects)
     return [picture for picture, subject in enumerate(reference_subjects) if counts[subject] == 1]
+
+
+def dealt(rest: int, room: int, deal: float) -> tuple[int, int]:
+    """How many of `rest` pictures left over rule 3 gives to A and to B, where each has room for `room` more: the
+    quantile `deal`, in [0, 1), of its distribution, the cheapest counts first."""
+    outcomes, cumulated = _deals(rest, room)
+    return outcomes[int(np.searchsorted(cumulated, deal, side="right"))]
+
+
+@lru_cache(maxsize=1024)
+def _deals(rest: int, room: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The counts (A, B) that rule 3 can give, by what they cost, and their cumulated probabilities."""
+    ways = {(0, 0): 1}  # of 3**rest
+    for _ in range(rest):
+        more: Counter[tuple[int, int]] = Counter()
+        for (a, b), count in ways.items():
+            for counts in ((min(a + 1, room), b), (a, min(b + 1, room)), (a, b)):
+                more[counts] += count
+        ways = dict(more)
+    # A passes forward and backward, B forward alone
+    outcomes = sorted(ways, key=lambda counts: (3 * counts[0] + counts[1], counts))
+    cumulated = np.array(
+        [total / 3**rest for total in accumulate(ways[one] for one in outcomes)]
+    )  # whole numbers: exact
+    return outcomes, cumulated
+
+
+_MOST_REST = 15
+"""Pictures left over by which samples are told apart; more make hardly another distribution."""
+
+
+def reference_profiles(reference_subjects: pa.ChunkedArray, max_references: int) -> np.ndarray:
+    """uint16 [rows] of the index's column: how many subjects a sample shows, times 16, and the pictures left over.
+
+    A sample with more subjects than `max_references` shows that many and has no room for others.
+    """
+    profiles = [np.zeros(0, np.uint16)]
+    for chunk in reference_subjects.chunks:
+        for first in range(0, len(chunk), _ROWS_AT_ONCE):
+            lists = chunk.slice(first, _ROWS_AT_ONCE)
+            lengths = np.asarray(lists.value_lengths())
+            parents, named = np.repeat(np.arange(len(lists)), lengths), np.asarray(lists.flatten())
+            subjects, rest = np.zeros(len(lists), np.int64), np.zeros(len(lists), np.int64)
+            for subject in np.unique(named):
+                pictures = np.bincount(parents[named == subject], minlength=len(lists))
+                subjects += pictures > 0
+                rest += np.maximum(pictures - 2, 0)
+            shown = np.minimum(subjects, max_references)
+            rest = np.where(shown < max_references, np.minimum(rest, _MOST_REST), 0)
+            profiles.append((shown * (_MOST_REST + 1) + rest).astype(np.uint16))
+    return np.concatenate(profiles)
+
+
+def counts_of(profile: int, max_references: int, deal: float) -> tuple[int, int]:
+    """How many references samples of a profile show in A and in B."""
+    subjects, rest = divmod(profile, _MOST_REST + 1)
+    more_a, more_b = dealt(rest, max_references - subjects, deal)
+    return subjects + more_a, subjects + more_b
+
+
+_ROWS_AT_ONCE = 1 << 20

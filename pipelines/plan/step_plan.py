@@ -3,15 +3,18 @@ global batch.
 
 The rule:
 
-* A **stream** is the samples of one source in one bucket. It is endless: a pseudo-random permutation of the stream,
+* A **stream** is the samples of one source in one bucket, and in one group of those that can show equally many
+  references (`pairing.reference_profiles`). It is endless: a pseudo-random permutation of the stream,
   then another (the next epoch), and so on. So each sample comes exactly once an epoch of its source, and what does not
   fill a batch at an epoch's end is not lost: the batch takes the rest from the next epoch.
 * A source's samples come at the rate of its weight, a stream's at its share of the source's samples. All streams of a
   source thus pass through their epochs together.
-* A **step** has one bucket. Buckets take turns in proportion to the rates of their streams, and within a bucket the
-  slots of its batches go to its sources in proportion. Both turns are taken by the same low-discrepancy rule
-  (`_Turns`), which has no state: how many of the first t turns were whose is a formula. So any step is found directly,
-  no order is ever written out, and a source is never more than about a batch ahead of its weight or behind it.
+* A **step** has one bucket and one group, and draws for all its samples how many references they show (`StepDraw`), so
+  that they cost alike and no rank waits for another. The buckets' groups take turns in proportion to the rates of their
+  streams, and within a group the slots of its batches go to its sources in proportion. Both turns are taken by the same
+  low-discrepancy rule (`_Turns`), which has no state: how many of the first t turns were whose is a formula. So any
+  step is found directly, no order is ever written out, and a source is never more than about a batch ahead of its
+  weight or behind it.
 
 The plan knows nothing of ranks: a global batch is cut into micro-batches afterwards, so the same samples are trained on
 in the same steps by any number of workers, and the data state of a checkpoint is the number of the next step (and
@@ -23,7 +26,7 @@ import heapq
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Generic, Literal, TypeVar
 
@@ -32,11 +35,23 @@ import numpy as np
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.plan.pairing import StepDraw, counts_of
 from domainshuttle.pipelines.plan.permutation import ROUNDS, hashed, permuted
 
-ORDER_VERSION = 1  # raised with every change that makes another order of the same input
+ORDER_VERSION = 2  # raised with every change that makes another order of the same input
+KNOWN_VERSIONS = (1, 2)
+"""Orders that are still made, for runs that began with them: in 1 each sample drew its references by itself."""
+PROFILE = "reference_profile"
+"""The column of an index, made of `reference_subjects`, by which samples are grouped (`pairing.reference_profiles`)."""
 _SCALE = 1 << 44  # rates as integers: fine enough for any mixture, and slot * rate stays within 64 bits
 
+_LEAST_BATCHES = 2  # that a group of samples fills, so that no step shows one twice
+# 1 / p and 1 / p^2 of 2**64, p = 1.3247... the real root of p^3 = p + 1: multiples of both are spread evenly over the
+# unit square, each by itself and together (M. Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018)
+_STRIDES = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
+
+Kind = tuple[Bucket, int]
+"""What the samples of a step have in common: their bucket, and the number of their group in it."""
 Holder = TypeVar("Holder")
 
 
@@ -51,6 +66,8 @@ class PlannedBatch:
     rows: np.ndarray
     epochs: np.ndarray
     slots: np.ndarray
+    draw: StepDraw | None = None
+    """What its samples draw together; None: each draws by itself (order version 1, and steps without references)."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,7 +86,7 @@ class PlannedBatch:
             )
         size = len(self) // parts
         cuts = [slice(part * size, (part + 1) * size) for part in range(parts)]
-        return [PlannedBatch(self.step, self.bucket, self.rows[c], self.epochs[c], self.slots[c]) for c in cuts]
+        return [replace(self, rows=self.rows[cut], epochs=self.epochs[cut], slots=self.slots[cut]) for cut in cuts]
 
 
 class StepPlan:
@@ -77,8 +94,9 @@ class StepPlan:
 
     `mixture` gives each source of the index its share of the samples (any positive scale; 0 leaves a source out); None
     or an empty one means by their counts. `by` says which column names a sample's source: a run weighs its corpora,
-    each of which may be made of several sources. Raises DataError on an empty index, a source that is unknown or has
-    no weight, or a bad weight.
+    each of which may be made of several sources. `references` is how many a set shows at most: where it is not 0, the
+    index needs the column `PROFILE`. `version` is that of an order that a run began with. Raises DataError on
+    an empty index, a source that is unknown or has no weight, a bad weight, or an unknown version.
     """
 
     def __init__(
@@ -88,7 +106,14 @@ class StepPlan:
         seed: int,
         global_batch: int,
         by: Literal["source", "corpus"] = "source",
+        references: int = 0,
+        version: int = ORDER_VERSION,
     ) -> None:
+        if version not in KNOWN_VERSIONS:
+            raise DataError(
+                f"order version {version!r}: this program makes {', '.join(map(str, KNOWN_VERSIONS))}; go on with the "
+                "program that the run began with"
+            )
         if not len(index):
             raise DataError("the index has no rows: nothing to plan; check the filter")
         if not 1 <= global_batch <= 1 << 17:
@@ -96,71 +121,113 @@ class StepPlan:
         self.seed = int(seed)
         self.global_batch = global_batch
         self.index_digest = index.digest
+        self.version, self.references = version, references if version > 1 else 0
         source_codes, sources = index.codes(by)
         bucket_codes, bucket_names = index.codes("bucket")
         present = np.bincount(source_codes, minlength=len(sources))
         sizes = {source: int(size) for source, size in zip(sources, present, strict=True) if size}
         self.mixture = _checked_mixture(mixture, sizes)
-        self._streams = self._make_streams(source_codes, sources, bucket_codes, bucket_names)
-        self._buckets = sorted({stream.bucket for stream in self._streams})
+        weighed = np.array([self.mixture.get(source, 0.0) > 0 for source in sources])[source_codes]
+        self._profiles: np.ndarray | None = None
+        groups = np.zeros(len(index), np.uint16)
+        if self.references:
+            self._profiles = index.table.column(PROFILE).to_numpy()
+            groups = _groups(bucket_codes, self._profiles, weighed, _LEAST_BATCHES * global_batch)
+        self._streams = self._make_streams(source_codes, sources, bucket_codes, bucket_names, groups)
+        self._kinds = sorted({stream.kind for stream in self._streams})
         # A source's weight by the stream's share of it. Always from the normalised mixture, as `state()` has it: plans
         # of equal state must be equal, also where one was given by counts and the other by the same numbers.
         units = {
             s: max(1, round(Fraction(self.mixture[s.source]) * len(s.rows) * _SCALE / sizes[s.source]))
             for s in self._streams
         }
-        self._slot_turns: dict[Bucket, _Turns[_Stream]] = {
-            bucket: _Turns({s: unit for s, unit in units.items() if s.bucket == bucket}) for bucket in self._buckets
+        self._slot_turns: dict[Kind, _Turns[_Stream]] = {
+            kind: _Turns({s: unit for s, unit in units.items() if s.kind == kind}) for kind in self._kinds
         }
         self._bucket_turns = _grouped_turns(self._slot_turns)
         self._source_sizes = sizes
 
     def _make_streams(
-        self, source_codes: np.ndarray, sources: list[str], bucket_codes: np.ndarray, bucket_names: list[str]
+        self,
+        source_codes: np.ndarray,
+        sources: list[str],
+        bucket_codes: np.ndarray,
+        bucket_names: list[str],
+        groups: np.ndarray,
     ) -> list["_Stream"]:
-        groups = source_codes.astype(np.int64) * len(bucket_names) + bucket_codes
-        if len(sources) * len(bucket_names) <= 1 << 16:
-            groups = groups.astype(np.uint16)  # numpy sorts these by radix, ten times as fast
-        counts = np.bincount(groups, minlength=len(sources) * len(bucket_names))
-        order = np.argsort(groups, kind="stable")
+        cells = source_codes.astype(np.int64) * len(bucket_names) + bucket_codes
+        count = int(groups.max()) + 1
+        if count > 1:
+            cells = cells * count + groups
+        size = len(sources) * len(bucket_names) * count
+        if size <= 1 << 16:
+            cells = cells.astype(np.uint16)  # numpy sorts these by radix, ten times as fast
+        counts = np.bincount(cells, minlength=size)
+        order = np.argsort(cells, kind="stable")
         order = order.astype(np.int32) if len(order) < 1 << 31 else order
         ends = np.cumsum(counts)
         streams = []
-        for group in np.flatnonzero(counts):
-            source, bucket = sources[group // len(bucket_names)], bucket_names[group % len(bucket_names)]
+        for cell in np.flatnonzero(counts):
+            rest, group = divmod(int(cell), count)
+            source, bucket = sources[rest // len(bucket_names)], bucket_names[rest % len(bucket_names)]
             if self.mixture[source] > 0:
-                rows = order[ends[group] - counts[group] : ends[group]]
-                streams.append(_Stream(source, parse_bucket(bucket), rows, self.seed))
+                rows = order[ends[cell] - counts[cell] : ends[cell]]
+                streams.append(_Stream(source, (parse_bucket(bucket), group), rows, self.seed))
         return streams
 
     def __getitem__(self, step: int) -> PlannedBatch:
         if step < 0:
             raise DataError(f"step {step}: expected 0 or more")
         step = int(step)  # numpy's would overflow in the products of `_Turns`
-        bucket, turn = self._bucket_turn(step)
+        kind, turn = self._kind_turn(step)
         rows = np.empty(self.global_batch, np.int64)
         epochs = np.empty(self.global_batch, np.int32)
         first = turn * self.global_batch
-        for stream, slots, position in self._slot_turns[bucket].holders(first, self.global_batch):
+        for stream, slots, position in self._slot_turns[kind].holders(first, self.global_batch):
             rows[slots], epochs[slots] = stream.take(position, len(slots))
         # Turns alternate regularly: unshuffled, a rank would meet the same sources in every step.
         order = np.argsort(
             hashed(np.arange(self.global_batch, dtype=np.uint64) ^ self._key(f"slots {step}")), kind="stable"
         )
-        return PlannedBatch(step, bucket, rows[order], epochs[order], np.arange(self.global_batch, dtype=np.int32))
+        if self._profiles is not None:
+            # micro-batches that are passed through at the same time lie beside each other
+            order = order[np.argsort(self._profiles[rows[order]], kind="stable")]
+        slots = np.arange(self.global_batch, dtype=np.int32)
+        return PlannedBatch(step, kind[0], rows[order], epochs[order], slots, self._draw(kind, turn))
+
+    def _draw(self, kind: "Kind", turn: int) -> StepDraw | None:
+        """What the samples of a group's turn draw together: evenly spread over the turns, from a random beginning."""
+        if not self.references:
+            return None
+        name = f"draws {kind[0]} {kind[1]}"
+        drop, deal = (
+            ((int(self._key(f"{name} {number}")) + turn * stride) >> 11 & (1 << 53) - 1) * 2.0**-53
+            for number, stride in enumerate(_STRIDES)
+        )
+        return StepDraw(drop, deal)
+
+    def reference_counts(self, batch: PlannedBatch, dropout: float) -> np.ndarray:
+        """int64 [b, 2]: how many references each sample of a batch shows in A and in B. Of plans with `references`."""
+        assert self._profiles is not None and batch.draw is not None
+        counts = np.zeros((len(batch), 2), np.int64)
+        if batch.draw.drop >= dropout:
+            profiles, which = np.unique(self._profiles[batch.rows], return_inverse=True)
+            shown = [counts_of(int(profile), self.references, batch.draw.deal) for profile in profiles]
+            counts = np.array(shown)[which]
+        return counts
 
     def _key(self, purpose: str) -> np.uint64:
         name = json.dumps([self.seed, purpose]).encode()
         return np.uint64(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
 
-    def _bucket_turn(self, step: int) -> tuple[Bucket, int]:
-        """The bucket of a step, and how many steps it had before."""
-        group, turn = self._bucket_turns.holder(step)
-        return group.holder(turn)
+    def _kind_turn(self, step: int) -> tuple["Kind", int]:
+        """The bucket and group of a step, and how many steps they had before."""
+        turns, turn = self._bucket_turns.holder(step)
+        return turns.holder(turn)
 
     def substitute(self, step: int, slot: int, attempt: int) -> int:
         """The row that takes the place of a bad sample: of the same bucket, and as far as it has others of the same
-        source.
+        source, and of these first those that can show as many references.
 
         `slot` is the sample's place in the global batch, `attempt` counts from 0 where substitutes are bad too;
         attempts give different rows, those of the same batch last. The streams stay as they are, so a substitute comes
@@ -170,7 +237,17 @@ class StepPlan:
         if not 0 <= slot < self.global_batch or attempt < 0:
             raise DataError(f"substitute for slot {slot}, attempt {attempt}: expected a slot below {self.global_batch}")
         bad = batch.rows[slot]
-        streams = sorted(self._slot_turns[batch.bucket].units, key=lambda stream: (bad not in stream, stream.source))
+        streams = [stream for stream in self._streams if stream.bucket == batch.bucket]
+        own = next(stream for stream in streams if bad in stream)
+        streams.sort(
+            key=lambda one: (
+                one.source != own.source,
+                one.source,
+                one.group != own.group,
+                abs(one.group - own.group),
+                one.group,
+            )
+        )
         remaining = attempt
         for stream in streams:
             available = len(stream.rows) - (bad in stream)
@@ -203,7 +280,8 @@ class StepPlan:
     def state(self) -> dict[str, Any]:
         """What decides the order, ready for JSON; a checkpoint keeps it and `check` compares it on resume."""
         return {
-            "order_version": ORDER_VERSION,
+            "order_version": self.version,
+            **({"references": self.references} if self.references else {}),
             "index_digest": self.index_digest,
             "mixture": dict(sorted(self.mixture.items())),
             "seed": self.seed,
@@ -230,15 +308,16 @@ class StepPlan:
         """Shares and costs for people and planners: per source, per bucket, and the mean tokens of a target."""
         total = self._bucket_turns.total
         buckets = {}
-        for bucket in self._buckets:
-            samples = sum(len(stream.rows) for stream in self._slot_turns[bucket].units)
+        for bucket in sorted({bucket for bucket, _ in self._kinds}):
+            turns = [self._slot_turns[kind] for kind in self._kinds if kind[0] == bucket]
+            sizes = [sum(len(stream.rows) for stream in one.units) for one in turns]
             buckets[str(bucket)] = {
-                "samples": samples,
-                "share_of_steps": self._slot_turns[bucket].total / total,
+                "samples": sum(sizes),
+                "share_of_steps": sum(one.total for one in turns) / total,
                 "video_tokens": bucket.video_tokens,
                 "reference_tokens": bucket.reference_tokens,
                 # Fewer samples than a batch holds: its batches show the same sample more than once.
-                "repeats_within_batch": samples < self.global_batch,
+                "repeats_within_batch": min(sizes) < self.global_batch,
             }
         sources = {
             source: {"samples": self._source_sizes[source], "weight": self.mixture[source], "steps_per_epoch": steps}
@@ -272,12 +351,31 @@ def _checked_mixture(mixture: Mapping[str, float] | None, sizes: Mapping[str, in
     return {source: float(Fraction(weight) / total) for source, weight in weights.items()}
 
 
-class _Stream:
-    """The samples of one source in one bucket, permuted anew in each epoch."""
+def _groups(bucket_codes: np.ndarray, profiles: np.ndarray, weighed: np.ndarray, least: int) -> np.ndarray:
+    """uint16 [rows]: the group of each sample in its bucket. Samples of one profile are in one group, with those of the
+    next ones where they are fewer than `least`: a step would have to show them several times."""
+    groups = np.zeros(len(profiles), np.uint16)
+    for bucket in np.unique(bucket_codes):
+        inside = bucket_codes == bucket
+        counts = np.bincount(profiles[inside & weighed])
+        ends, gathered = [], 0
+        for profile in np.flatnonzero(counts):
+            gathered += counts[profile]
+            if gathered >= least:
+                ends.append(int(profile))
+                gathered = 0
+        # what is left over goes to the last whole group
+        groups[inside] = np.searchsorted(ends[:-1], profiles[inside])
+    return groups
 
-    def __init__(self, source: str, bucket: Bucket, rows: np.ndarray, seed: int) -> None:
+
+class _Stream:
+    """The samples of one source, bucket and group, permuted anew in each epoch."""
+
+    def __init__(self, source: str, kind: Kind, rows: np.ndarray, seed: int) -> None:
         self.source = source
-        self.bucket = bucket
+        self.kind = kind
+        self.bucket, self.group = kind
         self.rows = rows  # ascending
         self.seed = seed
 
@@ -300,7 +398,8 @@ class _Stream:
 
     def shuffled(self, purpose: str, places: np.ndarray) -> np.ndarray:
         """The rows at `places` [n] of the permutation that belongs to `purpose`."""
-        name = json.dumps([self.seed, self.source, str(self.bucket), purpose]).encode()
+        group = [self.group] if self.group else []
+        name = json.dumps([self.seed, self.source, str(self.bucket), *group, purpose]).encode()
         keys = np.frombuffer(hashlib.blake2b(name, digest_size=8 * ROUNDS).digest(), "<u8")
         return self.rows[permuted(places, len(self.rows), keys)].astype(np.int64)
 
@@ -353,18 +452,18 @@ class _Turns(Generic[Holder]):
             stack.append((right, turn - before, places[~taken]))
 
 
-def _grouped_turns(slot_turns: Mapping[Bucket, _Turns[_Stream]]) -> _Turns[_Turns[Bucket]]:
+def _grouped_turns(slot_turns: Mapping[Kind, _Turns[_Stream]]) -> _Turns[_Turns[Kind]]:
     """The buckets' turns: first between groups of buckets that have the same main source, then within the group.
 
     In one tree a source with many buckets to itself could fall behind in all of them at once (3 batches, in trials with
     random mixtures); with its buckets in one group their sum is what is kept even (1.2 batches at the worst).
     """
-    groups: dict[str, dict[Bucket, int]] = {}
-    for bucket, turns in slot_turns.items():
+    groups: dict[str, dict[Kind, int]] = {}
+    for kind, turns in slot_turns.items():
         units: dict[str, int] = {}
         for stream, unit in turns.units.items():
             units[stream.source] = units.get(stream.source, 0) + unit
-        groups.setdefault(max(sorted(units), key=units.__getitem__), {})[bucket] = turns.total
+        groups.setdefault(max(sorted(units), key=units.__getitem__), {})[kind] = turns.total
     inner = [_Turns(group) for _, group in sorted(groups.items())]
     return _Turns({group: group.total for group in inner})
 

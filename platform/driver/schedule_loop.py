@@ -16,6 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from domainshuttle.pipelines.errors import UserFacingError
+from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
@@ -110,7 +111,9 @@ class Schedule:
             if size not in self._config.worker_sizes(segment.stage):
                 break  # its batch is shared by another number of workers
             starts.append(dataclasses.replace(start, segment=segment.name, first_step=0, checkpoint=None,
-                                              skipped=self._skipped(segment)))  # fmt: skip
+                                              skipped=self._skipped(segment), order=ORDER_VERSION))  # fmt: skip
+        for one in starts:
+            self.run.note_order(one.segment, one.order)
         self.run.regroup_path.unlink(missing_ok=True)
         attempt = max(attempts(self.run), default=0) + 1
         self.run.worker_path(attempt, 0).parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +148,7 @@ class Schedule:
         origin = self._origins[segment.name].identified(self.run.fingerprints)
         checkpoint = self._choose(segment, resume)
         if checkpoint:
+            feed = dataclasses.replace(feed, order=checkpoint.state.plan.get("order_version", feed.order))
             require_fit(checkpoint, segment, origin, sizes_digest(self._selected(segment).trained), feed)
             if checkpoint.state.config_digest != self._digest:
                 before = checkpoint.state.config
@@ -155,7 +159,12 @@ class Schedule:
             segment.begin_anew()
         first = checkpoint.state.step if checkpoint else 0
         start = StartPoint(
-            segment.name, first, checkpoint.where if checkpoint else None, time.time_ns(), self._skipped(segment)
+            segment.name,
+            first,
+            checkpoint.where if checkpoint else None,
+            time.time_ns(),
+            self._skipped(segment),
+            feed.order,
         )
         if first < segment.last_step and start.last_trained(segment.last_step) is None:
             raise DivergedError(f"stage {segment.name}: all of its steps were bad: {self._go_on(segment)}")

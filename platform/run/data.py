@@ -8,6 +8,7 @@ from domainshuttle.model.encoder_sources import encoder_files
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.plan.feed import EncoderSources, Feed
+from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.run.folder import Run
@@ -61,8 +62,9 @@ def _noted(run: Run) -> dict[str, str]:
     return noted
 
 
-def make_feed(config: RunConfig, segment: Segment) -> Feed:
-    """The data of a segment: encoded corpora, or raw ones that are encoded while they are trained on."""
+def make_feed(config: RunConfig, segment: Segment, order: int = ORDER_VERSION) -> Feed:
+    """The data of a segment: encoded corpora, or raw ones that are encoded while they are trained on. `order` is the
+    version of the data order, of a segment that has begun that which it began with (`Run.order_version`)."""
     stage = segment.stage
     return Feed(
         shares=tuple(
@@ -77,6 +79,7 @@ def make_feed(config: RunConfig, segment: Segment) -> Feed:
         text_dropout=stage.text_dropout,
         paired=stage.loss.cross_pair_weight > 0,
         encoders=_live_encoders(config),
+        order=order,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.loading import read_config
@@ -142,6 +143,23 @@ class Run:
     def plan_path(self, segment: str) -> Path:
         """What a segment's plan is made of: shares of sources and buckets, passes, tokens."""
         return self.folder / "plans" / f"{segment}.json"
+
+    def order_path(self, segment: str) -> Path:
+        """The version of the data order that a segment is trained in."""
+        return self.folder / "orders" / f"{segment}.txt"
+
+    def order_version(self, segment: str) -> int:
+        """The version of the data order that a segment is, was or will be trained in; before versions were noted, it
+        was the first."""
+        path = self.order_path(segment)
+        if path.exists():
+            return int(path.read_text())
+        return 1 if self.consumed_path(segment, 0).exists() else ORDER_VERSION
+
+    def note_order(self, segment: str, version: int) -> None:
+        """Notes the version of the data order, before a segment is trained in it."""
+        self.order_path(segment).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.order_path(segment), str(version).encode())
 
     @property
     def stop_path(self) -> Path:

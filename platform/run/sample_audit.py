@@ -31,7 +31,7 @@ def audit_samples(config: RunConfig) -> SampleAudit:
     run = Run(config)
     planned = trained = lost = repeated = recomputed = skipped = substituted = 0
     for segment in run.segments():
-        feed = make_feed(config, segment)
+        feed = make_feed(config, segment, run.order_version(segment.name))
         index, plan = feed.index(), feed.plan()
         consumed, again = read_consumed(run, segment.name)
         recomputed += again

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import ExpertSection, FlowSection, StageSection
 from domainshuttle.platform.run.weights_digest import DIGEST_NAME, Fingerprints, folder_digest
@@ -102,6 +103,8 @@ class StartPoint:
     """Grows with every start: where two attempts made the same step, the later one counts."""
     skipped: frozenset[int] = frozenset()
     """Steps that are not trained on, since they made the run diverge."""
+    order: int = ORDER_VERSION
+    """The version of the data order: the checkpoint's own."""
 
     def last_trained(self, last_step: int) -> int | None:
         """The last step before `last_step` that is trained on, or was before this start; None: there is none."""

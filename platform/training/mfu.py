@@ -1,10 +1,13 @@
-"""How much of a device's arithmetic the model uses: FLOPs of the batches against what the device can do at most."""
+"""How much of a device's arithmetic the model uses: FLOPs of the batches against what the device can do at most, and
+how evenly they are shared by the ranks."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from domainshuttle.cluster.devices import device_shown_as
 from domainshuttle.model.batch import TrainingBatch
@@ -27,6 +30,8 @@ class Utilization:
         spec = ModelSpec.of(config)
         self._peak = peak_flops() if peak is None else peak
         self._flops = 0
+        self._micro_batches: list[int] = []
+        """FLOPs of each since the last `balance`."""
 
         @cache
         def flops(size: tuple[int, int, int], b: int, references: int, paired: int | None, text: int) -> int:
@@ -38,13 +43,30 @@ class Utilization:
 
     def add(self, batch: TrainingBatch) -> None:
         """Adds a micro-batch, forward and backward."""
-        if self._peak is None:
-            return
         paired = batch.paired_references.shape[1] if batch.paired_references is not None else None
         size = batch.batch_size, batch.references.shape[1], paired, batch.text.shape[1]
-        self._flops += self._of(batch.bucket, *size)
+        flops = self._of(batch.bucket, *size)
+        self._flops += flops
+        self._micro_batches.append(flops)
 
     def take(self, seconds: float) -> dict[str, float]:
         """`mfu`, the share of the peak since the last call, which was `seconds` ago; nothing where it is not known."""
         flops, self._flops = self._flops, 0
         return {} if self._peak is None else {"mfu": flops / seconds / self._peak}
+
+    def balance(self) -> dict[str, float]:
+        """`rank_balance`, of the micro-batches since the last call, of which all ranks have as many; all must call."""
+        flops, self._micro_batches = self._micro_batches, []
+        if not flops:
+            return {}
+        mine = torch.tensor(flops, dtype=torch.float64)
+        mine = mine if dist.get_backend() == "gloo" else mine.cuda()
+        ranks = mine.new_empty(dist.get_world_size() * len(flops))
+        dist.all_gather_into_tensor(ranks, mine)
+        return {"rank_balance": evenness(ranks.view(-1, len(flops)).cpu().numpy())}
+
+
+def evenness(flops: np.ndarray) -> float:
+    """How much of the devices' time is work where all ranks wait for the longest: of FLOPs [ranks, micro-batches] the
+    mean over the ranks against the longest, 1 where all are alike."""
+    return float(flops.mean(0).sum() / flops.max(0).sum())

@@ -283,6 +283,7 @@ class Monitor:
             return
         metrics = self.losses.reduce()
         seconds = self._interval.take()
+        balance = self._utilization.balance() if self._utilization else {}
         if not self.main:
             logger.info("%s step %d: %s", self.segment.name, step + 1, _shares(seconds, self._steps))
             self._restart_interval()
@@ -303,6 +304,7 @@ class Monitor:
             "checkpoint_stall_seconds": seconds.get("checkpointing", 0.0),
             "failed_checkpoints": float(self._failed_saves),
             **(self._utilization.take(elapsed) if self._utilization else {}),
+            **balance,
         }
         if self.attempt and self.logger:
             self._tell(self.attempt).progress(step + 1, every=10.0)
@@ -451,7 +453,7 @@ _DOING = {"productive": "computing", "waiting": "waiting for data"}
 
 _OF_SCHEDULE = (
     "loss", "loss/flow", "loss/cross_pair", "grad_norm", "learning_rate", "samples/s", "tokens/s/device", "mfu",
-    "step_seconds", "data_wait_fraction", "checkpoint_stall_seconds",
+    "rank_balance", "step_seconds", "data_wait_fraction", "checkpoint_stall_seconds",
 )  # fmt: skip
 """What the schedule's run shows too, on the schedule's own step."""
 

@@ -287,7 +287,9 @@ def test_a_batch_has_the_tensors_of_its_samples(corpus: Path, tmp_path: Path) ->
         torch.testing.assert_close(batch.latents[number], video.encode(to_pixels(target))[0].bfloat16())
         words = pad_text(text.encode([sample.info.caption]), 48)[0].bfloat16()
         torch.testing.assert_close(batch.text[number], words, atol=0.02, rtol=0.02)
-        pairing = choose_references(row.reference_subjects, row.reference_origins, 9, int(epoch), row.sample_id, 3)
+        pairing = choose_references(
+            row.reference_subjects, row.reference_origins, 9, int(epoch), row.sample_id, 3, step=planned.draw
+        )
         for prefix, chosen in (("", pairing.set_a), ("paired_", pairing.set_b)):
             mask = getattr(batch, f"{prefix}reference_mask")[number]
             assert int(mask.sum()) == len(chosen)
@@ -301,15 +303,18 @@ def test_a_batch_has_the_tensors_of_its_samples(corpus: Path, tmp_path: Path) ->
 
 
 def test_dropout_leaves_out_references_and_captions(corpus: Path, tmp_path: Path) -> None:
-    one = feed(corpus, reference_dropout=0.5, text_dropout=0.5, global_batch=48, micro_batch=48, paired=False)
-    (micro,) = load(corpus, one, 1, tmp_path)
-    assert micro.batch.reference_mask is not None
-    dropped = (~micro.batch.reference_mask.any(1)).float().mean()
+    one = feed(corpus, reference_dropout=0.5, text_dropout=0.5, global_batch=12, micro_batch=12, paired=False)
+    micros = list(load(corpus, one, 16, tmp_path))
+    shown = [micro.batch.reference_mask.any(1) for micro in micros]
+    assert all(bool(mask.any()) == bool(mask.all()) for mask in shown)  # drawn once a step
+    dropped = (~torch.cat(shown)).float().mean()
     empty = load_text_encoder("byte-umt5", 48).encode([""])[0].bfloat16()
-    no_text = torch.tensor([bool((text[len(empty) :] == 0).all()) for text in micro.batch.text]).float()
+    no_text = torch.tensor(
+        [bool((text[len(empty) :] == 0).all()) for micro in micros for text in micro.batch.text]
+    ).float()
     assert 0.25 < float(dropped) < 0.75
     assert 0.25 < float(no_text.mean()) < 0.75
-    assert not micro.batch.has_pairs
+    assert not any(micro.batch.has_pairs for micro in micros)
 
 
 def test_reading_ahead_changes_nothing(corpus: Path, tmp_path: Path) -> None:

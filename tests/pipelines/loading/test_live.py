@@ -427,7 +427,7 @@ def test_an_encoded_micro_batch_passes_through_the_object_store_once(tmp_path: P
     import ray
 
     raw_corpus(tmp_path, "large", kind="video", frames=9, fitted="9x256x256")
-    one = feed(tmp_path, "large", live=True)
+    one = feed(tmp_path, "large", live=True, reference_dropout=0.0)
     (shard,) = plan_dataset(one, 0, 3, world_size=1, pool=ActorPool(cpus=0.25))
 
     @ray.remote(num_cpus=0)

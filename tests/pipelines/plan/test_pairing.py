@@ -2,13 +2,22 @@
 
 from collections import Counter
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.augment import augmented_view
-from domainshuttle.pipelines.plan.pairing import Pairing, choose_references, single_pictures
+from domainshuttle.pipelines.plan.pairing import (
+    Pairing,
+    StepDraw,
+    _deals,
+    choose_references,
+    counts_of,
+    reference_profiles,
+    single_pictures,
+)
 from domainshuttle.pipelines.sample import ORIGINS
 
 PICTURES = st.lists(st.tuples(st.integers(0, 6), st.sampled_from(ORIGINS)), min_size=0, max_size=14)
@@ -131,3 +140,62 @@ def test_an_augmented_view_lies_within_the_picture(seed: int, epoch: int, sample
 
 def test_half_of_the_augmented_views_are_mirrored() -> None:
     assert 400 < sum(augmented_view(0, 0, sample, 0).flip for sample in range(1000)) < 600
+
+
+DRAWS = st.builds(StepDraw, st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True))
+
+
+@given(PICTURES, SEEDS, IDS, st.integers(1, 6), DRAWS)
+def test_a_steps_draw_decides_the_counts_and_nothing_else(
+    pictures: list[tuple[int, str]], seed: int, sample: int, most: int, draw: StepDraw
+) -> None:
+    """Samples of one profile show equally many references, by the same rules."""
+    subjects, origins = [p[0] for p in pictures], [p[1] for p in pictures]
+    pairing = choose_references(subjects, origins, seed, 0, sample, most, 0.3, step=draw)
+    (profile,) = reference_profiles(pa.chunked_array([[subjects]], pa.list_(pa.int8())), most)
+    if draw.drop < 0.3:
+        assert (pairing.set_a, pairing.set_b, pairing.dropped) == ([], [], bool(subjects))
+        return
+    rest = sum(max(0, number - 2) for number in Counter(subjects).values())
+    if rest <= 15 or len(set(subjects)) >= most:
+        assert counts_of(int(profile), most, draw.deal) == (len(pairing.set_a), len(pairing.set_b))
+    shown = {subjects[picture] for picture in pairing.set_a}
+    assert shown == {subjects[picture] for picture in pairing.set_b}
+    assert len(shown) == min(len(set(subjects)), most)
+    both = set(pairing.set_a) & set(pairing.set_b)
+    assert both == {picture for picture in pairing.set_a if subjects.count(subjects[picture]) == 1}
+    for chosen in (pairing.set_a, pairing.set_b):
+        assert len(chosen) == len(set(chosen)) <= most
+        assert chosen == sorted(chosen, key=lambda picture: (subjects[picture], picture))
+
+
+@pytest.mark.parametrize("subjects", [[0] * 5, [0, 0, 0, 1, 1, 1, 2], [0] * 9 + [1], [0, 1, 2, 3, 4, 4, 4]])
+def test_counts_drawn_by_step_have_the_distribution_of_those_drawn_by_sample(subjects: list[int]) -> None:
+    """The exact one of `dealt` against the rule's own draws, and each picture as often in each set as before."""
+    drawn: dict[str, Counter[tuple[int, int]]] = {"sample": Counter(), "step": Counter()}
+    shown: dict[str, Counter[tuple[str, int]]] = {"sample": Counter(), "step": Counter()}
+    count = 3000
+    for number in range(count):
+        steps = {"sample": None, "step": StepDraw(0.5, (number * 0.6180339887498949) % 1)}
+        for kind, draw in steps.items():
+            pairing = choose_references(subjects, ["photo"] * len(subjects), 5, 0, number, 5, step=draw)
+            drawn[kind][len(pairing.set_a), len(pairing.set_b)] += 1
+            shown[kind].update([*(("a", one) for one in pairing.set_a), *(("b", one) for one in pairing.set_b)])
+    for found in (drawn, shown):
+        for key in {*found["sample"], *found["step"]}:
+            # five standard deviations of a share of so many draws
+            assert abs(found["sample"][key] - found["step"][key]) < 5 * (2 * count * 0.25) ** 0.5, key
+    for key, times in drawn["step"].items():
+        outcomes, cumulated = _deals(sum(max(0, n - 2) for n in Counter(subjects).values()), 5 - len(set(subjects)))
+        own = len(set(subjects))
+        place = outcomes.index((key[0] - own, key[1] - own))
+        exact = cumulated[place] - (cumulated[place - 1] if place else 0)
+        assert abs(times / count - exact) < 0.005
+
+
+def test_the_order_of_a_step_is_frozen() -> None:
+    origins = ["photo", "edited", "same_clip", "photo", "photo", "photo"]
+    assert choose_references([0, 1, 0, 2, 2, 0], origins, 7, 3, -5, step=StepDraw(0.4, 0.7)) == FROZEN_BY_STEP
+
+
+FROZEN_BY_STEP = Pairing([0, 2, 1, 4], [5, 1, 3], [False, True, False], {"photo+photo": 2, "augmented": 1})

@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -21,7 +22,12 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.errors import TooManyBadError
+from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.plan.step_plan import KNOWN_VERSIONS, ORDER_VERSION
+from domainshuttle.pipelines.sample import SampleInfo
+from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.platform.checkpoint.names import Name
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingState, write_manifest
@@ -33,6 +39,7 @@ from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import FaultsInARow, explain
 from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
 from domainshuttle.platform.driver.worker_group import WorkerGroup
+from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import WorkerJob
@@ -368,3 +375,34 @@ def test_rays_errors_are_those_of_a_training_that_failed() -> None:
     for kind in (WorkerGroupError, ControllerError, PreemptionError):
         assert issubclass(kind, TrainingFailedError)
     assert issubclass(ActorDiedError, ray.exceptions.RayError)
+
+
+@pytest.mark.parametrize("version", KNOWN_VERSIONS)
+def test_a_checkpoint_is_gone_on_from_in_the_data_order_that_it_began_with(version: int, tmp_path: Path) -> None:
+    config = load_config("demo", [f"output={tmp_path}", f"data={tmp_path / 'data'}"])
+    run, shown = Run.open(config), list[str]()
+    segment = run.segment("stage1")
+    index = Path(config.corpus("sprites-images").index)
+    index.parent.mkdir(parents=True)
+    entry = ShardEntry("a.tar", "", (Member("safetensors", 0, 1),), 0)
+    info = SampleInfo(caption="x", source="s", kind="image", frames=1, size=(64, 64), subjects=[], references=[])
+    rows = [IndexRow.of(replace(entry, key=f"{n}"), info, parse_bucket("1x64x64")) for n in range(200)]
+    write_index(index, rows, IndexMetadata(corpus="sprites-images", stage="encoded"))
+    assert run.order_version(segment.name) == ORDER_VERSION
+    run.segment("base").finish(9)
+    schedule = Schedule(run, cast(Any, None), lambda: None, shown.append)
+    origin = schedule._origins["stage1"].identified(run.fingerprints).identity
+    plan = make_feed(config, segment, version).plan().state()
+    state = TrainingState("stage1", 5, segment.seed, 2, config.digest(), plan, {}, {}, base=origin)
+    write_manifest(CheckpointStore.of(config).place, state, str(Name("stage1", 5)), {})
+    start = schedule._start_point(segment)
+    assert (start.first_step, start.order) == (5, version)
+    assert schedule._start_point(segment, "none").order == ORDER_VERSION
+    run.note_order(segment.name, start.order)
+    assert run.order_version(segment.name) == version
+
+
+def test_a_segment_that_began_before_orders_were_noted_has_the_first(run: Run) -> None:
+    assert run.order_version("stage1") == ORDER_VERSION
+    run.consumed_path("stage1", 0).touch()
+    assert run.order_version("stage1") == 1

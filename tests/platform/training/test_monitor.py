@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ from domainshuttle.platform.run.segments import End, StartPoint, WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal
 from domainshuttle.platform.training import monitor as module
 from domainshuttle.platform.training.loss_metrics import PAIR_KINDS
-from domainshuttle.platform.training.mfu import Utilization, peak_flops
+from domainshuttle.platform.training.mfu import Utilization, evenness, peak_flops
 from domainshuttle.platform.training.monitor import Monitor
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 
@@ -425,6 +426,18 @@ def test_utilization_is_the_models_flops_against_the_peak(tmp_path: Path) -> Non
         unknown = Utilization(spec.transformer_config(), trained)
         unknown.add(batch)
         assert unknown.take(4.0) == {}
+
+
+def test_the_balance_of_ranks_is_what_the_mean_is_of_the_longest(tmp_path: Path) -> None:
+    assert evenness(np.array([[2.0, 4.0], [1.0, 4.0], [3.0, 1.0]])) == pytest.approx((2 + 3) / (3 + 4))
+    kept = Kept(tmp_path, Clock(), every=1)
+    utilization = Utilization(ModelSpec.preset("tiny").transformer_config(), ["*"])
+    kept.monitor.built({}, utilization)
+    kept.monitor.begin()
+    utilization.add(TrainingBatch.fake(2, frames=2, height=8, width=8, references=3, text_tokens=16))
+    kept.step(1.0)
+    kept.step(1.0)
+    assert [metrics.get("rank_balance") for _, metrics in kept.log.points] == [1.0, None]
 
 
 @pytest.mark.parametrize(
