@@ -12,7 +12,7 @@ import numpy as np
 
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media.decode import decode_video, encode_frames, opened_clip, shown_frames
+from domainshuttle.pipelines.media.decode import encode_frames, opened_clip, sampled_frames, shown_frames
 from domainshuttle.pipelines.media.file_types import clip_format
 from domainshuttle.pipelines.sample import Buffer
 
@@ -58,10 +58,10 @@ class ClipFile:
 def clip_file(data: Buffer, name: str) -> ClipFile:
     """A clip as it is. Raises DataError for what is none, for one frame alone, and where its first frame can't be
     shown."""
-    count = 0
-    with opened_clip(data, name) as clip:
-        for packet in clip.container.demux(clip.stream):
-            count += bool(packet.size and not packet.is_discard)
+    with opened_clip(data, name) as clip:  # once: to open it costs as much as to decode some frames
+        sampled_frames(clip, 1, None, None)
+        clip.read_rest()
+        count, (height, width) = len(clip.stamps), clip.size
         rate = clip.stream.average_rate or clip.stream.guessed_rate
         matroska = clip_format(data, name) == "matroska"
         hidden = clip.stream.codec_context.name == "vp8"  # whose packets may be of no frame
@@ -70,9 +70,8 @@ def clip_file(data: Buffer, name: str) -> ClipFile:
             count = sum(1 for _ in clip.frames())
     if count < 2 or not rate:
         raise DataError(f"{name}: {count} frames at {rate} a second are no clip")
-    size = decode_video(data, 1, None, name).shape[1:3]
     extension = "mkv" if matroska else "mp4"
-    return ClipFile(data, extension, count, float(Fraction(rate)), (int(size[0]), int(size[1])))
+    return ClipFile(data, extension, count, float(Fraction(rate)), (height, width))
 
 
 def frames_at(data: Buffer, numbers: set[int], name: str) -> dict[int, Pixels]:
