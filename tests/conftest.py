@@ -15,6 +15,14 @@ for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "R
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "slow ..."` or `-m "nightly ..."`: files without such tests are not imported, which takes long."""
+    wanted = config.option.markexpr.split(" ")[0]
+    if wanted in ("slow", "nightly") and collection_path.suffix == ".py":
+        return f"mark.{wanted}" not in collection_path.read_text() or None
+    return None
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this machine, without dashboard, for the session."""
