@@ -49,6 +49,8 @@ class Question:
     text: str
     form: type[BaseModel]
     pictures: tuple[bytes, ...] = ()
+    repeat: int = 0
+    """The same question may be asked several times: each repeat is another question, with a seed of its own."""
 
 
 @dataclass(frozen=True)
@@ -251,22 +253,24 @@ class ChatClient:
         if self._stop.wait(max(seconds, 0.0)):
             raise _Stopped
 
-    def _parameters(self, number: int) -> dict[str, Any]:
-        """What decides an answer, beside the question. A bad answer is followed by one of another seed."""
+    def _parameters(self, question: Question, number: int) -> dict[str, Any]:
+        """What decides an answer, beside its texts. A bad answer is followed by one of another seed."""
         config = self.config
         return {
             "model": config.model,
             "temperature": config.temperature,
             "max_tokens": config.answer_tokens,
-            "seed": config.seed + number,
+            "seed": config.seed + question.repeat * config.answers + number,
             **({"logprobs": True, "top_logprobs": 10} if config.logprobs else {}),
         }
 
     def _digest(self, question: Question, number: int) -> str:
         asked = {
-            **self._parameters(number), "prompt": question.prompt, "system": question.system, "text": question.text,
+            **self._parameters(question, number),
+            "prompt": question.prompt, "system": question.system, "text": question.text,
             "form": question.form.model_json_schema(), "try": number, "json_form": self.config.json_form,
             "pictures": [hashlib.blake2b(data, digest_size=16).hexdigest() for data in question.pictures],
+            **({"repeat": question.repeat} if question.repeat else {}),
         }  # fmt: skip
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -279,7 +283,7 @@ class ChatClient:
         ]
         content.append({"type": "text", "text": question.text})
         body = {
-            **self._parameters(number),
+            **self._parameters(question, number),
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": content}],
         }
         if self.config.json_form == "schema":

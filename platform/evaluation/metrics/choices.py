@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from domainshuttle.pipelines.endpoints.config import EndpointConfig
 from domainshuttle.pipelines.values import Count, Real, Section, Share
 
 
@@ -55,3 +56,22 @@ class SubjectChoices(MetricConfig):
     backgrounds: Literal["whole_frame", "left_out"] = "whole_frame"
     backend: Literal["pil"] = "pil"
     dtype: Literal["float32"] = "float32"
+
+
+class JudgeChoices(MetricConfig):
+    """Of a judge: which endpoint, what it is asked, and how often."""
+
+    cases: Literal["all", "in_domain", "cross_domain"] = "cross_domain"
+    endpoint: EndpointConfig = Field(description="pin a dated model; logprobs: true where the endpoint gives them")
+    questions: list[Literal["cross_domain", "domain_reached", "subject_kept"]] = Field(
+        ["cross_domain", "domain_reached", "subject_kept"],
+        min_length=1,
+        description="cross_domain: the paper's rubric; the others tell apart the two failures that its 1 mixes",
+    )
+    frames: Count = Field(16, description="evenly over the video, one a call")
+    repeats: Count = Field(1, description="answers of each question: hosted models differ from call to call")
+    normalise: Literal["from_0", "fifth"] = Field(
+        "from_0", description="from_0: (x - 1) / 4; fifth: x / 5; the paper does not say which"
+    )
+    most_side: Count = Field(1024, description="pixels of a picture's longer side; larger ones are made smaller")
+    most_failed: Share = Field(0.05, description="share of refusals and unparsable answers above which it is void")

@@ -8,6 +8,7 @@ from domainshuttle.pipelines.values import Section
 from domainshuttle.platform.evaluation.metrics.choices import (
     AestheticChoices,
     FrameChoices,
+    JudgeChoices,
     MetricConfig,
     SubjectChoices,
 )
@@ -22,6 +23,8 @@ class MetricsConfig(Section):
 
     models: MetricModels = MetricModels()
     aes: AestheticChoices | None = Field(None, description="aesthetic predictor of LAION on CLIP")
+    cd_score: JudgeChoices | None = Field(None, description="grades of a judge; the paper's is GPT-5.2")
+    qwen_score: JudgeChoices | None = Field(None, description="grades of a judge; the paper's is Qwen3-VL-8B-Instruct")
     dino_i: SubjectChoices | None = Field(None, description="DINOv2 similarity of cut-out subjects")
     clip_i: SubjectChoices | None = Field(None, description="CLIP similarity of cut-out subjects")
     hue_identity: FrameChoices | None = Field(None, description="hue histograms of video and reference; no model")
@@ -37,7 +40,7 @@ class MetricsConfig(Section):
         models, built = models or Models(), list[Metric[Any]]()
         for name, kind in _kinds().items():
             if (choices := getattr(self, name)) is not None:
-                built.append(kind(choices, models, self.models))
+                built += kind.every(choices, models, self.models)
         for name, variant in self.variants.items():
             of_it = variant.model_copy(update={"models": variant.models.over(self.models)}).build(models)
             for metric in of_it:
@@ -48,11 +51,12 @@ class MetricsConfig(Section):
 
 def _kinds() -> dict[str, type[Metric[Any]]]:
     """The kinds of metrics by the names of MetricsConfig."""
+    from domainshuttle.platform.evaluation.judges.judge import CDScore, QwenScore
     from domainshuttle.platform.evaluation.metrics.aesthetics import Aesthetics
     from domainshuttle.platform.evaluation.metrics.pixels import HueIdentity, Sharpness, Steadiness
     from domainshuttle.platform.evaluation.metrics.subject_similarity import ClipSimilarity, DinoSimilarity
 
-    kinds = (Aesthetics, DinoSimilarity, ClipSimilarity, HueIdentity, Steadiness, Sharpness)
+    kinds = (Aesthetics, CDScore, QwenScore, DinoSimilarity, ClipSimilarity, HueIdentity, Steadiness, Sharpness)
     return {kind.name: kind for kind in kinds}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,6 +220,11 @@ class Metric(ABC, Generic[Config]):
         self.folders = folders or MetricModels()
         self.variant = ""
         """Which of several of one kind it is, such as that with a larger model."""
+
+    @classmethod
+    def every(cls, config: Config, models: Models, folders: MetricModels) -> list[Self]:
+        """The metrics that these choices are for: one, but for kinds that say otherwise."""
+        return [cls(config, models, folders)]
 
     @property
     def label(self) -> str:
