@@ -105,7 +105,7 @@ def measure(
 
     folder, store = VideoFolder(out / "videos"), ResultStore(out)
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
-    count = score_missing(cases, clips, config.metrics, store, config.scoring, again)
+    count = score_missing(cases, clips, config.metrics, store, config.scoring, out, again)
     say(f"Measured {count} values; {len(store)} are in {out}")
     return Results(config, cases, columns, clips, config.metrics.build(), store)
 

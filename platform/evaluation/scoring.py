@@ -71,6 +71,7 @@ def score_missing(
     config: MetricsConfig,
     store: ResultStore,
     pool: ActorPool | None,
+    folder: Path,
     again: bool = False,
 ) -> int:
     """Computes the rows of clips that are not in the store; returns how many. Raises what a metric's `check` does, and
@@ -102,7 +103,7 @@ def score_missing(
                 if any(one in group for one in task.metrics)
             ]
             batches = [chosen[start : start + _WORKS] for start in range(0, len(chosen), _WORKS)]
-            for batch, rows in each_by_actors(_Scorer, (config,), batches, pool):
+            for batch, rows in each_by_actors(_Scorer, (config, folder), batches, pool):
                 if isinstance(rows, Exception):
                     reason = f"the worker that measured it died each time: {one_line(rows)}"
                     names = {metric.digest: metric.label for metric in metrics}
@@ -111,6 +112,13 @@ def score_missing(
                 done += len(rows)
                 show(done, count)
     return done
+
+
+def device_of_process() -> str:
+    """Where a worker's models run: on the GPU that Ray gave it, where it did."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _groups(metrics: Sequence[Metric[Any]], pool: ActorPool | None) -> Iterator[set[str]]:
@@ -127,10 +135,8 @@ def _groups(metrics: Sequence[Metric[Any]], pool: ActorPool | None) -> Iterator[
 class _Scorer:
     """Measures with metrics whose models are loaded once."""
 
-    def __init__(self, config: MetricsConfig) -> None:
-        import torch
-
-        models = Models("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, config: MetricsConfig, folder: Path) -> None:
+        models = Models(device_of_process(), folder)
         self.metrics = {metric.digest: metric for metric in config.build(models)}
 
     def __call__(self, tasks: list[_Task]) -> list[Row]:

@@ -25,6 +25,7 @@ from domainshuttle.platform.evaluation.metrics.metric import (
     Needs,
     Reference,
     Score,
+    State,
     Trial,
     Work,
     frame_numbers,
@@ -144,7 +145,7 @@ class JudgeScore(Metric[JudgeChoices]):
         if not grades:
             refused = counts.get("refused", 0)
             reason = next(row["reason"] for row in rows if row["state"] != "answered")
-            state = "refused" if refused * 2 >= len(rows) else "failed"
+            state: State = "refused" if refused * 2 >= len(rows) else "failed"
             return Score(state, reason=f"no answer of {len(rows)} is a grade, such as: {reason}", details=details)
         mean = float(np.mean(grades))
         value = (mean - 1) / 4 if self.config.normalise == "from_0" else mean / 5
