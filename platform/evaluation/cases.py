@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def freeze(cases: Sequence[EvaluationCase], folder: Path) -> list[EvaluationCase
                 if hashlib.sha256(content).hexdigest() != one.sha256:
                     raise ConfigError(f"{one.path} was changed while the test set was made: run the command again")
                 write_bytes(path, content)
-            references.append(ReferencePicture(**{**one.__dict__, "path": path}))
+            references.append(replace(one, path=path))
         target = case.target
         if target is not None:
             target = folder / TARGETS_NAME / f"{case.id}{case.target.suffix.lower()}"  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ again with another model adds a column.
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def remember_columns(out: Path, columns: Sequence[Column]) -> list[Column]:
     """All columns of a folder: those that were there before keep their places."""
     before = {column.name: column for column in read_columns(out)}
     together = [*({**before, **{column.name: column for column in columns}}).values()]
-    write_bytes(out / COLUMNS_NAME, json.dumps([column.__dict__ for column in together], indent=1).encode())
+    write_bytes(out / COLUMNS_NAME, json.dumps([asdict(column) for column in together], indent=1).encode())
     return together
 
 

@@ -296,7 +296,7 @@ class _PartClock:
 
     def __post_init__(self) -> None:
         pipeline = self.pipeline
-        self.device = torch.device(pipeline._execution_device)
+        self.device = torch.device(pipeline.device)
         for network in (pipeline.transformer, pipeline.transformer_2):
             if network is not None:
                 network.register_forward_pre_hook(self._network_begins)

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from statistics import fmean
@@ -182,13 +182,13 @@ def summary(results: Results) -> dict[str, Any]:
             "cases": dict(Counter(case.split for case in results.cases)),
             "metrics": {one.label: {"digest": one.digest, **_plain(one.decisions())} for one in results.metrics},
             "means": [
-                {"stratum": stratum, "metric": metric, "column": column, **one.__dict__}
+                {"stratum": stratum, "metric": metric, "column": column, **asdict(one)}
                 for (stratum, metric, column), one in results.estimates.items()
             ],
             "comparisons": [
                 {
                     "stratum": stratum, "left": left, "right": right, "metric": metric, "p": one.p,
-                    "adjusted": one.adjusted, "verdict": one.verdict, **one.difference.__dict__,
+                    "adjusted": one.adjusted, "verdict": one.verdict, **asdict(one.difference),
                 }
                 for (stratum, left, right), by_metric in results.comparisons.items()
                 for metric, one in by_metric.items()

@@ -26,6 +26,7 @@ from domainshuttle.platform.commands.data_index import chosen_buckets, described
 from domainshuttle.platform.config.loading import _known_keys, load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.engine.initialization import build_model
+from domainshuttle.platform.evaluation.config import EvaluationConfig, load_evaluation
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.weights_digest import ChangedError, verified_digest
@@ -40,6 +41,11 @@ class Text:
 
     where: str
     text: str
+
+    @property
+    def of_evaluation(self) -> bool:
+        """Whether its overrides are those of an evaluation's configuration."""
+        return self.where.startswith("platform/evaluation/")
 
 
 def texts() -> Iterator[Text]:
@@ -128,13 +134,13 @@ NAMED = ("corpora", "stages", "experts")
 """Sections of which each entry has a name, which stands in the path of a key."""
 
 
-def unknown_key(path: str) -> str | None:
+def unknown_key(path: str, kind: type = RunConfig) -> str | None:
     """The first part of a dotted path that is no key of the configuration."""
     before: list[str] = []
     for part in path.split("."):
         if part == "X" or (before and before[-1] in NAMED and re.fullmatch(r"stage\d", part)):
             continue
-        if part not in _known_keys(tuple(before), RunConfig):
+        if part not in _known_keys(tuple(before), kind):
             return part
         before.append(part)
     return None
@@ -151,7 +157,9 @@ def test_every_key_that_a_text_names_is_one() -> None:
         for path in re.findall(rf"(?<![\w./*-])((?:{'|'.join(SECTIONS)})(?:\.[A-Za-z_]\w*)+)", plain(one.text)):
             if re.search(r"\.(py|json|txt|yaml|safetensors|jsonl)$", path):
                 continue
-            assert unknown_key(path) is None, f"{one.where}: {path}: {unknown_key(path)} is no key: {one.text}"
+            kind = EvaluationConfig if one.of_evaluation else RunConfig
+            unknown = unknown_key(path, kind)
+            assert unknown is None or unknown_key(path) is None, f"{one.where}: {path}: {unknown}: no key: {one.text}"
             found.add(path)
     assert len(found) > 20
 
@@ -181,6 +189,9 @@ def test_every_override_that_a_text_names_is_taken(one: Text, tmp_path: Path) ->
         value = VALUES.get(key, VALUES.get(key.rpartition(".")[2], value)) if "X" in value else value
         value = value.replace("FOLDER", str(tmp_path)).replace("NAME", "other")
         overrides.append(f"{key.replace('.X.', '.stage1.' if key.startswith('stages') else '.high.')}={value}")
+    if one.of_evaluation:
+        assert load_evaluation("paper", [text.replace(".X.", ".mixed.") for text in overrides[len(SMALL) :]])
+        return
     if any(text.startswith("experts") for text in overrides):
         overrides.insert(0, "experts=[{name: high, low: 0.5}, {name: low, high: 0.5}]")
     assert load_config("demo", overrides)

@@ -163,5 +163,22 @@ def test_the_same_id_of_two_sources_is_refused(tmp_path: Path) -> None:
     assert [case.id for case in build_test_set(config.sources, None, tmp_path / "out")] == ["cup", "b-cup"]
 
 
-def test_the_shipped_configurations_are_whole() -> None:
-    assert load_evaluation("demo").identity is not None
+def test_the_papers_test_set_says_which_cases_the_user_must_bring(tmp_path: Path) -> None:
+    records = {
+        f"{group}_{n}": {"img_paths": ["a.png"] * 2, "prompt": f"{group} {n}", "class_label": ["Man", "Cup"]}
+        for group, count in (("multihuman", 15), ("multiface", 15), ("multiobject", 30), ("singleobj", 30))
+        for n in range(1, count + 1)
+    }
+    hard = {f"case_{n}": {"img_paths": ["a.png"] * 5, "prompt": str(n), "class_label": ["Man"] * 5} for n in range(30)}
+    open_domain = opens2v(tmp_path / "open", records)
+    overrides = [f"sources.open-domain.path={open_domain}", f"sources.hard-dev.path={opens2v(tmp_path / 'hard', hard)}"]
+    config, said = load_evaluation("paper", overrides), list[str]()
+    cases = build_test_set(config.sources, None, tmp_path / "out", said.append)
+    counts = expected_counts(config.sources, cases)
+    assert counts == {
+        "in_domain": (90, 110), "real_to_fantasy": (0, 40), "fantasy_to_real": (0, 40), "mixed": (0, 30)
+    }  # fmt: skip
+    assert len(said) == 4 and said[0].startswith("20 cases of human-object have to be brought")
+    assert max(len(case.references) for case in cases) == 4
+    assert (config.generation.guidance_high, config.generation.guidance_low) == (4, 3)
+    assert load_evaluation("demo").identity is not None and load_evaluation("opens2v").sources
