@@ -155,7 +155,7 @@ def test_every_key_that_a_text_names_is_one() -> None:
     found = set()
     for one in TEXTS:
         for path in re.findall(rf"(?<![\w./*-])((?:{'|'.join(SECTIONS)})(?:\.[A-Za-z_]\w*)+)", plain(one.text)):
-            if re.search(r"\.(py|json|txt|yaml|safetensors|jsonl)$", path):
+            if re.search(r"\.(py|json|txt|yaml|safetensors|jsonl|html)$", path):
                 continue
             kind = EvaluationConfig if one.of_evaluation else RunConfig
             unknown = unknown_key(path, kind)
@@ -190,7 +190,9 @@ def test_every_override_that_a_text_names_is_taken(one: Text, tmp_path: Path) ->
         value = value.replace("FOLDER", str(tmp_path)).replace("NAME", "other")
         overrides.append(f"{key.replace('.X.', '.stage1.' if key.startswith('stages') else '.high.')}={value}")
     if one.of_evaluation:
-        assert load_evaluation("paper", [text.replace(".X.", ".mixed.") for text in overrides[len(SMALL) :]])
+        assert load_evaluation(
+            "paper", [text.replace("sources.high.", "sources.mixed.") for text in overrides[len(SMALL) :]]
+        )
         return
     if any(text.startswith("experts") for text in overrides):
         overrides.insert(0, "experts=[{name: high, low: 0.5}, {name: low, high: 0.5}]")
