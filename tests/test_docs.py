@@ -75,3 +75,21 @@ def test_every_file_and_verb_that_the_docs_name_is_there() -> None:
             assert (path.parent / name).exists(), f"{path.name} links to {name}"
         for verb in re.findall(r"domainshuttle ([a-z]+)(?= )", text):
             assert verb in verbs, f"{path.name} names `domainshuttle {verb}`"
+
+
+def test_modules_that_texts_name_exist() -> None:
+    """Docstrings, comments and pages cite modules by their file's name, which moves leave behind."""
+    root = DOCS.parent
+    rooms = ("benchmarks", "cluster", "configs", "docs", "model", "pipelines", "platform", "tests")
+    files = [path for room in rooms for path in (root / room).rglob("*") if path.suffix in (".py", ".md")]
+    have = {path.name for path in files if path.suffix == ".py"}
+    cited = re.compile(r"[\w/]*?(\w{3,}\.py)\b(?!\")")
+    for path in (*files, root / "README.md"):
+        for line in path.read_text().splitlines():
+            if not line.lstrip().startswith(("import", "from", "@")):
+                missing = {name for name in cited.findall(line) if name not in have and not _of_others(name, line)}
+                assert not missing, f"{path.relative_to(root)}: {missing} in: {line.strip()}"
+
+
+def _of_others(name: str, line: str) -> bool:
+    return name in ("sitecustomize.py", "__init__.py") or "torchvision" in line

@@ -1,6 +1,6 @@
 """The loader: a rank's micro-batches in the plan's order, made ahead on a few threads.
 
-Ray Data hands each rank its rows of the plan (plan_source.py). Of encoded corpora the rank reads its samples from the
+Ray Data hands each rank its rows of the plan (ray_source.py). Of encoded corpora the rank reads its samples from the
 shards itself, by offset; of raw ones the rows come with finished batches, which actors have made. Either way what is
 made ahead is bounded in bytes.
 """

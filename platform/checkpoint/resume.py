@@ -33,7 +33,7 @@ def choose_start(
 ) -> Checkpoint | None:
     """The checkpoint that a segment starts from; None: from its own beginning. Writes nothing.
 
-    `auto` is the newest whole checkpoint of the segment's line (lineage.py). A name in the store, or a path or URI of
+    `auto` is the newest whole checkpoint of the segment's line (names.py). A name in the store, or a path or URI of
     one elsewhere, is that one, also where it was trained with another configuration: ask `require_fit`. `none` is the
     beginning. After a choice other than `auto` call `begin` once, before anything is trained: it makes the choice last,
     so that restarts, which are always `auto`, keep to it: checkpoints of the line that was left are not removed, and

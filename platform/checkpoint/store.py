@@ -1,6 +1,6 @@
 """Checkpoints: a folder a step, whole or not a checkpoint at all.
 
-Every rank writes its shards (checkpoint_writer.py); rank 0 adds `state.json` and, last, `manifest.json` with the size
+Every rank writes its shards (async_writer.py); rank 0 adds `state.json` and, last, `manifest.json` with the size
 and checksum of every file. A folder without a matching manifest is skipped with its reason, so a kill at any
 moment costs the steps since the one before and nothing else.
 """
@@ -50,7 +50,7 @@ class TrainingState:
     guard: dict[str, Any] = field(default_factory=dict)
     """What the loss guard has seen."""
     line: int = 0
-    """Which line of the segment it belongs to (lineage.py); set by the writer."""
+    """Which line of the segment it belongs to (names.py); set by the writer."""
     config: dict[str, Any] = field(default_factory=dict)
     """What decided what was learned (`RunConfig.decisive`); empty in a checkpoint of an earlier format, as are the
     fields below."""
@@ -225,7 +225,7 @@ class CheckpointStore:
     # Lines
 
     def lines(self, segment: str) -> Sequence[Line]:
-        """The lines of a segment (lineage.py), the newest last. Raises CheckpointError when their file is damaged."""
+        """The lines of a segment (names.py), the newest last. Raises CheckpointError when their file is damaged."""
         name = f"{segment}-lines.json"
         if name not in self.place.listing():
             return lines_from(None)

@@ -41,9 +41,9 @@ def print_checkpoints(folder: Path, verify: bool = False) -> bool:
             if any(line.origin == text for line in lines[name.segment]):
                 why += "; a later line began here"
             over = text in refused and not verify  # of which only the bytes tell whether it is whole again
-            rows.append([text, *_cells(entry), "passed over" if over else "whole" if verify else "whole (sizes)", why])
+            rows.append([text, *_cells(entry), "skipped" if over else "whole" if verify else "whole (sizes)", why])
             if over:
-                notes.append(f"{text} was passed over by a restart: {refused[text]}.")
+                notes.append(f"{text} was skipped by a restart: {refused[text]}.")
             elif not left:
                 in_line.append(entry)
             continue
@@ -52,9 +52,7 @@ def print_checkpoints(folder: Path, verify: bool = False) -> bool:
         after = "it is being written, or a later save removes it" if unfinished else "remove it yourself"
         notes.append(f"{text} is not chosen: {entry}; {after}.")
     title = f"Checkpoints of run {run.config.name} in {store.place.redacted()}"
-    console.print(
-        Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "passed over": "red", "unfinished": "yellow"})
-    )
+    console.print(Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "skipped": "red", "unfinished": "yellow"}))
     for note in notes:
         console.print(Prose(note))
     if whole := [entry for _, entry in found if isinstance(entry, Checkpoint)]:
@@ -77,7 +75,7 @@ def _passed_over(run: Run, found: list[tuple[str, Checkpoint | CheckpointError]]
 
 
 _FIELDS = ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept")
-_STYLES = {"damaged": "red", "passed over": "red", "unfinished": "yellow"}
+_STYLES = {"damaged": "red", "skipped": "red", "unfinished": "yellow"}
 _NUMERIC = ("step", "loss", "size", "workers")
 
 

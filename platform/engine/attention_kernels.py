@@ -117,7 +117,7 @@ class AttentionKernels:
         return f"attention by {self.unmasked}; with padded references by {self.masked}"
 
     def warn_of_old_cudnn(self) -> None:
-        """Says where a cuDNN below 9.15.1 computes attention, or is passed over for slower kernels."""
+        """Says where a cuDNN below 9.15.1 computes attention, or is skipped for slower kernels."""
         version = torch.backends.cudnn.version() if torch.cuda.is_available() else None
         if version is None or version >= _LEAST_CUDNN or self.backend not in (None, "native", "_native_cudnn"):
             return

@@ -262,7 +262,7 @@ class _Sender:
     def _upload(self, run_id: str, event: Mapping[str, Any]) -> None:
         path = self.folder.parent / event["path"]
         if not path.exists():
-            logger.warning("tracking: the artifact %s is gone: it is passed over", path)
+            logger.warning("tracking: the artifact %s is gone: it is skipped", path)
             return
         store = artifact_repository(self.ids.tracking_uri, self.client.get_run(run_id))
         try:
@@ -389,7 +389,7 @@ class _Sender:
         self._log_points(run_id, points[half:])
 
     def _attempt(self, run_id: str, call: Callable[[], Any]) -> bool:
-        """Calls. What is damaged, or never accepted, is passed over with a warning (False); other errors are raised."""
+        """Calls. What is damaged, or never accepted, is skipped with a warning (False); other errors are raised."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -399,7 +399,7 @@ class _Sender:
             temporary = isinstance(error, MlflowException) and error.error_code not in _REFUSALS
             if temporary or self._active(run_id) is None:
                 raise
-            logger.warning("tracking: refused and passed over: %s", one_line(error))
+            logger.warning("tracking: refused and skipped: %s", one_line(error))
             return False
 
     def _apply(self, run_id: str, event: Mapping[str, Any], last_step: Mapping[str, int], last_word: bool) -> None:

@@ -50,10 +50,10 @@ def test_the_table_says_state_and_reason(tmp_path: Path) -> None:
     assert "stage1-step00000010 is not chosen: it has no manifest" in printed
     assert "here base-step00000050-line1" in printed
     assert "domainshuttle train CONFIG --resume" in printed
-    Notices(run.notices_path, print).add("base", SKIPPED, "checkpoint base-step00000050-line1 is passed over: a reason")
+    Notices(run.notices_path, print).add("base", SKIPPED, "checkpoint base-step00000050-line1 is skipped: a reason")
     printed = in_process("checkpoints", run.folder)
     (row,) = (line for line in printed.splitlines() if "│ base-step00000050-line1" in line)
-    assert "passed over" in row and "was passed over by a restart: checkpoint base-step00000050-line1 is" in printed
+    assert "skipped" in row and "was skipped by a restart: checkpoint base-step00000050-line1 is" in printed
     assert "here base-step00000040-line1" in printed  # whose damage only its bytes tell
     verified = in_process("checkpoints", run.folder, "--verify", expect=1)
     assert "here base-step00000050-line1" in verified

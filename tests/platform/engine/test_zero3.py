@@ -1,6 +1,6 @@
 """The engine's pure parts: what it is built from, what trains, its rate and checkpointing, DeepSpeed's configuration.
 
-What it does under ZeRO-3 is tested by test_engine_ranks.py and test_training.py.
+What it does under ZeRO-3 is tested by test_zero3_ranks.py and test_training.py.
 Run: python -m pytest tests/platform/engine/test_zero3.py
 """
 

@@ -1,6 +1,6 @@
 """The engine on a GPU, which most machines that test lack: one rank over NCCL, in a process of its own.
 
-This file is also its program. What two ranks do, whichever their device, is in test_engine_ranks.py.
+This file is also its program. What two ranks do, whichever their device, is in test_zero3_ranks.py.
 Run: python -m pytest tests/platform/engine/test_zero3_cuda.py
 """
 
