@@ -54,7 +54,7 @@ def common(
 cluster = typer.Typer(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check such as others made.")
 app.add_typer(cluster, name="cluster")
 
-data = typer.Typer(no_args_is_help=True, help="Build, index, encode, verify and inspect corpora.")
+data = typer.Typer(no_args_is_help=True, help="Build, index, pair, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
 
 
@@ -105,6 +105,68 @@ def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad
 
     with connected(settings, cpus=1):
         build_corpora(settings, corpus, most_bad)
+
+
+@data.command("pair")
+def data_pair(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|CORPUS",
+            help="A YAML file, or the name of one that ships with the package; or a raw corpus's folder or index.",
+        ),
+    ],
+    set_: Set = None,
+    corpus: Corpus = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Of a corpus: the folder of its pairs; without it `paired` beside its own.")
+    ] = None,
+    most_bad: MostBad = MOST_BAD_IN_CORPUS,
+    address: Annotated[
+        str | None, typer.Option(help="Of a corpus: a running Ray cluster; without it, one is started here.")
+    ] = None,
+) -> None:
+    """Cut the subjects of raw corpora out of other frames and other clips, so that each has several pictures.
+
+    For each subject's word Grounding DINO finds boxes in frames of the clip, of other clips of its video, or of the
+    clip that an edited one was made of; SAM 2 makes masks of them, and what they cover is cut out on white. DINOv2 and
+    CLIP keep what is the same subject and no near-duplicate. A multimodal model may look at each pair.
+
+    The corpus's `pair` section names the models' folders, which you download first:
+
+    **hf download IDEA-Research/grounding-dino-tiny --local-dir models/grounding-dino**, and so
+    facebook/sam2.1-hiera-large, facebook/dinov2-base and openai/clip-vit-base-patch32.
+
+    **domainshuttle data pair configs/corpora/ditto.yaml** makes raw shards in DATA/NAME/paired, which `data encode`
+    then reads. A corpus without a configuration:
+
+    **domainshuttle data pair data/mine/raw --set pair.models.detector=models/grounding-dino
+    --set pair.models.segmenter=models/sam2 --set pair.models.dino=models/dinov2 --set pair.models.clip=models/clip**
+
+    Goes on after a stop. With other thresholds (docs/datasets.md) only the choice is made again, in minutes and without
+    GPUs. What was rejected and why: **domainshuttle data inspect DATA/NAME/paired --page pairs.html**
+    """
+    from domainshuttle.pipelines.storage.uri import is_remote
+
+    if is_remote(config) or Path(config).is_dir() or config.endswith(".parquet"):
+        from domainshuttle.platform.config.loading import load_pair
+
+        if corpus:
+            from domainshuttle.platform.config.schema import ConfigError
+
+            raise ConfigError("--corpus chooses among those of a configuration: leave it out beside a corpus's folder")
+        pair = load_pair(set_)
+        from domainshuttle.platform.commands.data_pair import pair_folder
+
+        with _ray(address):
+            pair_folder(config, pair, to, most_bad)
+        return
+    settings = _load_corpora(config, set_)
+    from domainshuttle.platform.commands.data_pair import pair_corpora
+    from domainshuttle.platform.driver.ray_cluster import connected
+
+    with connected(settings, cpus=1):
+        pair_corpora(settings, corpus, most_bad)
 
 
 @data.command("encode")
@@ -195,14 +257,22 @@ def data_verify(
 def data_inspect(
     index: Annotated[str, typer.Argument(help="An index.parquet, or the folder or URI it is in.")],
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet PNG of samples here.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples on the sheet.")] = 8,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page here: counts as plots, the sheet, what was found and rejected."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples on the sheet and on the page.")] = 8,
     where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
 ) -> None:
-    """Show what a corpus holds: counts by source, bucket, domain and references; and pictures of it."""
+    """Show what a corpus holds: counts by source, bucket, domain and references; and pictures of it.
+
+    The page of cross pairs has, of some samples, the boxes and masks on the frames, what was cut out and became a
+    reference picture, and what was rejected with the reason.
+    """
     _require_png("--sheet", sheet)
     from domainshuttle.platform.commands.data import inspect_corpus
 
-    inspect_corpus(index, sheet, samples, where)
+    inspect_corpus(index, sheet, samples, where, page)
 
 
 @cluster.command("render")

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import pyarrow as pa
+import ray.data  # which sets log levels: commands set theirs after they import this
+from ray.exceptions import RayActorError, RayTaskError
 
 from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError
 from domainshuttle.pipelines.index.parts import REPORT_NAME, Parts
@@ -312,9 +314,6 @@ def _place(numbered: tuple[Any, ...]) -> int:
 
 def pass_through(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
     """Sends parts through the steps; gives how many samples each part had that is finished. Raises a step's fault."""
-    import ray.data
-    from ray.exceptions import RayActorError, RayTaskError
-
     # one block a part, so that any actor can take the next one
     rows = [[{"part": part, "passing": b"", "fault": b"", "done": 0}] for part in missing]
     flow: ray.data.Dataset = ray.data.from_arrow([pa.Table.from_pylist(row, _PASSED) for row in rows])

@@ -36,7 +36,7 @@ def build_corpora(
     config: RunConfig | CorporaConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS
 ) -> None:
     """Builds the raw corpora on the connected Ray cluster."""
-    for name in _chosen(config, only):
+    for name in chosen_corpora(config, only):
         raw, build = config.built(name), config.corpora[name].build
         folder = require_local(raw.folder, f"building {name}")
         if build is None:
@@ -49,16 +49,19 @@ def build_corpora(
             continue
         began = time.monotonic()
         with (
-            _being_made(folder),
+            being_made(folder),
             progress(f"Reading the records of {name}", "files") as surveying,
             progress(f"Building {name}", "samples") as show,
         ):
             built = build_corpus(
                 name, build, [*raw.buckets], folder, show, fps=raw.fps, most_bad=most_bad, surveying=surveying
             )
-        _report("Built", name, folder, built.metadata.digest, built.bad, began)
+        report_corpus("Built", name, folder, built.metadata.digest, built.bad, began)
         _print_left_out(built.report, folder)
-    console.print("Next: domainshuttle data encode (the same configuration)")
+    if any(config.corpora[name].pair for name in chosen_corpora(config, only)):
+        console.print("Next: domainshuttle data pair (the same configuration)")
+    else:
+        console.print("Next: domainshuttle data encode (the same configuration)")
 
 
 def encode_corpora(
@@ -75,15 +78,15 @@ def encode_corpora(
     from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
-    names = _chosen(config, only)
+    names = chosen_corpora(config, only)
     jobs = []
     for name in names:
         job = EncodingJob(config.corpus(name, "raw"), config.corpus(name, "encoded"), where)
         if not exists(job.raw.index):
-            raise DataError(
-                f"corpus {name!r} is not built: {redacted(job.raw.index)} is missing. Run: domainshuttle data build "
-                "CONFIG"
-            )
+            missing = f"{redacted(job.raw.index)} is missing. Run:"
+            if config.corpora[name].pair:
+                raise DataError(f"corpus {name!r} is not paired: {missing} domainshuttle data pair CONFIG")
+            raise DataError(f"corpus {name!r} is not built: {missing} domainshuttle data build CONFIG")
         jobs.append(job)
     began = time.monotonic()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -93,13 +96,13 @@ def encode_corpora(
     with contextlib.ExitStack() as stack:
         for job in jobs:
             if not is_remote(job.encoded.folder):  # in a store nobody can hold a lock: docs/corpus.md
-                stack.enter_context(_being_made(local_path(job.encoded.folder)))
+                stack.enter_context(being_made(local_path(job.encoded.folder)))
         show = stack.enter_context(progress("Encoding", "samples"))
         results = encode(
             jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad, grows=grows
         )
     for job, encoded in zip(jobs, results, strict=True):
-        _report("Encoded", job.encoded.name, job.encoded.folder, encoded.metadata.digest, encoded.bad, began)
+        report_corpus("Encoded", job.encoded.name, job.encoded.folder, encoded.metadata.digest, encoded.bad, began)
         console.print(
             f"  against the index before: {encoded.new} new samples, {encoded.changed} changed and {encoded.removed} "
             f"removed (their copies are gone), {encoded.unchanged} unchanged; now encoded {encoded.encoded}, of "
@@ -113,7 +116,7 @@ def encode_corpora(
     console.print("Next: domainshuttle train (the same configuration)")
 
 
-def _being_made(folder: Path) -> RunLock:
+def being_made(folder: Path) -> RunLock:
     """A lock on a corpus, so that two commands do not take each other's parts away."""
 
     def held(_: Path, holder: dict[str, Any]) -> str:
@@ -122,8 +125,11 @@ def _being_made(folder: Path) -> RunLock:
     return RunLock(folder / WORK_NAME, console.print, held)
 
 
-def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: str | None) -> None:
-    """Prints what an index holds, and draws a contact sheet of raw samples with their two reference sets.
+def inspect_corpus(
+    path: str | Path, sheet: Path | None, samples: int, where: str | None, page: Path | None = None
+) -> None:
+    """Prints what an index holds, draws a contact sheet of raw samples with their two reference sets, and writes a page
+    with both and with what the stages did.
 
     Raises DataError where a filter leaves no samples.
     """
@@ -139,10 +145,14 @@ def inspect_corpus(path: str | Path, sheet: Path | None, samples: int, where: st
     if sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(index, samples).save(sheet)
-        console.print(f"Contact sheet: {sheet}")
+        console.print(f"Contact sheet: {sheet}", markup=False)
+    if page:
+        from domainshuttle.platform.commands.corpus_page import write_corpus_page  # brings what stages need
+
+        console.print(f"Page: {write_corpus_page(place, index, page, samples)}", markup=False)
 
 
-def _chosen(config: RunConfig | CorporaConfig, only: list[str] | None) -> list[str]:
+def chosen_corpora(config: RunConfig | CorporaConfig, only: list[str] | None) -> list[str]:
     unknown = [name for name in only or [] if name not in config.corpora]
     if unknown:
         raise ConfigError(f"no corpus {unknown}; the configuration has {list(config.corpora)}")
@@ -161,7 +171,7 @@ def _print_left_out(report: dict[str, Any], folder: Path) -> None:
         console.print(f"  counts, examples and settings: {folder / REPORT_NAME}", markup=False)
 
 
-def _report(done: str, name: str, folder: Location, digest: str, bad: int, began: float) -> None:
+def report_corpus(done: str, name: str, folder: Location, digest: str, bad: int, began: float) -> None:
     place = join(folder, INDEX_NAME)
     index = Index.load(place, ALTERATIONS, verify=False)
     size = sum(size for name, size, _ in list_dated(folder) if name.endswith(".tar")) / 2**20

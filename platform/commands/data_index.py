@@ -225,6 +225,12 @@ def print_faults(faults: Counter[str], of: str) -> None:
     console.print(table)
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """Prints what was counted as a small table; nothing where there is nothing."""
+    if counts:
+        console.print(_counts(title, counts))
+
+
 def print_summary(index: Index) -> None:
     """Prints what an index holds, as small tables."""
     summary = index.summary()

@@ -16,9 +16,10 @@ from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
 from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
-from domainshuttle.platform.config.schema import HORIZON, ConfigError, CorporaConfig, RunConfig, nearest
+from domainshuttle.platform.config.schema import HORIZON, ConfigError, CorporaConfig, PairOptions, RunConfig, nearest
 from domainshuttle.platform.config.yaml_text import YamlError, read_value, read_yaml
 
 _Config = TypeVar("_Config", bound=BaseModel)
@@ -62,6 +63,17 @@ def load_shipped(
     for override in overrides or []:
         _override(content, override)
     return _validated(kind, content, origin, "can't be used")
+
+
+def load_pair(overrides: list[str] | None) -> PairConfig:
+    """How a corpus is paired that is named by its folder, of overrides such as `pair.frames=8` alone.
+
+    Raises ConfigError with every fault found.
+    """
+    content: dict[str, Any] = {"pair": {}}
+    for override in overrides or []:
+        _override(content, override)
+    return _validated(PairOptions, content, "--set", "does not say how to pair").pair
 
 
 def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict[str, Any], str]:

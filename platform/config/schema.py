@@ -554,6 +554,12 @@ class CorporaConfig(Section):
         return self.corpora[name].built(name, self.data)
 
 
+class PairOptions(Section):
+    """What `--set` says of the cross pairs of a corpus that is named by its folder."""
+
+    pair: PairConfig
+
+
 class RunConfig(Section):
     """A complete run."""
 

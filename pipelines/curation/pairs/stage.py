@@ -1,0 +1,168 @@
+"""Cross pairs of a corpus: candidates are found once, then pairs are chosen of them and written as raw shards.
+
+Both halves go on where they were after a stop. Choosing is CPUs' work of minutes, so that thresholds can be tried: the
+report and `trace.jsonl` say what became of each candidate.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from domainshuttle.pipelines.curation.model_folders import model_digest
+from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, CandidateStore, name_of, names_in
+from domainshuttle.pipelines.curation.pairs.choose import NoSubject, choose
+from domainshuttle.pipelines.curation.pairs.config import PairConfig
+from domainshuttle.pipelines.curation.pairs.find import FindJob, find_steps
+from domainshuttle.pipelines.curation.pairs.quality import PROMPT, judge_pair
+from domainshuttle.pipelines.curation.stage import Staged, Step, Work, attempt, pass_through, run_stage
+from domainshuttle.pipelines.endpoints.client import ChatClient
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.spec import CorpusSpec
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, SampleFault, fault_kind
+from domainshuttle.pipelines.ray_tasks import Progress
+from domainshuttle.pipelines.values import ActorPool
+
+STAGE_NAME = "pair"
+ANSWERS_NAME = ".answers"
+"""The folder of what the quality filter answered, in that of the corpus."""
+_VERSION = 1
+"""Of what is found and chosen of the same samples and settings; a change makes all anew."""
+
+
+def pair_corpus(
+    raw: CorpusSpec,
+    folder: Path,
+    config: PairConfig,
+    pools: Mapping[str, ActorPool],
+    finding: Progress,
+    choosing: Progress,
+    most_bad: float = MOST_BAD_IN_CORPUS,
+    samples_per_part: int = 32,
+    shard_bytes: int = 256 << 20,
+) -> Staged:
+    """Makes the cross pairs of a raw corpus on the Ray cluster that is connected; its shards, index and report lie in
+    `folder`. `pools` are actors by the names of the configuration's.
+
+    Raises DataError for models that are missing or not whole, where nothing at all is detected, and where more than
+    `most_bad` of the samples have no subject; EndpointError where the quality filter does not answer.
+    """
+    recipe, store = find_recipe(raw, folder, config)
+    if config.quality is not None:
+        config.quality.key()  # a missing one is told now, and not by an actor
+    index = Index.load(raw.index)
+    names = names_in(index)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    for stale in store.folder.parent.iterdir():
+        if stale != store.folder and stale.is_dir():
+            shutil.rmtree(stale)
+    known = store.read(names)
+    missing = tuple(number for number, name in enumerate(names) if name not in known)
+    finding(len(names) - len(missing), len(names))
+    if missing:
+        job = FindJob(raw, store, missing, config.video)
+        done = len(names) - len(missing)
+        for finished in pass_through(job, range(job.parts), find_steps(config, dict(pools))):
+            done += finished
+            finding(done, len(names))
+        known = store.read(names)
+    _require_boxes(known.boxes, known.faults, len(names), raw, config)
+    at_once = config.quality.at_once if config.quality is not None else 1
+    answers = folder / ANSWERS_NAME
+    step = Step(Choose, (raw, store, config, answers), pools["choose"], parts_at_once=2 if at_once > 1 else 1)
+    settings = {"version": _VERSION, "find": recipe, **config.choosing()}
+    if config.quality is not None:
+        settings["prompt"] = PROMPT
+    return run_stage(
+        STAGE_NAME,
+        raw,
+        folder,
+        settings,
+        [step],
+        choosing,
+        samples_per_part,
+        shard_bytes=shard_bytes,
+        most_bad=most_bad,
+    )
+
+
+def find_recipe(raw: CorpusSpec, folder: Path, config: PairConfig) -> tuple[dict[str, Any], CandidateStore]:
+    """What decides the candidates of a corpus, and where they are kept. Raises DataError for missing models."""
+    models = config.models
+    digests = {
+        "detector": model_digest(models.detector, "detector"),
+        "segmenter": model_digest(models.segmenter, "segmenter"),
+        "dino": model_digest(models.dino, "dino"),
+        "clip": model_digest(models.clip, "clip"),
+    }
+    recipe = {"version": _VERSION, **config.finding(), "models": digests, "video": config.video}
+    named = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return recipe, CandidateStore(folder / STORE_NAME / named)
+
+
+class Choose:
+    """Chooses pairs among candidates."""
+
+    def __init__(self, raw: CorpusSpec, store: CandidateStore, config: PairConfig, answers: Path) -> None:
+        self.config = config
+        self.candidates = store.read(names_in(Index.load(raw.index, ("sample_id", "checksum"), verify=False)))
+        self.client = ChatClient(config.quality, answers) if config.quality is not None else None
+
+    def __call__(self, works: list[Work]) -> None:
+        if self.client is None:
+            attempt(works, self._choose)
+            return
+        with ThreadPoolExecutor(self.client.config.at_once, "choose") as pool:
+            for _ in pool.map(lambda work: attempt([work], self._choose), works):
+                pass
+
+    def _choose(self, work: Work) -> None:
+        name = name_of(work.row)
+        own = self.candidates.find(name)
+        if own is None:
+            raise DataError(f"{work.row.key}: nobody looked into it: run the command again")
+        if own.fault:
+            kind, _, detail = own.fault.partition(": ")
+            raise SampleFault(kind, detail or own.fault)
+        judge: Callable[[str, bytes, bytes], tuple[str, float]] | None = None
+        files: dict[str, Any] = {}
+        if self.client is not None:
+            judge = partial(judge_pair, self.client, self.config.least_quality)
+            files = {one: data for one, data in work.sample().files.items() if one.startswith("ref")}
+        others = [one for one in self.candidates.beside(name, self.config.other_clips) if not one.fault]
+        try:
+            chosen = choose(work.info, own, others, self.config, judge, files)
+        except NoSubject as error:
+            work.trace = {"candidates": error.trace}
+            work.notes += _notes(error.trace)
+            raise
+        trace = [one.trace() for one in chosen.outcomes]
+        work.info, work.files = chosen.info, chosen.files
+        work.trace = {"candidates": trace, **({"missing": chosen.missing} if chosen.missing else {})}
+        work.notes += _notes(trace)
+        work.notes += ["subjects left out: none or too few pictures"] * len(chosen.missing)
+        work.notes += ["pairs"] * chosen.pairs
+        if not chosen.pairs:
+            work.notes.append("samples without a pair")
+
+
+def _notes(trace: list[dict[str, Any]]) -> list[str]:
+    reasons = [fault_kind(one["rejected"]) for one in trace if "rejected" in one]
+    return [f"candidates rejected: {reason}" for reason in reasons]
+
+
+def _require_boxes(boxes: int, faults: int, samples: int, raw: CorpusSpec, config: PairConfig) -> None:
+    if boxes:
+        return
+    if faults == samples:
+        raise DataError(f"none of the {samples} samples of {raw.folder} could be decoded: verify the corpus")
+    raise DataError(
+        f"the detector found nothing in {samples} samples of {raw.folder}: no box of a subject's word is surer than "
+        f"pair.least_detection={config.least_detection:g}. Do the samples name their subjects (pair.words for those "
+        "that don't), and is pair.models.detector a trained Grounding DINO?"
+    )

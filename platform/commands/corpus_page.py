@@ -1,0 +1,164 @@
+"""The page of a corpus: what it holds in numbers and plots, its contact sheet, and what each stage did, in one HTML
+file."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.folder import beside
+from domainshuttle.pipelines.index.parts import REPORT_NAME
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, fault_kind
+from domainshuttle.pipelines.storage.files import exists, read_bytes
+from domainshuttle.pipelines.storage.uri import Location, redacted
+from domainshuttle.platform.commands.contact_sheet import draw_sheet
+from domainshuttle.platform.commands.pair_pictures import PairReport, paired_samples, read_pair_report, similarities
+from domainshuttle.platform.report.page import write_page
+
+_MOST_BARS = 14
+_COLOUR, _TAKEN, _REJECTED = "#1f77b4", "#2c8c4c", "#c0392b"
+
+
+def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -> Path:
+    """Writes the page of `index`, which may be a part of the corpus at `place`, with so many samples of it. Returns its
+    path."""
+    summary = index.summary()
+    left_out = _left_out(place)
+    reasons: dict[str, int] = {}
+    for reason in left_out.values():
+        reasons[fault_kind(reason)] = reasons.get(fault_kind(reason), 0) + 1
+    found = read_pair_report(place)
+    counted = {
+        "bucket": summary["bucket"],
+        "domain of subjects": summary["domains"],
+        "subjects a sample": summary["subjects"],
+        "references a sample": summary["references"],
+        "origin of references": summary["origins"],
+        "left out, by reason": reasons,
+        **({"candidates rejected, by reason": found.rejected} if found else {}),
+    }
+    sheet: bytes | str
+    try:
+        sheet = _png(draw_sheet(index, samples))
+    except DataError as error:
+        sheet = str(error)
+    paired = _paired(found, index, samples, left_out) if found else []
+    return write_page(
+        path,
+        "corpus.html",
+        title=f"{', '.join(summary['corpora'])} ({summary['stage']})",
+        facts=_facts(place, index, summary, found),
+        counts=_bars({title: counts for title, counts in counted.items() if counts}),
+        similar=_similar(found) if found else None,
+        sheet=sheet,
+        paired=paired,
+        quarantine=[[key, reason] for key, reason in [*left_out.items()][:50]],
+        more=max(len(left_out) - 50, 0),
+    )
+
+
+def _facts(place: Location, index: Index, summary: dict[str, Any], found: PairReport | None) -> list[list[str]]:
+    single = summary["single_picture_subjects"]
+    facts = [
+        ["samples", f"{len(index):,}"],
+        ["size", f"{summary['bytes'] / 2**20:,.1f} MiB"],
+        ["index", f"{redacted(place)} ({summary['digest'][:8]})"],
+        [
+            "subjects with a single picture",
+            f"{single:,} of {sum(summary['domains'].values()):,}",
+        ],
+    ]
+    if exists(beside(place, REPORT_NAME)):
+        report = json.loads(read_bytes(beside(place, REPORT_NAME)))
+        facts.append(["made by", f"data {report['stage']}" if "stage" in report else "data build"])
+        notes = {name: count for name, count in report["notes"].items() if not name.startswith("candidates rejected")}
+        facts += [[name, f"{count:,}"] for name, count in notes.items()]
+    if found:
+        settings = found.report["settings"]
+        gates = ("least_detection", "least_mask", "least_area", "most_area", "least_side", "least_dino", "most_dino",
+                 "least_clip", "least_pictures", "pictures", "frames", "other_clips", "references")  # fmt: skip
+        facts.append(["settings", ", ".join(f"{name} {settings[name]}" for name in gates)])
+    return facts
+
+
+def _left_out(place: Location) -> dict[str, str]:
+    """Keys (shards, where a whole one is) and reasons of the quarantine beside an index."""
+    table = beside(place, QUARANTINE_NAME)
+    rows = [json.loads(line) for line in read_bytes(table).splitlines()] if exists(table) else []
+    return {row["key"] or row["shard"]: row["reason"] for row in rows}
+
+
+def _paired(found: PairReport, index: Index, samples: int, left_out: Mapping[str, str]) -> list[Any]:
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(samples, len(index))).astype(int))
+    keys = [*index.column("key")[chosen].tolist(), *[*left_out][: max(samples // 2, 1)]]
+    return paired_samples(found, index, keys, left_out)
+
+
+def _bars(counted: Mapping[str, Mapping[Any, int]]) -> bytes:
+    """A bar chart of each, as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2
+    rows = -(-len(counted) // columns)
+    most = max(min(len(counts), _MOST_BARS) for counts in counted.values())
+    figure = Figure(figsize=(12, rows * (0.9 + 0.26 * most)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, counts) in enumerate(counted.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        named = [*counts.items()]
+        if len(named) > _MOST_BARS:
+            rest = sum(count for _, count in named[_MOST_BARS - 1 :])
+            named = [*named[: _MOST_BARS - 1], (f"{len(named) - _MOST_BARS + 1} more", rest)]
+        names = [str(name) if len(str(name)) <= 34 else f"{str(name)[:33]}…" for name, _ in named]
+        bars = axes.barh(range(len(named)), [count for _, count in named], color=_COLOUR, height=0.7)
+        axes.bar_label(bars, [f"{count:,}" for _, count in named], padding=3, fontsize=9)
+        axes.set_yticks(range(len(named)), names, fontsize=9)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_ylim(most - 0.4, -0.6)  # bars of one height, from above
+        axes.margins(x=0.12)
+        axes.xaxis.set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    return _drawn(figure)
+
+
+def _similar(found: PairReport) -> bytes | None:
+    """Histograms of the similarities of candidates, with the thresholds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    taken, rejected = similarities(found)
+    if not taken and not rejected:
+        return None
+    settings = found.report["settings"]
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    low = min([0.0, *taken, *rejected])
+    bins = np.linspace(low, 1.0, 61).tolist()
+    axes.hist([taken, rejected], bins, stacked=True, color=[_TAKEN, _REJECTED], label=["became pictures", "rejected"])
+    for name in ("least_dino", "most_dino"):
+        axes.axvline(settings[name], color="#444444", linestyle="--", linewidth=1)
+        axes.text(settings[name], 0.98, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=9)
+    axes.set_xlabel("similarity of a candidate to its subject's first pictures, by DINOv2")
+    axes.set_ylabel("candidates")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> bytes:
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=110)
+    return made.getvalue()
+
+
+def _png(image: Any) -> bytes:
+    made = io.BytesIO()
+    image.save(made, "PNG")
+    return made.getvalue()
