@@ -502,6 +502,8 @@ def compare(
         console.print(f"Curves: {picture}")
         if page:
             console.print(f"Page: {compare_page.write_page(store, rows, picture, page, ', '.join(experiment))}")
+    if shown := comparison.mlflow_page(store, rows):
+        console.print(f"MLflow's page of these runs: {shown}", markup=False)
 
 
 @app.command()

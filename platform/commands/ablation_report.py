@@ -80,7 +80,7 @@ def report(plan: Plan) -> None:
     if not results:
         console.print(Prose(f"No variant is done yet; left: {', '.join(left)}"))
         return
-    fields, lines = _texts(results)
+    fields, lines = _texts(results, next(iter(plan.variants.values())).cluster.hours)
     title = f"{plan.name}: {results[0].clips} clips of held-out subjects a variant"
     console.print(Records(fields, lines, title, numeric=fields[1:]))
     uri = next(iter(plan.variants.values())).tracking_uri
@@ -91,19 +91,21 @@ def report(plan: Plan) -> None:
     note = f"Chance is {results[0].chance:.1%}."
     if plan.shared is not None:
         hours = Ledger(Run(plan.shared).ledger_path).summary().used
-        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} GPU-hours)."
+        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} {plan.shared.cluster.hours})."
     console.print(Prose(note))
     page = compare_page.write_page(
         uri, rows, losses, plan.folder / "ablation.html", plan.name, "ablation.html",
         variant_fields=fields, variants=lines, note=note, picture=picture.read_bytes(),
     )  # fmt: skip
     console.print(Prose(f"Picture: {picture}; curves: {losses}; page: {page}"))
+    if shown := compare.mlflow_page(uri, rows):
+        console.print(f"MLflow's page of these runs: {shown}", markup=False)
     if left:
         console.print(Prose(f"Left: {', '.join(left)}. The same command without --only goes on with them."))
 
 
-def _texts(results: list[VariantResult]) -> tuple[list[str], list[list[str]]]:
-    fields = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", "GPU-hours"]
+def _texts(results: list[VariantResult], hours: str) -> tuple[list[str], list[list[str]]]:
+    fields = ["variant", "own subject", "other's reference", "flow loss", "parameters", "trained", hours]
     lines = [
         [
             result.name,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from domainshuttle.platform.report.text import Prose, Records, headline
+from domainshuttle.platform.tracking.mlflow import page_of_runs
+from domainshuttle.platform.tracking.outbox import absolute_uri
 from domainshuttle.platform.tracking.queries import RunRecord, UnknownRecordError, read_history, read_runs
 from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS, last_training_step
 
@@ -80,6 +82,12 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
             rows.append(Row(child, label, node.depth, values, {key: own.get(key, "") for key in same[child.name]}))
             before = before + hours if own_hours else max(before, hours)
     return rows
+
+
+def mlflow_page(uri: str, rows: Sequence[Row]) -> str | None:
+    """Where MLflow shows the schedules of a comparison; None for a store that has no pages here, or without rows."""
+    tops = {row.run.id: row.run.experiment_id for row in rows if row.depth == 0}
+    return page_of_runs(absolute_uri(uri), tops) if tops else None
 
 
 def hours_name(runs: Sequence[RunRecord]) -> str:

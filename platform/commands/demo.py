@@ -24,6 +24,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import SampleAudit, audit_samples
 from domainshuttle.platform.run.workers import attempts
+from domainshuttle.platform.tracking.mlflow import RunIds, page_of
 
 
 @dataclass
@@ -124,7 +125,7 @@ def _print_summary(
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
             f"{result['chance']:.0%}; real clips {result['target']:.0%}\n\n"
             f"[bold]Look at[/]  {evaluation / 'report' / 'index.html'}, {evaluation / 'grid.png'} and grid.mp4\n"
-            f"[bold]Compare[/]  mlflow ui --backend-store-uri {config.tracking_uri} --port 5000\n"
+            f"[bold]MLflow[/]   {page_of(RunIds.from_dict(run.read_ids() or {}, config.tracking_uri))}\n"
             f"[bold]Again[/]    domainshuttle generate {evaluation.parent / 'exported'} --help",
             title="The demo is done",
         ),

@@ -275,7 +275,7 @@ def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]
             [
                 segment.name,
                 headline(doing),
-                f"{_reached(segment, state, kept)} of {_end(segment)}",
+                f"{_reached(segment, state, kept)} of {_end(run, segment)}",
                 _losses(here["metrics"] if here else {}),
                 f"step {last.state.step}" if last else "none",
                 f"{last.size / 2**20:.1f} MiB" if last else "",
@@ -298,10 +298,10 @@ def _losses(metrics: dict[str, float]) -> str:
 _LOSSES = ("loss/flow", "loss/cross_pair")
 
 
-def _end(segment: Segment) -> str:
+def _end(run: Run, segment: Segment) -> str:
     """Where a stage ends: at a step, or only when its hours are used."""
     if segment.stage.duration.steps is None and not segment.finished:
-        return f"those in {segment.stage.gpu_hours:g} GPU-hours"
+        return f"those in {segment.stage.gpu_hours:g} {run.config.cluster.hours}"
     return str(segment.last_step)
 
 
@@ -323,6 +323,25 @@ def _print_progress(run: Run, state: dict[str, Any], alive: bool, ledger: Ledger
             schedule += f" (how long {', '.join(others)} will take is not known before the first steps)"
     budget = f". The budget is spent in about {span(left.budget)}" if left.budget is not None else ""
     console.print(Prose(f"{heard}. Stage {state['segment']}: {stage}{schedule}{budget}."))
+    if pace := _pace(state):
+        console.print(Prose(pace))
+
+
+def _pace(state: Mapping[str, Any]) -> str:
+    """What a step takes, and which worker the others wait for; empty before steps are known."""
+    metrics, rate = state["metrics"], state.get("recent_step_seconds")
+    if rate is None:
+        return ""
+    text = f"A step takes {rate:.3g} s"
+    if "speed/slowest_rank" in metrics:
+        rank, lag = metrics["speed/slowest_rank"], metrics.get("speed/slowest_rank_lag_s", 0.0)
+        named = f"worker {rank:.0f} is the slowest, {lag:.3g} s a step later than the first"
+        text += f"; {named if lag > _LAG * rate else 'all workers are equally fast'}"
+    return f"{text}."
+
+
+_LAG = 0.05
+"""Share of a step below which no worker is called the slowest."""
 
 
 def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:

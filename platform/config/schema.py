@@ -414,6 +414,11 @@ class ClusterSection(Section):
     )
 
     @property
+    def hours(self) -> str:
+        """What hours of its devices are called: a device is a worker where they have no GPU."""
+        return "GPU-hours" if self.gpus_per_worker else "device-hours"
+
+    @property
     def least_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 

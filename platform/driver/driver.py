@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import getpass
 import importlib
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -30,7 +32,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, open_schedule, page_of, preload
+from domainshuttle.platform.tracking.mlflow import NOTE_TAG, RunIds, Tracker, open_schedule, page_of, preload
 
 STOPPED = 3
 """Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
@@ -157,7 +159,7 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
     if outcome == "budget spent":
         budget = config.budget_gpu_hours or 0.0
         console.print(
-            f"The budget of {budget:g} GPU-hours is spent; the newest checkpoint is whole. To go on "
+            f"The budget of {budget:g} {config.cluster.hours} is spent; the newest checkpoint is whole. To go on "
             f"with it, raise the budget: --set budget_gpu_hours={2 * budget:g}"
         )
         return STOPPED
@@ -205,7 +207,7 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
     """Tags that say what made a run: code, configuration, job, machines, base."""
     import ray  # here: it reads its settings (cluster/local.quiet_ray) when it is imported
 
-    return {
+    tags = {
         "domainshuttle.version": importlib.metadata.version("domainshuttle"),
         "mlflow.source.git.commit": _git_commit(),
         "config.digest": config.digest(),
@@ -213,7 +215,29 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
         "ray.submission_id": _submission_id(),
         "cluster.workers": str(config.cluster.workers),
         "base": ", ".join(expert.base or "new" for expert in config.experts) or config.model.base or "new",
+        # by MLflow's names: what its pages show of a run beside its curves
+        "mlflow.user": _user(),
+        "mlflow.source.name": "domainshuttle train",
+        "mlflow.source.type": "JOB" if _submission_id() else "LOCAL",
+        NOTE_TAG: describe_commands(Run(config)),
     }
+    return {name: value for name, value in tags.items() if value}
+
+
+def describe_commands(run: Run) -> str:
+    """What MLflow's page of a run says of it, in Markdown: the commands that look at it, stop it and go on."""
+    folder = shlex.quote(str(run.folder))
+    return (
+        f"What it does now, and why: `domainshuttle status {folder}`; what a worker printed: `domainshuttle logs "
+        f"{folder}`; a stop with a checkpoint: `domainshuttle stop {folder}`; to go on: `{run.train_command}`"
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a number without a name, as in many containers
+        return ""
 
 
 def _submission_id() -> str:

@@ -18,6 +18,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
 from domainshuttle.platform.run.workers import WorkerSign
+from domainshuttle.platform.tracking.outbox import system_metrics
 
 # Ray's annotations are those of its version 1
 _NO_RESTARTS: dict[str, Any] = {"controller_failure_limit": 0, "max_preemption_failures": 0}
@@ -29,7 +30,9 @@ STOP_SECONDS = 5.0
 def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
     job, context = config["job"], ray.train.get_context()
     run, node = Run(RunConfig.model_validate(job.config)), ray.get_runtime_context().get_node_id()
-    with WorkerSign(run, job.attempt, context.get_world_rank(), context.get_world_size(), node) as sign:
+    rank, size, node_rank = context.get_world_rank(), context.get_world_size(), context.get_node_rank()
+    measure = system_metrics if context.get_local_rank() == 0 else None
+    with WorkerSign(run, job.attempt, rank, size, node, node_rank, measure) as sign:
         # imported by the workers alone: torch, DeepSpeed and the model take seconds
         from domainshuttle.platform.train import train_schedule
 

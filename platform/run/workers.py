@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +59,10 @@ class WorkerState:
     """When step and `doing` last changed."""
     ended: str | None = None
     """Its last words; None: it has said none."""
+    node_rank: int = 0
+    """Which of the group's nodes it is on, from 0."""
+    load: Mapping[str, float] = field(default_factory=dict)
+    """Of its node, by MLflow's names of system metrics; the first worker of each node measures it."""
 
     @property
     def name(self) -> str:
@@ -85,6 +89,9 @@ class WorkerSign:
     rank: int
     world_size: int
     node: str
+    node_rank: int = 0
+    measure: Callable[[], Mapping[str, float]] | None = None
+    """Says the load of its node."""
     _look: Callable[[], tuple[str, int, str]] | None = None
     _closing: threading.Event = field(default_factory=threading.Event)
 
@@ -100,6 +107,7 @@ class WorkerSign:
             str(log.relative_to(self.run.folder)),
             now,
             since=now,
+            node_rank=self.node_rank,
         )
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(_output_to(log))
@@ -137,7 +145,8 @@ class WorkerSign:
             before = self._state.segment, self._state.step, self._state.doing
             since = self._state.since if before == (segment, step, doing) else now
             self._state = replace(self._state, segment=segment, step=step, doing=doing, since=since)
-        self._state = replace(self._state, beat=now)
+        load = self.measure() if self.measure is not None else {}
+        self._state = replace(self._state, beat=now, load=load)
         with contextlib.suppress(OSError):  # of a full disk; what only people read ends no training
             path = self.run.worker_path(self.attempt, self.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,3 +221,13 @@ def read_workers(run: Run, attempt: int) -> list[WorkerState]:
             content: dict[str, Any] = json.loads(path.read_text())
             states.append(WorkerState(**content))
     return states
+
+
+def nodes_load(run: Run, attempt: int) -> dict[str, float]:
+    """The load of every node of an attempt as it was measured last, by names that MLflow draws in a chart for all
+    nodes: `system/node_0/cpu_utilization_percentage`."""
+    return {
+        name.replace("system/", f"system/node_{worker.node_rank}/", 1): value
+        for worker in read_workers(run, attempt)
+        for name, value in worker.load.items()
+    }

@@ -39,10 +39,11 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line, without_user
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.outbox import (
     PARAM_CHARS,
     TAG_CHARS,
@@ -77,6 +78,9 @@ _STATUS_TIME, _ERROR_TIME = "domainshuttle.status_time", "domainshuttle.error_ti
 """Tags of a schedule's run: when what it shows as its state, and as its error, was said, in ms since 1970; the first
 with `_ENDED` after it when the driver has ended."""
 _ENDED = " ended"
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as the description of a run, in Markdown."""
+_PICTURE = "\n\n!["
 _KIND, _TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
 """A tag of an experiment: MLflow's pages show it as model training, not as one of language models with traces."""
 _BATCH_METRICS, _BATCH_TEXTS = 1000, 100  # MLflow's limits
@@ -175,9 +179,17 @@ def page_of(ids: RunIds) -> str | None:
     return page_at(ids.tracking_uri, f"experiments/{ids.experiment_id}/runs/{ids.parent}")
 
 
+def page_of_runs(uri: str, runs: Mapping[str, str]) -> str | None:
+    """Where MLflow shows runs, given as ids with their experiments' ids: the page of one, or several side by side."""
+    if len(runs) == 1:
+        return page_at(uri, "".join(f"experiments/{experiment}/runs/{run}" for run, experiment in runs.items()))
+    lists = {"runs": list(runs), "experiments": list(dict.fromkeys(runs.values()))}
+    return page_at(uri, f"compare-runs?{urlencode({name: json.dumps(ids) for name, ids in lists.items()})}")
+
+
 def page_at(uri: str, path: str) -> str | None:
     """A page of MLflow's; None for a store that has none, such as a database that is not on this machine."""
-    page = f"#/{path}?workflowType=machine_learning"
+    page = f"#/{path}{'&' if '?' in path else '?'}workflowType=machine_learning"
     if urlsplit(uri).scheme in ("http", "https"):
         return f"{without_user(uri).rstrip('/')}/{page}"
     if sqlite_file(uri) is None:
@@ -264,12 +276,29 @@ class _Sender:
         if not path.exists():
             logger.warning("tracking: the artifact %s is gone: it is skipped", path)
             return
-        store = artifact_repository(self.ids.tracking_uri, self.client.get_run(run_id))
         try:
+            if "step" in event:
+                self._show_picture(path, event["to"], event["step"])
+                return
+            store = artifact_repository(self.ids.tracking_uri, self.client.get_run(run_id))
             (store.log_artifacts if path.is_dir() else store.log_artifact)(str(path), event["to"])
         except Exception as error:
             logger.warning("tracking: the artifact %s could not be written: %s", path, one_line(error))
             raise
+
+    def _show_picture(self, path: Path, folder: str, step: int) -> None:
+        """Puts a picture on the page of the schedule's run, in place of the one before: below its description.
+
+        MLflow's own charts of pictures show all params above each, and open at a step that has none.
+        """
+        if self.ids.parent is None:
+            return
+        run = self.client.get_run(self.ids.parent)
+        artifact_repository(self.ids.tracking_uri, run).log_artifact(str(path), folder)
+        # the step is for the browser, which else would show the picture of before
+        place = urlencode({"path": f"{folder}/{path.name}", "run_uuid": run.info.run_id, "step": step})
+        text, head = run.data.tags.get(NOTE_TAG, "").partition(_PICTURE)[0], f"{folder.replace('_', ' ')}, step {step}"
+        self._set_tags(run.info.run_id, {NOTE_TAG: f"{text}{_PICTURE}{head}](get-artifact?{place})"})
 
     def _bind(self, state: dict[str, Any]) -> dict[str, Any]:
         """Finds or creates the run. One that is not the run of `state` gets the spool from its beginning."""
@@ -279,11 +308,10 @@ class _Sender:
         parent = self.ids.parent
         if state.get("run_id") == self._run_id and state.get("parent", parent) == parent:
             return {**state, "parent": parent}
-        latest = self.client.get_run(self._run_id).data.to_proto().metrics
-        last_step = {metric.key: metric.step for metric in latest}
+        last_step = last_steps(self.client.get_run(self._run_id))
         # the schedule's points are sent with the segment's; a schedule's run that is new has none of them
-        shown = self.client.get_run(parent).data.metrics if parent and state.get("parent", parent) == parent else {}
-        has_some = last_training_step(dict.fromkeys(shown, 0)) is not None
+        there = last_steps(self.client.get_run(parent)) if parent and state.get("parent", parent) == parent else {}
+        has_some = last_training_step(there) is not None
         sent = last_training_step(last_step) if has_some else None
         sent = -1 if sent is None else sent
         return {"run_id": self._run_id, "parent": parent, "offset": 0, "last_step": last_step, "schedule": sent}
@@ -410,7 +438,7 @@ class _Sender:
         elif kind == "tags":
             self._set_tags(run_id, event["values"])
         elif kind == "artifact":
-            self.uploads.append([{"path": str(event["path"]), "to": event["to"]}])
+            self.uploads.append([{key: event[key] for key in ("path", "to", "step") if key in event}])
         elif kind == "input":
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -480,6 +508,14 @@ class _Sender:
             self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in batch])
 
 
+def last_steps(run: MlflowRun) -> dict[str, int]:
+    """The last step of each metric that MLflow has of a run."""
+    steps: dict[str, int] = {}
+    for metric in run.data.to_proto().metrics:
+        steps[known(metric.key)] = max(metric.step, steps.get(known(metric.key), metric.step))
+    return steps
+
+
 _UPLOADS = 50
 """Artifacts that are looked at together."""
 
@@ -506,7 +542,7 @@ def _add_points(batch: list[Any], event: Mapping[str, Any], last_step: dict[str,
         last = last_step.get(key, -1)
         step = last + 1 if event["step"] is None else max(last, event["step"]) if event.get("last") else event["step"]
         if step > last or event.get("last"):
-            batch.append(Metric(key, float(value), int(event["time"]), int(step)))
+            batch.append(Metric(shown(key), float(value), int(event["time"]), int(step)))
             last_step[key] = step
 
 
@@ -514,9 +550,12 @@ def _add_schedule_points(batch: list[Any], event: Mapping[str, Any], state: dict
     """Adds what an event has for the schedule's run, where it is of a step that no event before was of."""
     from mlflow.entities import Metric
 
-    if "schedule" in event and event["step"] > state.get("schedule", -1):
+    if event.get("both"):
+        at = int(event["time"])
+        batch += [Metric(shown(key), float(value), at, at // 1000) for key, value in event["values"].items()]
+    elif "schedule" in event and event["step"] > state.get("schedule", -1):
         step, values = event["schedule"]["step"], event["schedule"]["values"]
-        batch += [Metric(key, float(value), int(event["time"]), int(step)) for key, value in values.items()]
+        batch += [Metric(shown(key), float(value), int(event["time"]), int(step)) for key, value in values.items()]
         state["schedule"] = event["step"]
 
 
@@ -633,15 +672,18 @@ class MetricLogger(BackgroundLog):
         send_every: float = 2.0,
         system_every: float | None = None,
         reached: int = 0,
+        system: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """`start_step` is the step that was restored, if one was; `reached` says how many steps the workers had begun
-        before, logged or not; `system_every` None means no system metrics.
+        before, logged or not; `system` measures the load of the machines, without it of this one; `system_every` None
+        means no system metrics.
 
         Both intervals are in seconds. Raises OSError when `spool` can not be made.
         """
         self._sender = _Sender(ids, Path(spool), segment)
         sender = self._sender
-        super().__init__(sender.journal, sender.drain, sender.upload, start_step, send_every, system_every, reached)
+        ways = sender.drain, sender.upload
+        super().__init__(sender.journal, *ways, start_step, send_every, system_every, reached, system)
 
 
 def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:

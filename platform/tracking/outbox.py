@@ -141,6 +141,12 @@ def metrics_event(
     return new_event("metrics", step=step, values=_floats(values), **more)
 
 
+def load_event(values: Mapping[str, float]) -> dict[str, Any]:
+    """Load of machines, which the schedule's run gets too: there at a step a second, since segments follow each other
+    and MLflow shows it by time."""
+    return {**metrics_event(None, values), "both": True}
+
+
 def _floats(values: Mapping[str, float]) -> dict[str, float]:
     return {clean(key): float(value) for key, value in values.items()}
 
@@ -149,6 +155,11 @@ def artifact_event(path: Path | str, to: str | None, spool: Path) -> dict[str, A
     """What lies in the folder of the run, which may be moved before it is sent, is named relative to that."""
     place, run = Path(path).resolve(), spool.resolve().parent
     return new_event("artifact", path=str(place.relative_to(run) if place.is_relative_to(run) else place), to=to)
+
+
+def picture_event(path: Path, folder: str, step: int, spool: Path) -> dict[str, Any]:
+    """A picture for the page of the schedule's run, and the folder of that run's artifacts that gets it."""
+    return {**artifact_event(path, folder, spool), "step": step}
 
 
 def status_event(
@@ -177,13 +188,16 @@ class BackgroundLog:
         send_every: float,
         system_every: float | None,
         reached: int = 0,
+        system: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """`drain` sends what is in the journal until the given time.monotonic(), True when all is sent; `upload` does
-        the same with the artifacts that `drain` has come to. `reached`: steps that the workers had begun before."""
+        the same with the artifacts that `drain` has come to. `reached`: steps that the workers had begun before.
+        `system` measures the load of the machines, without it of this one."""
         self._journal, self._drain, self._upload = journal, drain, upload
         self._uploads, self._uploader = uploads_journal(journal), threading.Thread()
         self._writer = JournalWriter(journal, sync=False)
         self._send_every, self._system_every = send_every, system_every
+        self._system = system or system_metrics
         self._closing, self._deadline = threading.Event(), float("inf")
         self._writer.put(status_event("RUNNING", parent=True))
         if start_step is not None:
@@ -208,6 +222,10 @@ class BackgroundLog:
         """Uploads a file or folder, which has to stay where it is until it was sent."""
         self._writer.put(artifact_event(path, artifact_path, self._journal.path.parent))
 
+    def picture(self, path: Path, folder: str, step: int) -> None:
+        """Shows a picture of a step on the page of the schedule's run, where it replaces the one of before."""
+        self._writer.put(picture_event(path, folder, step, self._journal.path.parent))
+
     def fail(self, error: BaseException | str, timeout: float = 10.0) -> bool:
         """Marks the segment's and the schedule's run as FAILED, with the error as a tag, and closes."""
         self._writer.put(status_event("FAILED", error, parent=True))
@@ -228,11 +246,13 @@ class BackgroundLog:
 
     def _deliver(self) -> None:
         now, pause = time.monotonic(), self._send_every
-        send, sample = now + pause, now + (self._system_every or float("inf"))
+        send, sample = now + pause, now + min(_FIRST_LOAD, self._system_every or float("inf"))
+        if self._system_every is None:
+            sample = float("inf")
         while not self._closing.wait(max(0.0, min(send, sample) - time.monotonic())):
             if time.monotonic() >= sample:
                 sample += self._system_every or 0
-                self._writer.put(metrics_event(None, system_metrics()))
+                self._writer.put(load_event(self._system()))
             if time.monotonic() >= send:
                 pause = self._send_every if self._drain(float("inf")) else min(30.0, 2 * pause + 0.5)
                 self._begin_upload()
@@ -249,6 +269,10 @@ class BackgroundLog:
         if self._uploads.unread() and not self._uploader.is_alive():
             self._uploader = threading.Thread(target=self._upload, args=(float("inf"),), name="uploads", daemon=True)
             self._uploader.start()
+
+
+_FIRST_LOAD = 5.0
+"""Seconds until the load of the machines is noted first: of a short segment too."""
 
 
 def system_metrics() -> dict[str, float]:

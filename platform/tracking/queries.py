@@ -17,7 +17,9 @@ from domainshuttle.platform.tracking.mlflow import (
     artifact_repository,
     ask,
     connect,
+    last_steps,
 )
+from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.outbox import absolute_uri, reachable, sqlite_file
 
 _MOST_NAMES = 20
@@ -49,6 +51,7 @@ class RunRecord:
     tags: dict[str, str]
     metrics: dict[str, float]
     steps: dict[str, int]
+    experiment_id: str = ""
 
 
 def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
@@ -81,6 +84,8 @@ def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
 
 def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
     info, data = run.info, run.data
+    # one that was logged by its older name too goes on with the newer
+    metrics = {known(key): value for key, value in sorted(data.metrics.items(), key=lambda one: known(one[0]) != one[0])}
     return RunRecord(
         id=info.run_id,
         parent=data.tags.get(PARENT_TAG),
@@ -91,15 +96,21 @@ def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
         end=info.end_time / 1000 if info.end_time and info.status != "RUNNING" else None,
         params=data.params,
         tags=data.tags,
-        metrics=data.metrics,
-        steps={metric.key: metric.step for metric in data.to_proto().metrics},
+        metrics=metrics,
+        steps=last_steps(run),
+        experiment_id=info.experiment_id,
     )
 
 
 def read_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     """The (step, value) points of a metric, by step."""
-    points = ask(uri, lambda: connect(absolute_uri(uri)).get_metric_history(run_id, key))
-    return sorted((point.step, point.value) for point in points)
+    client = ask(uri, lambda: connect(absolute_uri(uri)))
+    older, newer = (
+        [(point.step, point.value) for point in ask(uri, partial(client.get_metric_history, run_id, name))]
+        for name in (key, shown(key))
+    )
+    steps = {step for step, _ in newer}
+    return sorted([*newer, *((step, value) for step, value in older if step not in steps)])
 
 
 def list_artifacts(uri: str, run_id: str, folder: str = "") -> list[str]:

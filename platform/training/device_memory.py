@@ -1,6 +1,7 @@
 """What a worker ran out of memory over, of its GPU or of its node: one message with the figures and what helps."""
 
 import re
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,14 @@ class MemoryUse:
             return cls(name, used, torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved() - used, free, total)
         node, used = psutil.virtual_memory(), psutil.Process().memory_info().rss
         return cls("its node", used, used, 0, node.available, node.total)
+
+
+def peak_bytes() -> int:
+    """The most that torch has used of this worker's GPU, or where it has none, that its process has used of its node,
+    since it started."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # of an allocator of torch's, a CUDA library, or the driver; torch raises a type of its own for the first alone

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from domainshuttle.platform.run.folder import ProgressFile, Run
 from domainshuttle.platform.run.journal import Journal, JournalWriter
 from domainshuttle.platform.run.ledger import Attempt, Ledger
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob, learning_rate
+from domainshuttle.platform.run.workers import nodes_load
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
 from domainshuttle.platform.tracking.outbox import tell_error
+from domainshuttle.platform.training.device_memory import peak_bytes
 from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
@@ -92,6 +94,8 @@ class Monitor:
         """Whether all ranks end after this step: what is not logged yet then is."""
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
+        self._waited_for_others = 0.0
+        """Seconds at the ends of the interval's steps."""
         hangs = run.hang_path(segment.name, dist.get_rank())
         self.watchdog = Watchdog(config.guard.hang_seconds, config.grace_seconds, hangs)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -136,6 +140,7 @@ class Monitor:
                 start_step=self.done,
                 system_every=15.0,
                 reached=reached,
+                system=partial(nodes_load, run, job.attempt),
             )
             self._write_progress(self.done, "training")
 
@@ -217,7 +222,11 @@ class Monitor:
         """One collective a step: the loss of all ranks, and whether they end after it."""
         ask = self.main and time.monotonic() - self._asked >= _ASK_SECONDS
         stop = self._reason_to_stop() if self.main else Stop.NO
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # what is waited for from here on are the others
+        began = time.perf_counter()
         total, count, reason, asked = self._summed(self._loss_sum, float(self._loss_count), float(stop), float(ask))
+        self._waited_for_others += time.perf_counter() - began
         self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         if asked:
             self._asked = time.monotonic()
@@ -284,6 +293,7 @@ class Monitor:
         metrics = self.losses.reduce()
         seconds = self._interval.take()
         balance = self._utilization.balance() if self._utilization else {}
+        ranks = self._compare_ranks(seconds)
         if not self.main:
             logger.info("%s step %d: %s", self.segment.name, step + 1, _shares(seconds, self._steps))
             self._restart_interval()
@@ -305,6 +315,7 @@ class Monitor:
             "failed_checkpoints": float(self._failed_saves),
             **(self._utilization.take(elapsed) if self._utilization else {}),
             **balance,
+            **ranks,
         }
         if self.attempt and self.logger:
             self._tell(self.attempt).progress(step + 1, every=10.0)
@@ -328,6 +339,29 @@ class Monitor:
         self._write_progress(step + 1, "training")
         self._restart_interval()
 
+    def _compare_ranks(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Step time, lag and peak memory by rank since the last call; all ranks must call.
+
+        A rank's step time has no waiting for the others at the step's end. Its lag is how much later than the first
+        it was, as far as it waited for data, wrote or sampled itself, or came last to the step's end: what a rank
+        loses within a step's computation, all lose with it, since they gather the weights together.
+        """
+        stalls = sum(seconds.get(name, 0.0) for name in ("waiting", "checkpointing", "sampling"))
+        waited, steps = self._waited_for_others, max(self._steps, 1)
+        mine = [(sum(seconds.values()) - waited) / steps, (stalls - waited) / steps, peak_bytes() / 2**30]
+        device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        every = [torch.zeros(len(mine), dtype=torch.float64, device=device) for _ in range(self.world_size)]
+        dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=device))
+        times, lates, peaks = zip(*(one.tolist() for one in every), strict=True)
+        lags = [late - min(lates) for late in lates]
+        found = {"memory/peak_gib": max(peaks), "memory/peak_rank": float(peaks.index(max(peaks)))}
+        if self.world_size > 1:
+            found |= {"speed/slowest_rank": float(lags.index(max(lags))), "speed/slowest_rank_lag_s": max(lags)}
+        if 1 < self.world_size <= _MOST_RANKS:
+            for name, values in (("step_seconds", times), ("lag_seconds", lags), ("peak_memory_gib", peaks)):
+                found |= {f"ranks/{name}/rank_{rank}": value for rank, value in enumerate(values)}
+        return found
+
     def _note_start(self) -> None:
         """Writes how long each part of this start took, up to the first step, in seconds."""
         times = {**self._start, "first_step": time.time()}
@@ -338,7 +372,7 @@ class Monitor:
 
     def _restart_interval(self) -> None:
         self._interval.take()
-        self._steps = 0
+        self._steps, self._waited_for_others = 0, 0.0
 
     def saved(self, ended: Sequence[Saved]) -> None:
         """Notes the checkpoints that became whole, or did not, since the last time."""
@@ -453,9 +487,13 @@ _DOING = {"productive": "computing", "waiting": "waiting for data"}
 
 _OF_SCHEDULE = (
     "loss", "loss/flow", "loss/cross_pair", "grad_norm", "learning_rate", "samples/s", "tokens/s/device", "mfu",
-    "rank_balance", "step_seconds", "data_wait_fraction", "checkpoint_stall_seconds",
+    "rank_balance", "step_seconds", "data_wait_fraction", "checkpoint_stall_seconds", "memory/peak_gib",
+    "speed/slowest_rank", "speed/slowest_rank_lag_s",
 )  # fmt: skip
 """What the schedule's run shows too, on the schedule's own step."""
+
+_MOST_RANKS = 64
+"""Of so many workers each has curves of its own; of more the slowest and the one with the most memory have."""
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import torch
@@ -22,9 +22,6 @@ from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.outbox import BackgroundLog
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -175,6 +172,8 @@ class Sampler:
         assert self._log is not None
         self._log.artifact(self._out(step), f"samples/{self._out(step).name}")
         self._log.artifact(self.folder / OVER_STEPS_NAME, "samples")
+        # references, what is generated and the real clip, side by side
+        self._log.picture(self._out(step) / "grid.png", f"newest_samples/{self.segment.name}", step)
 
     def _tag(self, tags: dict[str, str]) -> None:
         assert self._log is not None

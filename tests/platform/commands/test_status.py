@@ -138,7 +138,7 @@ def test_a_stage_that_its_hours_end_has_an_end_in_hours(
     with RunLock(run.folder):
         shown = printed(run, capsys, monkeypatch)
     assert "1000000" not in shown
-    assert "57 of those in 2 GPU-hours" in shown
+    assert "57 of those in 2 device-hours" in shown
     assert "about 30 min left" in shown  # one hour of two devices
 
 

@@ -201,12 +201,12 @@ def test_more_unreadable_samples_than_accepted_end_the_run_for_good(
 def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
     config, run, more = run_of(tiny, "budget", "budget_gpu_hours=0.012")
     printed = cli("train", tiny, *more, expect=3)
-    assert "The budget of 0.012 GPU-hours is spent" in printed
+    assert "The budget of 0.012 device-hours is spent" in printed
     assert "budget_gpu_hours" in printed
     assert CheckpointStore(run.checkpoints).newest(run.read_progress()["segment"]) is not None
     assert Ledger(run.ledger_path).summary(0.012).spent
     attempts = Ledger(run.ledger_path).summary().attempts
-    assert "The budget of 0.012 GPU-hours is spent" in cli("train", tiny, *more, expect=3)
+    assert "The budget of 0.012 device-hours is spent" in cli("train", tiny, *more, expect=3)
     assert Ledger(run.ledger_path).summary().attempts == attempts, "devices were asked for"
     assert "Finished after" in cli("train", tiny, *more, "--set", "budget_gpu_hours=5")
     balanced(config)
