@@ -90,8 +90,8 @@ def report(plan: Plan) -> None:
     losses = curves.plot(uri, rows, plan.folder / "losses.png")
     note = f"Chance is {results[0].chance:.1%}."
     if plan.shared is not None:
-        hours = Ledger(Run(plan.shared).ledger_path).summary().used
-        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({hours:.3f} {plan.shared.cluster.hours})."
+        used = f"{Ledger(Run(plan.shared).ledger_path).summary().used:.3f} {plan.shared.cluster.hours}"
+        note += f" All variants begin with the weights of the run {plan.shared.name!r} ({used})."
     console.print(Prose(note))
     page = compare_page.write_page(
         uri, rows, losses, plan.folder / "ablation.html", plan.name, "ablation.html",

@@ -44,7 +44,9 @@ def print_plan(config: RunConfig, samples: int | None = None) -> None:
         rows.append(
             [
                 segment.name,
-                f"{stage.duration.planned_steps:,}" if stage.gpu_hours is None else f"{stage.gpu_hours:g} {config.cluster.hours}",
+                f"{stage.duration.planned_steps:,}"
+                if stage.gpu_hours is None
+                else f"{stage.gpu_hours:g} {config.cluster.hours}",
                 str(stage.global_batch),
                 stage.described_mixture,
                 passes,

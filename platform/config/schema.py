@@ -7,10 +7,11 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
@@ -21,7 +22,7 @@ from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
-from domainshuttle.pipelines.errors import UserFacingError
+from domainshuttle.pipelines.errors import UserFacingError, mask_secrets
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
 from domainshuttle.pipelines.sample import LATENT_CHANNELS, READ_AHEAD
 from domainshuttle.pipelines.storage.uri import absolute, join
@@ -500,10 +501,63 @@ class CheckpointSection(Section):
         return self
 
 
+HookEvent = Literal["failed", "restarted", "hung", "diverged", "budget", "finished"]
+HOOK_EVENTS: tuple[HookEvent, ...] = get_args(HookEvent)
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_SECRET_PLACES = re.compile(
+    r"(?i)//(hooks\.slack\.com|(\w+\.)?discord(app)?\.com/api/webhooks|[\w.-]*webhook\.office\.com)/"
+)
+"""Services whose addresses are secrets by themselves."""
+
+
+class HookSection(Section):
+    """Who is told of what happens to a run: a command, or an address that gets a JSON object (docs/operating.md)."""
+
+    on: list[HookEvent] = Field(list(HOOK_EVENTS), min_length=1, description="of which events")
+    command: list[Text] | None = Field(
+        None, min_length=1, description="a program and its arguments; it gets the JSON object as its input"
+    )
+    webhook: Text | None = Field(
+        None, description="an address, or ${NAME}: what the environment of the command that trains has under a name"
+    )
+    headers: dict[Text, Text] = Field(default_factory=dict, description="of the request; secrets as ${NAME}")
+    timeout: Seconds = Field(10.0, le=300, description="seconds for a try")
+    retries: Whole = Field(3, ge=0, le=20, description="more tries after one that failed")
+
+    @model_validator(mode="after")
+    def _one_way_without_secrets(self) -> "HookSection":
+        if (self.command is None) == (self.webhook is None):
+            raise ValueError("give either `command` or `webhook`")
+        if self.webhook is None:
+            return self
+        plain = _VARIABLE.sub("", self.webhook)
+        if "${" not in self.webhook and not self.webhook.startswith(("http://", "https://")):
+            raise ValueError("webhook: expected an address that begins with http:// or https://, or ${NAME}")
+        if mask_secrets(plain) != plain or _SECRET_PLACES.search(plain):
+            raise ValueError(f"webhook: its address has a secret, and the configuration is saved: {_BY_NAME}")
+        for name, value in self.headers.items():
+            if re.search(r"(?i)auth|token|key|secret|cookie", name) and not _VARIABLE.search(value):
+                raise ValueError(f"headers.{name} is a secret, and the configuration is saved: {_BY_NAME}")
+        return self
+
+    def variables(self) -> list[str]:
+        """The variables of the environment that it needs."""
+        texts = (self.webhook or "", *self.headers.values())
+        return sorted({name for text in texts for name in _VARIABLE.findall(text)})
+
+    def resolved(self, text: str, environment: Mapping[str, str]) -> str:
+        """A text of it with the values of its variables. Raises KeyError for one that is not there."""
+        return _VARIABLE.sub(lambda found: environment[found[1]], text)
+
+
+_BY_NAME = "put it into a variable of the environment, and give ${NAME} here"
+
+
 class TrackingSection(Section):
     uri: Text | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
     experiment: Text = "domainshuttle"
     every: Count = Field(10, description="steps between logged metrics")
+    hooks: list[HookSection] = Field(default_factory=list, description="who is told when the run needs somebody")
 
 
 class GenerationSection(Section):

@@ -21,7 +21,7 @@ from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
 from domainshuttle.platform.checkpoint.store import CheckpointStore
-from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.config.schema import ConfigError, HookEvent, RunConfig
 from domainshuttle.platform.console import console, progress, say
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
@@ -32,7 +32,11 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
 from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.tracking.hooks import Hooks
 from domainshuttle.platform.tracking.mlflow import NOTE_TAG, RunIds, Tracker, open_schedule, page_of, preload
+
+HOOKS_SECONDS = 60.0
+"""How long the end of a run waits until all hooks are told."""
 
 STOPPED = 3
 """Exit code of a run that was stopped, by a person or by its budget, and can be resumed."""
@@ -122,6 +126,9 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         ids=RunIds.from_dict(ids, config.tracking_uri) if ids else None,
     )
     run.write_ids(tracker.ids.to_dict())
+    hooks = Hooks(run, say, lambda: page_of(tracker.ids))
+    for text in hooks.missing():
+        say(text)
     began = time.monotonic()
 
     def watch() -> None:
@@ -132,7 +139,7 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
 
     with _StopOnSignal(run), progress("Training", "steps") as show:
         try:
-            outcome = Schedule(run, tracker, watch, say).train(stage, resume)
+            outcome = Schedule(run, tracker, watch, say, hooks.tell).train(stage, resume)
         except RunLockedError:
             raise  # ledger and tracking are the other driver's now
         except BaseException as error:
@@ -140,6 +147,9 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
             Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
             track_hours(run, tracker)
             tracker.fail(error)
+            if not isinstance(error, KeyboardInterrupt):
+                hooks.tell(failure_events(error), f"The run ended: {error}", error=type(error).__name__)
+            hooks.close(HOOKS_SECONDS)
             raise
     whole = outcome == "finished" and all(segment.finished for segment in run.segments())
     run.note_end(outcome)
@@ -154,6 +164,14 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
             f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
             f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
         )
+    if whole:
+        hooks.tell(("finished",), f"The run is finished, after {summary.used:.3f} {config.cluster.hours} in all")
+    if outcome == "budget spent":
+        spent = (
+            f"The budget of {config.budget_gpu_hours:g} {config.cluster.hours} is spent; the run can go on with more"
+        )
+        hooks.tell(("budget",), spent)
+    hooks.close(HOOKS_SECONDS)
     if page := page_of(tracker.ids):
         console.print(f"MLflow's page of the run: {page}", markup=False)
     if outcome == "budget spent":
@@ -175,6 +193,15 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         f"--uri {mask_secrets(config.tracking_uri)}"
     )
     return 0
+
+
+def failure_events(error: BaseException) -> tuple[HookEvent, ...]:
+    """What hooks may call the end of a run by an error, the most telling first."""
+    from domainshuttle.platform.driver.schedule_loop import DivergedError, WorkersFailedError
+
+    if isinstance(error, DivergedError):
+        return "diverged", "failed"
+    return ("hung", "failed") if isinstance(error, WorkersFailedError) and error.hung else ("failed",)
 
 
 def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:

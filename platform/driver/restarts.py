@@ -43,6 +43,8 @@ class Fault:
     """An error of a kind that is in the code or the settings, in its words; empty where it was something else."""
     of: Literal["work", "start", "room"] = "work"
     """What it ended: workers at their work, their start, or the wait for room."""
+    hung: bool = False
+    """Whether workers made no step for too long."""
 
 
 class FaultsInARow:
@@ -122,7 +124,7 @@ def _of_workers(failures: Mapping[int, BaseException], report: str, witness: Wit
     report += "".join(f"\n\nworker {rank}: {failure}" for rank, failure in failures.items())
     final = found[-1] if found else None
     if witness and (hang := witness.hang()) is not None:
-        return Fault(hang, report, final)
+        return Fault(hang, report, final, hung=True)
     rank, failure = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
     inner = _innermost(failure)
     if witness and _follows(failure) == _CONNECTION_LOST and (dead := witness.dead()):

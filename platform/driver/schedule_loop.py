@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
-from domainshuttle.platform.config.schema import ConfigError, differences
+from domainshuttle.platform.config.schema import ConfigError, HookEvent, differences
 from domainshuttle.platform.driver.culprit import Witness
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, after_failed_start, explain, is_fault
@@ -50,16 +50,27 @@ class DivergedError(UserFacingError, RuntimeError):
 
 
 class WorkersFailedError(UserFacingError, RuntimeError):
-    """The workers died too often between two checkpoints."""
+    """The workers died too often between two checkpoints. `hung`: at last since they hung."""
+
+    hung = False
 
 
 class Schedule:
     """What is left of a run's schedule, or of one stage.
 
-    `watch` is called about twice a second while workers train; `echo` shows a line, or a table, to people.
+    `watch` is called about twice a second while workers train; `echo` shows a line, or a table, to people; `tell` is
+    told of what the run's hooks may listen to (tracking/hooks.py).
     """
 
-    def __init__(self, run: Run, tracker: Tracker, watch: Callable[[], None], echo: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        tracker: Tracker,
+        watch: Callable[[], None],
+        echo: Callable[[Any], None],
+        tell: Callable[[Sequence[HookEvent], str], None] = lambda events, text: None,
+    ) -> None:
+        self._tell = tell
         self.run, self._tracker, self._watch, self._echo = run, tracker, watch, echo
         self._config, self._digest = run.config, run.config.digest()
         self._ledger, self._store = Ledger(run.ledger_path), CheckpointStore.of(run.config)
@@ -308,14 +319,17 @@ class Schedule:
         count = faults.add() if fault.counted else faults.count
         tail = f"Ray's report: {report}"
         if fault.counted and count > most:
-            raise WorkersFailedError(
+            failed = WorkersFailedError(
                 f"stage {segment.name}: {fault.what}. That was fault {count} in a row without a newer checkpoint, and "
                 f"cluster.max_failures is {most}. {tail}"
-            ) from error
+            )
+            failed.hung = fault.hung
+            raise failed from error
         counts = f" (fault {count} of at most {most} in a row without a newer checkpoint)" if fault.counted else ""
-        self._notices.add(
-            segment.name, FAILED, f"Stage {segment.name}: {fault.what}. The workers start again{counts}. {tail}"
-        )
+        text = f"Stage {segment.name}: {fault.what}. The workers start again{counts}. {tail}"
+        self._notices.add(segment.name, FAILED, text)
+        if fault.counted:
+            self._tell(("hung", "restarted") if fault.hung else ("restarted",), text)
 
     def _refuse_to_fail_alike(self, segment: Segment, fault: Fault, report: str, stepped: bool) -> None:
         """Raises WorkersFailedError for a mistake in code or settings that ended two starts before their first step."""

@@ -12,6 +12,7 @@ _SHOWN = {
     "samples/s": "speed/samples_per_s",
     "tokens/s/device": "speed/device_tokens_per_s",
     "mfu": "speed/mfu",
+    "rank_balance": "speed/rank_balance",
     "step_seconds": "speed/step_seconds",
     "data_wait_fraction": "speed/data_wait_fraction",
     "checkpoint_stall_seconds": "speed/checkpoint_stall_s",

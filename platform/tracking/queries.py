@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.mlflow import (
     PARENT_TAG,
     SEGMENT_TAG,
@@ -19,7 +20,6 @@ from domainshuttle.platform.tracking.mlflow import (
     connect,
     last_steps,
 )
-from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.outbox import absolute_uri, reachable, sqlite_file
 
 _MOST_NAMES = 20
@@ -85,7 +85,9 @@ def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
 def _record(run: Any, experiments: dict[str, str]) -> RunRecord:
     info, data = run.info, run.data
     # one that was logged by its older name too goes on with the newer
-    metrics = {known(key): value for key, value in sorted(data.metrics.items(), key=lambda one: known(one[0]) != one[0])}
+    metrics = {
+        known(key): value for key, value in sorted(data.metrics.items(), key=lambda one: known(one[0]) != one[0])
+    }
     return RunRecord(
         id=info.run_id,
         parent=data.tags.get(PARENT_TAG),

@@ -24,9 +24,13 @@ NAMES = {
 
 def test_each_metric_of_the_monitor_is_among_them() -> None:
     source = ast.parse(Path(monitor.__file__).read_text())
-    literals = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    literals = {
+        node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     assert literals & {"grad_norm", "step_seconds", "samples/s"} <= NAMES
-    assert {name for name in literals if re.fullmatch(r"[a-z_]+/[a-z_]+(/device)?", name)} <= NAMES | {"memory/peak_rank"}
+    assert {name for name in literals if re.fullmatch(r"[a-z_]+/[a-z_]+(/device)?", name)} <= NAMES | {
+        "memory/peak_rank"
+    }
 
 
 def test_the_loss_is_first_and_no_title_is_a_rest_of_a_unit() -> None:
