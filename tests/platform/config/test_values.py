@@ -73,7 +73,7 @@ cluster: {workers: [1, 2], resize_seconds: 5, cpus_per_worker: 1, gpus_per_worke
           encoding: {actors: 1, cpus: 1, gpus: 1}, dashboard_port: 8265}
 engine: {persistent_parameters: 5, ema: 0.9, activations: {mode: every, every: 2}}
 checkpoint: {every: 2, keep: 2, keep_every: 4, keep_best: 1, timeout: 60, max_failed: 2}
-tracking: {every: 1}
+tracking: {every: 1, hooks: [{command: [page], timeout: 5, retries: 2}]}
 generation: {steps: 4, guidance: 2, shift: 3, fps: 8}
 evaluation: {corpus: clips, candidates: 2, groups: 2}
 sampling: {every: 2, cases: 2, cpus: 1, gpus: 1, timeout: 60}
@@ -91,7 +91,7 @@ MAY_BE_ZERO = {
     "stages.0.text_dropout", "stages.0.flow.low", "stages.0.loss.cross_pair_weight", "loader.most_bad",
     "loader.read_ahead", "guard.most_rollbacks", "cluster.resize_seconds", "cluster.gpus_per_worker",
     "cluster.max_failures", "cluster.encoding.cpus", "cluster.encoding.gpus", "engine.persistent_parameters",
-    "checkpoint.keep_best", "sampling.gpus",
+    "checkpoint.keep_best", "sampling.gpus", "tracking.hooks.0.retries",
     "corpora.edits.pair.least_area", "corpora.edits.pair.least_clip", "corpora.edits.pair.least_detection",
     "corpora.edits.pair.least_dino", "corpora.edits.pair.least_mask", "corpora.edits.pair.least_quality",
     "corpora.edits.pair.most_area", "corpora.edits.pair.most_dino", "corpora.edits.pair.other_clips",

@@ -120,7 +120,7 @@ def test_one_that_hangs_is_ended_and_delays_nobody(tmp_path: Path) -> None:
     mark = tmp_path / "child"
     nested = f"import subprocess, time; subprocess.Popen(['sh', '-c', 'sleep 2; touch {mark}']); time.sleep(60)"
     slow = {"command": [sys.executable, "-c", nested], "timeout": 1, "retries": 0}
-    hooks, run = hooks_of(tmp_path, said, slow)
+    hooks, _ = hooks_of(tmp_path, said, slow)
     began = time.monotonic()
     hooks.tell(("restarted",), "x")
     assert time.monotonic() - began < 0.5
