@@ -80,12 +80,15 @@ class Hooks:
             lane.close(max(0.0, deadline - time.monotonic()))
         self._closing.set()
 
+    def _rest(self, seconds: float) -> None:
+        self._closing.wait(seconds)
+
     def _deliver(self, hook: HookSection, message: Mapping[str, Any]) -> None:
         """Tells one hook; whatever goes wrong is noted."""
         tries = Retrying(
             stop=stop_after_attempt(hook.retries + 1),
             wait=wait_exponential(multiplier=self._pause, max=60),
-            sleep=lambda seconds: self._closing.wait(seconds) and None,
+            sleep=self._rest,
             reraise=True,
         )
         error = ""
