@@ -94,7 +94,9 @@ def options_of(command: Any) -> set[str]:
     }
 
 
-FOREIGN = re.compile(r"(?:ray|mlflow|hf|zstd|lz4) (?:start|job|ui|-d|get-auth-token|server|download)\b.*")
+FOREIGN = re.compile(
+    r"(?:ray|mlflow|hf|zstd|lz4|kubectl|docker) (?:start|job|up|ui|-d|get-auth-token|server|download|apply|run)\b.*"
+)
 """Commands of others that a text names, with their options."""
 OF_OTHERS = "cluster/vm.py"
 """Where all options are those of `ray start` and `docker run`."""
