@@ -56,6 +56,20 @@ class IdentitySettings(Section):
     candidates: Annotated[Whole, Field(ge=2, le=100_000)] = Field(16, description="references of a group")
 
 
+class SensitivitySettings(Section):
+    """How metrics are tested: does each do what it says when a case is altered?"""
+
+    cases: Whole = Field(12, ge=0, le=10_000, description="how many cases; 0: no tests")
+    column: str = Field("", description="whose videos; none: the real clips, else those of the first model")
+    least_cases: Count = Field(5, description="below which a test is undecided")
+    level: Share = Field(0.05, description="of the one-sided sign test over cases, of `falls` and `ceiling`")
+    tolerance: Real = Field(0.02, ge=0, description="how far a mean may move that is to stay the `same`")
+    halves_within: Share = Field(0.15, description="how far from a half a mean may be that `halves`")
+    blur: Share = Field(0.02, description="radius of the Gaussian, as a share of the shorter side")
+    noise: Real = Field(25.0, gt=0, le=255, description="standard deviation, in levels of 255")
+    crf: Whole = Field(30, ge=0, le=51, description="of the second H.264 coding")
+
+
 class EvaluationConfig(Section):
     """An evaluation."""
 
@@ -70,6 +84,7 @@ class EvaluationConfig(Section):
     metrics: MetricsConfig = Field(description="name to its choices; {}: the defaults")
     identity: IdentitySettings | None = None
     statistics: StatisticsSettings = StatisticsSettings()
+    sensitivity: SensitivitySettings = SensitivitySettings()
     scoring: ActorPool | None = Field(None, description="Ray actors that measure; none: in this process")
     notes: list[Text] = Field(default_factory=list, description="what a reader of the report must know")
 

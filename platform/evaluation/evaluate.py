@@ -29,6 +29,8 @@ from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 
 CONFIG_NAME, COLUMNS_NAME, RESULTS_NAME, REPORT_NAME = "evaluation.yaml", "columns.json", "results.json", "report"
+TESTS_NAME = "sensitivity"
+"""The folder of the rows of altered cases."""
 
 
 def chosen_config(source: str | None, run: RunConfig | None, overrides: Sequence[str]) -> EvaluationConfig:
@@ -107,8 +109,10 @@ def measure(
     folder, store = VideoFolder(out / "videos"), ResultStore(out)
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
     count = score_missing(cases, clips, config.metrics, store, config.scoring, out, again)
+    results = Results(config, cases, columns, clips, config.metrics.build(), store, ResultStore(out / TESTS_NAME))
+    count += results.tests.measure(config.metrics, out, config.scoring)
     say(f"Measured {count} values; {len(store)} are in {out}")
-    return Results(config, cases, columns, clips, config.metrics.build(), store)
+    return results
 
 
 def read_results(out: Path) -> Results:
@@ -121,7 +125,9 @@ def read_results(out: Path) -> Results:
     cases, columns = read_case_file(out / CASES_NAME), read_columns(out)
     folder = VideoFolder(out / "videos")
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
-    return Results(config, cases, columns, clips, config.metrics.build(), ResultStore(out))
+    return Results(
+        config, cases, columns, clips, config.metrics.build(), ResultStore(out), ResultStore(out / TESTS_NAME)
+    )
 
 
 def publish(out: Path, results: Results, run: Run | None = None) -> None:

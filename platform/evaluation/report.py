@@ -42,6 +42,8 @@ def write_report(folder: Path, results: Results) -> Path:
         confidence=results.config.statistics.confidence,
         published=published_table([metric.label for metric in results.metrics]),
         verdicts=_verdicts(results),
+        tests=_tests(results),
+        tested=results.tests.column.name if results.tests.column else "",
         voids=[(column, metric, why) for (column, metric), why in results.voids.items()],
         latency=latency_rows(results),
         settings=_settings(results),
@@ -52,6 +54,16 @@ def write_report(folder: Path, results: Results) -> Path:
         cases=[_case(folder, results, case, columns) for case in results.cases],
         data=_data(results, columns),
     )
+
+
+def _tests(results: Results) -> list[dict[str, Any]]:
+    """The sensitivity tests, those that failed first."""
+    titles = {metric.label: metric.title for metric in results.metrics}
+    order = {"failed": 0, "undecided": 1, "passed": 2}
+    return [
+        {**one.__dict__, "title": titles[one.metric], "trial": one.trial.replace("_", " ")}
+        for one in sorted(results.sensitivity, key=lambda one: order[one.state])
+    ]
 
 
 _MOST_FAILURES = 500

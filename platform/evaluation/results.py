@@ -15,6 +15,7 @@ from domainshuttle.platform.evaluation.cases import SPLITS, EvaluationCase
 from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.metrics.metric import Metric, Score
 from domainshuttle.platform.evaluation.scoring import applies
+from domainshuttle.platform.evaluation.sensitivity import Sensitivity, Verdict
 from domainshuttle.platform.evaluation.statistics import Comparison, Estimate, Values, compare, estimates
 from domainshuttle.platform.evaluation.store import ResultStore
 from domainshuttle.platform.evaluation.videos import Clip, Column
@@ -54,11 +55,13 @@ class Results:
         clips: Sequence[Clip],
         metrics: Sequence[Metric[Any]],
         store: ResultStore,
+        altered: ResultStore,
     ) -> None:
         self.config, self.cases, self.columns, self.metrics = config, list(cases), list(columns), list(metrics)
         self.clips: dict[tuple[str, str], list[Clip]] = {}
         for clip in clips:
             self.clips.setdefault((clip.column, clip.case), []).append(clip)
+        self.tests = Sensitivity(config.sensitivity, cases, columns, clips, metrics, store, altered)
         self._cells: dict[tuple[str, str, str], Cell] = {}
         for metric in metrics:
             for case in cases:
@@ -143,6 +146,11 @@ class Results:
                     found[column.name, metric.label] = why
         return found
 
+    @cached_property
+    def sensitivity(self) -> list[Verdict]:
+        """What the tests say of the metrics."""
+        return self.tests.verdicts()
+
     def beside(self, column: str, metric: str) -> dict[str, float]:
         """The means of the numbers that stand beside a metric's value."""
         found: dict[str, list[float]] = {}
@@ -193,6 +201,7 @@ def summary(results: Results) -> dict[str, Any]:
                 for (stratum, left, right), by_metric in results.comparisons.items()
                 for metric, one in by_metric.items()
             ],
+            "sensitivity": [asdict(one) for one in results.sensitivity],
             "void": [{"column": c, "metric": m, "why": why} for (c, m), why in results.voids.items()],
             "failures": [
                 {"column": c, "metric": m, "case": case, "reason": reason}

@@ -238,6 +238,10 @@ class Metric(ABC, Generic[Config]):
     def needs(self) -> Needs:
         return Needs()
 
+    def edited_references(self, case: MetricCase) -> list[Pixels]:
+        """The edited references that it compares with, where it does and they are there; for the sensitivity tests."""
+        return []
+
     def check(self) -> None:
         """Raises UserFacingError before work starts, for a model's folder that is not whole for example."""
         self.weights()
