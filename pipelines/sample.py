@@ -3,7 +3,8 @@
 Both forms are members of a WebDataset shard: files that share a key and differ in their extension.
 
 * Raw: `key.json` (`SampleInfo`), `key.jpg|png|webp|mp4` (the target), `key.ref0.jpg` ... (the reference pictures), and
-  `key.source.mp4`, where a target was made of another clip of which references are still to be cut out.
+  `key.source.mp4`, where a target was made of another clip of which references are still to be cut out. Where it was
+  labelled also `key.labels.json`, of another shard, which then holds instead of `key.json`.
 * Encoded: `key.json` and `key.safetensors` with `target` [16, f, h, w], `reference.0` [16, h, w] ... and `text` [l, d]
   in bf16, and a `view.i` [16, h, w], an altered view of reference i, where it is the only picture of its subject.
 
@@ -29,6 +30,8 @@ ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")
 LATENT_CHANNELS = 16
+LABELS_MEMBER = "labels.json"
+"""The member that holds a labelled sample's description, beside the `json` that it was built with."""
 READ_AHEAD = 256 << 20
 """Bytes of batches that a rank holds ahead, by default."""
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
@@ -109,11 +112,27 @@ class Reference(_Model):
         return self
 
 
+LabelState = Literal["labelled", "refused", "bad_answer", "low_score", "unreadable"]
+
+
+class Label(_Model):
+    """Where a value of a sample comes from: `by` made the value that stands ('source': it is as it was built). `model`,
+    `prompt` (version and digest) and `answer` (its name in the store of answers) are of what was asked, and `state`
+    what came of it."""
+
+    by: Literal["endpoint", "transformers", "words", "source"]
+    state: LabelState
+    model: str = ""
+    prompt: str = ""
+    answer: str = ""
+
+
 class SampleInfo(_Model):
     """What `key.json` holds. `size` is the target's (height, width) in pixels, as it is looked at, and `frames` its
     length, at `fps`. All of it is said of the raw files, in an encoded sample too: its bucket and rate are told by its
     latents and the index. Subject ids are 0..n-1 in order, and each reference names one of them. `video` names the
-    video that a clip was cut out of, and `source_clip` the member that an edited target was made of."""
+    video that a clip was cut out of, and `source_clip` the member that an edited target was made of. `labels` says of
+    the caption, the subjects' words and their domains who labelled them; nothing where nobody did."""
 
     caption: str
     source: Annotated[str, Field(min_length=1)]
@@ -126,6 +145,7 @@ class SampleInfo(_Model):
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
     video: Annotated[str, Field(min_length=1)] | None = None
     source_clip: Annotated[str, Field(pattern=SOURCE_CLIP_PATTERN)] | None = None
+    labels: dict[Literal["caption", "words", "domains"], Label] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -146,7 +166,8 @@ class SampleInfo(_Model):
 
     def to_json(self) -> bytes:
         """The bytes of `key.json`: UTF-8, keys in a fixed order, the same bytes for equal contents."""
-        without = {name for name in ("video", "source_clip") if getattr(self, name) is None}  # most samples have none
+        # most samples have none, and those that were built before there were any keep their bytes
+        without = {name for name in ("video", "source_clip", "labels") if not getattr(self, name)}
         return json.dumps(self.model_dump(mode="json", exclude=without), ensure_ascii=False, sort_keys=True).encode()
 
     @classmethod
@@ -205,8 +226,14 @@ class RawSample:
     @classmethod
     def from_members(cls, key: str, members: Mapping[str, Buffer]) -> "RawSample":
         """The sample of a shard's members (extension -> bytes); the buffers are kept, not copied."""
-        info = SampleInfo.from_json(required_member(key, members, "json"), f"{key}.json")
-        return cls(key, info, {name: data for name, data in members.items() if name != "json"})
+        info = SampleInfo.from_json(description(key, members), f"{key}.json")
+        return cls(key, info, {name: data for name, data in members.items() if name not in ("json", LABELS_MEMBER)})
+
+
+def description(key: str, members: Mapping[str, Buffer]) -> Buffer:
+    """The bytes of the description that holds: that of the labels where there is one. Raises DataError."""
+    built = required_member(key, members, "json")
+    return members.get(LABELS_MEMBER, built)
 
 
 def required_member(key: str, members: Mapping[str, Buffer], extension: str) -> Buffer:

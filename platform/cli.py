@@ -169,6 +169,63 @@ def data_pair(
         pair_corpora(settings, corpus, most_bad)
 
 
+@data.command("label")
+def data_label(
+    corpus: Annotated[
+        str, typer.Argument(metavar="CORPUS|CONFIG", help="The folder or URI of a raw corpus, or a configuration.")
+    ],
+    set_: Set = None,
+    only: Corpus = None,
+    ask_again: Annotated[
+        bool, typer.Option("--ask-again", help="Ask a model again where it refused or gave no proper answer.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Of a corpus: a running Ray cluster; without it, one is started here.")
+    ] = None,
+) -> None:
+    """Label raw corpora: captions, subjects' words, and each subject's domain in the target. Goes on after a stop.
+
+    By default what is **missing** is labelled: captions that are empty or edit commands, subjects without a word,
+    domains that no source gave. Labels lie beside the shards, in `labels/`, so that no clip is copied; encoding
+    and training read them. When a corpus grows, only what is new is labelled.
+
+    Who labels is said by `labels` in the configuration (docs/datasets.md), or on the command line:
+
+    Word lists, which need no model and write no captions: **domainshuttle data label data/uno/raw**
+
+    An OpenAI-compatible endpoint, such as `vllm serve Qwen/Qwen3-VL-8B-Instruct`:
+    **domainshuttle data label data/uno/raw --set labels.labeller=endpoint
+    --set labels.endpoint.url=http://gpu-node:8000/v1 --set labels.endpoint.model=Qwen/Qwen3-VL-8B-Instruct**
+
+    A model of transformers on the cluster's own GPUs: **domainshuttle data label data/uno/raw
+    --set labels.labeller=transformers --set labels.model=models/Qwen3-VL-8B-Instruct --set labels.actors.gpus=1**
+
+    What a model refuses, or answers badly or with little certainty, word lists label; each such sample is counted
+    and listed with its reason in `labels/failed.jsonl`. All answers are kept, so that nothing is asked or paid twice.
+    """
+    from domainshuttle.pipelines.storage.uri import is_remote, parent
+
+    if is_remote(corpus) or Path(corpus).is_dir() or corpus.endswith(".parquet"):
+        from domainshuttle.platform.config.loading import load_labels
+
+        if only:
+            from domainshuttle.platform.config.schema import ConfigError
+
+            raise ConfigError("--corpus chooses among those of a configuration: leave it out beside a corpus's folder")
+        labels = load_labels(set_)
+        from domainshuttle.platform.commands.labels import folder_job, label_corpora
+
+        with _ray(address):
+            label_corpora([folder_job(parent(corpus) if corpus.endswith(".parquet") else corpus)], labels, ask_again)
+        return
+    settings = _load_corpora(corpus, set_)
+    from domainshuttle.platform.commands.data import label_configured
+    from domainshuttle.platform.driver.ray_cluster import connected
+
+    with connected(settings, cpus=1):
+        label_configured(settings, only, ask_again)
+
+
 @data.command("encode")
 def data_encode(
     config: Config,

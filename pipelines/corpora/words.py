@@ -3,6 +3,7 @@
 A sample whose domains come from here has the score `domains_from_words` = 1, so that it can be found and labelled.
 """
 
+import hashlib
 import re
 
 from domainshuttle.model.domains import DOMAINS
@@ -37,6 +38,25 @@ _BACKGROUNDS = _words(
     studio landscape scene scenery snow sunset sunrise waterfall valley hill hills countryside village"""
 )
 _BREAK = re.compile(r"\b(?:with|in|on|of|at|by|from|who|that|which|wearing|holding|sitting|standing|and)\b|[,.;:(]")
+
+
+WORDS_DIGEST = hashlib.blake2b(
+    " ".join(sorted([*_PEOPLE, "|", *_FANTASY, "|", *_BACKGROUNDS])).encode(), digest_size=4
+).hexdigest()
+"""Of the lists."""
+_UNNAMED = re.compile(r"(?:subject(?: \d+)?|scene|)")
+
+
+def is_unnamed(word: str) -> bool:
+    """Whether a word only stands for one: what builders write where a source has no words."""
+    return bool(_UNNAMED.fullmatch(word.strip().lower()))
+
+
+def known_words(text: str) -> list[str]:
+    """The people and imaginary beings that a text names, by the lists, each once and in its order."""
+    words = re.findall(r"[\w'-]+", text.lower())
+    known = _PEOPLE | _FANTASY
+    return [*dict.fromkeys(word for word in words if word in known or word.removesuffix("s") in known)]
 
 
 def head_noun(phrase: str) -> str:

@@ -32,7 +32,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError
 from domainshuttle.pipelines.index.parts import REPORT_NAME, Parts
-from domainshuttle.pipelines.index.samples import read_raw_sample
+from domainshuttle.pipelines.index.samples import read_info, read_raw_sample
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow
 from domainshuttle.pipelines.quarantine import (
@@ -233,12 +233,18 @@ class _Job:
 
     def write(self, part: int, passed: "Passing") -> int:
         infos = {}
-        traces = [(number, bad.key, trace) for number, bad, trace in passed.out]
+        traces = []
         with ShardWriter(self.parts.folder, self.parts.prefix(part), self.shard_bytes) as writer:
             for number, work in passed.works:
-                writer.write(work.row.key, work.finished().members())
+                try:
+                    members = work.finished().members()
+                except DataError as error:
+                    passed.leave_out(number, work.row, fault_reason(error), work.trace)
+                    continue
+                writer.write(work.row.key, members)
                 infos[work.row.key] = work.info, work.row.bucket
                 traces.append((number, work.row.key, work.trace))
+        traces += [(number, bad.key, trace) for number, bad, trace in passed.out]
         lines = [json.dumps({"key": key, **trace}) + "\n" for _, key, trace in sorted(traces, key=_place) if trace]
         write_bytes(self.parts.beside(part, TRACE_NAME), "".join(lines).encode())
         self.parts.note(part, passed.notes)
@@ -302,7 +308,7 @@ class _StepActor:
         assert self.index is not None
         for number, row in enumerate(self.job.rows(self.index, part)):
             try:
-                passing.works.append((number, Work(row, read_raw_sample(row).info)))
+                passing.works.append((number, Work(row, read_info(row))))
             except DataError as error:
                 passing.leave_out(number, row, fault_reason(error), {})
         return passing

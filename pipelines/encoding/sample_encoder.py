@@ -29,7 +29,7 @@ from domainshuttle.pipelines.media.decode import Pixels, fit_reference
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.plan.pairing import single_pictures
 from domainshuttle.pipelines.quarantine import of_sample
-from domainshuttle.pipelines.sample import RawSample
+from domainshuttle.pipelines.sample import LABELS_MEMBER, RawSample
 from domainshuttle.pipelines.shards.tensors import EncodedSample
 
 
@@ -170,7 +170,7 @@ def _pixels_digest(row: IndexRow, sample: RawSample, digests: Mapping[str, bytes
     references = [(one.file, one.subject, one.size) for one in info.references]
     claims = [row.sample_id, info.kind, info.fps, info.frames, info.size, references]
     digest = hashlib.blake2b(json.dumps(claims).encode(), digest_size=16)
-    for name in sorted(set(digests) - {"json"}):
+    for name in sorted(set(digests) - {"json", LABELS_MEMBER}):
         digest.update(digests[name])
     return digest.digest()
 

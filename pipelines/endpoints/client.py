@@ -126,7 +126,7 @@ class ChatClient:
                 content = self._guarded(question, key, number) if kept is None else kept
             with self._lock:
                 self._asking.pop(key, None)
-            answer = _judged(question, key, content, cached)
+            answer = judged(question, key, content, cached)
             if answer.state != "bad_answer":
                 return answer
         assert answer is not None
@@ -172,7 +172,9 @@ class ChatClient:
                 ) from None
             usage = content.get("usage") or {}
             cost = self.config.cost(usage.get("prompt_tokens", tokens_in), usage.get("completion_tokens", 0))
-            self.answers.keep(key, {"prompt": question.prompt, "model": self.config.model, **content}, cost)
+            state = judged(question, key, content).state
+            said = {"prompt": question.prompt, "model": self.config.model, "state": state}
+            self.answers.keep(key, {**said, **content}, cost)
             return content
         finally:
             self.limits.settle(most, cost)
@@ -294,8 +296,8 @@ class ChatClient:
         return json.dumps(body).encode()
 
 
-def _judged(question: Question, key: str, content: dict[str, Any], cached: bool) -> Answer:
-    """The state of what was answered: a function of what is kept."""
+def judged(question: Question, key: str, content: dict[str, Any], cached: bool = False) -> Answer:
+    """The state of what was answered: a function of what is kept (`text`, `refusal`, `finish`, `fault`)."""
     raw = content.get("text", "")
     if content.get("refusal") or content.get("finish") == "content_filter":
         return Answer("refused", key, raw, reason=content.get("refusal") or "content filter", cached=cached)

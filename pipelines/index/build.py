@@ -177,6 +177,8 @@ def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = 
         raise DataError(
             f"indexes {[redacted(path) for path in indexes]}: expected some of the folder {redacted(folder)}"
         )
+    if labelled := [redacted(path) for path, index in zip(indexes, loaded, strict=True) if index.parts[0].labels]:
+        raise DataError(f"{labelled[0]} has labels, which are put in after indexes are joined: index the shards again")
     first = loaded[0].parts[0]
     for path, index in zip(indexes, loaded, strict=True):
         if index.parts[0].identity() != first.identity():

@@ -15,10 +15,12 @@ from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, 
 from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, SampleFault
 from domainshuttle.pipelines.shards.companions import companion, is_index_name
-from domainshuttle.pipelines.shards.tar import check_shard_name
+from domainshuttle.pipelines.shards.tar import LABELS_FOLDER, check_shard_name
 from domainshuttle.pipelines.storage.files import exists, list_dated, read_bytes, write_bytes
 from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, parent, redacted
 
+BUILT_INDEX_NAME = f"{LABELS_FOLDER}/built.parquet"
+"""In a raw corpus's folder that was labelled: its index as it was without labels."""
 PARTS_FOLDER = ".index"
 """The folder, in a corpus's, of what was read of each shard."""
 SKIPPED_NAME = "skipped.jsonl"
@@ -64,8 +66,11 @@ def list_folder(folder: Location, pattern: str = "*") -> CorpusFolder:
     tables: list[str] = []
     entries = sorted(_stored(folder) if is_remote(folder) else _local(local_path(folder)))
     stems = {name.removesuffix(".tar") for name, *_ in entries if "/" not in name}
+    labelled = any(name == BUILT_INDEX_NAME for name, *_ in entries)  # by us
     for name, size, changed, oddity in entries:
         base = PurePosixPath(name).name
+        if labelled and name.startswith(f"{LABELS_FOLDER}/"):
+            continue
         if label := companion(name):
             found.companions[label] += 1
         elif "/" not in name and _is_ours(name):

@@ -6,8 +6,8 @@ import numpy as np
 
 from domainshuttle.pipelines.index.table import SCHEMA, IndexRow
 from domainshuttle.pipelines.quarantine import SampleFault
-from domainshuttle.pipelines.sample import RawSample, SampleInfo
-from domainshuttle.pipelines.shards.tar import ShardEntry, combined_checksum, member_digest, read_members
+from domainshuttle.pipelines.sample import LABELS_MEMBER, RawSample, SampleInfo, description
+from domainshuttle.pipelines.shards.tar import ShardEntry, checksum_of, member_digest, read_members
 
 
 def read_raw_sample(row: IndexRow) -> RawSample:
@@ -18,6 +18,15 @@ def read_raw_sample(row: IndexRow) -> RawSample:
     return sample
 
 
+def read_info(row: IndexRow) -> SampleInfo:
+    """What a raw sample of a row says of itself, without its pictures and clips. Raises as `read_raw_sample` does."""
+    wanted = [member for member in row.members if member.extension in ("json", LABELS_MEMBER)]
+    members = read_members(row.folder, row.shard, wanted)
+    info = SampleInfo.from_json(description(row.key, members), f"{row.key}.json")
+    compare_with_index(row, info)
+    return info
+
+
 def read_verified_sample(row: IndexRow) -> tuple[RawSample, dict[str, bytes]]:
     """`read_raw_sample`, and the digest of each member by its extension. Also raises SampleFault where its bytes are
     not those that were indexed."""
@@ -25,7 +34,7 @@ def read_verified_sample(row: IndexRow) -> tuple[RawSample, dict[str, bytes]]:
     sample = RawSample.from_members(row.key, members)
     compare_with_index(row, sample.info)
     digests = {name: member_digest(name, len(data), [data]) for name, data in members.items()}
-    if combined_checksum(digests.values()) != row.checksum:
+    if checksum_of(digests) != row.checksum:
         raise SampleFault(
             "checksum differs", f"{row.key}: its bytes are not those that were indexed; index the shards again"
         )

@@ -137,7 +137,8 @@ class IndexRow:
 class IndexMetadata(BaseModel):
     """What an index file says of itself. `encoders` identifies what made an encoded corpus (names, hashes of weights,
     transform), so that a cache is never mixed with another's; `fps` is the rate at which clips are sampled (None: each
-    at its own), by which their buckets were chosen; `digest` is set by `write_index`."""
+    at its own), by which their buckets were chosen; `labels` names the settings of the labels that its rows have (none:
+    ''); `digest` is set by `write_index`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -146,6 +147,7 @@ class IndexMetadata(BaseModel):
     stage: Literal["raw", "encoded"]
     encoders: dict[str, Any] = Field(default_factory=dict)
     fps: float | None = Field(None, gt=0)
+    labels: str = ""
     digest: str = ""
 
     def identity(self) -> list[Any]:
@@ -201,7 +203,8 @@ def write_index(place: Location, rows: Iterable[IndexRow] | pa.Table, metadata: 
             raise DataError(f"index {path}: no rows; expected at least one sample, or write no index")
         check_unique(np.concatenate(ids), f"index {path}")
         metadata = metadata.model_copy(update={"digest": digest, "format_version": FORMAT_VERSION})
-        writer.add_key_value_metadata({METADATA_KEY: metadata.model_dump_json().encode()})
+        without = None if metadata.labels else {"labels"}  # so that versions before labels read the others
+        writer.add_key_value_metadata({METADATA_KEY: metadata.model_dump_json(exclude=without).encode()})
     return metadata
 
 
@@ -226,7 +229,7 @@ def rows_table(rows: Sequence[IndexRow]) -> pa.Table:
     for column in SCHEMA:
         values: list[Any] = [getattr(row, column.name) for row in rows]
         if column.name == "members":
-            values = [[{"name": m.extension, "offset": m.offset, "size": m.size} for m in row] for row in values]
+            values = [[{"name": m.name, "offset": m.offset, "size": m.size} for m in row] for row in values]
         elif column.name == "scores":
             values = [sorted(scores.items()) for scores in values]
         if pa.types.is_dictionary(column.type):
@@ -456,7 +459,7 @@ def with_place(table: pa.Table, corpus: str, folder: str) -> pa.Table:
 
 def _python_value(name: str, value: Any) -> Any:
     if name == "members":
-        return tuple(Member(m["name"], m["offset"], m["size"]) for m in value)
+        return tuple(Member.of(m["name"], m["offset"], m["size"]) for m in value)
     if name == "scores":
         return dict(value)
     return tuple(value) if isinstance(value, list) else value

@@ -24,9 +24,9 @@ from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, In
 from domainshuttle.pipelines.media.claims import reference_pixels, target_pixels
 from domainshuttle.pipelines.quarantine import BadSample, SampleFault, fault_kind, fault_reason
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
-from domainshuttle.pipelines.sample import Buffer, RawSample
+from domainshuttle.pipelines.sample import LABELS_MEMBER, Buffer, RawSample
 from domainshuttle.pipelines.shards.checks import check_files, check_finite, check_tensors, read_description
-from domainshuttle.pipelines.shards.tar import ShardCache, check_shard_name, sample_checksum
+from domainshuttle.pipelines.shards.tar import Member, ShardCache, check_shard_name, sample_checksum, shard_of
 from domainshuttle.pipelines.storage.files import exists, read_ranges, size, writing
 from domainshuttle.pipelines.storage.uri import Location, absolute, is_remote, join, parent, redacted
 
@@ -161,7 +161,9 @@ def _contents(rows: Sequence[IndexRow], folder: Location, held: int) -> Iterator
     if is_remote(folder):
         yield from _stored(rows, join(folder, check_shard_name(rows[0].shard)), held)
         return
-    cache = ShardCache(max_open=1)  # not the process's: a shard of this name may have been another before
+    cache = ShardCache(
+        max_open=2
+    )  # with the labels'; not the process's: a shard of this name may have been another before
     for row in rows:
         try:
             yield row, cache.read(folder, row.shard, row.members)
@@ -177,26 +179,37 @@ def _stored(rows: Sequence[IndexRow], place: Location, held: int) -> Iterator[tu
         groups.append(total // _MOST_BYTES)
     for _, pairs in groupby(zip(rows, groups, strict=True), key=itemgetter(1)):
         group = [row for row, _ in pairs]
-        ranges = [(one.offset, one.size) for row in group if _within(row, held) for one in row.members]
+        fitting = [row for row in group if _within(row, held)]
         try:
-            found = iter(read_ranges(place, ranges))
+            found = _read_group(fitting, parent(place))
         except DataError as error:  # it was replaced or removed meanwhile
             yield from ((row, SampleFault("outside shard", str(error))) for row in group)
             continue
         for row in group:
             if _within(row, held):
-                yield row, {member.extension: next(found) for member in row.members}
+                yield row, {member.extension: found[shard_of(row.shard, member), member] for member in row.members}
             else:
                 yield row, SampleFault("outside shard", f"{redacted(place)}: a member is not within its {held} bytes")
 
 
+def _read_group(rows: Sequence[IndexRow], folder: Location) -> dict[tuple[str, Member], memoryview]:
+    """The bytes of all members of some samples, by the shard and the place in it."""
+    wanted = [(shard_of(row.shard, member), member) for row in rows for member in row.members]
+    found: dict[tuple[str, Member], memoryview] = {}
+    for shard in dict.fromkeys(name for name, _ in wanted):
+        own = [one for one in wanted if one[0] == shard]
+        read = read_ranges(join(folder, shard), [(member.offset, member.size) for _, member in own])
+        found.update(zip(own, read, strict=True))
+    return found
+
+
 def _within(row: IndexRow, held: int) -> bool:
-    return all(0 <= one.offset <= one.offset + one.size <= held for one in row.members)
+    return all(0 <= one.offset <= one.offset + one.size <= held for one in row.members if not one.shard)
 
 
 def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None, decode: bool) -> None:
-    info = read_description(row.key, members, members.get("json", b""))
-    check_files(row.key, info, members)
+    info = read_description(row.key, members, members.get(LABELS_MEMBER, members.get("json", b"")))
+    check_files(row.key, info, members.keys() - {LABELS_MEMBER})
     compare_with_index(row, info)
     bucket = parse_bucket(row.bucket)
     try:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.sample import KEY_PATTERN, Buffer, check_extension, check_key
+from domainshuttle.pipelines.sample import KEY_PATTERN, LABELS_MEMBER, Buffer, check_extension, check_key
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import read_ranges
 from domainshuttle.pipelines.storage.uri import is_remote, join
@@ -33,13 +33,30 @@ MAX_MEMBER_BYTES = 8**11 - 1  # what the plain (ustar) header can hold
 _BUFFER = 1 << 20  # of a shard that is written
 
 
+LABELS_FOLDER = "labels"
+"""The folder, in a raw corpus's, of the shards that hold what was labelled of its samples."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a sample: its extension ('ref0.jpg'), and where its `size` bytes begin in the shard."""
+    """One file of a sample: its extension ('ref0.jpg'), and where its `size` bytes begin in the sample's shard, or in
+    another one of the corpus's folder (`shard`, 'labels/name.tar'), where labels lie apart from what they are of."""
 
     extension: str
     offset: int
     size: int
+    shard: str = ""
+
+    @property
+    def name(self) -> str:
+        """What an index calls it: 'ref0.jpg', or 'labels.json@labels/name.tar'."""
+        return f"{self.extension}@{self.shard}" if self.shard else self.extension
+
+    @classmethod
+    def of(cls, name: str, offset: int, size: int) -> "Member":
+        """The member that an index calls so."""
+        extension, _, shard = name.partition("@")
+        return cls(extension, offset, size, shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +71,18 @@ class ShardEntry:
 
 def sample_checksum(members: Mapping[str, Buffer]) -> int:
     """An unsigned 64-bit checksum of a sample's members, whatever their order: of extensions, sizes and bytes."""
-    digests = (member_digest(name, len(data), [data]) for name, data in members.items())
-    return combined_checksum(digests)
+    return checksum_of({name: member_digest(name, len(data), [data]) for name, data in members.items()})
+
+
+def checksum_of(digests: Mapping[str, bytes]) -> int:
+    """A sample's checksum of its members' digests. Labels come on top of what the sample had without them."""
+    built = combined_checksum(digest for name, digest in digests.items() if name != LABELS_MEMBER)
+    return labelled_checksum(built, digests[LABELS_MEMBER]) if LABELS_MEMBER in digests else built
+
+
+def labelled_checksum(built: int, labels: bytes) -> int:
+    """The checksum of a sample that had `built`, with labels of this digest: its other files need not be read."""
+    return combined_checksum([built.to_bytes(8, "little"), labels])
 
 
 def member_digest(extension: str, size: int, pieces: Iterable[Buffer]) -> bytes:
@@ -67,7 +94,7 @@ def member_digest(extension: str, size: int, pieces: Iterable[Buffer]) -> bytes:
 
 
 def combined_checksum(digests: Iterable[bytes]) -> int:
-    """The sample's checksum of its members' digests."""
+    """A checksum of digests, whatever their order."""
     return int.from_bytes(hashlib.blake2b(b"".join(sorted(digests)), digest_size=8).digest(), "little")
 
 
@@ -79,6 +106,18 @@ def check_shard_name(name: str) -> str:
             f"shard name {name[:120]!r}: expected letters, digits, _ and - and then '.tar', without a folder"
         )
     return name
+
+
+def shard_of(shard: str, member: Member) -> str:
+    """The name, in a corpus's folder, of the shard in which a member of a sample of `shard` lies. Raises DataError for
+    one that leads elsewhere."""
+    if not member.shard:
+        return check_shard_name(shard)
+    folder, _, name = member.shard.rpartition("/")
+    if folder != LABELS_FOLDER:
+        raise DataError(f"shard name {member.shard[:120]!r}: expected one in {LABELS_FOLDER}/; index the shards again")
+    check_shard_name(name)
+    return member.shard
 
 
 class ShardWriter:
@@ -199,13 +238,15 @@ class ShardCache:
 
     def read(self, folder: str | Path, shard: str, members: Iterable[Member]) -> dict[str, memoryview]:
         """The members' bytes as views, extension -> view; raises DataError where the shard is missing or too short."""
-        whole = self._map(os.path.join(folder, check_shard_name(shard)))  # noqa: PTH118 - a Path costs more than the read
+        own = self._map(os.path.join(folder, check_shard_name(shard)))  # noqa: PTH118 - a Path costs more than the read
         views = {}
         for member in members:
+            whole = self._map(os.path.join(folder, shard_of(shard, member))) if member.shard else own  # noqa: PTH118
             if member.offset < 0 or member.size < 0 or member.offset + member.size > len(whole):
                 raise DataError(
-                    f"{folder}/{shard}: member {member.extension!r} at byte {member.offset} with {member.size} bytes "
-                    f"is not within the file's {len(whole)}: the shard was cut short or replaced; copy it again"
+                    f"{folder}/{member.shard or shard}: member {member.extension!r} at byte {member.offset} with "
+                    f"{member.size} bytes is not within the file's {len(whole)}: the shard was cut short or replaced; "
+                    "copy it again"
                 )
             views[member.extension] = whole[member.offset : member.offset + member.size]
         return views
@@ -240,10 +281,13 @@ def read_members(folder: str | Path, shard: str, members: Iterable[Member]) -> d
     StorageError where a store fails.
     """
     if is_remote(folder):
-        wanted = list(members)
-        ranges = [(member.offset, member.size) for member in wanted]
-        found = read_ranges(join(folder, check_shard_name(shard)), ranges)
-        return {member.extension: data for member, data in zip(wanted, found, strict=True)}
+        wanted, found = list(members), {}
+        for name in dict.fromkeys(shard_of(shard, member) for member in wanted):
+            own = [member for member in wanted if shard_of(shard, member) == name]
+            ranges = [(member.offset, member.size) for member in own]
+            for member, data in zip(own, read_ranges(join(folder, name), ranges), strict=True):
+                found[member.extension] = data
+        return found
     return _open_shards.read(folder, shard, members)
 
 

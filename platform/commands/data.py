@@ -13,12 +13,14 @@ from domainshuttle.pipelines.corpora.builder import REPORT_NAME, build_corpus
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import read_skipped
-from domainshuttle.pipelines.index.parts import INDEX_NAME, WORK_NAME
+from domainshuttle.pipelines.index.labels import lost_labels
+from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.pipelines.storage.files import exists, list_dated
-from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, redacted, require_local
+from domainshuttle.pipelines.storage.uri import Location, join, redacted, require_local
 from domainshuttle.platform.commands.contact_sheet import draw_sheet
+from domainshuttle.platform.commands.corpus_lock import being_made
 from domainshuttle.platform.commands.data_index import (
     index_location,
     print_alterations,
@@ -27,9 +29,9 @@ from domainshuttle.platform.commands.data_index import (
     print_skipped,
     print_summary,
 )
+from domainshuttle.platform.commands.labels import LabelJob, label_corpora, print_kept_labels
 from domainshuttle.platform.config.schema import ConfigError, CorporaConfig, RunConfig
 from domainshuttle.platform.console import console, progress
-from domainshuttle.platform.run.lock import RunLock, holder_named
 
 
 def build_corpora(
@@ -58,10 +60,11 @@ def build_corpora(
             )
         report_corpus("Built", name, folder, built.metadata.digest, built.bad, began)
         _print_left_out(built.report, folder)
+        print_kept_labels(folder)
     if any(config.corpora[name].pair for name in chosen_corpora(config, only)):
-        console.print("Next: domainshuttle data pair (the same configuration)")
+        console.print("Next: domainshuttle data label, or data pair (the same configuration)")
     else:
-        console.print("Next: domainshuttle data encode (the same configuration)")
+        console.print("Next: domainshuttle data label, or data encode (the same configuration)")
 
 
 def encode_corpora(
@@ -87,6 +90,11 @@ def encode_corpora(
             if config.corpora[name].pair:
                 raise DataError(f"corpus {name!r} is not paired: {missing} domainshuttle data pair CONFIG")
             raise DataError(f"corpus {name!r} is not built: {missing} domainshuttle data build CONFIG")
+        if lost_labels(job.raw.folder):
+            raise DataError(
+                f"corpus {name!r}: {redacted(job.raw.folder)} was made again and its index lacks the labels that the "
+                "corpus has. Run: domainshuttle data label CONFIG (what is labelled is not labelled again)"
+            )
         jobs.append(job)
     began = time.monotonic()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -95,8 +103,7 @@ def encode_corpora(
     console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs{more}")
     with contextlib.ExitStack() as stack:
         for job in jobs:
-            if not is_remote(job.encoded.folder):  # in a store nobody can hold a lock: docs/corpus.md
-                stack.enter_context(being_made(local_path(job.encoded.folder)))
+            stack.enter_context(being_made(job.encoded.folder))
         show = stack.enter_context(progress("Encoding", "samples"))
         results = encode(
             jobs, config.encoders.sources(), show, pool, overwrite=overwrite, most_bad=most_bad, grows=grows
@@ -116,13 +123,19 @@ def encode_corpora(
     console.print("Next: domainshuttle train (the same configuration)")
 
 
-def being_made(folder: Path) -> RunLock:
-    """A lock on a corpus, so that two commands do not take each other's parts away."""
-
-    def held(_: Path, holder: dict[str, Any]) -> str:
-        return f"{folder} is being made by {holder_named(holder)}: wait until it has ended, or stop it"
-
-    return RunLock(folder / WORK_NAME, console.print, held)
+def label_configured(config: RunConfig | CorporaConfig, only: list[str] | None = None, ask_again: bool = False) -> None:
+    """Labels the raw corpora of a configuration on the connected Ray cluster: as they were built and, where they are
+    paired, the pairs too, whose subjects are new."""
+    jobs = []
+    for name in chosen_corpora(config, only):
+        built, raw = config.built(name).folder, config.corpus(name, "raw")
+        paired, next_one = built != raw.folder, "encode"
+        if paired:
+            next_one = "encode" if exists(raw.index) else "pair"
+        jobs.append(LabelJob(name, built, f"domainshuttle data {next_one} (the same configuration)"))
+        if paired and exists(raw.index):
+            jobs.append(LabelJob(f"{name}, paired", raw.folder, "domainshuttle data encode (the same configuration)"))
+    label_corpora(jobs, config.labels, ask_again)
 
 
 def inspect_corpus(

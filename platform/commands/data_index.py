@@ -23,6 +23,7 @@ from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, fault_kind
 from domainshuttle.pipelines.shards.scan import shown as printable
 from domainshuttle.pipelines.storage.files import exists, read_bytes
 from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, redacted
+from domainshuttle.platform.commands.labels import print_kept_labels
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
 
@@ -99,6 +100,8 @@ def index_shards(
     refused = made.shards - made.scanned - made.unchanged
     more = f", {refused} refused for {'its name' if refused == 1 else 'their names'}" if refused else ""
     _report(made, f"{made.shards} shards: {read}, {made.unchanged} unchanged{more}")
+    if name == INDEX_NAME:
+        print_kept_labels(folder)
 
 
 def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name: str) -> None:
@@ -107,6 +110,8 @@ def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name
     named = [one if "/" in one else join(folder, one) for one in indexes]
     made = merge_indexes(named, join(folder, _require_name(name)), most_bad)
     _report(made, f"{made.shards} shards of {len(indexes)} indexes")
+    if name == INDEX_NAME:
+        print_kept_labels(folder)
 
 
 def _report(made: Indexed, shards: str) -> None:

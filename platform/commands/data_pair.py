@@ -14,7 +14,8 @@ from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.pipelines.storage.files import exists
 from domainshuttle.pipelines.storage.uri import absolute, local_path, parent, redacted, require_local
-from domainshuttle.platform.commands.data import being_made, chosen_corpora, report_corpus
+from domainshuttle.platform.commands.corpus_lock import being_made
+from domainshuttle.platform.commands.data import chosen_corpora, report_corpus
 from domainshuttle.platform.commands.data_index import index_location, print_counts
 from domainshuttle.platform.config.schema import PAIRED, ConfigError, CorporaConfig, RunConfig
 from domainshuttle.platform.console import console, progress

@@ -16,10 +16,19 @@ from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
 from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.pipelines.curation.label_config import LabelConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
-from domainshuttle.platform.config.schema import HORIZON, ConfigError, CorporaConfig, PairOptions, RunConfig, nearest
+from domainshuttle.platform.config.schema import (
+    HORIZON,
+    ConfigError,
+    CorporaConfig,
+    LabelOptions,
+    PairOptions,
+    RunConfig,
+    nearest,
+)
 from domainshuttle.platform.config.yaml_text import YamlError, read_value, read_yaml
 
 _Config = TypeVar("_Config", bound=BaseModel)
@@ -74,6 +83,17 @@ def load_pair(overrides: list[str] | None) -> PairConfig:
     for override in overrides or []:
         _override(content, override)
     return _validated(PairOptions, content, "--set", "does not say how to pair").pair
+
+
+def load_labels(overrides: list[str] | None) -> LabelConfig:
+    """How a corpus is labelled that is named by its folder, of overrides such as `labels.labeller=words` alone.
+
+    Raises ConfigError with every fault found.
+    """
+    content: dict[str, Any] = {"labels": {}}
+    for override in overrides or []:
+        _override(content, override)
+    return _validated(LabelOptions, content, "--set", "does not say how to label").labels
 
 
 def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict[str, Any], str]:

@@ -21,6 +21,7 @@ from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
+from domainshuttle.pipelines.curation.label_config import LabelConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN
@@ -602,6 +603,7 @@ class CorporaConfig(Section):
     data: Text = Field(description="folder of the corpora")
     encoders: EncodersSection = EncodersSection()
     corpora: dict[CorpusName, CorpusSection] = Field(min_length=1)
+    labels: LabelConfig | None = Field(None, description="how `data label` labels raw corpora; none: by word lists")
     cluster: ClusterSection = ClusterSection()
 
     def corpus(self, name: str, form: Literal["raw", "encoded"]) -> "CorpusSpec":
@@ -619,6 +621,12 @@ class PairOptions(Section):
     pair: PairConfig
 
 
+class LabelOptions(Section):
+    """What `--set` says of the labels of a corpus that is named by its folder."""
+
+    labels: LabelConfig
+
+
 class RunConfig(Section):
     """A complete run."""
 
@@ -629,6 +637,7 @@ class RunConfig(Section):
     model: ModelSection
     encoders: EncodersSection = EncodersSection()
     corpora: dict[CorpusName, CorpusSection] = Field(min_length=1)
+    labels: LabelConfig | None = Field(None, description="how `data label` labels raw corpora; none: by word lists")
     experts: list[ExpertSection] = Field(
         default_factory=list, description="two for Wan2.2: each is trained in each stage, as a segment of its own"
     )
