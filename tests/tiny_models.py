@@ -133,3 +133,49 @@ def save_models(folder: Path) -> dict[str, str]:
     """A folder of each; by the names of the configuration's `models`."""
     made = {"detector": save_detector, "segmenter": save_segmenter, "dino": save_dino, "clip": save_clip}
     return {name: str(save(folder / name)) for name, save in made.items()}
+
+
+def save_labeller(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA, whose tokens are bytes: it says what its random weights say."""
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    vocabulary = {token: number for number, token in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), Decoder()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = fast.convert_tokens_to_ids("<image>")
+    torch.manual_seed(seed)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**small, image_size=28, patch_size=14, projection_dim=16),
+        text_config=LlamaConfig(
+            **small, vocab_size=len(fast), max_position_embeddings=4096, eos_token_id=fast.eos_token_id
+        ),
+        image_token_index=image, image_seq_length=4, vision_feature_layer=-1,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = fast.eos_token_id
+    model.generation_config.pad_token_id = fast.pad_token_id
+    model.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}\n{% endfor %}assistant: "
+    )
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(
+        pictures, fast, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
+        image_token="<image>", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

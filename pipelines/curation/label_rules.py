@@ -85,14 +85,15 @@ def may_need(config: LabelConfig, index: Index) -> np.ndarray:
     if config.which == "all":
         return np.ones(len(index), bool)
     table, needed = index.table, np.zeros(len(index), bool)
+    subjects = pc.list_value_length(table.column("subjects")).to_numpy(zero_copy_only=False)
     if "caption" in config.values:
         needed |= index.column("caption_length") <= _BLANK_CAPTION
         needed |= _with_score(table, CAPTION_IS_INSTRUCTION)
     if "domains" in config.values:
-        needed |= _with_score(table, FROM_WORDS) | _with_entry(table, "domains", lambda domain: domain < 0)
+        needed |= _with_score(table, FROM_WORDS) & (subjects > 0)
+        needed |= _with_entry(table, "domains", lambda domain: domain < 0)
     if "words" in config.values:
-        counts = pc.list_value_length(table.column("subjects")).to_numpy(zero_copy_only=False)
-        needed |= (counts == 0) | _with_entry(table, "subjects", is_unnamed)
+        needed |= (subjects == 0) | _with_entry(table, "subjects", is_unnamed)
     return needed
 
 
