@@ -1,6 +1,7 @@
 """Raw corpora to label, answers of a model that looks at them, and labelling without Ray."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from openai_server import Reply
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS
 from domainshuttle.pipelines.curation import labelling
 from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.stage import Job, Passing, Step, Work
+from domainshuttle.pipelines.curation.stage import PartsJob, Passing, Step, Work
+from domainshuttle.pipelines.index.samples import read_info
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.media.decode import encode_mp4
 from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject
@@ -96,15 +98,16 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of a labelling in this process, part by part; returns the parts that were made."""
     made: list[int] = []
 
-    def inline(job: Job, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
+    def inline(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
         ready = [step.make(*step.arguments) for step in steps]
+        index = Index.load(job.raw.index)
         for part in missing:
-            works = [(number, Work(row, job.info(row))) for number, row in enumerate(job.rows(part))]
-            passing = Passing(works, [], labelling.Counter())
+            works = [(number, Work(row, read_info(row))) for number, row in enumerate(job.rows(index, part))]
+            passing = Passing(works, [], Counter())
             for step in ready:
                 passing.call(step)
             made.append(part)
             yield job.write(part, passing)
 
-    monkeypatch.setattr(labelling, "pass_parts", inline)
+    monkeypatch.setattr(labelling, "pass_through", inline)
     return made

@@ -86,6 +86,8 @@ MAY_BE_ZERO = {
     "corpora.masks.build.seed", "corpora.masks.build.least_aesthetic", "corpora.masks.build.least_area",
     "corpora.masks.build.most_overlap", "corpora.masks.build.least_text_similarity",
     "corpora.masks.build.least_image_similarity", "corpora.masks.build.most_image_similarity",
+    "labels.endpoint.price_in", "labels.endpoint.price_out", "labels.endpoint.temperature", "labels.endpoint.seed",
+    "labels.actors.cpus", "labels.actors.gpus", "labels.readers.cpus", "labels.readers.gpus", "labels.most_failed",
     "experts.0.low", "experts.1.low", "stages.0.warmup_steps", "stages.0.betas.0",
     "stages.0.betas.1", "stages.0.weight_decay", "stages.0.references", "stages.0.reference_dropout",
     "stages.0.text_dropout", "stages.0.flow.low", "stages.0.loss.cross_pair_weight", "loader.most_bad",
@@ -195,7 +197,7 @@ def test_a_number_without_a_value_is_its_default_or_refused(path: tuple[str | in
     """Where nothing is a choice of its own, as for a limit, it is that choice."""
     optional = {"steps", "gpu_hours", "final_learning_rate", "samples", "budget_gpu_hours", "spike_factor",
                 "dashboard_port", "ema", "keep_every", "boundary", "fps", "tile_above"}  # fmt: skip
-    limits = [f"corpora.edits.pair.quality.{one}" for one in
+    limits = [f"{asked}.{one}" for asked in ("corpora.edits.pair.quality", "labels.endpoint") for one in
               ("most_cost", "requests_per_minute", "tokens_per_minute")]  # fmt: skip
     optional_sections = ("cluster.encoding.actors", "cluster.encoding.gpus", *limits)
     name = ".".join(map(str, path))
