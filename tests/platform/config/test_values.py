@@ -59,6 +59,18 @@ corpora:
        quality: {url: "http://x/v1", model: m, at_once: 4, requests_per_minute: 60, tokens_per_minute: 1000,
                  most_cost: 5, price_in: 1, price_out: 2, answers: 3, answer_tokens: 100, temperature: 0.5, seed: 1,
                  timeout: 10, patience: 20}}
+labels:
+  labeller: endpoint
+  endpoint: {url: "http://node:8000/v1", model: m, at_once: 2, requests_per_minute: 60, tokens_per_minute: 6000,
+             most_cost: 5, price_in: 1, price_out: 2, answers: 2, answer_tokens: 64, temperature: 0.5, seed: 1,
+             timeout: 5, patience: 60}
+  actors: {actors: 1, cpus: 1, gpus: 1}
+  readers: {actors: 2, cpus: 1, gpus: 0}
+  frames: 2
+  side: 256
+  least_score: 2
+  answer_tokens: 64
+  most_failed: 0.5
 experts: [{name: high, low: 0.5, high: 1}, {name: low, low: 0, high: 0.6}]
 stages:
   - {name: one, mixture: {clips: 1}, steps: 2, gpu_hours: 3, global_batch: 8, micro_batch: 2, learning_rate: 1e-4,
