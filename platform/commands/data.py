@@ -129,12 +129,10 @@ def label_configured(config: RunConfig | CorporaConfig, only: list[str] | None =
     jobs = []
     for name in chosen_corpora(config, only):
         built, raw = config.built(name).folder, config.corpus(name, "raw")
-        paired, next_one = built != raw.folder, "encode"
-        if paired:
-            next_one = "encode" if exists(raw.index) else "pair"
-        jobs.append(LabelJob(name, built, f"domainshuttle data {next_one} (the same configuration)"))
+        paired, encode = built != raw.folder, "domainshuttle data encode (the same configuration)"
+        jobs.append(LabelJob(name, built, "domainshuttle data pair (the same configuration)" if paired else encode))
         if paired and exists(raw.index):
-            jobs.append(LabelJob(f"{name}, paired", raw.folder, "domainshuttle data encode (the same configuration)"))
+            jobs.append(LabelJob(f"{name}, paired", raw.folder, encode))
     label_corpora(jobs, config.labels, ask_again)
 
 
