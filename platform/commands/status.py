@@ -73,10 +73,10 @@ def status_record(folder: Path) -> dict[str, Any]:
         "device_hours": {name: getattr(hours, name) for name in ("used", *CATEGORIES, "budget")},
         "goodput": hours.goodput,
         "damaged_checkpoints": {name: str(found) for name, found in checkpoints if isinstance(found, CheckpointError)},
-        "quarantined": _quarantined(run),
+        "quarantined": run.quarantined(),
         "converted": _converted(run),
         "dropped_steps": {segment.name: len(run.dropped_steps(segment.name)) for segment in run.segments()},
-        "unsent_bytes": _unsent(run),
+        "unsent_bytes": run.unsent_bytes(),
         "next": run.train_command if not alive and word != "finished" else None,
     }
 
@@ -101,19 +101,10 @@ def _reached(segment: Segment, state: Mapping[str, Any], kept: list[Checkpoint])
     return last.state.step if last else 0
 
 
-def _quarantined(run: Run) -> int:
-    # attempts and epochs meet the same sample again
-    return len({(line.get("source"), line.get("shard"), line.get("key")) for line in _lines(run.folder / "quarantine")})
-
-
 def _converted(run: Run) -> dict[str, int]:
     """Samples whose pixels live encoding converted, by what was done."""
     lines = {(line.get("shard"), line.get("key"), line.get("reason")) for line in _lines(run.folder / "converted")}
     return dict(Counter(str(kind) for *_, kind in lines).most_common())
-
-
-def _unsent(run: Run) -> int:
-    return sum(Journal(path).unread() for path in run.spool.glob("*.jsonl"))
 
 
 def print_status(folder: Path) -> None:
@@ -141,11 +132,11 @@ def print_status(folder: Path) -> None:
             console.print(Prose(f"Being written, or left by a kill: {name}"))
         elif not isinstance(found, Checkpoint):
             console.print(Prose(f"Damaged, never chosen: {name}: {found}"))
-    waiting = _unsent(run)
+    waiting = run.unsent_bytes()
     if waiting > _SPOOL_BYTES or (waiting and not alive):
         command = f"domainshuttle flush {shlex.quote(str(run.folder))}"
         console.print(Advice(f"{waiting:,} bytes of metrics wait for MLflow. Next:", command))
-    if bad := _quarantined(run):
+    if bad := run.quarantined():
         console.print(Prose(f"{bad} samples in quarantine: see {run.folder / 'quarantine'}"))
     if converted := _converted(run):
         kinds = ", ".join(f"{count} {kind}" for kind, count in converted.items())

@@ -26,6 +26,7 @@ from domainshuttle.platform.console import console, progress, say
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_run
+from domainshuttle.platform.driver.run_metrics import DriverMetrics
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run
@@ -131,8 +132,11 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         say(text)
     began = time.monotonic()
 
+    metrics = DriverMetrics(run)
+
     def watch() -> None:
         lock.check()
+        metrics.update()
         _show_progress(run, show)
 
     from domainshuttle.platform.driver.schedule_loop import DivergedError, Schedule

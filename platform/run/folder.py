@@ -277,6 +277,19 @@ class Run:
         """The steps of a segment whose gradients were thrown away, in any attempt."""
         return {line["step"] for line in Journal(self.dropped_path(segment, 0)).read()[0]}
 
+    def quarantined(self) -> int:
+        """Samples that could not be read: attempts and epochs meet the same sample again, which counts once."""
+        found = set()
+        for path in (self.folder / "quarantine").glob("*.jsonl"):
+            for line in Journal(path).read()[0]:
+                if isinstance(line, dict):
+                    found.add((line.get("source"), line.get("shard"), line.get("key")))
+        return len(found)
+
+    def unsent_bytes(self) -> int:
+        """Of what waits for MLflow."""
+        return sum(Journal(path).unread() for path in self.spool.glob("*.jsonl"))
+
     def heard_from(self) -> float:
         """When the workers last left a trace, in seconds since 1970; 0: never."""
         traces = [float(self.read_progress().get("time", 0.0))]

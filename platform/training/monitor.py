@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from domainshuttle.cluster.monitoring.metrics import RunMetrics
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
 from domainshuttle.pipelines.loading.reader import MicroBatch
@@ -33,6 +34,7 @@ from domainshuttle.platform.tracking.outbox import tell_error
 from domainshuttle.platform.training.device_memory import peak_bytes
 from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
+from domainshuttle.platform.training.rank_rates import SLOW, MatrixProbe, RankRates
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 from domainshuttle.platform.training.watchdog import Watchdog
 
@@ -118,6 +120,12 @@ class Monitor:
         now = clock()
         process = psutil.Process().create_time()
         self._start = {**job.times, "process": process, "imports": now} if first else {"before": now}
+        self._metrics = RunMetrics(run=config.name, segment=segment.name, rank=str(self.rank))
+        self._device = torch.device("cpu" if dist.get_backend() == "gloo" else device)
+        self._probe = MatrixProbe(device)
+        self._saved_at = time.time()
+        self._rates: deque[Sequence[float]] = deque(maxlen=_RECENT)
+        self._named_slow: set[int] = set()
         self._due = config.tracking.every
         self._steps = 0
         self.last: dict[str, float] = {}
@@ -294,6 +302,7 @@ class Monitor:
         seconds = self._interval.take()
         balance = self._utilization.balance() if self._utilization else {}
         ranks = self._compare_ranks(seconds)
+        rates = self._own_rates(seconds)
         if not self.main:
             logger.info("%s step %d: %s", self.segment.name, step + 1, _shares(seconds, self._steps))
             self._restart_interval()
@@ -336,7 +345,8 @@ class Monitor:
             self.last["learning_rate"],
             _shares(seconds, self._steps),
         )
-        self._write_progress(step + 1, "training")
+        self._export()
+        self._write_progress(step + 1, "training", rates)
         self._restart_interval()
 
     def _compare_ranks(self, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -362,6 +372,28 @@ class Monitor:
                 found |= {f"ranks/{name}/rank_{rank}": value for rank, value in enumerate(values)}
         return found
 
+    def _own_rates(self, seconds: Mapping[str, float]) -> RankRates:
+        """How fast each rank is by itself, which it also exports; rank 0 names one that is slow for long."""
+        wait = seconds.get("waiting", 0.0) / max(sum(seconds.values()), 1e-9)
+        with self.measure("other"):
+            flops = self._probe.rate()
+        self._metrics.set({"rank_wait_fraction": wait, "rank_matmul_flops": flops})
+        rates = RankRates.gathered(flops, wait, self._device)
+        self._rates.append(rates.flops)
+        usual = RankRates([sum(one) / len(one) for one in zip(*self._rates, strict=True)], rates.waits)
+        slow = usual.slowest
+        if self.main and len(self._rates) == _RECENT and usual.slowest_share < SLOW and slow not in self._named_slow:
+            self._named_slow.add(slow)
+            share = 100 * usual.slowest_share
+            logger.warning("rank %d computes at %.0f%% of the median rank's rate: all others wait for it", slow, share)
+        return rates
+
+    def _export(self) -> None:
+        """Gives Ray the numbers of the last interval, for Prometheus."""
+        own = {ours: self.last.get(name) for ours, name in _EXPORTED.items()}
+        more = {"checkpoint_time": self._saved_at, "checkpoint_every_steps": self.run.config.checkpoint.every}
+        self._metrics.set({**own, **more})
+
     def _note_start(self) -> None:
         """Writes how long each part of this start took, up to the first step, in seconds."""
         times = {**self._start, "first_step": time.time()}
@@ -381,6 +413,8 @@ class Monitor:
                 self._failed_saves += 1
                 line = {"segment": self.segment.name, "step": checkpoint.step, "fault": checkpoint.fault}
                 self._failed_lines().put({**line, "time": time.time()})
+            else:
+                self._saved_at = time.time()
             if self.attempt and checkpoint.fault is None:
                 self._tell(self.attempt).progress(self.done)
 
@@ -451,7 +485,7 @@ class Monitor:
             if path.stat().st_size:
                 log.artifact(path, "quarantine")
 
-    def _write_progress(self, step: int, state: str) -> None:
+    def _write_progress(self, step: int, state: str, rates: RankRates | None = None) -> None:
         content = {
             "segment": self.segment.name,
             "step": step,
@@ -462,6 +496,8 @@ class Monitor:
             "time": time.time(),
             "metrics": self.last,
         }
+        if rates is not None:
+            content["ranks"] = rates.record()
         if self._recent:
             seconds, steps = map(sum, zip(*self._recent, strict=True))
             content["recent_step_seconds"] = seconds / steps
@@ -494,6 +530,21 @@ _OF_SCHEDULE = (
 
 _MOST_RANKS = 64
 """Of so many workers each has curves of its own; of more the slowest and the one with the most memory have."""
+
+_EXPORTED = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "step_seconds": "step_seconds",
+    "mfu": "mfu",
+    "device_tokens_per_second": "tokens/s/device",
+    "samples_per_second": "samples/s",
+    "data_wait_fraction": "data_wait_fraction",
+    "checkpoint_stall_seconds": "checkpoint_stall_seconds",
+    "skipped_steps": "dropped_steps",
+    "failed_checkpoints": "failed_checkpoints",
+}
+"""Metrics for Prometheus (cluster/monitoring/metrics.py) and what they are called here."""
 
 _LAST_WORDS = 5.0
 """Seconds for what the tracking server does not have yet; all workers wait. The driver sends the rest."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from domainshuttle.cluster.monitoring.metrics import METRICS
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.objective import LossOutput
 from domainshuttle.model.spec import ModelSpec
@@ -38,6 +39,7 @@ from domainshuttle.platform.training import monitor as module
 from domainshuttle.platform.training.loss_metrics import PAIR_KINDS
 from domainshuttle.platform.training.mfu import Utilization, evenness, peak_flops
 from domainshuttle.platform.training.monitor import Monitor
+from domainshuttle.platform.training.rank_rates import MatrixProbe, RankRates
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 
 
@@ -525,3 +527,46 @@ def test_what_was_reached_before_is_read_from_the_samples(tmp_path: Path) -> Non
     with kept.run.consumed_path("stage2", 0).open("a") as file:
         file.write('{"step": 99, "par')  # torn by a kill
     assert (kept.run.reached_before("stage2"), kept.run.reached_before("stage1")) == (57, 0)
+
+
+def test_the_slowest_and_the_hungriest_rank_are_named() -> None:
+    rates = RankRates([5.0, 4.9, 3.0, 5.1], [0.0, 0.01, 0.0, 0.4])
+    assert (rates.slowest, rates.hungriest) == (2, 3)
+    assert rates.slowest_share == pytest.approx(3.0 / 4.95)
+    assert rates.record() == {
+        "slowest_rank": 2, "slowest_share": pytest.approx(0.606, abs=1e-3), "hungriest_rank": 3, "hungriest_wait": 0.4
+    }  # fmt: skip
+
+
+def test_a_probe_measures_products_and_leaves_the_random_state() -> None:
+    """Against the same product timed here: within a factor, since the machine is shared."""
+    before = torch.get_rng_state()
+    probe = MatrixProbe(torch.device("cpu"))
+    measured = max(probe.rate() for _ in range(20))
+    values = torch.randn(256, 256)
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        values @ values
+        times.append(time.perf_counter() - began)
+    torch.set_rng_state(before)
+    assert 0.2 < measured / (2 * 256**3 / min(times)) < 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_are_compared_at_each_logged_step_and_a_slow_one_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = RankRates([1e12, 1e12, 5e11, 1e12], [0.0, 0.0, 0.0, 0.2])
+    monkeypatch.setattr(module.RankRates, "gathered", lambda *_: given)
+    kept = Kept(tmp_path, Clock(), every=1)
+    kept.monitor.begin()
+    for _ in range(12):
+        kept.step(1.0)
+    assert kept.run.read_progress()["ranks"] == given.record()
+    named = [record.getMessage() for record in caplog.records if "median rank" in record.getMessage()]
+    assert named == ["rank 2 computes at 50% of the median rank's rate: all others wait for it"]
+
+
+def test_what_is_exported_is_known_to_alerts_and_panels() -> None:
+    assert set(module._EXPORTED) <= set(METRICS)
