@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -411,6 +412,9 @@ def train(
             help="Exit code of a run that was stopped, or whose budget is spent: 0 where a failed job is tried again.",
         ),
     ] = 3,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Check the cluster first, as `preflight` does; train only if it passes.")
+    ] = False,
 ) -> None:
     """Train the schedule of a configuration, or go on with it: the same command starts and resumes a run.
 
@@ -420,8 +424,48 @@ def train(
     settings = _load(config, set_)  # before what takes seconds to import: a mistake is answered at once
     from domainshuttle.platform.driver.driver import STOPPED, train_run
 
+    if preflight:
+        from domainshuttle.platform.commands.preflight import require_preflight
+
+        require_preflight(settings)
     code = train_run(settings, fresh, stage, resume)
     raise SystemExit(stopped_code if code == STOPPED else code)
+
+
+class CheckedPart(StrEnum):
+    """Of a preflight."""
+
+    NODES = "nodes"
+    STORAGE = "storage"
+    SERVICES = "services"
+    GROUP = "group"
+
+
+@app.command("preflight")
+def preflight_command(
+    config: Config,
+    set_: Set = None,
+    spec: Annotated[
+        str | None,
+        typer.Option("--cluster", help="The cluster's description, whose devices and links are expected."),
+    ] = None,
+    only: Annotated[
+        list[CheckedPart] | None,
+        typer.Option(help="Only this part; repeat for more."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
+) -> None:
+    """Check a cluster for a run: nodes and GPUs, storage, MLflow, data, links, and two steps of the largest batch.
+
+    Each check passes, warns (a tool is missing, or a doubt) or fails, with the node or link and what to do. Code 1
+    where one failed.
+    """
+    settings = _load(config, set_)
+    from domainshuttle.platform.commands.preflight import preflight
+    from domainshuttle.platform.config.loading import load_cluster
+
+    good = preflight(settings, load_cluster(spec) if spec else None, [str(one) for one in only or []], json_)
+    raise SystemExit(0 if good else 1)
 
 
 @app.command()

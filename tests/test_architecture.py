@@ -28,7 +28,7 @@ MAY_IMPORT = {
 ORDER = {
     "platform": [
         {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"},
-        {"training"}, {"train"}, {"driver"}, {"evaluation"}, {"commands"}, {"cli"},
+        {"training"}, {"train"}, {"driver"}, {"cluster_checks", "evaluation"}, {"commands"}, {"cli"},
     ],
     "pipelines": [
         {"errors"}, {"sample"}, {"values"}, {"buckets", "quarantine", "ray_tasks"}, {"storage"},
@@ -40,7 +40,7 @@ ORDER = {
 ONLY_IMPORTER = {
     "deepspeed": ("platform/engine/",),
     "mlflow": ("platform/tracking/mlflow.py",),
-    "ray.train": ("platform/train.py", "platform/driver/"),
+    "ray.train": ("platform/train.py", "platform/driver/", "platform/cluster_checks/"),
     "ray.data": (
         "pipelines/loading/ray_source.py", "pipelines/loading/loader.py", "pipelines/encoding/corpus.py",
         "pipelines/curation/", "platform/driver/",

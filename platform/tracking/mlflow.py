@@ -136,11 +136,16 @@ def ask(uri: str, question: Callable[[], T]) -> T:
         # the import is that of a database's driver, or of what reads an artifact's store
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             if pause is None or getattr(error, "error_code", None) not in _TEMPORARY:
-                raise TrackingError(f"{mask_secrets(uri)} can't be read: {one_line(error)}") from error
+                hint = _HOST_REFUSED if "403" in str(error) else ""
+                raise TrackingError(f"{mask_secrets(uri)} can't be read: {one_line(error)}{hint}") from error
             time.sleep(pause)
     raise AssertionError
 
 
+_HOST_REFUSED = (
+    ". A server answers 403 to a name of its own that it was not told: start it with --allowed-hosts NAME:PORT,NAME "
+    "(MLFLOW_SERVER_ALLOWED_HOSTS), or give the rights that it asks for"
+)
 _PAUSES = (1.0, 2.0, 4.0)
 """Seconds before a request that was not answered is made again."""
 _TEMPORARY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED")
@@ -658,6 +663,29 @@ def open_schedule(
     # what earlier attempts left is sent beside the training
     bounded(lambda: flush_spool(tracker.ids, spool, timeout=3600) == 0, timeout=0)
     return tracker
+
+
+def probe(uri: str, experiment: str) -> None:
+    """Makes a run in an experiment, logs a metric and a file to it, and deletes it: what training will do.
+
+    Raises TrackingError with the step that failed.
+    """
+    uri = absolute_uri(uri)
+    if not sqlite_file(uri) and not reachable(uri):
+        raise TrackingError(f"{mask_secrets(uri)} does not answer")
+
+    def attempt() -> None:
+        client = connect(uri)
+        found = client.get_experiment_by_name(experiment)
+        place = found.experiment_id if found else client.create_experiment(experiment)
+        run = client.create_run(place, run_name="preflight").info.run_id
+        try:
+            client.log_metric(run, "preflight", 1.0)
+            client.log_text(run, "preflight", "preflight.txt")
+        finally:
+            client.delete_run(run)
+
+    ask(uri, attempt)
 
 
 class MetricLogger(BackgroundLog):

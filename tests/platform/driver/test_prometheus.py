@@ -3,12 +3,14 @@
 Run: python -m pytest tests/platform/driver/test_prometheus.py -m nightly (needs prometheus: apt-get install prometheus)
 """
 
+import contextlib
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -38,22 +40,26 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """`ray start --head` with metrics, as a node of a VM: its address, and the file in which Ray lists its targets."""
+def head(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
+    """`ray start --head` with metrics, as a node of a VM: its address, the file in which Ray lists its targets, and the
+    environment of its clients."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     folder = Path(f"/tmp/ds-{free_port()}")  # sockets' names may be 107 characters long
     port = free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", "--num-cpus=3",
                f"--temp-dir={folder}", f"--metrics-export-port={free_port()}", "--include-dashboard=true",
-               f"--dashboard-port={free_port()}", "--block"]  # fmt: skip
+               f"--dashboard-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=environment(**tokens), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
         deadline = time.monotonic() + 120
         while not (targets := folder / "prom_metrics_service_discovery.json").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.5)
-        yield f"127.0.0.1:{port}", targets
+        yield f"127.0.0.1:{port}", targets, tokens
     finally:
         process.terminate()
         process.wait(60)
@@ -69,14 +75,18 @@ def until(port: int, expression: str, seconds: float) -> list[dict[str, Any]]:
     """The series of an expression, once there are any."""
     deadline = time.monotonic() + seconds
     while True:
-        found: list[dict[str, Any]] = ask(port, f"query?query={urllib.parse.quote(expression)}")["result"]
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(urllib.error.URLError):  # it is not up yet
+            found = ask(port, f"query?query={urllib.parse.quote(expression)}")["result"]
         if found or time.monotonic() > deadline:
             return found
         time.sleep(1)
 
 
-def test_a_run_is_seen_and_its_spent_budget_alerts(tiny: Path, tmp_path: Path, head: tuple[str, Path]) -> None:
-    address, targets = head
+def test_a_run_is_seen_and_its_spent_budget_alerts(
+    tiny: Path, tmp_path: Path, head: tuple[str, Path, dict[str, str]]
+) -> None:
+    address, targets, tokens = head
     rules = alert_rules(MonitoringSection(budget=0.05))
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rules))
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(prometheus_config(str(targets), "alerts.yaml", "2s")))
@@ -87,8 +97,8 @@ def test_a_run_is_seen_and_its_spent_budget_alerts(tiny: Path, tmp_path: Path, h
         prometheus = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     try:
         name = "watched"
-        config, run, overrides = run_of(tiny, name, "budget_gpu_hours=0.5", "stages.stage2.steps=400")
-        driver = start(tiny, *overrides, "--set", f"cluster.address={address}", log=tmp_path / "train.log")
+        _, run, overrides = run_of(tiny, name, "budget_gpu_hours=0.5", "stages.stage2.steps=400")
+        driver = start(tiny, *overrides, "--set", f"cluster.address={address}", log=tmp_path / "train.log", **tokens)
         of_run = f'{{run="{name}"}}'
         losses = until(port, f"ray_domainshuttle_loss{of_run}", 300)
         assert losses, (tmp_path / "train.log").read_text()[-3000:]

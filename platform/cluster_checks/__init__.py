@@ -1,0 +1,1 @@
+"""Preflight: what a cluster is and can do, checked before days of it are spent."""

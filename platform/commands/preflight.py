@@ -1,0 +1,40 @@
+"""Checks a cluster for a run, and prints or returns what was found."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.platform.cluster_checks.findings import failed, print_findings, require_none_failed
+from domainshuttle.platform.cluster_checks.preflight import PARTS, run_checks
+from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.console import say
+from domainshuttle.platform.driver.ray_cluster import connected
+
+
+def preflight(config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str], as_json: bool) -> bool:
+    """Prints the findings; whether none failed."""
+    with connected(config, *_needs(config)):
+        findings = run_checks(config, spec, parts or PARTS, (lambda text: None) if as_json else say)
+    if as_json:
+        sys.stdout.write(json.dumps([one.record() for one in findings], indent=2) + "\n")
+    else:
+        print_findings(findings)
+    return not failed(findings)
+
+
+def require_preflight(config: RunConfig) -> None:
+    """The same before a training; raises PreflightError where a check failed."""
+    with connected(config, *_needs(config)):
+        findings = run_checks(config, echo=say)
+    print_findings(findings)
+    require_none_failed(findings)
+
+
+def _needs(config: RunConfig) -> tuple[float, float]:
+    """CPUs and GPUs of the trial group."""
+    cluster = config.cluster
+    return (
+        cluster.least_workers * cluster.cpus_per_worker,
+        float(cluster.least_workers * cluster.gpus_per_worker),
+    )
