@@ -50,9 +50,10 @@ def head(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, str]]]:
     port = free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", "--num-cpus=3",
                f"--temp-dir={folder}", f"--metrics-export-port={free_port()}", "--include-dashboard=true",
-               f"--dashboard-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
+               f"--dashboard-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+               "--block"]  # fmt: skip
     process = subprocess.Popen(
-        command, env=environment(**tokens), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=environment(**tokens), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         deadline = time.monotonic() + 120
