@@ -173,3 +173,23 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
     if min(size) < 1:
         raise DataError(f"a picture of {size[0]}x{size[1]} pixels: expected at least 1x1")
     return size
+
+
+def nearest_shareable(bucket: Bucket, ranks: int) -> Bucket:
+    """The bucket of as many frames, and of nearly the same size, whose frames have a multiple of `ranks` tokens."""
+    step = SPACE_STRIDE * PATCH
+    reach = range(-ranks * step, (ranks + 1) * step, step)
+    near = [
+        Bucket(bucket.frames, bucket.height + more, bucket.width + wider)
+        for more in reach
+        for wider in reach
+        if min(bucket.height + more, bucket.width + wider) >= step
+    ]
+    return min(
+        (one for one in near if one.reference_tokens % ranks == 0),
+        key=lambda one: (
+            abs(one.height - bucket.height) + abs(one.width - bucket.width),
+            abs(one.height * bucket.width - one.width * bucket.height),
+            -one.reference_tokens,
+        ),
+    )

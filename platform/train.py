@@ -64,15 +64,17 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         design = blueprint(config.model_of(segment.expert), origin)
         selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment, start.order)
+        sharing = config.engine.sequence_parallel  # so many neighbouring ranks are handed the same samples
         loader: Loader[TrainingBatch] = Loader(
             shared_blocks(feed, start.first_planned(last_step), last_step, config),
             feed,
-            rank,
-            world_size,
-            run.quarantine_path(segment.name, rank),
+            rank // sharing,
+            world_size // sharing,
+            run.quarantine_path(segment.name, rank // sharing * sharing),
             **config.loader.model_dump(),
             device=get_device(),
             converted=run.converted_path(segment.name, rank),
+            lists=rank % sharing == 0,
         )
         if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
             snapshot = frozen_copy(blueprint(config.model_of(segment.expert), origin), config.engine)
@@ -99,7 +101,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
         )
         sampler = Sampler(run, segment, monitor.logger, job.origins)
-        monitor.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained))
+        monitor.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained, sharing=sharing))
 
         # Restore
         if start.checkpoint:

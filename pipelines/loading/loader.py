@@ -43,7 +43,8 @@ class Loader(Generic[B]):
     Samples that can't be read go to `quarantine` (a JSONL file) and the plan's substitutes take their place; when more
     than `most_bad` of the samples were bad (and at least 10), TooManyBadError ends the run. On a CUDA `device` the
     batches come out there, copied ahead from pinned memory.
-    Samples whose pixels live encoding converts are listed in `converted` (JSONL), each once a start.
+    Samples whose pixels live encoding converts are listed in `converted` (JSONL), each once a start. Without `lists`
+    another rank, which is handed the same, writes to `quarantine`.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Loader(Generic[B]):
         device: torch.device | None = None,
         source: Source[B] | None = None,
         converted: Path | None = None,
+        lists: bool = True,
     ) -> None:
-        self.blocks, self.rank = blocks, rank
+        self.blocks, self.rank, self._lists = blocks, rank, lists
         self.accumulation = feed.accumulation(world_size)
         self.quarantine, self.read_ahead, self.most_bad = quarantine, read_ahead, most_bad
         self.device = device if device is not None and device.type == "cuda" else None
@@ -141,7 +143,8 @@ class Loader(Generic[B]):
             self._converted.add(fresh)
         if not micro.bad:
             return
-        self._quarantined.add(micro.bad)
+        if self._lists:
+            self._quarantined.add(micro.bad)
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
             raise TooManyBadError(
                 f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "

@@ -47,12 +47,14 @@ class PlanSource(Datasource):
     """The step plan as a Ray Data source.
 
     A block is one row (`packed`): `steps_per_block` steps of one rank, the ranks taking turns, or with
-    `steps_per_block=None` one micro-batch.
+    `steps_per_block=None` one micro-batch. Each `sharing` ranks after one another are handed the same.
     """
 
-    def __init__(self, feed: Feed, start: int, stop: int, world_size: int, steps_per_block: int | None = 32) -> None:
+    def __init__(
+        self, feed: Feed, start: int, stop: int, world_size: int, steps_per_block: int | None = 32, sharing: int = 1
+    ) -> None:
         super().__init__()
-        self.feed, self.world_size, self.steps_per_block = feed, world_size, steps_per_block
+        self.feed, self.world_size, self.steps_per_block, self.sharing = feed, world_size, steps_per_block, sharing
         self.tasks = [(first, min(first + _STEPS_PER_TASK, stop)) for first in range(start, stop, _STEPS_PER_TASK)]
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -63,15 +65,18 @@ class PlanSource(Datasource):
         return [ReadTask(self._reader(*steps), BlockMetadata(None, None, None, None)) for steps in self.tasks]
 
     def _reader(self, start: int, stop: int) -> Callable[[], Iterable[pa.Table]]:
-        feed, world_size, steps_per_block = self.feed, self.world_size, self.steps_per_block
+        feed, steps_per_block, sharing = self.feed, self.steps_per_block, self.sharing
+        groups = self.world_size // sharing
 
         def blocks() -> Iterator[pa.Table]:
             for first in range(start, stop, steps_per_block or 1):
-                rows = planned_rows(feed, first, min(first + (steps_per_block or 1), stop), None, world_size)
+                rows = planned_rows(feed, first, min(first + (steps_per_block or 1), stop), None, groups)
                 if steps_per_block is None:
-                    yield from (packed(rows.slice(number, 1)) for number in range(len(rows)))
+                    shares = (rows.slice(number, 1) for number in range(len(rows)))
                 else:
-                    yield from (packed(rows.filter(pc.equal(rows["rank"], rank))) for rank in range(world_size))
+                    shares = (rows.filter(pc.equal(rows["rank"], group)) for group in range(groups))
+                for share in shares:
+                    yield from (packed(share) for _ in range(sharing))
 
         return blocks
 
@@ -121,16 +126,22 @@ class WaitForConsumers(ExecutionCallback):
 
 
 def plan_dataset(
-    feed: Feed, start: int, stop: int, world_size: int, pool: ActorPool | None = None, read_ahead: int = READ_AHEAD
+    feed: Feed,
+    start: int,
+    stop: int,
+    world_size: int,
+    pool: ActorPool | None = None,
+    read_ahead: int = READ_AHEAD,
+    sharing: int = 1,
 ) -> list[Blocks]:
-    """The micro-batches of steps start..stop-1, split among the ranks.
+    """The micro-batches of steps start..stop-1, split among the ranks, of which each `sharing` have the same.
 
     Where the feed has encoders, `pool` encodes them, as far ahead as `read_ahead` bytes for each rank in the object
     store.
     """
     live = feed.encoders is not None
     first = start if live else start + min(_OWN_STEPS, (stop - start) // 2)
-    source = PlanSource(feed, first, stop, world_size, None if live else 32)
+    source = PlanSource(feed, first, stop, world_size, None if live else 32, sharing)
     # no CPU reserved: a task waits nearly all the time, and may live as long as the run
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source.tasks), concurrency=1, num_cpus=0)
     if live:
@@ -158,6 +169,6 @@ def plan_dataset(
     if first == start:
         return [Blocks(iterator, live) for iterator in iterators]
     return [
-        Blocks(iterator, live, partial(planned_rows, feed, start, first, rank, world_size))
+        Blocks(iterator, live, partial(planned_rows, feed, start, first, rank // sharing, world_size // sharing))
         for rank, iterator in enumerate(iterators)
     ]

@@ -474,9 +474,21 @@ class EngineSection(Section):
         None,
         description="fa3, fa4 (FlashAttention), or one of diffusers' dispatcher, such as native; none: torch's choice",
     )
+    kernels: Literal["eager", "triton"] = Field(
+        "eager", description="of what lies between a block's products: torch's own, or fused ones of ours, on a GPU"
+    )
+    sequence_parallel: Count = Field(
+        1, description="workers that share the tokens of each sample, for long clips; cluster.workers is a multiple"
+    )
     compile: str | None = Field(
         None, description="backend of torch.compile for the blocks, such as inductor; none: not compiled"
     )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "EngineSection":
+        if self.compile is not None and self.kernels != "eager":
+            raise ValueError("compile and kernels=triton both fuse what lies between the products: set one of them")
+        return self
 
 
 class CheckpointSection(Section):
@@ -676,6 +688,11 @@ class RunConfig(Section):
                 f"{nearest(self.evaluation.corpus, self.corpora)}"
             )
         faults += self._sampling_faults()
+        if self.engine.sequence_parallel > 1 and self.encoders.live:
+            faults.append(
+                "engine.sequence_parallel needs encoded corpora, whose samples each of the workers reads: run "
+                "`domainshuttle data encode CONFIG`, and leave encoders.live out"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -683,11 +700,17 @@ class RunConfig(Section):
     def _sharing_faults(self, stage: StageSection) -> list[str]:
         if self.worker_sizes(stage):
             return []
-        workers, micro = self.cluster.workers, stage.micro_batch
+        workers, micro, sharing = self.cluster.workers, stage.micro_batch, self.engine.sequence_parallel
         fault = f"stages.{stage.name}.global_batch={stage.global_batch} can't be shared by cluster.workers={workers} x "
-        fault += f"micro_batch={micro}: use a multiple of {self.cluster.most_workers * micro}"
-        most = stage.global_batch // micro
-        would = [size for size in range(1, most + 1) if stage.global_batch % (size * micro) == 0]
+        fault += f"micro_batch={micro}"
+        if sharing > 1:
+            fault += f", of which each {sharing} share their samples (engine.sequence_parallel)"
+        most = sharing * (stage.global_batch // micro)
+        would = [size for size in range(sharing, most + 1, sharing) if self._can_share(stage, size)]
+        if self.cluster.most_workers % sharing == 0:
+            fault += f": use a multiple of {self.cluster.most_workers // sharing * micro}"
+        else:
+            fault += f": cluster.workers must be a multiple of {sharing}"
         if near := sorted(would, key=lambda size: abs(size - self.cluster.most_workers))[:6]:
             fault += f", or workers of which there are {', '.join(map(str, sorted(near)))}"
         return [fault]
@@ -695,7 +718,15 @@ class RunConfig(Section):
     def worker_sizes(self, stage: StageSection) -> list[int]:
         """The numbers of workers, of those that `cluster.workers` allows, by which a stage's batch can be shared."""
         sizes = range(self.cluster.least_workers, self.cluster.most_workers + 1)
-        return [size for size in sizes if stage.global_batch % (size * stage.micro_batch) == 0]
+        return [size for size in sizes if self._can_share(stage, size)]
+
+    def _can_share(self, stage: StageSection, workers: int) -> bool:
+        groups, rest = divmod(workers, self.engine.sequence_parallel)
+        return groups > 0 and rest == 0 and stage.global_batch % (groups * stage.micro_batch) == 0
+
+    def accumulation(self, stage: StageSection, workers: int) -> int:
+        """Micro-batches of a worker in a step of so many workers, which can share the stage's batch."""
+        return stage.global_batch // (workers // self.engine.sequence_parallel * stage.micro_batch)
 
     def worker_resources(self) -> dict[str, float]:
         """What Ray reserves for a worker."""
@@ -845,7 +876,15 @@ _RESUMABLE_CHANGES: dict[str, Any] = {
     # evaluation and samples beside the training, and when it stops or rolls back
     **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
     # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
-    "engine": {"persistent_parameters", "offload_optimizer", "activations", "attention_backend", "compile"},
+    "engine": {
+        "persistent_parameters",
+        "offload_optimizer",
+        "activations",
+        "attention_backend",
+        "compile",
+        "sequence_parallel",
+        "kernels",
+    },
     "stages": {"__all__": {"micro_batch"}},
 }
 

@@ -3,6 +3,7 @@
 import shlex
 
 from domainshuttle.model.encoder_sources import text_width
+from domainshuttle.pipelines.buckets import nearest_shareable
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import COMPANION, read_skipped
@@ -155,6 +156,7 @@ def selected_parameters(config: RunConfig) -> dict[str, TrainedParameters]:
     sizes = {expert: model_size(config.model_of(expert)) for expert in experts}
     for size in sizes.values():
         _require_fit(config, size.text_dim, size.max_references)
+    require_shareable(config, {size.num_attention_heads for size in sizes.values()})
     return {
         segment.name: trained_of(sizes[segment.expert], segment.stage.trained) for segment in Run(config).segments()
     }
@@ -165,6 +167,16 @@ def _require_backends(engine: EngineSection, on_gpu: bool) -> None:
         from domainshuttle.platform.engine.attention_kernels import require_trainable
 
         require_trainable(engine, on_gpu)
+    if engine.kernels == "triton":
+        from domainshuttle.model import fused
+
+        if not on_gpu:
+            raise ConfigError("engine.kernels=triton needs GPUs (cluster.gpus_per_worker=1): on CPUs leave it out")
+        if not fused.available():
+            raise ConfigError(
+                "engine.kernels=triton: Triton is not installed here: install the extra `kernels` of domainshuttle, or "
+                "leave it out"
+            )
     if engine.compile is not None:
         import torch
 
@@ -173,6 +185,30 @@ def _require_backends(engine: EngineSection, on_gpu: bool) -> None:
             raise ConfigError(
                 f"engine.compile={engine.compile!r} is no backend of torch.compile{nearest(engine.compile, known)}"
             )
+
+
+def require_shareable(config: RunConfig, heads: set[int]) -> None:
+    """Raises ConfigError for heads, or frames of a bucket, that can't be divided by the workers that share a sample."""
+    sharing = config.engine.sequence_parallel
+    if undivided := [count for count in sorted(heads) if count % sharing]:
+        could = [size for size in range(2, min(undivided) + 1) if not any(count % size for count in heads)]
+        raise ConfigError(
+            f"engine.sequence_parallel={sharing} does not divide the model's {undivided[0]} attention heads: use "
+            f"{' or '.join(map(str, [1, *could]))}"
+        )
+    faults = []
+    for name in sorted({name for stage in config.stages for name in stage.mixture}):
+        for bucket in config.corpus(name).buckets:
+            if bucket.reference_tokens % sharing:
+                faults.append(
+                    f"corpora.{name}.buckets: {bucket} has {bucket.reference_tokens:,} tokens a frame; nearest is "
+                    f"{nearest_shareable(bucket, sharing)}"
+                )
+    if faults:
+        raise ConfigError(
+            f"engine.sequence_parallel={sharing} does not divide the frames of all buckets: {'; '.join(faults)}. "
+            "Change them, then index and encode these corpora again"
+        )
 
 
 def _require_fit(config: RunConfig, text_dim: int | None, max_references: int | None) -> None:

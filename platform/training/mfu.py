@@ -25,8 +25,11 @@ def peak_flops() -> float | None:
 class Utilization:
     """Counts the FLOPs that the mathematics of a rank's batches needs: recomputation is not work that was wanted."""
 
-    def __init__(self, config: Mapping[str, Any], trained: Sequence[str], peak: float | None = None) -> None:
-        """`config` is the transformer's; `trained` are patterns of parameters; `peak` in FLOP/s, None: the device's."""
+    def __init__(
+        self, config: Mapping[str, Any], trained: Sequence[str], peak: float | None = None, sharing: int = 1
+    ) -> None:
+        """`config` is the transformer's; `trained` are patterns of parameters; `peak` in FLOP/s, None: the device's;
+        `sharing` ranks compute a sample together."""
         spec = ModelSpec.of(config)
         self._peak = peak_flops() if peak is None else peak
         self._flops = 0
@@ -35,9 +38,12 @@ class Utilization:
 
         @cache
         def flops(size: tuple[int, int, int], b: int, references: int, paired: int | None, text: int) -> int:
-            return spec.step_flops(
-                size, batch=b, references=references, paired_references=paired, text_tokens=text, trained=trained
-            ).model
+            return (
+                spec.step_flops(
+                    size, batch=b, references=references, paired_references=paired, text_tokens=text, trained=trained
+                ).model
+                // sharing
+            )
 
         self._of = flops
 

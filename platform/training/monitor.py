@@ -102,6 +102,9 @@ class Monitor:
         self.watchdog = Watchdog(config.guard.hang_seconds, config.grace_seconds, hangs)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.main = self.rank == 0
+        self._sharing = config.engine.sequence_parallel
+        self._notes_samples = self.rank % self._sharing == 0
+        """Not on the other ranks that compute the same samples: each is noted once."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.losses = LossMetrics(sorted(segment.stage.mixture), segment.stage.loss.cross_pair_weight, device)
         self._utilization: Utilization | None = None
@@ -205,10 +208,11 @@ class Monitor:
     def micro_batch(self, micro: MicroBatch[TrainingBatch], loss: LossOutput) -> None:
         """Notes which samples a forward and backward pass was made of, and their losses."""
         self._consume(micro)
-        self.losses.add(micro.batch, loss, micro.pair_kinds, micro.cut_captions)
+        if self._notes_samples:
+            self.losses.add(micro.batch, loss, micro.pair_kinds, micro.cut_captions)
+            self._keys += micro.keys
         if self._utilization:
             self._utilization.add(micro.batch)
-        self._keys += micro.keys
         self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
         self._loss_count += 1
 
@@ -221,6 +225,8 @@ class Monitor:
             self._write_progress(step + 1, "training")
 
     def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
+        if not self._notes_samples:
+            return
         if micro.replaced:
             more["replaced"] = micro.replaced
         line = {"step": micro.step, "part": micro.part, "attempt": self.number, "samples": micro.keys, **more}
@@ -278,7 +284,8 @@ class Monitor:
         self._dropped.add(step)
         self.losses.drop()
         line = {"step": step, "attempt": self.number, "reason": reason, "loss": loss, "samples": self._keys}
-        self._dropped_lines().put(line)
+        if self._notes_samples:
+            self._dropped_lines().put(line)
 
     def roll_back(self, step: int, bad: list[int]) -> SegmentEnd:
         """Ends the attempt: the run goes back to a checkpoint and skips the bad steps."""
@@ -317,7 +324,7 @@ class Monitor:
             "dropped_steps": float(len(self._dropped)),
             "learning_rate": learning_rate(self.segment.stage, step),
             "samples/s": samples / elapsed,
-            "tokens/s/device": tokens / elapsed,
+            "tokens/s/device": tokens / self._sharing / elapsed,
             "step_seconds": elapsed / self._steps,
             "data_wait_fraction": seconds.get("waiting", 0.0) / elapsed,
             "checkpoint_stall_seconds": seconds.get("checkpointing", 0.0),

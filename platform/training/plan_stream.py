@@ -21,7 +21,8 @@ def shared_blocks(feed: Feed, first: int, last: int, config: RunConfig) -> Itera
         return ()
     shares: list[bytes | None] = [None]
     if dist.get_rank() == 0:
-        blocks = plan_dataset(feed, first, last, dist.get_world_size(), config.encoders.live, config.loader.read_ahead)
+        sharing, live = config.engine.sequence_parallel, config.encoders.live
+        blocks = plan_dataset(feed, first, last, dist.get_world_size(), live, config.loader.read_ahead, sharing)
         shares = [cloudpickle.dumps(blocks)]
     dist.broadcast_object_list(shares)
     assert shares[0] is not None

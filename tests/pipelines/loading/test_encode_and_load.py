@@ -403,6 +403,10 @@ def test_few_tasks_make_the_blocks_of_a_long_run_one_row_each(corpus: Path) -> N
         chunk, rank = divmod(number, 4)
         first = 7 + 32 * chunk
         assert unpacked(block).to_pylist() == planned_rows(one, first, first + 32, rank, 4).to_pylist()
+    # of ranks that share their samples, neighbours are handed the same
+    shared = list(itertools.islice(PlanSource(one, 7, 9, world_size=4, sharing=2).get_read_tasks(1)[0](), 4))
+    for rank, block in enumerate(shared):
+        assert unpacked(block).to_pylist() == planned_rows(one, 7, 9, rank // 2, 2).to_pylist()
     # an actor of the live encoders takes a micro-batch at a time
     single = PlanSource(one, 0, 2, world_size=2, steps_per_block=None).get_read_tasks(1)[0]()
     assert [(row["step"], row["rank"]) for block in single for row in unpacked(block).to_pylist()] == [

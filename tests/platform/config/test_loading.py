@@ -228,3 +228,19 @@ def test_a_jobs_copy_of_its_working_directory_is_no_place_for_a_run(
         ConfigError, match=rf"{key}=mine/{key} is a folder of this job's working directory.*--set {key}="
     ):
         load_config("demo", [*stays, f"{key}=mine/{key}"])
+
+
+def test_workers_that_share_tokens_are_counted_as_one() -> None:
+    shared = ["engine.sequence_parallel=2"]
+    assert load_config("demo", ["cluster.workers=[1, 8]", *shared]).worker_sizes(load_config("demo").stages[1]) == [
+        2, 4,
+    ]  # fmt: skip
+    config = load_config("demo", ["cluster.workers=4", *shared])
+    plain = load_config("demo", ["cluster.workers=2"])
+    for stage in config.stages:
+        assert config.accumulation(stage, 4) == plain.accumulation(stage, 2)
+    assert config.digest() == plain.digest()  # a run may go on with another number
+    with pytest.raises(ConfigError, match=r"cluster\.workers must be a multiple of 2, or workers of which there are 2"):
+        load_config("demo", ["cluster.workers=1", *shared])
+    with pytest.raises(ConfigError, match=r"sequence_parallel needs encoded corpora"):
+        load_config("demo", ["cluster.workers=2", "encoders.live={actors: 1}", *shared])

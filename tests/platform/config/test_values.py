@@ -447,6 +447,8 @@ def test_a_size_is_accepted_where_a_step_can_be_made_with_it(key: str) -> None:
         ("model.size.max_references=1", "max_references=1: lower it"),
         ("engine.compile=true", "engine.compile='true' is no backend"),
         ("engine.attention_backend=flsh", "did you mean 'flash'"),
+        ("engine.attention_backend=_flash_3", "has no backward pass, so it can't train: set it to 'fa3'"),
+        ("engine.kernels=triton", "engine.kernels=triton needs GPUs"),
         ("stages.base.trained=[blocks.*, bloks.*]", "['bloks.*'] name no parameter"),
     ],
 )

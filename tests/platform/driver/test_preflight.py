@@ -3,16 +3,21 @@
 Run: python -m pytest tests/platform/driver/test_preflight.py
 """
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from domainshuttle.pipelines.buckets import Bucket, nearest_shareable
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.sample import sample_id
 from domainshuttle.pipelines.shards.tar import Member
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.driver.preflight import require_as_configured
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.driver.preflight import require_as_configured, require_shareable
 
 
 def test_an_index_of_another_corpus_is_refused_by_name(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -33,3 +38,29 @@ def test_an_index_of_another_corpus_is_refused_by_name(tiny_yaml: Path, tmp_path
     write_index(Path(spec.index), [row], IndexMetadata(corpus="films", stage="raw", fps=spec.fps))
     with pytest.raises(DataError, match="corpus 'clips': the index in its folder is of corpus 'films'"):
         require_as_configured(config)
+
+
+def test_buckets_and_heads_that_can_not_be_shared_are_refused_with_what_can() -> None:
+    """480p's square bucket has 1,521 tokens a frame; with what the message names, the run is accepted."""
+    config = load_config("wan2.1-t2v-14b", ["engine.sequence_parallel=4"])
+    with pytest.raises(ConfigError, match=r"624x624 has 1,521 tokens a frame; nearest is (\d+x\d+x\d+)") as caught:
+        require_shareable(config, {40})
+    named = dict(re.findall(r"(\d+x\d+x\d+) has [\d,]+ tokens a frame; nearest is (\d+x\d+x\d+)", str(caught.value)))
+    changed = []
+    for name in sorted({name for stage in config.stages for name in stage.mixture}):
+        buckets = {named.get(str(bucket), str(bucket)) for bucket in config.corpus(name).buckets}
+        changed.append(f"corpora.{name}.buckets=[{', '.join(sorted(buckets))}]")
+    require_shareable(load_config("wan2.1-t2v-14b", ["engine.sequence_parallel=4", *changed]), {40})
+    with pytest.raises(ConfigError, match=r"attention heads: use 1 or 2 or 3"):
+        require_shareable(config, {6})
+
+
+@given(height=st.integers(1, 100), width=st.integers(1, 100), frames=st.sampled_from([1, 81]), ranks=st.integers(1, 8))
+def test_the_nearest_bucket_is_the_nearest_that_can_be_shared(height: int, width: int, frames: int, ranks: int) -> None:
+    found = nearest_shareable(Bucket(frames, 16 * height, 16 * width), ranks)
+    assert found.frames == frames and found.reference_tokens % ranks == 0
+    away = abs(found.height // 16 - height) + abs(found.width // 16 - width)
+    for more in range(-away + 1, away):
+        for wider in range(-away + 1 + abs(more), away - abs(more)):
+            h, w = height + more, width + wider
+            assert h < 1 or w < 1 or h * w % ranks

@@ -430,6 +430,28 @@ def test_utilization_is_the_models_flops_against_the_peak(tmp_path: Path) -> Non
         assert unknown.take(4.0) == {}
 
 
+def test_samples_of_ranks_that_share_them_are_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each has done its part of the arithmetic."""
+    monkeypatch.setattr(module, "MetricLogger", Log)
+    config = load_config("demo", [f"output={tmp_path}", "cluster.workers=4", "engine.sequence_parallel=2"])
+    run, batch = Run.open(config), TrainingBatch.fake(2, frames=2, height=8, width=8, references=1, text_tokens=16)
+    batch = replace(batch, sources=("sprites-videos",) * 2)
+    loss = LossOutput(torch.tensor(1.0), torch.ones(2), None, torch.full((2,), 0.5))
+    for rank in range(4):
+        monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
+        monitor = monitor_of(run, Clock(), time.time(), attempt=1)
+        monitor.micro_batch(MicroBatch(0, 0, batch, [f"{rank // 2} a", f"{rank // 2} b"], Counter()), loss)
+        monitor.dropped(0, "spike", 2.0)
+        monitor.close(0, End.STOPPED)
+    noted = [part.samples for part in read_consumed(run, "stage2")[0].values()]
+    assert sorted(noted) == [["0 a", "0 b"], ["1 a", "1 b"]]
+    spec = ModelSpec.preset("tiny").transformer_config()
+    whole, shared = Utilization(spec, ["*"], peak=1e12), Utilization(spec, ["*"], peak=1e12, sharing=2)
+    for one in (whole, shared):
+        one.add(batch)
+    assert shared.take(1.0)["mfu"] == pytest.approx(whole.take(1.0)["mfu"] / 2)
+
+
 def test_the_balance_of_ranks_is_what_the_mean_is_of_the_longest(tmp_path: Path) -> None:
     assert evenness(np.array([[2.0, 4.0], [1.0, 4.0], [3.0, 1.0]])) == pytest.approx((2 + 3) / (3 + 4))
     kept = Kept(tmp_path, Clock(), every=1)
