@@ -57,6 +57,9 @@ class TextAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
-        # the text is on every rank: the queries alone are shared where a sequence is
-        out = attend(query, key, value, attention_mask, self._attention_backend)
+        out = self.attend(query, key, value, attention_mask)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention to the text, which every rank has whole: the queries alone are shared where a sequence is."""
+        return attend(query, key, value, mask, self._attention_backend)

@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left^T right in float32, of bf16 rows."""
-    if left.is_cuda:
+    if left.is_cuda or left.is_meta:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()
 

@@ -43,8 +43,8 @@ def training_loss(
     """Loss of one micro-batch.
 
     L_FM is the mean squared error of the predicted velocity. L_C is the mean squared difference to the prediction for
-    the same z_t, t and text with the paired references, made without gradients and without stored activations, before
-    the forward with gradients.
+    the same z_t, t and text with the paired references, made without gradients and without stored activations: in the
+    same call, by a model that ``predicts_pairs``, else before the forward with gradients.
 
     Args:
         model: a ``DomainShuttleTransformer3DModel`` or anything called like it, such as a ``DeepSpeedEngine``.
@@ -80,30 +80,28 @@ def training_loss(
     ).to(latents.device)
     noisy, timestep = interpolate(latents, noise, t), 1000 * t
 
+    given = {
+        "reference_latents": batch.references,
+        "reference_subjects": batch.reference_subjects,
+        "reference_domains": batch.reference_domains,
+        "reference_mask": batch.reference_mask,
+    }
+    pair = {
+        "reference_latents": batch.paired_references,
+        "reference_subjects": batch.paired_reference_subjects,
+        "reference_domains": batch.paired_reference_domains,
+        "reference_mask": batch.paired_reference_mask,
+    }
+    target = snapshot_model if cross_pair_target == "snapshot" and snapshot_model is not None else model
     consistent = None
-    if with_pairs:
-        frozen = snapshot_model if cross_pair_target == "snapshot" and snapshot_model is not None else model
-        with torch.no_grad():
-            (consistent,) = frozen(
-                noisy,
-                timestep,
-                batch.text,
-                reference_latents=batch.paired_references,
-                reference_subjects=batch.paired_reference_subjects,
-                reference_domains=batch.paired_reference_domains,
-                reference_mask=batch.paired_reference_mask,
-                return_dict=False,
-            )
-    (prediction,) = model(
-        noisy,
-        timestep,
-        batch.text,
-        reference_latents=batch.references,
-        reference_subjects=batch.reference_subjects,
-        reference_domains=batch.reference_domains,
-        reference_mask=batch.reference_mask,
-        return_dict=False,
-    )
+    if with_pairs and target is model and getattr(model, "predicts_pairs", False):
+        together = {f"paired_{name}": value for name, value in pair.items()}
+        prediction, consistent = model(noisy, timestep, batch.text, **given, **together, return_dict=False)
+    else:
+        if with_pairs:
+            with torch.no_grad():
+                (consistent,) = target(noisy, timestep, batch.text, **pair, return_dict=False)
+        (prediction,) = model(noisy, timestep, batch.text, **given, return_dict=False)
     flow_loss = _squared_error(prediction, velocity(latents, noise))
     loss = flow_loss.mean()
     cross_pair = None

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from domainshuttle.model.file_mode import UmaskMode
 from domainshuttle.model.mixed_precision import linear, mix_precision
-from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, ReferenceGate, ReferenceProjections
+from domainshuttle.model.modulation import Rows
+from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, ReferenceGate, ReferenceProjections, Stream
 from domainshuttle.model.rope import ReferenceRope, image_index, rotary_embedding
+from domainshuttle.model.token_groups import TokenGroup
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -104,6 +106,8 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         "norm3",
     ]
     _repeated_blocks: ClassVar = ["DomainMoTBlock", "FinalDomainMoTBlock"]
+    predicts_pairs = True
+    """Whether a call may hold a second set of references, for the cross-pair loss."""
 
     @register_to_config
     def __init__(
@@ -167,8 +171,8 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-        self.gradient_checkpointing = False
         self._compute_dtype: torch.dtype | None = None
+        self.token_group: TokenGroup | None = None
         self.initialise_references()
 
     @property
@@ -184,6 +188,16 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         """
         self._compute_dtype = dtype
         mix_precision(self)
+
+    def share_tokens(self, group: TokenGroup) -> None:
+        """Computes with the other ranks of ``group``, which call the model with the same batch.
+
+        What a frame has of tokens, and the heads, must be multiples of the ranks. Gradients are those of the rank's own
+        tokens, times the ranks: their mean over all ranks of a job is that of a job without groups.
+        """
+        self.token_group = group
+        for block in self.blocks:
+            block.attn1.token_group = group
 
     @classmethod
     def keeps_float32(cls, name: str) -> bool:
@@ -210,14 +224,13 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         gamma, beta = self.film_scale_ref(domain), self.film_shift_ref(domain)
         return torch.addcmul(beta[:, :, None], tokens, 1 + gamma[:, :, None]), domain
 
-    def condition(self, time: Tensor, domain: Tensor, num_frames: int) -> Tensor:
-        """Conditioning [b, F, 6, d] of the blocks, float32: time projection [b, 6, d] plus domain [b, r, d]."""
+    def condition(self, time: Tensor, domain: Tensor) -> Rows:
+        """Conditioning of the blocks, float32: time projection [b, 6, d], and for references plus domain [b, r, d]."""
         time, domain = time.float(), domain.float()
         zero = torch.zeros_like(domain)
         gate = domain if self.config.reference_gate == "own" else zero
         domain = torch.stack([domain, domain, gate, domain, domain, gate], 2)  # b r 6 d
-        video = time[:, None].expand(-1, num_frames, -1, -1)
-        return torch.cat([video, time[:, None] + domain], 1)
+        return Rows(time[:, None], time[:, None] + domain)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -229,9 +242,13 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         reference_subjects: Tensor | None = None,
         reference_domains: Tensor | None = None,
         reference_mask: Tensor | None = None,
+        paired_reference_latents: Tensor | None = None,
+        paired_reference_subjects: Tensor | None = None,
+        paired_reference_domains: Tensor | None = None,
+        paired_reference_mask: Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """Predict the velocity e - z_0 of noisy latents.
 
         Args:
@@ -243,70 +260,119 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
             reference_domains: [b, r] int64, domain wanted in the video, -1 for none.
             reference_mask: [b, r] bool, True where an image is real. The others are not attended to. None attends to
                 all, and runs the faster attention kernels.
+            paired_reference_latents: of a second set of references, with its own ``subjects``, ``domains`` and
+                ``mask``, as the cross-pair loss needs it: the same latents are predicted with it too, without
+                gradients. Both pass through each block in one call of it, so that sharded weights are gathered once.
             return_dict: whether to return a ``Transformer2DModelOutput`` instead of a tuple.
             attention_kwargs: ``scale`` of LoRA layers, as in diffusers.
 
         Returns:
-            [b, out_channels, f, h, w], as ``sample`` or as the only element of a tuple.
+            [b, out_channels, f, h, w], as ``sample`` or as the only element of a tuple; with a second set always a
+            tuple, of the prediction and of that with the second set.
 
         Raises:
             ValueError: for inputs that do not fit the configuration or each other.
         """
-        b, _, f, h, w = hidden_states.shape if hidden_states.ndim == 5 else (0,) * 5
-        if reference_latents is None:
-            reference_latents = hidden_states.new_zeros(b, 0, self.config.in_channels, h, w)
-        if reference_subjects is None or reference_domains is None:
-            if reference_latents.shape[1] > 0:
-                raise ValueError("reference_latents need reference_subjects and reference_domains: pass int64 [b, r]")
-            reference_subjects = reference_domains = torch.zeros(b, 0, dtype=torch.long, device=hidden_states.device)
-        self._check(
-            hidden_states,
-            timestep,
-            encoder_hidden_states,
-            reference_latents,
-            reference_subjects,
-            reference_domains,
-            reference_mask,
-        )
-        pt, ph, pw = self.config.patch_size
-        grid = f // pt, h // ph, w // pw
-        num_references = reference_latents.shape[1]
+        latents = hidden_states
+        sets = [(reference_latents, reference_subjects, reference_domains, reference_mask)]
+        if paired_reference_latents is not None:
+            sets.append(
+                (paired_reference_latents, paired_reference_subjects, paired_reference_domains, paired_reference_mask)
+            )
+        given = [self._checked(latents, timestep, encoder_hidden_states, *each) for each in sets]
         dtype = self.compute_dtype
 
-        images = image_index(reference_subjects, reference_mask)
+        video = self.patch_embedding(latents.to(dtype))  # b f s d
+        temb, time, text, _ = self.condition_embedder(timestep, encoder_hidden_states.to(dtype))
+        time = time.unflatten(1, (6, -1))
+        stream, paired = self._stream(latents, video, time, *given[0]), None
+        if len(given) > 1:
+            with torch.no_grad():
+                paired = self._stream(latents, video, time, *given[1])
+        for block in self.blocks:
+            out = block(stream.hidden_states, text, *stream[1:], paired)
+            if paired is not None:
+                out, paired_out = out
+                paired = Stream(paired_out, *paired[1:])
+            stream = Stream(out, *stream[1:])
+
+        sample = self._decode(latents, stream.hidden_states, temb)
+        if paired is not None:
+            with torch.no_grad():
+                return sample, self._decode(latents, paired.hidden_states, temb)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _stream(
+        self,
+        latents: Tensor,
+        video: Tensor,
+        time: Tensor,
+        references: Tensor,
+        subjects: Tensor,
+        domains: Tensor,
+        mask: Tensor | None,
+    ) -> Stream:
+        """What goes into the blocks: tokens of the video, and then of one set of references."""
+        grid = self._grid(latents)
+        images = image_index(subjects, mask)
         rotary_emb = rotary_embedding(
-            self.config.attention_head_dim, grid, reference_subjects, images, self.config.reference_rope
+            self.config.attention_head_dim, grid, subjects, images, self.config.reference_rope
         )
         attention_mask = None
-        if reference_mask is not None:
+        if mask is not None:
             # b r -> b 1 1 (F s), True at keys that count; video tokens always do
-            mask = torch.cat([reference_mask.new_ones(b, grid[0]), reference_mask], 1)
-            attention_mask = mask[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)[:, None, None]
-
-        references, domain = self.embed_references(reference_latents.to(dtype), reference_domains)
-        hidden_states = torch.cat([self.patch_embedding(hidden_states.to(dtype)), references], 1)  # b F s d
-        temb, time, encoder_hidden_states, _ = self.condition_embedder(timestep, encoder_hidden_states.to(dtype))
-        conditioning = self.condition(time.unflatten(1, (6, -1)), domain, grid[0])
-
-        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        for block in self.blocks:
-            arguments = (
-                hidden_states,
-                encoder_hidden_states,
-                conditioning,
-                rotary_emb,
-                attention_mask,
-                num_references,
+            frames, tokens_of_one = torch.cat([mask.new_ones(mask.shape[0], grid[0]), mask], 1), grid[1] * grid[2]
+            keys = frames[..., None].expand(-1, -1, tokens_of_one).flatten(1)
+            if self.token_group is not None:
+                keys = self.token_group.key_mask(frames, tokens_of_one)
+            attention_mask = keys[:, None, None]
+        tokens, domain = self.embed_references(references.to(self.compute_dtype), domains)
+        hidden_states = torch.cat([video, tokens], 1)  # b F s d
+        if self.token_group is not None:
+            hidden_states = self.token_group.own(hidden_states, 2)
+            # b (F s) 1 d
+            rotary_emb = tuple(
+                self.token_group.own(one.unflatten(1, (-1, grid[1] * grid[2])), 2).flatten(1, 2) for one in rotary_emb
             )
-            hidden_states = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+        return Stream(hidden_states, self.condition(time, domain), rotary_emb, attention_mask)
 
+    def _decode(self, latents: Tensor, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        """Velocity [b, c, f, h, w] of tokens [b, f, s, d] of the video."""
+        b, _, f, h, w = latents.shape
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(1)).unsqueeze(2).chunk(2, 1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states.float()), 1 + scale).type_as(hidden_states)
         patches = self.proj_out(hidden_states)
+        if self.token_group is not None:
+            patches = self.token_group.whole(patches, 2)
         # b f (h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)
-        patches = patches.view(b, *grid, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        sample = patches.reshape(b, -1, f, h, w)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        patches = patches.view(b, *self._grid(latents), *self.config.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return patches.reshape(b, -1, f, h, w)
+
+    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Tokens of the video in time, height and width."""
+        t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        return t, h, w
+
+    def _checked(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        references: Tensor | None,
+        subjects: Tensor | None,
+        domains: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """One set of references, which may be none; raises ValueError for inputs that do not fit."""
+        b, _, _, h, w = latents.shape if latents.ndim == 5 else (0,) * 5
+        if references is None:
+            references = latents.new_zeros(b, 0, self.config.in_channels, h, w)
+        if subjects is None or domains is None:
+            if references.shape[1] > 0:
+                raise ValueError("reference_latents need reference_subjects and reference_domains: pass int64 [b, r]")
+            subjects = domains = torch.zeros(b, 0, dtype=torch.long, device=latents.device)
+        self._check(latents, timestep, text, references, subjects, domains, mask)
+        return references, subjects, domains, mask
 
     def _check(
         self,

@@ -5,10 +5,11 @@ All modes compute the same numbers in the same order, so the gradients are those
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -19,18 +20,18 @@ def checkpoint_blocks(model: Any, section: ActivationSection) -> None:
     """Makes a transformer's blocks recompute what the section says."""
     if section.mode == "none":
         return
-    chosen = set(model.blocks[:: section.every or 1])
     selective: dict[str, Any] = {}
     if section.mode == "attention":
         selective["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
 
-    def run(block: nn.Module, hidden_states: Tensor, *others: Any) -> Any:
-        if block not in chosen:
-            return block(hidden_states, *others)
+    def run(transform: Callable[..., Tensor], hidden_states: Tensor, *others: Any) -> Tensor:
         with _on_host(hidden_states) if section.offload else contextlib.nullcontext():
-            return checkpoint(block.__call__, hidden_states, *others, use_reentrant=False, **selective)
+            out: Tensor = checkpoint(transform, hidden_states, *others, use_reentrant=False, **selective)
+        return out
 
     model.enable_gradient_checkpointing(run)
+    for number, block in enumerate(model.blocks):
+        block.gradient_checkpointing = number % (section.every or 1) == 0
 
 
 def _keep_attention(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:

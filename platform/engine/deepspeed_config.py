@@ -1,12 +1,50 @@
 """DeepSpeed's configuration, derived from ours: there is no second file to keep in step. Known without torch."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from domainshuttle.model.spec import ModelSpec
 from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import trained_of
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Elements that may be gathered at once, at least: DeepSpeed's default."""
+LEAST_BUCKET = 1_000_000
+"""Elements of gradients that are summed over the ranks at once, at least; its buffer is made whole."""
 
 
-def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given for a stage."""
+@dataclass(frozen=True)
+class BlockSize:
+    """Elements of the largest block, which is what is gathered, prefetched and reduced at once."""
+
+    elements: int
+    trained: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[tuple[str, int, bool]]) -> "BlockSize":
+        """Of a model's parameters: name, elements, and whether each is trained."""
+        blocks: dict[str, list[int]] = {}
+        for name, size, trained in parameters:
+            if name.startswith("blocks."):
+                block = blocks.setdefault(name.split(".")[1], [0, 0])
+                block[0] += size
+                block[1] += size * trained
+        return cls(*(max(sizes) for sizes in zip(*blocks.values(), strict=True)))
+
+    @classmethod
+    def planned(cls, spec: ModelSpec, patterns: list[str]) -> "BlockSize":
+        """Of a model that is not built."""
+        selected = trained_of(spec, patterns)
+        named = ((selected.trained, True), (selected.frozen, False))
+        return cls.of((name, size, trained) for sizes, trained in named for name, size in sizes.items())
+
+
+def deepspeed_config(
+    stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool, block: BlockSize | None = None
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given for a stage; without the size of a block, DeepSpeed's own buckets."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -32,14 +70,17 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
             "stage3_param_persistence_threshold": engine.persistent_parameters,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
-            # of float32: half of DeepSpeed's default, as many bytes; the demo's gigabyte would never be filled
-            "reduce_bucket_size": 250_000_000 if on_gpu else 1_000_000,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if not on_gpu:
-        config["zero_optimization"]["stage3_prefetch_bucket_size"] = 1_000_000
+    if block is not None:
+        config["zero_optimization"] |= {
+            # the next block is gathered while one is computed, and a block's gradients are summed as it is left
+            "stage3_prefetch_bucket_size": block.elements,
+            "stage3_max_live_parameters": max(3 * block.elements, LIVE_PARAMETERS),
+            "reduce_bucket_size": max(block.trained, LEAST_BUCKET),
+        }
     if engine.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config
@@ -48,7 +89,9 @@ def deepspeed_config(stage: StageSection, engine: EngineSection, accumulation: i
 def deepspeed_configs(config: RunConfig) -> dict[str, dict[str, Any]]:
     """DeepSpeed's configuration of every stage, as the engine derives it; of a range of workers, with the most."""
     on_gpu, configs = config.cluster.gpus_per_worker > 0, {}
+    spec = model_size(config.model_of(config.experts[0] if config.experts else None))
     for stage in config.stages:
-        accumulation = stage.global_batch // (config.worker_sizes(stage)[-1] * stage.micro_batch)
-        configs[stage.name] = deepspeed_config(stage, config.engine, accumulation, on_gpu)
+        accumulation = config.accumulation(stage, config.worker_sizes(stage)[-1])
+        block = BlockSize.planned(spec, stage.trained)
+        configs[stage.name] = deepspeed_config(stage, config.engine, accumulation, on_gpu, block)
     return configs

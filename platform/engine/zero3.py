@@ -25,13 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from domainshuttle.model import fused
 from domainshuttle.model.convert import MAX_SHARD_BYTES
 from domainshuttle.model.mot import DomainMoTBlock
+from domainshuttle.model.token_groups import TokenGroup
 from domainshuttle.model.weight_files import write_shards
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
 from domainshuttle.platform.engine.attention_kernels import AttentionKernels
-from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
+from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_config
 from domainshuttle.platform.engine.initialization import Blueprint
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
 from domainshuttle.platform.run.segments import learning_rate
@@ -60,19 +62,28 @@ class Engine:
     the whole.
     """
 
+    predicts_pairs = True
+
     def __init__(self, blueprint: Blueprint, stage: StageSection, section: EngineSection, accumulation: int) -> None:
         deepspeed = _deepspeed()
-        self.config = deepspeed_config(stage, section, accumulation, torch.cuda.is_available())
+        of_block = BlockSize.of(
+            (name, one.numel(), one.requires_grad) for name, one in blueprint.outline.named_parameters()
+        )
+        self.config = deepspeed_config(stage, section, accumulation, torch.cuda.is_available(), of_block)
         self.stage, self._decay = stage, section.ema
         self._accumulation, self._pending = accumulation, 0
-        model, self._source = blueprint.outline, blueprint.weights
+        model: Any = blueprint.outline
+        self._source = blueprint.weights
         device = _materialise(blueprint, self.config)
         checkpoint_blocks(model, section.activations)
         self.attention = _choose_attention(model, section, device)
+        self._tokens = _share_tokens(model, section)
+        if section.kernels == "triton":
+            fused.fuse(model)
         if section.compile is not None:
             for block in model.blocks:
-                # the forward alone: ZeRO-3's hooks, which gather the weights around it, stay outside
-                block.forward = torch.compile(block.forward, backend=section.compile)
+                # ZeRO-3's hooks, which gather the weights around the block, stay outside
+                block.transform = torch.compile(block.transform, backend=section.compile)
         _gather_whole_blocks(model)
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = [parameter for parameter in names if parameter.requires_grad]
@@ -93,6 +104,8 @@ class Engine:
         """Gives the memory back, for the next engine of this process; it can't be used any more."""
         self._partition.release()
         release(self._engine)
+        if self._tokens is not None:
+            dist.destroy_process_group(self._tokens.ranks)
 
     @property
     def device(self) -> torch.device:
@@ -282,6 +295,7 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
     }
     _choose_attention(model, section, _materialise(blueprint, config))
+    _share_tokens(model, section)
     _gather_whole_blocks(model)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()  # DeepSpeed's returns nothing
@@ -346,6 +360,16 @@ def _choose_attention(model: Any, section: EngineSection, device: torch.device) 
     logger.info("%s", kernels)
     kernels.warn_of_old_cudnn()
     return kernels
+
+
+def _share_tokens(model: Any, section: EngineSection) -> TokenGroup | None:
+    """Has neighbouring ranks share the tokens of their samples, where the section says so. All ranks must call."""
+    if section.sequence_parallel == 1:
+        return None
+    own, _ = dist.new_subgroups(section.sequence_parallel)
+    group = TokenGroup(own)
+    model.share_tokens(group)
+    return group
 
 
 def _deepspeed() -> Any:

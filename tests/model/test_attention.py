@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from domainshuttle.model.attention import attend
+from domainshuttle.model.modulation import Rows
 from domainshuttle.model.mot import DomainMoTBlock
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -106,7 +107,7 @@ def test_what_a_block_saves_grows_with_the_length_and_not_with_its_square(dtype:
         rotary = tuple(torch.ones(1, frames * per_frame, 1, width // 2) for _ in range(2))
         with saved_bytes() as sizes:
             out = block(
-                tokens, torch.randn(1, text, width, dtype=dtype), torch.randn(1, frames, 6, width), rotary, None, 1
+                tokens, torch.randn(1, text, width, dtype=dtype), Rows(*torch.randn(2, 1, 1, 6, width)), rotary, None
             )
         out.sum().backward()
         return sum(sizes)

@@ -172,3 +172,36 @@ def test_what_is_missing_is_named(make_model: MakeModel, batch: TrainingBatch) -
         loss_of(make_model(), TrainingBatch.fake(2, text_dim=32, paired=False))
     with pytest.raises(ValueError, match="snapshot_model is None"):
         loss_of(make_model(), batch, cross_pair_target="snapshot")
+
+
+@pytest.mark.parametrize("mask_tail", [False, True])
+def test_both_predictions_of_one_call_are_those_of_two(make_model: MakeModel, mask_tail: bool) -> None:
+    """Bit for bit, gradients too; each block is called once."""
+
+    class Twice:
+        """The model as one that takes a single set of references."""
+
+        def __init__(self, model: DomainShuttleTransformer3DModel) -> None:
+            self.model = model
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs)
+
+    batch = TrainingBatch.fake(2, height=4, width=6, references=3, text_dim=32, mask_tail=mask_tail)
+    batch = replace(
+        batch, paired_references=batch.paired_references[:, :2], paired_reference_mask=None,
+        paired_reference_subjects=batch.paired_reference_subjects[:, :2],
+        paired_reference_domains=batch.paired_reference_domains[:, :2],
+    )  # fmt: skip
+    found = []
+    for wrap, calls in ((lambda model: model, 1), (Twice, 2)):
+        model, runs = make_model().train(), []
+        model.enable_gradient_checkpointing()
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda block, _, runs=runs: runs.append(block))
+        output = loss_of(wrap(model), batch)
+        assert len(runs) == calls * len(model.blocks)
+        output.loss.backward()
+        assert len(runs) == calls * len(model.blocks)  # what is computed again is inside
+        found.append([output.loss, output.cross_pair, *(p.grad for p in model.parameters())])
+    assert all(one.equal(two) for one, two in zip(*found, strict=True))

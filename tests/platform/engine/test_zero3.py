@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.spec import ModelSpec
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.cli import app
 from domainshuttle.platform.config.loading import load_config
@@ -31,7 +34,7 @@ from domainshuttle.platform.config.schema import (
     StageSection,
 )
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
-from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
+from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_config
 from domainshuttle.platform.engine.hub import resolve
 from domainshuttle.platform.engine.initialization import blueprint, build_model
 from domainshuttle.platform.engine.model_size import model_size
@@ -125,6 +128,21 @@ def test_the_plan_prints_deepspeeds_configuration_of_every_stage() -> None:
         assert printed[one.name]["zero_optimization"]["stage3_param_persistence_threshold"] == 17
 
 
+def test_buckets_are_as_large_as_a_block() -> None:
+    """Of the 14B: 430 M parameters a block, 184 M of them trained in stage 2; and `plan` and engine say the same."""
+    run = load_config("wan2.1-t2v-14b")
+    block = BlockSize.planned(ModelSpec.preset("wan2.1-t2v-14b"), run.stages[1].trained)
+    assert round(block.elements / 1e6) == 430 and round(block.trained / 1e6) == 184
+    zero = deepspeed_config(run.stages[1], run.engine, 8, on_gpu=True, block=block)["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == block.elements
+    assert zero["stage3_max_live_parameters"] == 3 * block.elements
+    assert zero["reduce_bucket_size"] == block.trained
+    network = build_model(ModelSection(size=SIZE), WeightsOrigin(None, 1))
+    select_trained(network, run.stages[1].trained)
+    built = BlockSize.of((name, one.numel(), one.requires_grad) for name, one in network.named_parameters())
+    assert built == BlockSize.planned(model_size(ModelSection(size=SIZE)), run.stages[1].trained)
+
+
 @pytest.mark.parametrize(
     ("section", "told"),
     [
@@ -152,7 +170,7 @@ def recomputed_blocks(section: ActivationSection) -> tuple[list[int], dict[str, 
         def count(*_: Any, number: int = number) -> None:
             runs[number] += 1
 
-        block.register_forward_pre_hook(count)
+        block.attn1.register_forward_pre_hook(count)  # a block is called once; what it computes may run again
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.randn(1, 3, 16, generator=generator)
     network(latents, torch.tensor([300.0]), text).sample.square().mean().backward()
@@ -197,6 +215,44 @@ def test_a_kept_attention_is_not_computed_again() -> None:
         counts[mode] = Attentions.forwards
     # two attentions in each of five blocks
     assert counts == {"none": 10, "full": 20, "attention": 10}
+
+
+class Products(TorchDispatchMode):
+    """Notes the sizes of the matrix products that run, meta tensors too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.sizes.append((left.shape[0], left.shape[1], right.shape[1]))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("trained", "again"), [(["blocks.*.attn1.*", "*_ref*"], 0), (["*"], 2)])
+def test_the_second_product_of_the_feed_forward_is_not_run_again(trained: list[str], again: int) -> None:
+    """On meta tensors; with what stage 2 trains, and with everything, where its weight's gradient needs no output
+    either, but the gate of the video does."""
+    width, hidden, tokens = 24, 52, 4 * 4
+    batch = TrainingBatch.fake(1, height=4, width=4, text_dim=SIZE["text_dim"], text_tokens=3)
+    inputs = [one.to("meta") for one in (batch.latents, torch.zeros(1), batch.text, batch.references)]
+    labels = [one.to("meta") for one in (batch.reference_subjects, batch.reference_domains)]
+    with torch.device("meta"):
+        network = DomainShuttleTransformer3DModel(**SIZE | {"num_layers": 3, "ffn_dim": hidden})
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in trained))
+    checkpoint_blocks(network, ActivationSection(mode="full"))
+    forward, backward = Products(), Products()
+    with forward:
+        loss = network(*inputs, *labels).sample.square().mean()
+    with backward:
+        loss.backward()
+    second = (tokens, hidden, width)
+    assert forward.sizes.count(second) == 2  # the last block has fewer tokens
+    assert backward.sizes.count(second) == 2 + again  # the gradient of the first has the same sizes
+    assert backward.sizes.count((tokens, width, hidden)) == 2 + 2  # the first again, and the gradient of the second
 
 
 def test_a_size_that_no_model_has_is_refused_before_a_cluster_is_asked() -> None:
