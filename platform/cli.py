@@ -157,17 +157,19 @@ def data_pair(
 
             raise ConfigError("--corpus chooses among those of a configuration: leave it out beside a corpus's folder")
         pair = load_pair(set_)
-        from domainshuttle.platform.commands.data_pair import pair_folder
+        from domainshuttle.platform.commands.data_pair import folder_job, pair_corpora
 
+        job = folder_job(config, pair, to)
         with _ray(address):
-            pair_folder(config, pair, to, most_bad)
+            pair_corpora([job], most_bad)
         return
     settings = _load_corpora(config, set_)
-    from domainshuttle.platform.commands.data_pair import pair_corpora
+    from domainshuttle.platform.commands.data_pair import configured_jobs, pair_corpora
     from domainshuttle.platform.driver.ray_cluster import connected
 
+    jobs = configured_jobs(settings, corpus)
     with connected(settings, cpus=1):
-        pair_corpora(settings, corpus, most_bad)
+        pair_corpora(jobs, most_bad)
 
 
 @data.command("label")

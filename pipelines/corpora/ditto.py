@@ -2,7 +2,7 @@
 
 It has no references, masks or words. The edited clip is the target, and frames of the source clip show what it was made
 of: one subject, the scene. With `source_clip` the whole source clip lies beside the target, and cross pairs are cut out
-of it (`curation/pairs`). Only the source has a caption.
+of it (`curation/pairs`), of subjects that labels name. Only the source has a caption.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,9 @@ class DittoConfig(SourceConfig):
         "source_video_captions/*.json", description="of the source clips; none: commands alone"
     )
     videos: str = Field("videos", description="what paths of records are below")
-    source_frames: Whole = Field(2, ge=1, le=8, description="frames of the source clip, evenly spread, as references")
+    source_frames: Whole = Field(
+        2, ge=0, le=8, description="frames of the source clip, evenly spread, as references of the scene; 0: no subject"
+    )
     source_clip: bool = Field(
         False, description="keep the source clip beside the edited one: cross pairs are cut out of it"
     )
@@ -94,7 +96,7 @@ class DittoSource(RecordSource):
         source = clip_of(read_media(videos, content["source"], "source clip"), content["source"])
         count = min(self.config.source_frames, source.frames)
         numbers = {(2 * place + 1) * source.frames // (2 * count) for place in range(count)}
-        frames = frames_at(source.data, numbers, content["source"])
+        frames = frames_at(source.data, numbers, content["source"]) if numbers else {}
         found = tables.find(_CAPTIONS, PurePosixPath(content["source"]).stem)
         if found is None and self.config.captions is not None:
             notes.add("source clips without a caption")
@@ -106,7 +108,7 @@ class DittoSource(RecordSource):
             self.corpus,
             caption,
             target,
-            [("scene", FANTASY if fantasy else _OTHER)],
+            [("scene", FANTASY if fantasy else _OTHER)] if frames else [],
             [Shown(0, "edited", drawn_picture(frames[number])) for number in sorted(frames)],
             {CAPTION_IS_INSTRUCTION: 1.0, FROM_WORDS: 1.0},
             source_clip=source if self.config.source_clip else None,

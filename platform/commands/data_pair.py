@@ -1,6 +1,8 @@
 """`data pair`: cross pairs of corpora, with progress and an end line."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +25,41 @@ from domainshuttle.platform.console import console, progress
 _REJECTED = "candidates rejected: "
 
 
-def pair_corpora(
-    config: RunConfig | CorporaConfig, only: list[str] | None = None, most_bad: float = MOST_BAD_IN_CORPUS
-) -> None:
-    """Makes the cross pairs of a configuration's corpora on the connected Ray cluster."""
+@dataclass(frozen=True)
+class PairJob:
+    """A raw corpus, and the folder of its pairs."""
+
+    raw: CorpusSpec
+    folder: Path
+    pair: PairConfig
+    following: str
+    """What to do next."""
+
+
+def configured_jobs(config: RunConfig | CorporaConfig, only: list[str] | None = None) -> list[PairJob]:
+    """The corpora of a configuration that say how they are paired. Raises what is wrong before work starts."""
     names = chosen_corpora(config, only)
-    asked = [name for name in names if config.corpora[name].pair is not None]
-    if not asked:
-        raise ConfigError(
-            f"none of {names} has a `pair` section: it names the folders of the models, as docs/datasets.md shows"
-        )
-    for name in asked:
-        raw = config.built(name)
+    jobs = []
+    for name in names:
+        raw, pair = config.built(name), config.corpora[name].pair
+        if pair is None:
+            continue
         if not exists(raw.index):
             raise DataError(
                 f"corpus {name!r} is not built: {redacted(raw.index)} is missing. Run: domainshuttle data build CONFIG"
             )
-    for name in asked:
-        pair = config.corpora[name].pair
-        assert pair is not None
         folder = require_local(config.corpus(name, "raw").folder, f"pairing {name}")
-        _pair(config.built(name), folder, pair, most_bad)
-    if left := [name for name in names if name not in asked]:
-        console.print(f"No `pair` section, left as they were built: {escape(', '.join(left))}")
-    console.print("Next: domainshuttle data encode (the same configuration)")
+        jobs.append(PairJob(raw, folder, pair, "domainshuttle data encode (the same configuration)"))
+    if not jobs:
+        raise ConfigError(
+            f"none of {names} has a `pair` section: it names the folders of the models, as docs/datasets.md shows"
+        )
+    _check(jobs)
+    return jobs
 
 
-def pair_folder(index: str, pair: PairConfig, to: Path | None, most_bad: float = MOST_BAD_IN_CORPUS) -> None:
-    """Makes the cross pairs of the raw corpus in a folder, on the connected Ray cluster, in `to` or beside it."""
+def folder_job(index: str, pair: PairConfig, to: Path | None) -> PairJob:
+    """The raw corpus in a folder, whose pairs go to `to` or beside it. Raises what is wrong before work starts."""
     place = index_location(index)
     metadata = read_metadata(place)
     if metadata.stage != "raw":
@@ -60,11 +69,27 @@ def pair_folder(index: str, pair: PairConfig, to: Path | None, most_bad: float =
     folder = local_path(absolute(str(folder)))
     if str(folder) == raw.folder:
         raise ConfigError(f"--to {folder} is the corpus itself: give another folder")
-    _pair(raw, folder, pair, most_bad)
-    console.print(
-        "Next: domainshuttle data encode CONFIG, in which the corpus has a `pair` section, or its folder DATA/NAME/raw "
-        "is this one"
+    following = (
+        "domainshuttle data encode CONFIG, in which the corpus has a `pair` section, or its DATA/NAME/raw is this "
+        "folder"
     )
+    job = PairJob(raw, folder, pair, following)
+    _check([job])
+    return job
+
+
+def _check(jobs: Sequence[PairJob]) -> None:
+    for job in jobs:
+        job.pair.models.check()
+        if job.pair.quality is not None:
+            job.pair.quality.key()
+
+
+def pair_corpora(jobs: Sequence[PairJob], most_bad: float = MOST_BAD_IN_CORPUS) -> None:
+    """Makes the cross pairs of corpora on the connected Ray cluster."""
+    for job in jobs:
+        _pair(job.raw, job.folder, job.pair, most_bad)
+    console.print(f"Next: {jobs[-1].following}", markup=False)
 
 
 def _pair(raw: CorpusSpec, folder: Path, pair: PairConfig, most_bad: float) -> None:

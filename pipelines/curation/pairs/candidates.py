@@ -9,15 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from domainshuttle.pipelines.curation.detector import Box
+from domainshuttle.pipelines.corpora.words import BACKGROUND, domain_of
 from domainshuttle.pipelines.index.table import Index, IndexRow
+from domainshuttle.pipelines.sample import SampleInfo, Subject
 from domainshuttle.pipelines.storage.atomic import atomic_file
+
+if TYPE_CHECKING:  # it brings torch, which who chooses does not need
+    from domainshuttle.pipelines.curation.detector import Box
 
 STORE_NAME = ".candidates"
 """The folder of candidates, in that of the corpus that is made of them."""
@@ -40,7 +44,7 @@ class Candidate:
     word: str
     place: Place
     frame: int
-    box: Box
+    box: "Box"
     detection: float
     counts: str
     size: tuple[int, int]
@@ -77,6 +81,17 @@ _SCHEMA = pa.schema(
         ("boxes", pa.int64()), ("candidates", pa.large_list(_CANDIDATE)),
     ]
 )  # fmt: skip
+
+
+def subjects_of(info: SampleInfo, words: Sequence[str]) -> list[Subject]:
+    """The subjects that are looked for: the sample's own or, where it has none, one of each of `words`."""
+    asked = enumerate(dict.fromkeys(words))
+    return info.subjects or [Subject(id=number, word=word, domain=domain_of(word)) for number, word in asked]
+
+
+def is_scene(subject: Subject) -> bool:
+    """Whether a subject is all of a frame that other subjects leave, so that no box is asked for."""
+    return BACKGROUND in (subject.domain, domain_of(subject.word))
 
 
 def name_of(row: IndexRow) -> str:

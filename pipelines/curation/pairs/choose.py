@@ -19,9 +19,8 @@ from scipy.optimize import linear_sum_assignment
 
 from domainshuttle.pipelines.corpora.masks import decode_rle, overlap
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, head_noun
-from domainshuttle.pipelines.curation.pairs.candidates import Candidate, Found
+from domainshuttle.pipelines.curation.pairs.candidates import Candidate, Found, subjects_of
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
-from domainshuttle.pipelines.curation.pairs.find import subjects_of
 from domainshuttle.pipelines.quarantine import SampleFault
 from domainshuttle.pipelines.sample import Reference, SampleInfo, Subject
 
@@ -293,7 +292,7 @@ def _finished(info: SampleInfo, subjects: list[_Shown], outcomes: list[Outcome],
         raise NoSubject(
             f"none of {asked} has {config.least_pictures} pictures"
             if asked
-            else "it names none, and there are no words",
+            else "it names none, and no words are asked",
             [one.trace() for one in outcomes],
         )
     used = [int(one.reference[3:].partition(".")[0]) for shown in good for one in shown.kept]

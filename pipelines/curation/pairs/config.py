@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from domainshuttle.pipelines.curation.model_folders import ModelRole, check_model_folder
 from domainshuttle.pipelines.endpoints.config import EndpointConfig
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.storage.uri import absolute, is_remote
@@ -18,6 +19,7 @@ def _folder(value: str) -> str:
     return str(absolute(value))  # workers run in folders of their own
 
 
+ROLES: tuple[ModelRole, ...] = ("detector", "segmenter", "dino", "clip")
 ModelFolder = Annotated[Text, AfterValidator(_folder)]
 
 
@@ -28,6 +30,11 @@ class PairModels(Section):
     segmenter: ModelFolder = Field(description="SAM 2, such as facebook/sam2.1-hiera-large")
     dino: ModelFolder = Field(description="DINOv2, such as facebook/dinov2-base")
     clip: ModelFolder = Field(description="CLIP, such as openai/clip-vit-base-patch32")
+
+    def check(self) -> None:
+        """Raises DataError for the first folder that is missing, or is not that of a whole model."""
+        for role in ROLES:
+            check_model_folder(getattr(self, role), role)
 
 
 class PairPool(Section):

@@ -1,7 +1,7 @@
 """Looks for candidates of cross pairs: frames are decoded on CPUs; boxes, masks and similarities are found on GPUs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,17 @@ import numpy as np
 
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.masks import Mask, cut_out, encode_rle
-from domainshuttle.pipelines.corpora.words import BACKGROUND, domain_of
 from domainshuttle.pipelines.curation.detector import Detector, without_repeats
 from domainshuttle.pipelines.curation.embedder import Embedder
-from domainshuttle.pipelines.curation.pairs.candidates import Candidate, CandidateStore, Found, Place, name_of
+from domainshuttle.pipelines.curation.pairs.candidates import (
+    Candidate,
+    CandidateStore,
+    Found,
+    Place,
+    is_scene,
+    name_of,
+    subjects_of,
+)
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.curation.segmenter import Segmenter
 from domainshuttle.pipelines.curation.stage import Passing, Step, Work
@@ -24,23 +31,12 @@ from domainshuttle.pipelines.media.claims import reference_pixels
 from domainshuttle.pipelines.media.cut import clip_file, frames_at
 from domainshuttle.pipelines.media.decode import decode_image, encode_jpeg
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason, of_sample
-from domainshuttle.pipelines.sample import RawSample, SampleInfo, Subject
+from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.values import ActorPool
 
 SAMPLES_PER_PART = 8
 """Few, since decoded frames travel."""
 _NONE = np.empty(0, np.float32)
-
-
-def subjects_of(info: SampleInfo, words: Sequence[str]) -> list[Subject]:
-    """The subjects that are looked for: the sample's own or, where it has none, one of each of `words`."""
-    asked = enumerate(dict.fromkeys(words))
-    return info.subjects or [Subject(id=number, word=word, domain=domain_of(word)) for number, word in asked]
-
-
-def is_scene(subject: Subject) -> bool:
-    """Whether a subject is all of a frame that other subjects leave, so that no box is asked for."""
-    return BACKGROUND in (subject.domain, domain_of(subject.word))
 
 
 def find_steps(config: PairConfig, pools: dict[str, ActorPool]) -> list[Step]:

@@ -7,24 +7,21 @@ report and `trace.jsonl` say what became of each candidate.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.curation.model_folders import model_digest
-from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, CandidateStore, name_of, names_in
-from domainshuttle.pipelines.curation.pairs.choose import NoSubject, choose
-from domainshuttle.pipelines.curation.pairs.config import PairConfig
+from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, CandidateStore, names_in
+from domainshuttle.pipelines.curation.pairs.choose_step import Choose
+from domainshuttle.pipelines.curation.pairs.config import ROLES, PairConfig
 from domainshuttle.pipelines.curation.pairs.find import FindJob, find_steps
-from domainshuttle.pipelines.curation.pairs.quality import PROMPT, judge_pair
-from domainshuttle.pipelines.curation.stage import Staged, Step, Work, attempt, pass_through, run_stage
-from domainshuttle.pipelines.endpoints.client import ChatClient
+from domainshuttle.pipelines.curation.pairs.quality import PROMPT
+from domainshuttle.pipelines.curation.stage import Staged, Step, pass_through, run_stage
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index
-from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, SampleFault, fault_kind
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.pipelines.ray_tasks import Progress
 from domainshuttle.pipelines.values import ActorPool
 
@@ -93,67 +90,10 @@ def pair_corpus(
 
 def find_recipe(raw: CorpusSpec, folder: Path, config: PairConfig) -> tuple[dict[str, Any], CandidateStore]:
     """What decides the candidates of a corpus, and where they are kept. Raises DataError for missing models."""
-    models = config.models
-    digests = {
-        "detector": model_digest(models.detector, "detector"),
-        "segmenter": model_digest(models.segmenter, "segmenter"),
-        "dino": model_digest(models.dino, "dino"),
-        "clip": model_digest(models.clip, "clip"),
-    }
+    digests = {role: model_digest(getattr(config.models, role), role) for role in ROLES}
     recipe = {"version": _VERSION, **config.finding(), "models": digests, "video": config.video}
     named = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
     return recipe, CandidateStore(folder / STORE_NAME / named)
-
-
-class Choose:
-    """Chooses pairs among candidates."""
-
-    def __init__(self, raw: CorpusSpec, store: CandidateStore, config: PairConfig, answers: Path) -> None:
-        self.config = config
-        self.candidates = store.read(names_in(Index.load(raw.index, ("sample_id", "checksum"), verify=False)))
-        self.client = ChatClient(config.quality, answers) if config.quality is not None else None
-
-    def __call__(self, works: list[Work]) -> None:
-        if self.client is None:
-            attempt(works, self._choose)
-            return
-        with ThreadPoolExecutor(self.client.config.at_once, "choose") as pool:
-            for _ in pool.map(lambda work: attempt([work], self._choose), works):
-                pass
-
-    def _choose(self, work: Work) -> None:
-        name = name_of(work.row)
-        own = self.candidates.find(name)
-        if own is None:
-            raise DataError(f"{work.row.key}: nobody looked into it: run the command again")
-        if own.fault:
-            kind, _, detail = own.fault.partition(": ")
-            raise SampleFault(kind, detail or own.fault)
-        judge: Callable[[str, bytes, bytes], tuple[str, float]] | None = None
-        files: dict[str, Any] = {}
-        if self.client is not None:
-            judge = partial(judge_pair, self.client, self.config.least_quality)
-            files = {one: data for one, data in work.sample().files.items() if one.startswith("ref")}
-        others = [one for one in self.candidates.beside(name, self.config.other_clips) if not one.fault]
-        try:
-            chosen = choose(work.info, own, others, self.config, judge, files)
-        except NoSubject as error:
-            work.trace = {"candidates": error.trace}
-            work.notes += _notes(error.trace)
-            raise
-        trace = [one.trace() for one in chosen.outcomes]
-        work.info, work.files = chosen.info, chosen.files
-        work.trace = {"candidates": trace, **({"missing": chosen.missing} if chosen.missing else {})}
-        work.notes += _notes(trace)
-        work.notes += ["subjects left out: none or too few pictures"] * len(chosen.missing)
-        work.notes += ["pairs"] * chosen.pairs
-        if not chosen.pairs:
-            work.notes.append("samples without a pair")
-
-
-def _notes(trace: list[dict[str, Any]]) -> list[str]:
-    reasons = [fault_kind(one["rejected"]) for one in trace if "rejected" in one]
-    return [f"candidates rejected: {reason}" for reason in reasons]
 
 
 def _require_boxes(boxes: int, faults: int, samples: int, raw: CorpusSpec, config: PairConfig) -> None:

@@ -9,6 +9,7 @@ from built import grey, made, mp4, reasons
 
 from domainshuttle.pipelines.corpora.ditto import DittoConfig
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.sample import RawSample
 
 
 def source(root: Path, records: list[Any], captions: list[Any]) -> DittoConfig:
@@ -37,6 +38,15 @@ def test_the_edited_clip_is_the_target_and_source_frames_are_references(tmp_path
     assert [sample.info.subjects[0].domain for sample in (styled, local)] == [2, 4]
     plain = made(config.model_copy(update={"captions": None, "source_frames": 1}), tmp_path / "plain").samples[0]
     assert plain.info.caption == "Make it a comic." and len(plain.info.references) == 1
+
+
+def test_the_source_clip_lies_beside_the_edited_one_where_pairs_are_cut_out_of_it(tmp_path: Path) -> None:
+    config = source(tmp_path / "root", [record()], []).model_copy(update={"source_clip": True, "source_frames": 0})
+    (sample,) = made(config, tmp_path / "survey")
+    assert sample.info.source_clip == "source.mp4" and not sample.info.subjects and not sample.info.references
+    assert bytes(sample.files["source.mp4"]) == (tmp_path / "root" / "videos" / "source" / "a.mp4").read_bytes()
+    again = RawSample.from_members(sample.key, sample.members())
+    assert again.info == sample.info and bytes(again.target) == bytes(sample.target)
 
 
 def test_dirty_records_are_left_out_by_reason(tmp_path: Path) -> None:

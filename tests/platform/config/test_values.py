@@ -106,6 +106,7 @@ MAY_BE_ZERO = {
     "loader.read_ahead", "guard.most_rollbacks", "cluster.resize_seconds", "cluster.gpus_per_worker",
     "cluster.max_failures", "cluster.encoding.cpus", "cluster.encoding.gpus", "engine.persistent_parameters",
     "checkpoint.keep_best", "sampling.gpus", "tracking.hooks.0.retries",
+    "corpora.edits.build.source_frames",
     "corpora.edits.pair.least_area", "corpora.edits.pair.least_clip", "corpora.edits.pair.least_detection",
     "corpora.edits.pair.least_dino", "corpora.edits.pair.least_mask", "corpora.edits.pair.least_quality",
     "corpora.edits.pair.most_area", "corpora.edits.pair.most_dino", "corpora.edits.pair.other_clips",
