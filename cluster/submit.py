@@ -1,4 +1,4 @@
-"""Submission: a training run as a Ray job, with the package in its environment."""
+"""Submission: a training run as a Ray job, with this tree and the configuration in its environment."""
 
 import asyncio
 import contextlib
@@ -7,14 +7,16 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 
 from domainshuttle.cluster.local import ClusterError, open_warning, quiet_ray
+from domainshuttle.cluster.wheel import build_wheel
 
 
 @dataclass
@@ -112,48 +114,143 @@ _PAUSE = 1.0
 
 
 def submit_training(
-    config_yaml: str, name: str, address: str | None = None, options: Sequence[str] = (), stop_seconds: int = 600
+    config_yaml: str,
+    name: str,
+    address: str | None = None,
+    options: Sequence[str] = (),
+    stop_seconds: int = 600,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Job:
     """Submits `domainshuttle train` of a resolved configuration, with the command's own `options`.
 
     `address` is the cluster's dashboard; None: the one that the environment names to Ray, else the one on this machine.
-    The cluster's image has the package installed. `ray job stop` gives it `stop_seconds` for its last checkpoint.
+    The cluster's image has the dependencies; this tree goes with the job. `ray job stop` gives it `stop_seconds` for
+    its last checkpoint. Secrets are no part of the job, whose environment everybody reads: pods and machines have them.
 
-    Raises ClusterError, with the remedy, when the cluster does not answer or refuses.
+    Raises ClusterError, with the remedy, when the cluster does not answer or refuses, or a job trains this run already.
     """
+    with contextlib.ExitStack() as stack:
+        client, by_token, named = stack.enter_context(_client(address))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with _refusals(named):
+            jobs = client.list_jobs()
+        live = [job for job in jobs if _run_of(job) == name and not job.status.is_terminal()]
+        for before in live:
+            job = Job(str(before.submission_id), client, by_token)
+            raise ClusterError(
+                f"run {name} is trained by job {job.id} of {named} already ({str(before.status).lower()}). Follow it: "
+                f"{job.log_command()}; or stop it, with a checkpoint, and submit again: {job.stop_command()}"
+            )
+        (folder / "job").mkdir()
+        (folder / "job/run.yaml").write_text(config_yaml)
+        wheel = build_wheel(folder)
+        with _refusals(named):
+            job_id = _submit(
+                client,
+                jobs,
+                name,
+                # by the module, so that it is found where the image has no command of this name
+                entrypoint=shlex.join(["python", "-m", "domainshuttle.platform.cli", "train", "run.yaml", *options]),
+                runtime_env={
+                    "working_dir": str(folder / "job"),
+                    "py_modules": [str(wheel)],
+                    # without it Ray kills a job three seconds after it asked it to stop
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds)},
+                },
+                metadata={"run": name, "package": wheel.name.split("-")[1], **metadata},
+            )
+    return Job(job_id, client, by_token)
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job of a run, for people."""
+
+    id: str
+    run: str
+    status: str
+    started: float
+    ended: float | None
+    """Unix times."""
+    code: int | None
+    """Of its command."""
+    message: str
+
+    @property
+    def live(self) -> bool:
+        return self.status in ("PENDING", "RUNNING")
+
+
+def list_jobs(address: str | None = None) -> list[JobRecord]:
+    """The jobs of runs on a cluster, the newest first. Raises ClusterError as `submit_training`."""
+    with _client(address) as (client, _, named), _refusals(named, _ASKING):
+        found = [
+            JobRecord(
+                str(job.submission_id),
+                run,
+                str(job.status),
+                (job.start_time or 0) / 1000,
+                job.end_time / 1000 if job.end_time else None,
+                job.driver_exit_code,
+                (job.message or "").strip(),
+            )
+            for job in client.list_jobs()
+            if (run := _run_of(job)) is not None
+        ]
+    return sorted(found, key=lambda job: -job.started)
+
+
+def find_job(job_id: str, address: str | None = None) -> Job:
+    """A job that was submitted before. Raises ClusterError where the cluster has none of this id."""
+    with _client(address) as (client, by_token, named), _refusals(named, _ASKING):
+        if job_id not in {job.submission_id for job in client.list_jobs()}:
+            raise ClusterError(f"{named} has no job {job_id}: domainshuttle jobs lists those that it has")
+        return Job(job_id, client, by_token)
+
+
+_ASKING = "no list of jobs came from"
+
+
+def _run_of(job: Any) -> str | None:
+    return (job.metadata or {}).get("run")
+
+
+@contextlib.contextmanager
+def _client(address: str | None) -> Iterator[tuple[Any, bool, str]]:
+    """A client of a cluster, whether it was told to send a token, and what to call the cluster."""
     quiet_ray()
     if address is None and not any(os.environ.get(name) for name in _ADDRESSES):
         address = _HERE
     named = address or " or ".join(f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name))
-    with tempfile.TemporaryDirectory() as folder, _token_mode() as by_token:
+    with _token_mode() as by_token:
         # imported here, since Ray takes its mode when it is imported
-        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-        Path(folder, "run.yaml").write_text(config_yaml)
-        try:
-            with _without_addresses() if address else contextlib.nullcontext():
-                client = JobSubmissionClient(_with_scheme(address) if address else None)
-            job = _submit(
-                client,
-                name,
-                entrypoint=shlex.join(["domainshuttle", "train", "run.yaml", *options]),
-                # without it Ray kills a job three seconds after it asked it to stop
-                runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds)}},
-                metadata={"run": name},
-            )
-        # a bare one for an address that is none
-        except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
-            raise ClusterError(f"the job was not taken by {named}: {_remedy(str(error))}") from error
-    return Job(job, client, by_token)
+        with _refusals(named), _without_addresses() if address else contextlib.nullcontext():
+            client = JobSubmissionClient(_with_scheme(address) if address else None)
+        yield client, by_token, named
 
 
-def _submit(client: Any, name: str, **job: Any) -> str:
+@contextlib.contextmanager
+def _refusals(named: str, doing: str = "the job was not taken by") -> Iterator[None]:
+    """Turns what Ray raises into one line with the remedy."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except ClusterError:
+        raise
+    # a bare one for an address that is none
+    except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
+        raise ClusterError(f"{doing} {named}: {_remedy(str(error))}") from error
+
+
+def _submit(client: Any, jobs: Sequence[Any], name: str, **job: Any) -> str:
     """Submits a job as `NAME-1`, or with the first number that no job of the cluster has; returns its id.
 
     Ray remembers an id for good, so one that it refuses as taken is followed by the next.
     """
-    numbers = [int(found[1]) for one in client.list_jobs()
+    numbers = [int(found[1]) for one in jobs
                if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", one.submission_id or ""))]  # fmt: skip
     number = max(numbers, default=0) + 1
     while True:
@@ -172,6 +269,16 @@ _MOST_TAKEN = 100
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that Ray's client prefers to the address it is given."""
 _HERE = "http://127.0.0.1:8265"
+
+
+def overriding_address(address: str | None) -> str | None:
+    """Which cluster is talked to, where the environment names one and a user may not think of it; None: it does not."""
+    named = [f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name)]
+    if not named:
+        return None
+    if address:
+        return f"This talks to {address}, as --address says; {' and '.join(named)} is left aside."
+    return f"This talks to the cluster of {named[0]} in the environment."
 
 
 @contextlib.contextmanager

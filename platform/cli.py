@@ -17,6 +17,7 @@ from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
+    from domainshuttle.cluster.submit import Job
     from domainshuttle.platform.config.schema import CorporaConfig, RunConfig
 
 app = typer.Typer(
@@ -484,25 +485,62 @@ def submit(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends, and end with its exit code.")] = False,
+    preflight: Annotated[bool, typer.Option(help="Check the cluster first, as `preflight` does.")] = True,
 ) -> None:  # fmt: skip
-    """Submit a training run to a Ray cluster, as `ray job submit -- domainshuttle train CONFIG` would."""
-    from domainshuttle.cluster.submit import submit_training
+    """Submit a training run to a Ray cluster, as `ray job submit -- domainshuttle train CONFIG` would.
+
+    This tree goes with it, as a wheel; the cluster's image has the dependencies. A run that is being trained is not
+    submitted a second time; one that has stopped goes on.
+    """
+    from domainshuttle.cluster.submit import overriding_address, submit_training
     from domainshuttle.platform.console import console, errors
     from domainshuttle.platform.report.text import Advice, Prose
 
     settings = _load(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
-    job = submit_training(settings.to_yaml(), settings.name, address, options, math.ceil(settings.grace_seconds))
+    options += ["--preflight"] if preflight else []
+    if told := overriding_address(address):
+        errors.print(Prose(told))
+    about = {"output": settings.output, "config": settings.digest()}
+    grace = math.ceil(settings.grace_seconds)
+    job = submit_training(settings.to_yaml(), settings.name, address, options, grace, about)
     if warning := job.open_warning():
         errors.print(Prose(warning))
     console.print(Prose(f"Submitted job {job.id} to {job.address}."))
     console.print(Advice("Follow it:", job.log_command()))
     console.print(Advice("Stop it, with a checkpoint:", job.stop_command()))
     if wait:
-        for text in job.follow():
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        raise SystemExit(job.exit_code())
+        raise SystemExit(_follow(job))
+
+
+def _follow(job: "Job") -> int:
+    """Prints a job's log until it ends; its exit code."""
+    for text in job.follow():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return job.exit_code()
+
+
+@app.command()
+def jobs(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="The cluster's dashboard. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265."
+        ),
+    ] = None,
+    follow: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Follow this job's log until it ends; end with its exit code.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
+) -> None:  # fmt: skip
+    """List the jobs of a cluster that train runs, the newest first; or follow one."""
+    from domainshuttle.cluster.submit import find_job, list_jobs
+    from domainshuttle.platform.commands.jobs import print_jobs
+
+    if follow:
+        raise SystemExit(_follow(find_job(follow, address)))
+    print_jobs(list_jobs(address), json_)
 
 
 @app.command()

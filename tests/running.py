@@ -191,6 +191,12 @@ def _changed(config: RunConfig, change: Callable[[bytes], bytes]) -> Iterator[st
         shard.write_bytes(whole)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class MlflowServer:
     """`mlflow server` on a port of its own, which can be taken away and brought back; its sqlite store stays."""
 

@@ -7,7 +7,9 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from aiohttp import ClientPayloadError
@@ -213,3 +215,81 @@ def test_waiting_for_a_job_ends_with_its_own_exit_code(
 ) -> None:
     monkeypatch.setattr(submit, "_PAUSE", 0.01)
     assert Job("job-1", BrokenStreams(code, status)).exit_code() == expected
+
+
+class Jobs:
+    """A cluster's jobs; notes what is submitted."""
+
+    def __init__(self, *jobs: tuple[str, str, str]) -> None:
+        from ray.job_submission import JobStatus
+
+        self.jobs = [
+            SimpleNamespace(submission_id=name, metadata={"run": run}, status=JobStatus(status), message="",
+                            start_time=number * 1000, end_time=None, driver_exit_code=None)
+            for number, (name, run, status) in enumerate(jobs)
+        ]  # fmt: skip
+        self.submitted: dict[str, Any] = {}
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return self.jobs
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def submit_job(self, **job: Any) -> str:
+        self.submitted = {
+            **job,
+            "files": sorted(path.name for path in Path(job["runtime_env"]["working_dir"]).iterdir()),
+        }
+        assert Path(job["runtime_env"]["py_modules"][0]).suffix == ".whl"
+        return str(job["submission_id"])
+
+
+@pytest.fixture
+def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(*jobs: tuple[str, str, str]) -> Jobs:
+        client = Jobs(*jobs)
+        monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: client)
+        return client
+
+    return make
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
+def test_a_run_that_is_trained_is_not_submitted_again(cluster_of: Any, status: str) -> None:
+    client = cluster_of(("other-1", "other", "RUNNING"), ("x-1", "x", "FAILED"), ("x-2", "x", status))
+    with pytest.raises(ClusterError, match=r"trained by job x-2 .* already \(.*job stop .*x-2"):
+        submit.submit_training("name: x", "x", "http://head:8265")
+    assert client.submitted == {}
+
+
+def test_a_stopped_run_goes_on_under_the_next_number_with_this_tree_and_no_secrets(
+    cluster_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc")
+    monkeypatch.setenv("HF_TOKEN", "abc")
+    client = cluster_of(("x-1", "x", "STOPPED"), ("x-2", "x", "FAILED"), ("y-7", "y", "RUNNING"))
+    job = submit.submit_training("name: x", "x", "http://head:8265", ["--preflight"], 60, {"config": "d"})
+    assert job.id == "x-3"
+    told = client.submitted
+    assert told["files"] == ["run.yaml"] and told["metadata"]["config"] == "d"
+    assert told["entrypoint"] == "python -m domainshuttle.platform.cli train run.yaml --preflight"
+    assert told["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert "abc" not in str(told)
+
+
+def test_jobs_of_runs_are_listed_the_newest_first(cluster_of: Any) -> None:
+    cluster_of(("x-1", "x", "STOPPED"), ("x-2", "x", "RUNNING"))
+    assert [(job.id, job.live) for job in submit.list_jobs("http://head:8265")] == [("x-2", True), ("x-1", False)]
+    assert submit.find_job("x-2", "http://head:8265").id == "x-2"
+    with pytest.raises(ClusterError, match="has no job x-3"):
+        submit.find_job("x-3", "http://head:8265")
+
+
+def test_an_address_of_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    assert submit.overriding_address(None) is None
+    monkeypatch.setenv("RAY_ADDRESS", "http://left:8265")
+    assert "cluster of RAY_ADDRESS=http://left:8265" in str(submit.overriding_address(None))
+    assert "RAY_ADDRESS=http://left:8265 is left aside" in str(submit.overriding_address("http://asked:8265"))

@@ -6,7 +6,6 @@ Run: python -m pytest tests/platform/driver/test_prometheus.py -m nightly (needs
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import environment, run_of, start
+from running import environment, free_port, run_of, start
 
 from domainshuttle.cluster.monitoring.alerts import alert_rules
 from domainshuttle.cluster.monitoring.manifests import prometheus_config
@@ -31,12 +30,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(PROMETHEUS is None, reason="needs prometheus (Debian: apt-get install prometheus)"),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -7,15 +7,12 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from running import CLI, cli, environment, in_process, losses, start, wait_for_step, weights, workers_of
 
@@ -260,50 +257,6 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     assert Image.open(sheet).height == 32 + 8 * (128 + 22)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray cluster as a user would start it: `ray start --head`, with a dashboard and a token."""
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef0123456789abcdef")
-    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
-    # the agent's port too: beside another cluster on this machine the agent would find its usual one taken
-    port, dashboard, agent = free_port(), free_port(), free_port()
-    ray = Path(sys.executable).parent / "ray"
-    log = (tmp_path / "ray.log").open("w")
-    command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command.append(f"--dashboard-agent-listen-port={agent}")
-    command += [f"--temp-dir={tmp_path / 'r'}", "--disable-usage-stats"]
-    if len(str(tmp_path)) > 60:  # a socket's path has a limit of 107 characters
-        command.remove(f"--temp-dir={tmp_path / 'r'}")
-    head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            assert head.poll() is None, (tmp_path / "ray.log").read_text()
-            time.sleep(0.5)
-        yield address, env
-    finally:
-        children = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            head.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
 
 
 def test_ray_job_submit_runs_the_same_training(
