@@ -42,12 +42,13 @@ class EndpointError(StorageError):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: `prompt` names the texts' version, `pictures` are JPEG or PNG bytes, `form` the answer's."""
+    """What is asked: `prompt` names the texts' version, `pictures` are JPEG or PNG bytes, `form` the answer's; None: a
+    picture, whose bytes are the value."""
 
     prompt: str
     system: str
     text: str
-    form: type[BaseModel]
+    form: type[BaseModel] | None
     pictures: tuple[bytes, ...] = ()
     repeat: int = 0
     """The same question may be asked several times: each repeat is another question, with a seed of its own."""
@@ -206,6 +207,10 @@ class ChatClient:
             choice = content["choices"][0]
             message = choice["message"]
             text, refusal = message.get("content"), message.get("refusal")
+            parts = [*(text if isinstance(text, list) else ()), *(message.get("images") or ())]
+            pictures = [one["image_url"]["url"] for one in parts if "image_url" in one]
+            if isinstance(text, list):
+                text = "".join(one["text"] for one in text if "text" in one)
             if not isinstance(text, str | None) or not isinstance(refusal, str | None):
                 raise TypeError("content is no text")
             usage = content.get("usage") or {}
@@ -229,6 +234,7 @@ class ChatClient:
             "finish": choice.get("finish_reason") or "",
             "usage": usage,
             **({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {}),
+            **({"pictures": pictures} if pictures else {}),
         }
 
     def _not_let_in(self, response: httpx2.Response) -> str:
@@ -270,20 +276,26 @@ class ChatClient:
         asked = {
             **self._parameters(question, number),
             "prompt": question.prompt, "system": question.system, "text": question.text,
-            "form": question.form.model_json_schema(), "try": number, "json_form": self.config.json_form,
+            "form": question.form.model_json_schema() if question.form else "picture",
+            "try": number, "json_form": self.config.json_form,
             "pictures": [hashlib.blake2b(data, digest_size=16).hexdigest() for data in question.pictures],
             **({"repeat": question.repeat} if question.repeat else {}),
         }  # fmt: skip
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _body(self, question: Question, number: int) -> bytes:
-        schema = question.form.model_json_schema()
-        system = f"{question.system}\nAnswer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": f"data:{_type(data)};base64,{base64.b64encode(data).decode()}"}}
             for data in question.pictures
         ]
         content.append({"type": "text", "text": question.text})
+        if question.form is None:
+            messages = [{"role": "system", "content": question.system}] if question.system else []
+            messages.append({"role": "user", "content": content})
+            picture = {**self._parameters(question, number), "messages": messages, "modalities": ["image", "text"]}
+            return json.dumps(picture).encode()
+        schema = question.form.model_json_schema()
+        system = f"{question.system}\nAnswer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
         body = {
             **self._parameters(question, number),
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": content}],
@@ -306,12 +318,24 @@ def judged(question: Question, key: str, content: dict[str, Any], cached: bool =
     if content.get("finish") == "length":
         return Answer("bad_answer", key, raw, reason="cut: it has more tokens than answer_tokens", cached=cached)
     try:
-        value = parse_answer(raw, question.form)
+        value = _picture(content) if question.form is None else parse_answer(raw, question.form)
     except BadAnswer as error:
         if is_refusal(raw):
             return Answer("refused", key, raw, reason=raw[:120], cached=cached)
         return Answer("bad_answer", key, raw, reason=str(error), cached=cached)
     return Answer("answered", key, raw, value, cached=cached, logprobs=content.get("logprobs"))
+
+
+def _picture(content: dict[str, Any]) -> bytes:
+    """The bytes of the first picture of an answer, which is a data URL. Raises BadAnswer where there is none."""
+    for url in content.get("pictures", ()):
+        head, comma, data = str(url).partition(",")
+        if comma and head.startswith("data:image/") and head.endswith(";base64"):
+            try:
+                return base64.b64decode(data, validate=True)
+            except ValueError:
+                break
+    raise BadAnswer(f"no picture as a data URL: {content.get('text', '')[:80]!r}")
 
 
 def _said(response: httpx2.Response) -> str:

@@ -30,6 +30,7 @@ from domainshuttle.platform.evaluation.metrics.metric import (
     Metric,
     MetricCase,
     Models,
+    Reference,
     Score,
     Trial,
     Video,
@@ -250,7 +251,7 @@ def altered_work(
             return None
         # what is looked for in the video stays, so that it is found and compared with another's picture
         swapped = tuple(
-            one if one.background else replace(one, picture=others[number % len(others)].picture)
+            one if one.background else _shown_as(one, others[number % len(others)])
             for number, one in enumerate(case.references)
         )
         return Work(replace(case, references=swapped), work.video)
@@ -265,6 +266,10 @@ def altered_work(
         "recompressed": lambda: _coded_again(frames, work.video.fps, settings.crf),
     }[trial]()
     return Work(case, _video(work.video, changed))
+
+
+def _shown_as(one: Reference, other: Reference) -> Reference:
+    return replace(one, picture=other.picture, edit_prompt=other.edit_prompt or one.edit_prompt)
 
 
 def _video(video: Video, frames: Pixels) -> Video:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from domainshuttle.pipelines.endpoints.config import EndpointConfig
-from domainshuttle.pipelines.values import Count, Real, Section, Share
+from domainshuttle.pipelines.values import Count, Gpus, Real, Section, Share, Whole
 
 
 class MetricConfig(Section):
@@ -75,3 +75,60 @@ class JudgeChoices(MetricConfig):
     )
     most_side: Count = Field(1024, description="pixels of a picture's longer side; larger ones are made smaller")
     most_failed: Share = Field(0.05, description="share of refusals and unparsable answers above which it is void")
+
+
+class TextMatchChoices(MetricConfig):
+    """Of GMEScore."""
+
+    frames: Count = Field(32, description="evenly over the video; not stated by the paper, 32 in OpenS2V-Eval")
+    instruction: str = Field("Find an image that matches the given text.", description="system text of the prompt")
+    system: str = Field("You are a helpful assistant.", description="system text of frames")
+    least_tokens: Count = 256
+    most_tokens: Count = Field(1280, description="of a frame, which is made larger or smaller for it")
+    most_length: Count = Field(1800, description="tokens of a text")
+    positions: Literal["sequential", "two_dimensional"] = Field(
+        "sequential", description="of a picture's tokens: counted on, as GME's own code does, or as Qwen2-VL does"
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    backend: Literal["pil"] = "pil"
+    at_once: Count = Field(4, description="frames at a time")
+
+
+class SmoothnessChoices(MetricConfig):
+    """Of MS."""
+
+    window: Count = Field(3, description="frames that are rated together")
+    threshold: Real = Field(0.025, gt=0, le=1, description="difference of neighbours above which both are artefacts")
+    runs_model_code: bool = Field(False, description="allow the Python files of models.one_align, in its environment")
+    gpus: Gpus = Field(1.0, description="of its actor")
+    at_once: Count = Field(16, description="windows at a time")
+
+
+class EditorChoices(Section):
+    """Who carries references to the wanted domain, and how."""
+
+    endpoint: EndpointConfig | None = Field(
+        None, description="whose chat answers with a picture; none: models.image_editor, in process"
+    )
+    revision: str = Field("", description="of a hosted editor, as it is to be printed")
+    seed: Whole = Field(0, ge=0, le=1 << 31)
+    template: str = Field(
+        "Turn the {subject} into the {domain} domain. Keep its identity, shape, colours and pose.",
+        description="where a case has no edit prompt of its own; the paper does not show its prompts",
+    )
+    steps: Count = Field(50, description="in process")
+    guidance: Real = Field(4.0, ge=0, le=100, description="true_cfg_scale, in process")
+    side: Count | None = Field(None, description="of the edit, a square, in process; none: about 1024 x 1024")
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class DomainSimilarityChoices(MetricConfig):
+    """Of NANO-CLIP and Qwen-CLIP."""
+
+    cases: Literal["all", "in_domain", "cross_domain"] = "cross_domain"
+    editor: EditorChoices = EditorChoices()
+    frames: Count = Field(16, description="evenly over the video; of the paper")
+    fit: Literal["crop", "pad"] = Field("crop", description="of pictures to CLIP's square: its own way, or on white")
+    references: Literal["mean", "max"] = "mean"
+    backend: Literal["pil"] = "pil"
+    dtype: Literal["float32"] = "float32"

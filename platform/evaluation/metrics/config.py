@@ -7,10 +7,13 @@ from pydantic import Field
 from domainshuttle.pipelines.values import Section
 from domainshuttle.platform.evaluation.metrics.choices import (
     AestheticChoices,
+    DomainSimilarityChoices,
     FrameChoices,
     JudgeChoices,
     MetricConfig,
+    SmoothnessChoices,
     SubjectChoices,
+    TextMatchChoices,
 )
 from domainshuttle.platform.evaluation.metrics.metric import Metric, Models
 from domainshuttle.platform.evaluation.metrics.weights import MetricModels
@@ -23,11 +26,20 @@ class MetricsConfig(Section):
 
     models: MetricModels = MetricModels()
     aes: AestheticChoices | None = Field(None, description="aesthetic predictor of LAION on CLIP")
+    ms: SmoothnessChoices | None = Field(None, description="motion smoothness by one-align, isolated")
+    gme: TextMatchChoices | None = Field(None, description="cosine of prompt and frames by GME")
+    nano_clip: DomainSimilarityChoices | None = Field(
+        None, description="CLIP similarity to edited references; the paper's editor is Nano Banana Pro"
+    )
+    qwen_clip: DomainSimilarityChoices | None = Field(
+        None, description="CLIP similarity to edited references; the paper's editor is Qwen-Image-Edit"
+    )
     cd_score: JudgeChoices | None = Field(None, description="grades of a judge; the paper's is GPT-5.2")
     qwen_score: JudgeChoices | None = Field(None, description="grades of a judge; the paper's is Qwen3-VL-8B-Instruct")
     dino_i: SubjectChoices | None = Field(None, description="DINOv2 similarity of cut-out subjects")
     clip_i: SubjectChoices | None = Field(None, description="CLIP similarity of cut-out subjects")
     hue_identity: FrameChoices | None = Field(None, description="hue histograms of video and reference; no model")
+    motion: MetricConfig | None = Field(None, description="motion amplitude: optical flow, to stand beside smoothness")
     steadiness: MetricConfig | None = Field(None, description="1 - mean difference of neighbouring frames; no model")
     sharpness: FrameChoices | None = Field(None, description="detail that a 3x3 mean takes away; no model")
     variants: "dict[VariantName, MetricsConfig]" = Field(
@@ -53,10 +65,16 @@ def _kinds() -> dict[str, type[Metric[Any]]]:
     """The kinds of metrics by the names of MetricsConfig."""
     from domainshuttle.platform.evaluation.judges.judge import CDScore, QwenScore
     from domainshuttle.platform.evaluation.metrics.aesthetics import Aesthetics
+    from domainshuttle.platform.evaluation.metrics.domain_similarity import NanoSimilarity, QwenSimilarity
+    from domainshuttle.platform.evaluation.metrics.gme import TextMatch
+    from domainshuttle.platform.evaluation.metrics.motion import MotionAmplitude, Smoothness
     from domainshuttle.platform.evaluation.metrics.pixels import HueIdentity, Sharpness, Steadiness
     from domainshuttle.platform.evaluation.metrics.subject_similarity import ClipSimilarity, DinoSimilarity
 
-    kinds = (Aesthetics, CDScore, QwenScore, DinoSimilarity, ClipSimilarity, HueIdentity, Steadiness, Sharpness)
+    kinds: tuple[type[Metric[Any]], ...] = (
+        Aesthetics, Smoothness, TextMatch, NanoSimilarity, QwenSimilarity, CDScore, QwenScore, DinoSimilarity,
+        ClipSimilarity, MotionAmplitude, HueIdentity, Steadiness, Sharpness,
+    )  # fmt: skip
     return {kind.name: kind for kind in kinds}
 
 
