@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _tests(results: Results) -> list[dict[str, Any]]:
     titles = {metric.label: metric.title for metric in results.metrics}
     order = {"failed": 0, "undecided": 1, "passed": 2}
     return [
-        {**one.__dict__, "title": titles[one.metric], "trial": one.trial.replace("_", " ")}
+        {**asdict(one), "title": titles[one.metric], "trial": one.trial.replace("_", " ")}
         for one in sorted(results.sensitivity, key=lambda one: order[one.state])
     ]
 
