@@ -40,15 +40,18 @@ class EndpointError(StorageError):
     """An endpoint that is not there, does not let us in, or is none: nothing is known of the questions."""
 
 
+class PictureForm(BaseModel):
+    """The form of an answer that is a picture: the value is its bytes."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """What is asked: `prompt` names the texts' version, `pictures` are JPEG or PNG bytes, `form` the answer's; None: a
-    picture, whose bytes are the value."""
+    """What is asked: `prompt` names the texts' version, `pictures` are JPEG or PNG bytes, `form` the answer's."""
 
     prompt: str
     system: str
     text: str
-    form: type[BaseModel] | None
+    form: type[BaseModel]
     pictures: tuple[bytes, ...] = ()
     repeat: int = 0
     """The same question may be asked several times: each repeat is another question, with a seed of its own."""
@@ -276,8 +279,7 @@ class ChatClient:
         asked = {
             **self._parameters(question, number),
             "prompt": question.prompt, "system": question.system, "text": question.text,
-            "form": question.form.model_json_schema() if question.form else "picture",
-            "try": number, "json_form": self.config.json_form,
+            "form": question.form.model_json_schema(), "try": number, "json_form": self.config.json_form,
             "pictures": [hashlib.blake2b(data, digest_size=16).hexdigest() for data in question.pictures],
             **({"repeat": question.repeat} if question.repeat else {}),
         }  # fmt: skip
@@ -289,9 +291,9 @@ class ChatClient:
             for data in question.pictures
         ]
         content.append({"type": "text", "text": question.text})
-        if question.form is None:
-            messages = [{"role": "system", "content": question.system}] if question.system else []
-            messages.append({"role": "user", "content": content})
+        if question.form is PictureForm:
+            system_text = [{"role": "system", "content": question.system}] if question.system else []
+            messages: list[dict[str, Any]] = [*system_text, {"role": "user", "content": content}]
             picture = {**self._parameters(question, number), "messages": messages, "modalities": ["image", "text"]}
             return json.dumps(picture).encode()
         schema = question.form.model_json_schema()
@@ -318,7 +320,7 @@ def judged(question: Question, key: str, content: dict[str, Any], cached: bool =
     if content.get("finish") == "length":
         return Answer("bad_answer", key, raw, reason="cut: it has more tokens than answer_tokens", cached=cached)
     try:
-        value = _picture(content) if question.form is None else parse_answer(raw, question.form)
+        value = _picture(content) if question.form is PictureForm else parse_answer(raw, question.form)
     except BadAnswer as error:
         if is_refusal(raw):
             return Answer("refused", key, raw, reason=raw[:120], cached=cached)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from domainshuttle.pipelines.endpoints.client import ChatClient, Question
+from domainshuttle.pipelines.endpoints.client import ChatClient, PictureForm, Question
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.pipelines.storage.atomic import atomic_folder
@@ -140,7 +140,7 @@ class EndpointEditor:
     def edit(self, picture: Pixels, instruction: str) -> Pixels | str:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
-        answer = self.client.ask(Question("edit.v1", "", instruction, None, (buffer.getvalue(),)))
+        answer = self.client.ask(Question("edit.v1", "", instruction, PictureForm, (buffer.getvalue(),)))
         if answer.state == "answered":
             return decode_image(answer.value, "the editor's answer")
         if answer.state == "refused":
