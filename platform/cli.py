@@ -547,11 +547,16 @@ def jobs(
 def status(
     run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    watch: Annotated[
+        float | None, typer.Option(min=0.5, metavar="SECONDS", help="Print it again every so many seconds.")
+    ] = None,
 ) -> None:
     """Show where a run is: what it does now and why, stages, workers, losses, checkpoints, device-hours, quarantine."""
-    from domainshuttle.platform.commands.status import print_status, status_record
+    from domainshuttle.platform.commands.status import print_status, status_record, watch_status
 
-    if json_:
+    if watch is not None:
+        watch_status(run, watch, json_)
+    elif json_:
         sys.stdout.write(json.dumps(status_record(run), indent=2, allow_nan=False) + "\n")
     else:
         print_status(run)
@@ -591,6 +596,31 @@ def logs(
     from domainshuttle.platform.commands.logs import print_logs
 
     print_logs(run, rank, attempt, follow)
+
+
+@app.command()
+def stacks(
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Print the stacks of this worker's threads; without it where each is.")
+    ] = None,
+) -> None:
+    """Show where the workers of a run at work are in their code, without stopping them. Code 1: one did not answer."""
+    from domainshuttle.platform.commands.look import print_stacks
+
+    raise SystemExit(0 if print_stacks(run, rank) else 1)
+
+
+@app.command()
+def profile(
+    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
+) -> None:
+    """Profile the next step of a worker of a run at work with torch's profiler, without stopping it."""
+    from domainshuttle.platform.commands.look import print_profile
+
+    print_profile(run, rank, timeout)
 
 
 @app.command()

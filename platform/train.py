@@ -55,7 +55,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
     stage, last_step = segment.stage, segment.last_step
     rank, world_size = dist.get_rank(), dist.get_world_size()
     last_trained = start.last_trained(last_step)
-    monitor = Monitor(run, segment, job, start, preempted_nodes, first)
+    monitor = Monitor(run, segment, job, start, preempted_nodes, first, sign.profile_wanted)
     sign.follow(monitor.look)
     engine = snapshot = None
     try:
@@ -204,7 +204,8 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         return monitor.close(done, End.UNSAVED, str(error))
     except BaseException as error:
         states = engine.device_bytes if engine is not None else None
-        memory = memory_error(error, config, stage, rank, monitor.at, states)
+        snapshot = run.folder / "memory" / f"attempt-{job.attempt:04d}"
+        memory = memory_error(error, config, stage, rank, monitor.at, states, snapshot)
         monitor.fail(memory or error)
         if memory is not None:
             raise memory from error

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,6 +146,27 @@ def print_status(folder: Path) -> None:
         if dropped := run.dropped_steps(segment.name):
             where = run.dropped_path(segment.name, 0).parent
             console.print(Prose(f"{len(dropped)} steps of {segment.name} were dropped for their loss: see {where}"))
+
+
+def watch_status(folder: Path, seconds: float, as_json: bool = False) -> None:
+    """Prints the status again and again, on a terminal in one place, until the run is at work no more.
+
+    As JSON it is a line each time.
+    """
+    run = find_run(folder)
+    while True:
+        living = driver_lives(run)
+        if as_json:
+            sys.stdout.write(json.dumps(status_record(folder), allow_nan=False) + "\n")
+            sys.stdout.flush()
+        else:
+            if console.is_terminal:
+                console.clear()
+            console.print(Prose(datetime.now().strftime("%Y-%m-%d %H:%M:%S"), style="dim"))
+            print_status(folder)
+        if not living:
+            return
+        time.sleep(seconds)
 
 
 def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str]:

@@ -6,6 +6,7 @@ these files, and `status` shows them. An attempt is one start of the worker grou
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from typing import Any, Self
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.requests import answer, take
 
 _LEAST_SECONDS, _RANKS_A_SECOND = 2.0, 32
 
@@ -93,6 +95,7 @@ class WorkerSign:
     measure: Callable[[], Mapping[str, float]] | None = None
     """Says the load of its node."""
     _look: Callable[[], tuple[str, int, str]] | None = None
+    _profile: str | None = None
     _closing: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
@@ -117,6 +120,11 @@ class WorkerSign:
         self._thread.start()
         return self
 
+    def profile_wanted(self) -> str | None:
+        """The question for a profile of a step (requests.py), once."""
+        wanted, self._profile = self._profile, None
+        return wanted
+
     def follow(self, look: Callable[[], tuple[str, int, str]] | None) -> None:
         """From now on `look` says, from any thread, in which segment the worker is, how many steps it has done, and
         what it is doing."""
@@ -137,6 +145,18 @@ class WorkerSign:
     def _beat(self) -> None:
         while not self._closing.wait(beat_seconds(self.world_size)):
             self._write()
+            self._profile = take(self.run, "profile", self.rank) or self._profile
+            if (token := take(self.run, "stacks", self.rank)) is not None:
+                self._write_stacks(token)
+
+    def _write_stacks(self, token: str) -> None:
+        """Writes the stacks of all threads, and answers who asked for them."""
+        path = self.run.folder / "stacks" / f"attempt-{self.attempt:04d}" / f"rank{self.rank:05d}.txt"
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            answer(self.run, token, {"file": str(path)})
 
     def _write(self) -> None:
         now = time.time()

@@ -1,15 +1,18 @@
 """What a worker ran out of memory over, of its GPU or of its node: one message with the figures and what helps."""
 
+import pickle
 import re
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.buckets import PATCH, SPACE_STRIDE, TIME_STRIDE, Bucket
+from domainshuttle.pipelines.errors import one_line
 from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.config.schema import RunConfig, StageSection
 from domainshuttle.platform.run.workers import DeviceMemoryError
@@ -63,11 +66,13 @@ def memory_error(
     rank: int,
     micro: MicroBatch[TrainingBatch] | None,
     states: Callable[[], int] | None,
+    snapshot: Path | None = None,
 ) -> DeviceMemoryError | None:
     """What to say of an error for want of memory; None: it is another.
 
     `micro` was worked at, none: the model was built, or a batch loaded. `states` says the bytes that weights, gradients
-    and optimiser states take of the device, which is known before the first step; none: they were not there yet.
+    and optimiser states take of the device, which is known before the first step; none: they were not there yet. What
+    the allocator of a GPU holds is written to the folder `snapshot`.
     """
     other = not isinstance(error, MemoryError | torch.OutOfMemoryError)
     if other and not (isinstance(error, RuntimeError) and _TEXTS.search(str(error))):
@@ -81,10 +86,24 @@ def memory_error(
         *([f"{_gib(use.idle)} held in parts too small"] if use.idle > (size or 0) else []),
         *([f"planned for weights, gradients and optimiser states: {_gib(states())}"] if states is not None else []),
     ]
+    written = _write_snapshot(snapshot, rank) if snapshot is not None and torch.cuda.is_available() else ""
     return DeviceMemoryError(
         f"worker {rank} ran out of memory of {use.device} {_over(micro)}: {'; '.join(facts)}. What helps, also when "
-        f"the run goes on from its checkpoint: {', '.join(_remedies(config, stage, use.idle > (size or 0)))}"
+        f"the run goes on from its checkpoint: {', '.join(_remedies(config, stage, use.idle > (size or 0)))}{written}"
     )
+
+
+def _write_snapshot(folder: Path, rank: int) -> str:
+    """Writes what torch's allocator holds, for people; says where, or why it can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank{rank:05d}.pickle"
+        # the form that pytorch.org/memory_viz shows; it is never read here
+        path.write_bytes(pickle.dumps({"segments": torch.cuda.memory_snapshot(), "device_traces": []}))
+        path.with_suffix(".txt").write_text(torch.cuda.memory_summary())
+    except (OSError, RuntimeError) as error:
+        return f". What the allocator held can't be written: {one_line(error)}"
+    return f". What the allocator held: {path} (for https://pytorch.org/memory_viz) and {path.stem}.txt"
 
 
 def _gib(size: float) -> str:

@@ -34,6 +34,7 @@ from domainshuttle.platform.tracking.outbox import tell_error
 from domainshuttle.platform.training.device_memory import peak_bytes
 from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
+from domainshuttle.platform.training.profiler import StepProfiler
 from domainshuttle.platform.training.rank_rates import SLOW, MatrixProbe, RankRates
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 from domainshuttle.platform.training.watchdog import Watchdog
@@ -75,7 +76,7 @@ class Monitor:
 
     All ranks must call `agree`, `step` and `mean_loss` together. `preempted_nodes` is asked about once a second, by all
     ranks at the same step, which nodes of the group are about to go. `first` says that the worker has trained nothing
-    before: what came before this process is then part of its start.
+    before: what came before this process is then part of its start. `profile_wanted` gives a question for a profile.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Monitor:
         start: StartPoint,
         preempted_nodes: Callable[[], Sequence[str]],
         first: bool = True,
+        profile_wanted: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         config = run.config
@@ -129,6 +131,7 @@ class Monitor:
         self._saved_at = time.time()
         self._rates: deque[Sequence[float]] = deque(maxlen=_RECENT)
         self._named_slow: set[int] = set()
+        self._profiler = StepProfiler(run, segment.name, self.rank, profile_wanted)
         self._due = config.tracking.every
         self._steps = 0
         self.last: dict[str, float] = {}
@@ -299,6 +302,7 @@ class Monitor:
         if self.main and self.done == self.first_step:
             self._note_start()
         self.done = step + 1
+        self._profiler.between_steps(self.done)
         self.saved(saves)
         self._steps += 1
         self._keys = []
@@ -477,6 +481,7 @@ class Monitor:
             self._write_progress(self.done, reason)
 
     def _end_lines(self) -> None:
+        self._profiler.close()
         self.watchdog.close()
         self._consumed.close()
         for lines in (self._dropped_lines, self._failed_lines):

@@ -68,6 +68,23 @@ def test_the_message_has_the_step_its_bucket_the_figures_and_what_helps(monkeypa
     assert fault.what == str(said) and fault.counted and fault.final is None
 
 
+def test_what_the_allocator_of_a_gpu_held_is_in_a_file_that_its_viewer_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MemoryUse, "now", classmethod(lambda _: H100))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{"address": 1, "blocks": []}])
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda: "a table")
+    config = load_config("demo", ["cluster.gpus_per_worker=1"])
+    said = str(memory_error(torch.OutOfMemoryError(CUDA), config, config.stages[1], 3, None, None, tmp_path / "memory"))
+    path = tmp_path / "memory" / "rank00003.pickle"
+    assert str(path) in said and path.with_suffix(".txt").read_text() == "a table"
+    assert pickle.loads(path.read_bytes()) == {"segments": [{"address": 1, "blocks": []}], "device_traces": []}
+    (tmp_path / "full").write_text("")
+    said = str(memory_error(torch.OutOfMemoryError(CUDA), config, config.stages[1], 3, None, None, tmp_path / "full"))
+    assert "What helps" in said and "can't be written" in said
+
+
 @pytest.mark.parametrize("overrides", [[], ["engine.activations.mode=full", "engine.offload_optimizer=true"]])
 def test_every_setting_that_helps_is_taken_and_may_change_when_a_run_goes_on(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch
