@@ -804,12 +804,15 @@ def evaluate_report(
 def demo(
     config: Annotated[str, typer.Argument(help="The configuration to run.")] = "demo",
     set_: Set = None,
-    keep: Annotated[bool, typer.Option(help="Go on with what an earlier demo left, instead of starting anew.")] = False,
+    fresh: Annotated[
+        bool, typer.Option(help="Remove what an earlier demo has made, and start anew; or go on with it.")
+    ] = True,
+    keep: Annotated[bool, typer.Option("--keep", hidden=True)] = False,  # its name until November 2026
 ) -> None:
     """Run the whole job at desk size: corpora, both stages with a stop and a resume, export, clips, evaluation."""
     from domainshuttle.platform.commands.demo import run_demo
 
-    run_demo(config, set_ or [], keep)
+    run_demo(config, set_ or [], keep or not fresh)
 
 
 def _load(config: str, overrides: list[str] | None) -> "RunConfig":

@@ -1,6 +1,5 @@
 """What the workers of a run do at this moment: their stacks, and a profile of a step, without stopping them."""
 
-import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -13,10 +12,16 @@ from domainshuttle.platform.report.text import Advice, Prose, Records
 from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run, find_run
 from domainshuttle.platform.run.requests import ask, read_answer, withdraw
-from domainshuttle.platform.run.workers import WorkerState, attempts, beat_seconds, read_workers
+from domainshuttle.platform.run.workers import (
+    WorkerState,
+    attempts,
+    beat_seconds,
+    innermost,
+    read_workers,
+    training_stack,
+)
 
 _PAUSE = 0.2
-_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
 
 
 def print_stacks(folder: Path, rank: int | None = None) -> bool:
@@ -51,12 +56,10 @@ def print_stacks(folder: Path, rank: int | None = None) -> bool:
 
 
 def _place(file: Path | None) -> str:
-    """The innermost place of the main thread's stack."""
+    """The innermost place of the thread that trains."""
     if file is None:
         return "no answer"
-    main = re.split(r"^(?:Current thread|Thread) ", file.read_text(errors="replace"), flags=re.MULTILINE)[-1]
-    found = _FRAME.search(main)
-    return f"{found[3]} ({Path(found[1]).name}:{found[2]})" if found else "not known"
+    return innermost(training_stack(file.read_text(errors="replace"))) or "not known"
 
 
 def print_profile(folder: Path, rank: int, timeout: float) -> None:

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.workers import WorkerState, beat_seconds, read_workers
+from domainshuttle.platform.run.workers import WorkerState, beat_seconds, innermost, read_workers, training_stack
 
 _WAITING = re.compile(r"distributed_c10d\.py|deepspeed/comm/|monitor\.py\", line \d+ in _summed|in synchronize\b")
 """In the stack of a worker that waits for the others."""
-_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
-_THREAD = re.compile(r"^(?:Current thread|Thread) ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Witness:
         """Who hung, where, and where the stacks are; None where no watchdog ended a worker."""
         if not self.stacks:
             return None
-        waiting = [rank for rank, path in self.stacks.items() if _WAITING.search(_main_thread(path))]
+        waiting = [rank for rank, path in self.stacks.items() if _WAITING.search(_training_stack(path))]
         suspects = [worker for worker in self.workers if worker.rank not in waiting]
         silent = [worker for worker in suspects if self._silence(worker) > 3 * beat_seconds(worker.world_size)]
         folder = next(iter(self.stacks.values())).parent
@@ -81,11 +79,9 @@ class Witness:
     def _frame(self, rank: int) -> str:
         """The innermost place of a worker's stack, for people."""
         path = (self.stacks or {}).get(rank)
-        found = _FRAME.search(_main_thread(path)) if path else None
-        return f" (in {found[3]}, {Path(found[1]).name}:{found[2]})" if found else ""
+        found = innermost(_training_stack(path)) if path else ""
+        return f" (in {found})" if found else ""
 
 
-def _main_thread(path: Path) -> str:
-    """Of a file of stacks the part about the main thread, which the newest of faulthandler's reports names last."""
-    newest = path.read_text(errors="replace").rpartition("Timeout (")[2]
-    return _THREAD.split(newest)[-1]
+def _training_stack(path: Path) -> str:
+    return training_stack(path.read_text(errors="replace"))

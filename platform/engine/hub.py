@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from domainshuttle.model.layouts import expert_folders
+from domainshuttle.pipelines.errors import one_line
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints
@@ -102,7 +103,10 @@ def _fetch(origin: str, commit: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, revision=commit or revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"base {origin!r} is no folder, and the hub does not give it: {error}") from error
+        away = f"; where the hub can't be reached, fetch it elsewhere (hf download {repository}) and give its folder"
+        raise ConfigError(
+            f"base {origin!r} is no folder, and the hub does not give it: {one_line(error)}{away}"
+        ) from error
 
 
 def _one_expert(origin: str, checkpoint: Path) -> Path:

@@ -80,15 +80,27 @@ def load_pipeline(model: str | Path) -> DomainShuttlePipeline:
     try:
         pipeline: Any = DomainShuttlePipeline.from_pretrained(model, dtype=dtype)
     except UNREADABLE as error:
-        raise ConfigError(
-            f"no exported model in {model}: make one with domainshuttle export ({one_line(error)})"
-        ) from error
+        raise ConfigError(_why_not(str(model), error)) from error
     if not isinstance(pipeline.transformer, DomainShuttleTransformer3DModel):
         kind = type(pipeline.transformer).__name__
         raise ConfigError(f"{model} holds a {kind}, and no model of ours: make one with domainshuttle export")
     pipeline.set_progress_bar_config(disable=True)
     placed: DomainShuttlePipeline = pipeline.to(device)
     return placed
+
+
+def _why_not(model: str, error: BaseException) -> str:
+    """What to say of a model that can't be loaded."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return (
+            f"{model} is no folder here, and the hub does not give it ({one_line(error)}): check the name and the "
+            f"connection, or fetch it where there is one (hf download {model} --local-dir FOLDER) and give its folder"
+        )
+    if not (folder / "model_index.json").is_file():
+        there = "the description of a network alone" if (folder / "config.json").is_file() else "no exported model"
+        return f"{model} holds {there} (no model_index.json): make a whole one with domainshuttle export RUN FOLDER"
+    return f"no exported model in {model}: make one with domainshuttle export ({one_line(error)})"
 
 
 def generate_clips(

@@ -243,6 +243,25 @@ def read_workers(run: Run, attempt: int) -> list[WorkerState]:
     return states
 
 
+_THREAD = re.compile(r"^(?:Current thread|Thread) .*\n", re.MULTILINE)
+_WORK = re.compile(r"worker_group\.py\", line \d+ in _work$", re.MULTILINE)
+"""In the stack of the thread that trains, which is not a worker's main thread."""
+_FRAME = re.compile(r'File "([^"]+)", line (\d+) in (\S+)')
+
+
+def training_stack(report: str) -> str:
+    """Of stacks that faulthandler wrote, of several times the newest, that of the thread that trains; without one the
+    main thread's, which is the last."""
+    stacks = _THREAD.split(report.rpartition("Timeout (")[2])
+    return next((stack for stack in reversed(stacks) if _WORK.search(stack)), stacks[-1])
+
+
+def innermost(stack: str) -> str:
+    """Where a stack is, for people; empty where it has no frame."""
+    found = _FRAME.search(stack)
+    return f"{found[3]}, {Path(found[1]).name}:{found[2]}" if found else ""
+
+
 def nodes_load(run: Run, attempt: int) -> dict[str, float]:
     """The load of every node of an attempt as it was measured last, by names that MLflow draws in a chart for all
     nodes: `system/node_0/cpu_utilization_percentage`."""
