@@ -15,6 +15,7 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
 
 TABLE_NAME = "table.json"
+_BOUNDS = ("_low", "_high")
 
 
 def log_results(run: Run, out: Path, results: Results, identity: IdentityResult | None, files: Sequence[Path]) -> None:
@@ -37,7 +38,11 @@ def log_results(run: Run, out: Path, results: Results, identity: IdentityResult 
     if identity is not None:
         parts = {"own": identity.own, "other": identity.other, "chance": identity.chance, "target": identity.target}
         values |= {f"evaluation/identity_{name}": value for name, value in parts.items() if value == value}
-    tracker.log(values, last.stage.duration.planned_steps, last.name)
+    steps = last.stage.duration.planned_steps
+    tracker.log(values, steps, last.name)
+    # the schedule's run, which MLflow's charts show alone, has the means over all cases
+    means = {name: value for name, value in values.items() if name.count("/") == 1 and not name.endswith(_BOUNDS)}
+    tracker.log(means, run.step_in_schedule(last, steps))
     write_table(out / TABLE_NAME, results)
     for path in (out / TABLE_NAME, *files):
         tracker.artifact(path.absolute(), "evaluation", last.name)
