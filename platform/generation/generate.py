@@ -97,10 +97,11 @@ def _why_not(model: str, error: BaseException) -> str:
             f"{model} is no folder here, and the hub does not give it ({one_line(error)}): check the name and the "
             f"connection, or fetch it where there is one (hf download {model} --local-dir FOLDER) and give its folder"
         )
+    why = one_line(error)
     if not (folder / "model_index.json").is_file():
-        there = "the description of a network alone" if (folder / "config.json").is_file() else "no exported model"
-        return f"{model} holds {there} (no model_index.json): make a whole one with domainshuttle export RUN FOLDER"
-    return f"no exported model in {model}: make one with domainshuttle export ({one_line(error)})"
+        alone = "the description of one network alone" if (folder / "config.json").is_file() else "nothing of one"
+        why = f"it has {alone}, no model_index.json"
+    return f"no exported model in {model}: make one with domainshuttle export RUN FOLDER ({why})"
 
 
 def generate_clips(

@@ -107,6 +107,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path) -> Path:
     ):
         (folder / name).write_bytes(content)
     (folder / "empty").mkdir()
+    (folder / "described").mkdir()
+    (folder / "described" / "config.json").write_text('{"_class_name": "DomainShuttleTransformer3DModel"}')
     for name in ("cut-model", "odd-model"):
         shutil.copytree(folder / "model", folder / name)
     weights = next((folder / "cut-model" / "transformer").glob("*.safetensors"))
@@ -160,6 +162,9 @@ MISTAKES = [
     (generate("absent"), "no exported model in absent"),
     (generate("empty"), "no exported model in empty"),
     (generate("cut-model"), "no exported model in cut-model"),
+    (generate("described"), "the description of one network alone"),
+    (generate("owner/no-such-model"), "hf download owner/no-such-model"),
+    (["plan", "demo", "--set", "model={base: owner/no-such-model}"], "hf download owner/no-such-model"),
     (generate("odd-model"), "no exported model in odd-model"),
     (["export", "runs/tiny", "plain/exported"], "plain"),
     (["export", "runs/tiny", "runs/tiny"], "not empty"),

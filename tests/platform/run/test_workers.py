@@ -1,9 +1,11 @@
 """Signs of life of workers, and their logs. Run: python -m pytest tests/platform/run/test_workers.py"""
 
+import faulthandler
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,15 @@ from domainshuttle.platform.commands.logs import print_logs
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.workers import WorkerSign, attempts, beat_seconds, read_workers
+from domainshuttle.platform.run.workers import (
+    WorkerSign,
+    attempts,
+    beat_seconds,
+    innermost,
+    nodes_load,
+    read_workers,
+    training_stack,
+)
 
 WORKER = """
 import logging, os, sys
@@ -105,3 +115,32 @@ def test_a_log_that_is_not_there_names_those_that_are(run: Run) -> None:
         print_logs(run.folder, rank=3)
     with pytest.raises(ConfigError, match=r"attempt 9 .*there are attempts 1-2"):
         print_logs(run.folder, attempt=9)
+
+
+def test_the_stack_of_the_thread_that_trains_is_found_among_all(tmp_path: Path) -> None:
+    """Ray Train runs a worker's function beside the main thread, which waits for calls."""
+    code = "def read_shard():\n    begun.set()\n    gate.wait()\ndef _work():\n    read_shard()\n"
+    names = {"gate": threading.Event(), "begun": threading.Event()}
+    exec(compile(code, "/somewhere/driver/worker_group.py", "exec"), names)
+    thread = threading.Thread(target=names["_work"], daemon=True)
+    thread.start()
+    names["begun"].wait()
+    path = tmp_path / "stacks.txt"
+    with path.open("w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    names["gate"].set()
+    stack = training_stack(path.read_text())
+    assert "in read_shard" in stack and "in test_the_stack" not in stack
+    assert innermost(stack).startswith("wait, threading.py:")
+    assert "in test_the_stack" in training_stack(path.read_text().replace("in _work", "in another"))
+    assert innermost("") == ""
+
+
+def test_the_load_of_every_node_is_told_by_its_first_worker(run: Run) -> None:
+    for rank, load in ((0, 10.0), (1, None), (2, 30.0)):
+        measure = None if load is None else lambda value=load: {"system/cpu_utilization_percentage": value}
+        with WorkerSign(run, 1, rank, 3, "node", node_rank=rank // 2, measure=measure):
+            pass
+    assert nodes_load(run, 1) == {
+        "system/node_0/cpu_utilization_percentage": 10.0, "system/node_1/cpu_utilization_percentage": 30.0
+    }  # fmt: skip
