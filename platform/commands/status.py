@@ -345,16 +345,19 @@ def _pace(state: Mapping[str, Any]) -> str:
     metrics, rate = state["metrics"], state.get("recent_step_seconds")
     if rate is None:
         return ""
-    text = f"A step takes {rate:.3g} s"
-    if "speed/slowest_rank" in metrics:
-        rank, lag = metrics["speed/slowest_rank"], metrics.get("speed/slowest_rank_lag_s", 0.0)
-        named = f"worker {rank:.0f} is the slowest, {lag:.3g} s a step later than the first"
-        text += f"; {named if lag > _LAG * rate else 'all workers are equally fast'}"
-    return f"{text}."
+    named, ranks = [], state.get("ranks", {})
+    if (share := ranks.get("slowest_share", 1.0)) < _SLOW:
+        named.append(f"worker {ranks['slowest_rank']} computes at {share:.0%} of the others' rate")
+    if (lag := metrics.get("speed/slowest_rank_lag_s", 0.0)) > _LAG * rate:
+        named.append(f"worker {metrics['speed/slowest_rank']:.0f} is the last, by {lag:.3g} s a step")
+    alike = ["all workers are equally fast"] if "speed/slowest_rank" in metrics else []
+    return "; ".join([f"A step takes {rate:.3g} s", *(named or alike)]) + "."
 
 
 _LAG = 0.05
-"""Share of a step below which no worker is called the slowest."""
+"""Share of a step by which a worker is late before it is named."""
+_SLOW = 1 / 1.15
+"""Share of the others' rate below which a worker is called slow."""
 
 
 def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:

@@ -226,3 +226,18 @@ def test_earlier_attempts_are_counted_not_listed(
     shown = printed(run, capsys, monkeypatch)
     assert sum("base" in line and "-" in line and "│" in line for line in shown.splitlines()) == 20
     assert f"3 earlier attempts used 0.087 device-hours: see {run.ledger_path}" in shown
+
+
+def test_a_worker_that_others_wait_for_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, metrics = a_run(tmp_path), {"loss": 0.25, "speed/slowest_rank": 3.0, "speed/slowest_rank_lag_s": 0.5}
+    for more, expected in (
+        ({"metrics": metrics}, "A step takes 2 s; worker 3 is the last, by 0.5 s a step."),
+        ({"metrics": {**metrics, "speed/slowest_rank_lag_s": 0.01}}, "all workers are equally fast"),
+        ({"ranks": {"slowest_rank": 5, "slowest_share": 0.7}}, "worker 5 computes at 70% of the others' rate"),
+        ({}, "A step takes 2 s.\n"),
+    ):
+        progress(run, "base", 40, **more)
+        with RunLock(run.folder):
+            assert expected in printed(run, capsys, monkeypatch)
