@@ -204,8 +204,8 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         return monitor.close(done, End.UNSAVED, str(error))
     except BaseException as error:
         states = engine.device_bytes if engine is not None else None
-        snapshot = run.folder / "memory" / f"attempt-{job.attempt:04d}"
-        memory = memory_error(error, config, stage, rank, monitor.at, states, snapshot)
+        held = run.folder / "memory" / f"attempt-{job.attempt:04d}"
+        memory = memory_error(error, config, stage, rank, monitor.at, states, held)
         monitor.fail(memory or error)
         if memory is not None:
             raise memory from error
