@@ -32,7 +32,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from chaos import workers_of
+from chaos import processes_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -490,7 +490,7 @@ def whole_run(options: argparse.Namespace) -> None:
     while driver.poll() is None:
         state = run.read_progress()
         if not killed and state and state["state"] == "training" and state["step"] > options.steps * 5 // 8:
-            for worker in workers_of(driver.pid):
+            for worker in processes_of(driver.pid):
                 worker.kill()
                 killed = True
         time.sleep(0.1)

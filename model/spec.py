@@ -177,7 +177,8 @@ class ModelSpec:
         self.parameters(patterns)  # raises for a pattern without matches
         sizes = latent_size, batch, text_tokens if text_tokens is not None else self.text_len
         tally = _trace(self, *sizes, references, patterns)
-        frozen = 0 if paired_references is None else _trace(self, *sizes, paired_references, ()).forward
+        # of the second set of references only what the first does not have too: both go through in one call
+        frozen = 0 if paired_references is None else _trace(self, *sizes, paired_references, (), shared=True).forward
         return StepFlops(tally.forward, tally.backward, frozen, tally.blocks_forward if recompute else 0)
 
     def activation_bytes(
@@ -265,8 +266,12 @@ def _trace(
     text_tokens: int,
     references: int,
     patterns: tuple[str, ...],
+    shared: bool = False,
 ) -> _Tally:
-    """Follow a forward of the network, as ``transformer`` and ``mot`` compute it."""
+    """Follow a forward of the network, as ``transformer`` and ``mot`` compute it.
+
+    With ``shared`` the embeddings of video, time and text are there already.
+    """
     tally = _Tally(spec.parameter_shapes(), patterns)
     own = "_ref" if spec.reference_projections == "own" else ""
     video = batch * spec.tokens(latent_size)
@@ -279,14 +284,18 @@ def _trace(
         domain = tally.trains("domain_embedding_ref.weight")
         for name in ("film_scale_ref", "film_shift_ref"):
             x = tally.linear(name, batch * references, domain) or x
+    own_forward = tally.forward
     x = tally.linear("patch_embedding", video, False) or x
     time = tally.linear("condition_embedder.time_embedder.linear_1", batch, False)
     time = tally.linear("condition_embedder.time_embedder.linear_2", batch, time)
-    modulation = tally.linear("condition_embedder.time_proj", batch, time) or domain
+    timed = tally.linear("condition_embedder.time_proj", batch, time)
+    modulation = timed or domain
     context = tally.linear("condition_embedder.text_embedder.linear_1", text, False)
     context = tally.linear("condition_embedder.text_embedder.linear_2", text, context)
+    if shared:
+        tally.forward = own_forward
 
-    before = tally.forward
+    before, not_again = tally.forward, 0
     for i in range(spec.num_layers):
         block = f"blocks.{i}"
         modulated = modulation or tally.trains(f"{block}.scale_shift_table", f"{block}.scale_shift_table_ref")
@@ -309,8 +318,11 @@ def _trace(
         out = tally.attention(kept, text_tokens, spec.dim, (q, k, v))
         x = tally.linear(f"{block}.attn2.to_out.0", kept, out) or x
         out = tally.linear(f"{block}.ffn.net.0.proj", kept, x)
+        begun = tally.forward
         x = tally.linear(f"{block}.ffn.net.2", kept, out) or x
-    tally.blocks_forward = tally.forward - before
+        if not (timed or tally.trains(f"{block}.scale_shift_table", f"{block}.ffn.net.2.weight")):
+            not_again += tally.forward - begun  # what comes out of it is needed for the gate's gradient alone
+    tally.blocks_forward = tally.forward - before - not_again
     tally.linear("proj_out", video, x or time or tally.trains("scale_shift_table"))
     return tally
 

@@ -288,7 +288,8 @@ class DomainShuttleTransformer3DModel(UmaskMode, ModelMixin, ConfigMixin, PeftAd
         stream, paired = self._stream(latents, video, time, *given[0]), None
         if len(given) > 1:
             with torch.no_grad():
-                paired = self._stream(latents, video, time, *given[1])
+                # detached: else views of them would still count as parts of the graph
+                paired = self._stream(latents, video.detach(), time.detach(), *given[1])
         for block in self.blocks:
             out = block(stream.hidden_states, text, *stream[1:], paired)
             if paired is not None:

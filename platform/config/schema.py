@@ -477,6 +477,9 @@ class EngineSection(Section):
     kernels: Literal["eager", "triton"] = Field(
         "eager", description="of what lies between a block's products: torch's own, or fused ones of ours, on a GPU"
     )
+    float8: bool = Field(
+        False, description="products of frozen layers in float8: they are some 3% off, so that numbers change"
+    )
     sequence_parallel: Count = Field(
         1, description="workers that share the tokens of each sample, for long clips; cluster.workers is a multiple"
     )
@@ -832,6 +835,8 @@ class RunConfig(Section):
     def _decisive(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude=_RESUMABLE_CHANGES)
         content["encoders"]["live"] = self.encoders.live is not None  # whether, not on what machines
+        if not self.engine.float8:  # likewise
+            del content["engine"]["float8"]
         if self.encoders.tile_above == TILE_ABOVE:  # as earlier versions had no word of it: runs keep their digests
             del content["encoders"]["tile_above"]
         for name, corpus in content["corpora"].items():

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from domainshuttle.model import fused
 from domainshuttle.model.convert import MAX_SHARD_BYTES
+from domainshuttle.model.float8 import use_float8
 from domainshuttle.model.mot import DomainMoTBlock
 from domainshuttle.model.token_groups import TokenGroup
 from domainshuttle.model.weight_files import write_shards
@@ -78,6 +79,9 @@ class Engine:
         checkpoint_blocks(model, section.activations)
         self.attention = _choose_attention(model, section, device)
         self._tokens = _share_tokens(model, section)
+        if section.float8:
+            changed = use_float8(model)
+            logger.warning("float8: %d frozen layers are computed in it, so the numbers are others", len(changed))
         if section.kernels == "triton":
             fused.fuse(model)
         if section.compile is not None:
