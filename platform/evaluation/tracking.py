@@ -15,7 +15,6 @@ from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
 
 TABLE_NAME = "table.json"
-_BOUNDS = ("_low", "_high")
 
 
 def log_results(run: Run, out: Path, results: Results, identity: IdentityResult | None, files: Sequence[Path]) -> None:
@@ -41,7 +40,10 @@ def log_results(run: Run, out: Path, results: Results, identity: IdentityResult 
     steps = last.stage.duration.planned_steps
     tracker.log(values, steps, last.name)
     # the schedule's run, which MLflow's charts show alone, has the means over all cases
-    means = {name: value for name, value in values.items() if name.count("/") == 1 and not name.endswith(_BOUNDS)}
+    bounds = ("low", "high")
+    means = {
+        name: value for name, value in values.items() if name.count("/") == 1 and name.rpartition("_")[2] not in bounds
+    }
     tracker.log(means, run.step_in_schedule(last, steps))
     write_table(out / TABLE_NAME, results)
     for path in (out / TABLE_NAME, *files):

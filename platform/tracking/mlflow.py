@@ -185,9 +185,14 @@ def page_of(ids: RunIds) -> str | None:
 
 
 def page_of_runs(uri: str, runs: Mapping[str, str]) -> str | None:
-    """Where MLflow shows runs, given as ids with their experiments' ids: the page of one, or several side by side."""
+    """Where MLflow shows runs, given as ids with their experiments' ids: the page of one, the curves of several of one
+    experiment, else a table."""
     if len(runs) == 1:
         return page_at(uri, "".join(f"experiments/{experiment}/runs/{run}" for run, experiment in runs.items()))
+    if len(experiments := {*runs.values()}) == 1:
+        chosen = ",".join(f"'{run}'" for run in runs)
+        query = urlencode({"compareRunsMode": "CHART", "searchFilter": f"attributes.run_id IN ({chosen})"})
+        return page_at(uri, f"experiments/{experiments.pop()}/runs?{query}")
     lists = {"runs": list(runs), "experiments": list(dict.fromkeys(runs.values()))}
     return page_at(uri, f"compare-runs?{urlencode({name: json.dumps(ids) for name, ids in lists.items()})}")
 

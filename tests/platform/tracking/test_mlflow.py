@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -88,6 +89,18 @@ def test_a_schedule_is_a_parent_with_a_child_a_segment(store: str, tmp_path: Pat
     (entry,) = client.get_run(child.id).inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("sprites", "d" * 36)
     assert json.loads(entry.dataset.profile) == {"num_rows": 1200}
+
+
+def test_runs_have_a_page_of_one_or_of_their_curves_or_of_a_table() -> None:
+    uri = "https://me:pw@host/mlflow"
+    one = tracking.page_of_runs(uri, {"r1": "7"})
+    assert one == "https://host/mlflow/#/experiments/7/runs/r1?workflowType=machine_learning"
+    curves = tracking.page_of_runs(uri, {"r1": "7", "r2": "7"}) or ""
+    assert curves.startswith("https://host/mlflow/#/experiments/7/runs?") and "workflowType" in curves
+    query = parse_qs(curves.partition("?")[2])
+    assert query["compareRunsMode"] == ["CHART"] and query["searchFilter"] == ["attributes.run_id IN ('r1','r2')"]
+    query = parse_qs((tracking.page_of_runs(uri, {"r1": "7", "r2": "8"}) or "").partition("?")[2])
+    assert (json.loads(query["runs"][0]), json.loads(query["experiments"][0])) == (["r1", "r2"], ["7", "8"])
 
 
 def test_a_restart_goes_on_in_the_same_runs_without_doubled_points(store: str, tmp_path: Path) -> None:
