@@ -50,7 +50,10 @@ def write_corpus(
         for sample in samples:
             infos[sample.key] = sample.info
             writer.write(sample.key, sample.members())
-    made = [IndexRow.of(entry, infos[entry.key], "1x32x32") for entry in writer.entries]
+    made = [
+        IndexRow.of(entry, infos[entry.key], "5x32x32" if infos[entry.key].kind == "video" else "1x32x32")
+        for entry in writer.entries
+    ]
     write_index(folder / "index.parquet", [*rows, *made], IndexMetadata(corpus="mine", stage="raw"))
     return folder
 
