@@ -48,6 +48,7 @@ class ManifestConfig(SourceConfig):
     manifests: list[str] = Field(
         default_factory=list, description="JSONL, CSV or Parquet files below `folder`; none: all media below it"
     )
+    empty_captions: Literal["leave_out", "keep"] = Field("leave_out", description="keep: `data label` writes them")
 
 
 class ManifestSource(RecordSource):
@@ -122,7 +123,8 @@ class ManifestSource(RecordSource):
     def _record(self, fields: Fields) -> Record | LeftOut:
         target = self._below(fields.text(*TARGETS))
         id_ = fields.text("id", "key") if "id" in fields or "key" in fields else target
-        if not any(fields.content.get(name) for name in CAPTIONS) or not fields.text(*CAPTIONS).strip():
+        caption = fields.text(*CAPTIONS).strip() if any(fields.content.get(name) for name in CAPTIONS) else ""
+        if not caption and self.config.empty_captions == "leave_out":
             return LeftOut(id_, "empty caption")
         references = fields.items("references") if "references" in fields else []
         subjects = self._subjects(fields, len(references))
@@ -132,7 +134,7 @@ class ManifestSource(RecordSource):
             id_,
             {
                 "target": target,
-                "caption": fields.text(*CAPTIONS).strip(),
+                "caption": caption,
                 "subjects": subjects,
                 "references": shown,
                 "scores": {name: scores.number(name) for name in scores.content},

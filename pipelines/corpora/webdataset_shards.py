@@ -45,6 +45,7 @@ class WebDatasetConfig(SourceConfig):
     captions: list[str] = Field(
         ["caption", "text", "prompt"], description="fields of key.json, where there is no key.txt"
     )
+    empty_captions: Literal["leave_out", "keep"] = Field("leave_out", description="keep: `data label` writes them")
     source_video: str | None = Field(
         None, description="field of key.json that names the video that a clip was cut out of, such as url"
     )
@@ -97,7 +98,7 @@ class WebDatasetSource:
             raise SampleFault("unreadable caption", f"{id_}.txt is not UTF-8") from error
         if not caption and any(described.content.get(name) for name in self.config.captions):
             caption = described.text(*self.config.captions).strip()
-        if not caption:
+        if not caption and self.config.empty_captions == "leave_out":
             return LeftOut(id_, "empty caption")
         extra = len(endings) - 1 - len(texts)
         named = self.config.source_video

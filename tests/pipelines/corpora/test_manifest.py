@@ -81,6 +81,9 @@ def test_a_folder_needs_no_manifest(tmp_path: Path) -> None:
     assert (first.info.caption, len(first.info.references), first.info.subjects[0].word) == ("A clip.", 2, "subject")
     assert (second.info.caption, second.info.subjects[0].word) == ("B", "bee")
     assert result.tally.counts == {"unreadable sample": 1, "empty caption": 1}
+    kept = made(ManifestConfig(folder=str(root), empty_captions="keep"), tmp_path / "kept")
+    assert [sample.info.caption for sample in kept] == ["A clip.", "", "B"]
+    assert kept.tally.counts == {"unreadable sample": 1}
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_shards_are_read_however_they_are_packed(tmp_path: Path, ending: str, co
     assert result.tally.counts == {"not downloaded": 1, "empty caption": 1, "unknown form": 1}
     assert reasons(result.bad) == ["unreadable picture"]
     assert result.notes.counts == {"members of other kinds": 2}
+    kept = made(WebDatasetConfig(folder=str(tmp_path), empty_captions="keep"), tmp_path / "kept")
+    assert kept.tally.counts == {"not downloaded": 1, "unknown form": 1} and "" in [one.info.caption for one in kept]
 
 
 def _gzip(data: bytes) -> bytes:
