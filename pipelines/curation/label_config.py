@@ -27,7 +27,9 @@ class LabelConfig(Section):
         None, description="with labeller: transformers: the folder of an image-text-to-text model, on all nodes"
     )
     actors: ActorPool = Field(ActorPool(), description="with labeller: transformers: those that hold the model")
-    readers: ActorPool = Field(ActorPool(actors=8), description="those that read and decode samples, at most")
+    readers: ActorPool = Field(
+        ActorPool(actors=16, cpus=0.5), description="those that read and decode samples: at most so many, as they fit"
+    )
     values: Annotated[list[LabelName], Field(min_length=1)] = Field(
         ["caption", "words", "domains"], description="what is labelled"
     )

@@ -4,7 +4,7 @@ Answers are kept by a hash of all that was asked, so that nothing is asked twice
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ from domainshuttle.model.pictures import Pixels, resized
 from domainshuttle.pipelines.curation.label_config import LabelConfig
 from domainshuttle.pipelines.curation.label_questions import PROMPT, Needs, question_of
 from domainshuttle.pipelines.curation.label_rules import Asked, label, needs_of, state_name
+from domainshuttle.pipelines.curation.pairs.config import fit_pools
 from domainshuttle.pipelines.curation.stage import Step, Work
 from domainshuttle.pipelines.endpoints.client import Answer, ChatClient, Question
 from domainshuttle.pipelines.errors import DataError
@@ -161,16 +162,19 @@ def _take(work: Work, needs: Needs, asked: Asked | None) -> None:
     work.carried["labelled"] = bool(made.info.labels)
 
 
-def steps_of(config: LabelConfig, answers: str) -> list[Step]:
-    """The steps that label samples as a configuration says."""
+def steps_of(config: LabelConfig, answers: str, nodes: Sequence[Mapping[str, float]]) -> list[Step]:
+    """The steps that label samples as a configuration says, with as many actors as fit on the cluster's nodes, given by
+    their resources as Ray names them. Raises DataError where one of each does not."""
     if config.labeller == "words":
-        return [Step(ByWords, (config,), config.readers)]
-    show = Step(Show, (config,), config.readers)
-    if config.endpoint is not None and config.labeller == "endpoint":
+        return [Step(ByWords, (config,), fit_pools({"readers": config.readers}, nodes, "labels")["readers"])]
+    # an endpoint is asked by one actor, which keeps the limits of its rate and cost
+    asking = ActorPool(cpus=0.5) if config.labeller == "endpoint" else config.actors
+    pools = fit_pools({"readers": config.readers, "actors": asking}, nodes, "labels")
+    show = Step(Show, (config,), pools["readers"])
+    if config.labeller == "endpoint" and config.endpoint is not None:
         # while the slowest answers of some parts are awaited, others have theirs asked
         at_once = config.endpoint.at_once // SAMPLES_PER_UNIT + 4
-        pool = ActorPool(actors=1, cpus=0.5)  # one: the limits of rate and cost are kept by one
-        return [show, Step(Ask, (config, EndpointModel, answers), pool, parts_at_once=at_once)]
-    from domainshuttle.pipelines.curation.local_labeller import LocalModel
+        return [show, Step(Ask, (config, EndpointModel, answers), pools["actors"], parts_at_once=at_once)]
+    from domainshuttle.pipelines.curation.local_labeller import LocalModel  # brings llguidance
 
-    return [show, Step(Ask, (config, LocalModel, answers), config.actors)]
+    return [show, Step(Ask, (config, LocalModel, answers), pools["actors"])]

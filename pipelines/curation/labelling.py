@@ -15,7 +15,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,11 +137,15 @@ def _writing(folder: str) -> Iterator[Path]:
 
 
 def label_corpus(
-    folder: Location, config: LabelConfig, progress: Callable[..., None], ask_again: bool = False
+    folder: Location,
+    config: LabelConfig,
+    nodes: Sequence[Mapping[str, float]],
+    progress: Callable[..., None],
+    ask_again: bool = False,
 ) -> LabelledCorpus:
     """Labels what is not labelled of the raw corpus in a folder, on the Ray cluster that is connected, and puts the
-    labels into its index. `progress` is told of samples done, of all. `ask_again`: also what was refused or answered
-    badly before.
+    labels into its index. `nodes` are the cluster's, by their resources as Ray names them. `progress` is told of
+    samples done, of all. `ask_again`: also what was refused or answered badly before.
 
     Raises DataError where there is no raw corpus, a model's folder can't be used, or more than `most_failed` of the
     answers are none; EndpointError and CostLimitError as `ChatClient.ask` does: what is finished stays, and what was
@@ -162,7 +166,7 @@ def label_corpus(
     progress(done, total)
     if missing:
         job = _LabelJob(built.parts[0].corpus, str(folder), units, settings)
-        for finished in pass_through(job, missing, steps_of(config, answers)):
+        for finished in pass_through(job, missing, steps_of(config, answers, nodes)):
             done += finished
             progress(done, total)
         notes = read_label_notes(folder, [unit.name for unit in units])

@@ -19,6 +19,7 @@ from domainshuttle.pipelines.storage.uri import absolute, local_path, parent, re
 from domainshuttle.platform.commands.corpus_lock import being_made
 from domainshuttle.platform.commands.data import chosen_corpora, report_corpus
 from domainshuttle.platform.commands.data_index import index_location, print_counts
+from domainshuttle.platform.commands.labels import print_kept_labels
 from domainshuttle.platform.config.schema import PAIRED, ConfigError, CorporaConfig, RunConfig
 from domainshuttle.platform.console import console, progress
 
@@ -115,6 +116,7 @@ def _pair(raw: CorpusSpec, folder: Path, pair: PairConfig, most_bad: float) -> N
         made = pair_corpus(raw, folder, pair, pools, looking, choosing, most_bad)
     report_corpus("Paired", raw.name, folder, made.metadata.digest, made.bad, began)
     _print_outcome(made.report)
+    print_kept_labels(folder)
     console.print(
         f"  boxes, masks and crops to look at: domainshuttle data inspect {folder} --page pairs.html", markup=False
     )

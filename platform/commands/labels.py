@@ -30,6 +30,8 @@ class LabelJob:
 
 def label_corpora(jobs: Sequence[LabelJob], config: LabelConfig | None, ask_again: bool = False) -> None:
     """Labels raw corpora on the connected Ray cluster, one after the other; by word lists where nothing is said."""
+    import ray
+
     from domainshuttle.pipelines.curation.labelling import label_corpus
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
@@ -39,10 +41,11 @@ def label_corpora(jobs: Sequence[LabelJob], config: LabelConfig | None, ask_agai
                 f"{redacted(job.folder)} has no {INDEX_NAME}: build the corpus (domainshuttle data build CONFIG), or "
                 "index its shards (domainshuttle data index FOLDER)"
             )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for job in jobs:
         began = time.monotonic()
         with being_made(job.folder), progress(f"Labelling {job.name}", "samples") as show:
-            labelled = label_corpus(job.folder, config or LabelConfig(), show, ask_again)
+            labelled = label_corpus(job.folder, config or LabelConfig(), nodes, show, ask_again)
         _print_labelled(job, labelled.report, labelled.made, time.monotonic() - began)
 
 

@@ -115,7 +115,7 @@ class PairConfig(Section):
 
 
 def fit_pools(
-    pools: Mapping[str, PairPool], nodes: Sequence[Mapping[str, float]], name: str = "pair"
+    pools: Mapping[str, PairPool | ActorPool], nodes: Sequence[Mapping[str, float]], name: str = "pair"
 ) -> dict[str, ActorPool]:
     """Pools of one pipeline for the cluster's nodes, given by their resources as Ray names them: an actor of each must
     fit at the same time, and of more as many as there is room for. Raises DataError that says what is missing."""

@@ -28,12 +28,13 @@ from domainshuttle.pipelines.media.decode import decode_image
 
 UNO = MEDIA / "uno" / "assets" / "examples"
 NEXUS = MEDIA / "opens2v_nexus" / "data_process" / "demo_result"
+NODES = [{"CPU": 2.0}]
 pytestmark = pytest.mark.usefixtures("without_ray")
 __all__ = ["without_ray"]
 
 
 def label(folder: Path, config: LabelConfig, ask_again: bool = False) -> dict[str, Any]:
-    return label_corpus(folder, config, lambda *_: None, ask_again).report
+    return label_corpus(folder, config, NODES, lambda *_: None, ask_again).report
 
 
 def contents(folder: Path) -> dict[str, bytes]:

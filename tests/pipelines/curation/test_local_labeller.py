@@ -76,7 +76,7 @@ def test_an_answer_that_is_cut_is_a_bad_one(folder: Path, tmp_path: Path) -> Non
 
 def test_a_corpus_is_labelled_by_it_and_says_so(folder: Path, tmp_path: Path, without_ray: list[int]) -> None:
     corpus = write_corpus(tmp_path / "raw", map(raw_sample, range(3)))
-    report = label_corpus(corpus, settings(folder), lambda *_: None).report
+    report = label_corpus(corpus, settings(folder), [{"CPU": 2.0}], lambda *_: None).report
     assert report["values"] == {"domains: labelled, by transformers": 3}
     for row in rows_of(corpus):
         one = read_info(row).labels["domains"]
