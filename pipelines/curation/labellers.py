@@ -3,6 +3,7 @@
 Answers are kept by a hash of all that was asked, so that nothing is asked twice, also by another start.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,7 @@ class Ask:
         self.model: Model = make(config, *arguments)
         self.states: Counter[str] = Counter()
         self.example = ""
+        self._lock = threading.Lock()
 
     def __call__(self, works: list[Work]) -> None:
         ready = [work for work in works if "shown" in work.carried]
@@ -137,12 +139,15 @@ class Ask:
 
     def _count(self, answer: Answer) -> None:
         """Raises DataError where so many fail that going on would only cost."""
-        self.states[answer.state] += 1
-        if answer.state != "answered":
-            self.example = self.example or f"{state_name(answer.state)}: {answer.reason}"
-        asked, failed = self.states.total(), self.states.total() - self.states["answered"]
+        with self._lock:
+            self.states[answer.state] += 1
+            if answer.state != "answered":
+                self.example = self.example or f"{state_name(answer.state)}: {answer.reason}"
+            states = dict(self.states)
+        asked = sum(states.values())
+        failed = asked - states.get("answered", 0)
         if asked >= _ENOUGH and failed > self.config.most_failed * asked:
-            counted = ", ".join(f"{state_name(state)} {count}" for state, count in sorted(self.states.items()))
+            counted = ", ".join(f"{state_name(state)} {count}" for state, count in sorted(states.items()))
             raise DataError(
                 f"{self.model.name}: {failed} of {asked} answers give no labels ({counted}), at most "
                 f"{self.config.most_failed:.0%} may. The first: {self.example}. Repair the endpoint or the model, and "

@@ -18,7 +18,7 @@ from typing_extensions import is_typeddict
 from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.pipelines.curation.label_config import LabelConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted
 from domainshuttle.platform.config.schema import (
     HORIZON,
@@ -295,7 +295,7 @@ def explain(fault: ErrorDetails, kind: type[BaseModel] = RunConfig) -> str:
     if given is None:
         return f"{path}: has no value: give it one, or leave the key out"
     message = _MESSAGES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    shown_input = "" if isinstance(given, dict | list | tuple | BaseModel) else f" (given: {given})"
+    shown_input = "" if isinstance(given, dict | list | tuple | BaseModel) else f" (given: {mask_secrets(str(given))})"
     return f"{path + ': ' if path else ''}{message}{shown_input}"
 
 
