@@ -3,8 +3,8 @@
 Run by hand: python benchmarks/labels.py [--samples 1200] [--seconds 2] [--at-once 32] [--clips]
 
 The server answers each question after `seconds`, a quarter more or less, as many at a time as are asked, like vLLM
-with room for `at_once`. Busy is what its answers took in all, over `at_once` times the time from the first question to
-the last answer: reading, decoding, the stage's own work and the ends of its parts are what is missing to 100%.
+with room for `at_once`. Busy is what its answers took in all, over `at_once` times the time: reading, decoding, the
+stage's own work and the ends of its parts are what is missing to 100%.
 """
 
 import argparse
@@ -55,10 +55,15 @@ def corpus(folder: Path, samples: int, clips: bool) -> None:
 
 
 class Meter:
-    """When questions came and how long their answers took."""
+    """When questions came and when they were answered."""
 
     def __init__(self) -> None:
-        self.lock, self.first, self.last, self.taken, self.count = threading.Lock(), 0.0, 0.0, 0.0, 0
+        self.lock = threading.Lock()
+        self.spans: list[tuple[float, float]] = []
+
+    def busy(self, at_once: int, begin: float, end: float) -> float:
+        """The share of `at_once` that was in work, over a time."""
+        return sum(max(min(gone, end) - max(came, begin), 0) for came, gone in self.spans) / (at_once * (end - begin))
 
 
 def serve(seconds: float, meter: Meter) -> ThreadingHTTPServer:
@@ -83,8 +88,7 @@ def serve(seconds: float, meter: Meter) -> ThreadingHTTPServer:
             self.wfile.flush()
             gone = time.monotonic()
             with meter.lock:
-                meter.first = min(meter.first or came, came)
-                meter.last, meter.taken, meter.count = gone, meter.taken + gone - came, meter.count + 1
+                meter.spans.append((came, gone))
 
         def log_message(self, *_: object) -> None: ...
 
@@ -119,12 +123,18 @@ def main() -> None:
         )
         whole = time.monotonic() - began
         server.shutdown()
-    busy = meter.taken / (options.at_once * (meter.last - meter.first))
+    came = sorted(span[0] for span in meter.spans)
+    first, last = came[0], max(gone for _, gone in meter.spans)
+    steady = meter.busy(options.at_once, came[len(came) // 10], came[9 * len(came) // 10])
     print(done.stdout)
     print(
-        f"{meter.count} questions, {options.at_once} at once, answers of {options.seconds:g} s: {busy:.1%} busy over "
-        f"{meter.last - meter.first:.0f} s; the command took {whole:.0f} s"
+        f"{len(came)} questions, {options.at_once} at once, answers of {options.seconds:g} s: "
+        f"{meter.busy(options.at_once, first, last):.1%} busy from the first question to the last answer, "
+        f"{last - first:.0f} s; {steady:.1%} while the second to the ninth tenth was asked; the command took {whole:.0f} s"
     )
+    for part in range(10):
+        begin, end = (came[min(one * len(came) // 10, len(came) - 1)] for one in (part, part + 1))
+        print(f"  tenth {part + 1}: {meter.busy(options.at_once, begin, end):.1%} over {end - begin:.0f} s")
 
 
 if __name__ == "__main__":
