@@ -130,7 +130,8 @@ def main() -> None:
     print(
         f"{len(came)} questions, {options.at_once} at once, answers of {options.seconds:g} s: "
         f"{meter.busy(options.at_once, first, last):.1%} busy from the first question to the last answer, "
-        f"{last - first:.0f} s; {steady:.1%} while the second to the ninth tenth was asked; the command took {whole:.0f} s"
+        f"{last - first:.0f} s; {steady:.1%} while the second to the ninth tenth was asked; "
+        f"the command took {whole:.0f} s"
     )
     for part in range(10):
         begin, end = (came[min(one * len(came) // 10, len(came) - 1)] for one in (part, part + 1))
