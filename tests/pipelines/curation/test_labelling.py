@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from built import MEDIA, made, mp4
+from faulty_s3 import serve_s3
 from label_corpora import asked_text, endpoint, pictures, raw_sample, rows_of, says, without_ray, write_corpus
 from openai_server import Reply, openai_server
 
@@ -24,7 +25,11 @@ from domainshuttle.pipelines.endpoints.client import EndpointError
 from domainshuttle.pipelines.errors import DataError, UserFacingError
 from domainshuttle.pipelines.index.labels import lost_labels
 from domainshuttle.pipelines.index.samples import read_info, read_verified_sample
+from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.index.verify import _verify_shard
 from domainshuttle.pipelines.media.decode import decode_image
+from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.pipelines.storage.uri import join
 
 UNO = MEDIA / "uno" / "assets" / "examples"
 NEXUS = MEDIA / "opens2v_nexus" / "data_process" / "demo_result"
@@ -171,6 +176,32 @@ def test_only_what_is_new_is_labelled_when_a_corpus_grows(tmp_path: Path, withou
         label(fresh, endpoint(server.url))
     mine = {name: data for name, data in contents(folder).items() if not name.startswith("fresh")}
     assert mine == contents(fresh)
+
+
+def test_a_corpus_in_a_store_is_labelled_there_and_only_descriptions_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("EC2_METADATA_DISABLED", "true")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    local = write_corpus(tmp_path / "raw", map(raw_sample, range(12)))
+    label_corpus(local, LabelConfig(), NODES, lambda *_: None)
+    with serve_s3() as proxy:
+        folder = proxy.uri("raw")
+        write_corpus(tmp_path / "plain", map(raw_sample, range(12)))
+        for path in (tmp_path / "plain").iterdir():
+            write_bytes(join(folder, path.name), path.read_bytes())
+        with pytest.raises(DataError, match=r"--set labels\.answers=FOLDER"):
+            label_corpus(folder, LabelConfig(), NODES, lambda *_: None)
+        config = LabelConfig(answers=str(tmp_path / "answers"))
+        assert label_corpus(folder, config, NODES, lambda *_: None).report["labelled"] == 12
+        index = Index.load(join(folder, "index.parquet"))
+        assert index.digest == Index.load(local / "index.parquet").digest
+        rows = index.rows(range(12))
+        assert [read_verified_sample(row)[0].info for row in rows] == [read_info(row) for row in rows_of(local)]
+        for shard in index.codes("shard")[1]:
+            numbers = [number for number, row in enumerate(rows) if row.shard == shard]
+            decoded = np.ones(len(numbers), bool)
+            assert _verify_shard(index.table.take(numbers), index.parts[0], folder, decoded, True)[0] == []
 
 
 @pytest.mark.parametrize(
