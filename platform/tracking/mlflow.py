@@ -143,8 +143,8 @@ def ask(uri: str, question: Callable[[], T]) -> T:
 
 
 _HOST_REFUSED = (
-    ". A server answers 403 to a name of its own that it was not told: start it with --allowed-hosts NAME:PORT,NAME "
-    "(MLFLOW_SERVER_ALLOWED_HOSTS), or give the rights that it asks for"
+    ". A server answers 403 to a name of its own that it was not told: start mlflow server with --allowed-hosts "
+    "NAME:PORT,NAME (MLFLOW_SERVER_ALLOWED_HOSTS), or give the rights that it asks for"
 )
 _PAUSES = (1.0, 2.0, 4.0)
 """Seconds before a request that was not answered is made again."""

@@ -94,9 +94,10 @@ def options_of(command: Any) -> set[str]:
     }
 
 
-FOREIGN = re.compile(
-    r"(?:ray|mlflow|hf|zstd|lz4|kubectl|docker) (?:start|job|up|ui|-d|get-auth-token|server|download|apply|run)\b.*"
+_PROGRAMS = (
+    "ray (?:start|job|up|get-auth-token)|mlflow (?:ui|server)|hf download|(?:zstd|lz4) -d|kubectl|docker|nvidia-smi"
 )
+FOREIGN = re.compile(rf"\b(?:{_PROGRAMS})\b.*")
 """Commands of others that a text names, with their options."""
 OF_OTHERS = "cluster/vm.py"
 """Where all options are those of `ray start` and `docker run`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from domainshuttle.platform.commands.data import _being_made
+from domainshuttle.platform.commands.corpus_lock import being_made
 from domainshuttle.platform.run import lock
 from domainshuttle.platform.run.lock import HOLDER_NAME, RunLock, RunLockedError
 
@@ -125,13 +125,13 @@ def test_a_driver_that_stood_still_too_long_notices_that_it_lost_the_run(tmp_pat
 
 
 def test_a_corpus_is_made_by_one_command_at_a_time(tmp_path: Path) -> None:
-    with _being_made(tmp_path / "encoded"):
+    with being_made(tmp_path / "encoded"):
         with (
             pytest.raises(RunLockedError, match=rf"encoded is being made by process {os.getpid()} on .*: wait"),
-            _being_made(tmp_path / "encoded"),
+            being_made(tmp_path / "encoded"),
         ):
             pass
-        with _being_made(tmp_path / "raw"):
+        with being_made(tmp_path / "raw"):
             pass
-    with _being_made(tmp_path / "encoded"):
+    with being_made(tmp_path / "encoded"):
         pass
