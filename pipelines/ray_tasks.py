@@ -112,10 +112,10 @@ class _Holder:
     """An actor around a callable object."""
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
-        self.fault: UserFacingError | None = None
+        self.fault: Exception | None = None
         try:
             self.held = make(*arguments)
-        except UserFacingError as error:  # of a constructor Ray keeps only the text
+        except Exception as error:  # raised in a constructor it would look as if the actor's process had died
             self.fault = error
 
     def call(self, piece: Any) -> Any:

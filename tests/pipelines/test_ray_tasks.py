@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from domainshuttle.pipelines.ray_tasks import each_result
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.ray_tasks import each_by_actors, each_result
+from domainshuttle.pipelines.values import ActorPool
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -32,3 +34,34 @@ def test_errors_of_the_function_are_raised(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="11 is too large"):
         list(each_result(square, [(number, tmp_path) for number in (1, 11)]))
     assert list(each_result(square, [])) == []
+
+
+class Squarer:
+    """Made once an actor: its file says by which process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / f"made-{os.getpid()}").touch()
+
+    def __call__(self, number: int) -> int:
+        if number == 12:
+            raise DataError("12 is refused")
+        return square(number, self.folder)
+
+
+def test_actors_are_made_once_and_a_piece_that_kills_them_is_given_up(tmp_path: Path) -> None:
+    pool = ActorPool(actors=2, cpus=0.5)
+    found = dict(each_by_actors(Squarer, (tmp_path,), range(8), pool, tries=2))
+    assert isinstance(found.pop(3), Exception)  # killed its actor each time
+    assert found == {number: number * number for number in range(8) if number != 3}  # 4 once, and was tried again
+    assert len(list(tmp_path.glob("made-*"))) == 2 + 3  # one more for each death
+    assert dict(each_by_actors(Squarer, (tmp_path,), [1, 2], None)) == {1: 1, 2: 4}
+    assert (tmp_path / f"made-{os.getpid()}").exists()
+
+
+@pytest.mark.parametrize("pool", [None, ActorPool(cpus=0.5)])
+def test_faults_of_users_come_as_they_are(tmp_path: Path, pool: ActorPool | None) -> None:
+    with pytest.raises(DataError, match="^12 is refused$"):
+        list(each_by_actors(Squarer, (tmp_path,), [12], pool))
+    with pytest.raises(FileNotFoundError):
+        list(each_by_actors(Squarer, (tmp_path / "nowhere",), [1], pool))
