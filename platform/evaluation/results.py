@@ -120,16 +120,24 @@ class Results:
         """By stratum and two models, of each metric: how much more the first has. Controls are compared with theirs."""
         judged = [column.name for column in self.columns if column.judged]
         pairs = [*combinations(judged, 2), *((one.of, one.name) for one in self.columns if one.control)]
-        settings, found = self.config.statistics, {}
+        settings = self.config.statistics
+        found: dict[tuple[str, str, str], dict[str, Comparison]] = {}
         for stratum in self.strata:
             names = [metric.label for metric in self.metrics if self.cases_of(metric.label, stratum)]
+            values = {
+                (column.name, name): self.values(column.name, name, stratum)
+                for column in self.columns for name in names
+            }  # fmt: skip
+            tables = {
+                name: np.stack([values[left, name] - values[right, name] for left, right in pairs])
+                for name in names if pairs
+            }  # fmt: skip
             ranges = {name: self.value_range(name) for name in names}
-            for left, right in pairs:
-                found[stratum, left, right] = compare(
-                    {name: self.values(left, name, stratum) for name in names},
-                    {name: self.values(right, name, stratum) for name in names},
-                    ranges, settings.confidence, settings.resamples, settings.seed, settings.most_missing,
-                )  # fmt: skip
+            compared = compare(
+                tables, ranges, settings.confidence, settings.resamples, settings.seed, settings.most_missing
+            )
+            for number, (left, right) in enumerate(pairs):
+                found[stratum, left, right] = {name: compared[name][number] for name in names}
         return found
 
     @cached_property
