@@ -800,6 +800,31 @@ def evaluate_report(
     publish(folder, read_results(folder))
 
 
+@evaluation.command("rate")
+def evaluate_rate(
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation with two models or more.")] = Path(
+        "evaluation"
+    ),
+    answers: Annotated[
+        list[Path] | None, typer.Option(help="A JSONL that the page saved: add it, and write the report again.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Only so many pairs; without it all.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of pairs and sides.")] = 0,
+) -> None:
+    """Make a page of blind pairs for people, or add their answers: how much do they and the metrics agree?"""
+    from domainshuttle.platform.evaluation.evaluate import publish, rate, read_results
+
+    if answers:
+        rate(folder, answers)
+        publish(folder, read_results(folder))
+    else:
+        from domainshuttle.platform.console import console
+        from domainshuttle.platform.evaluation.rating import make_pages
+
+        console.print(f"Page: {make_pages(folder, read_results(folder), pairs, seed)}")
+        console.print(f"Next: domainshuttle evaluate rate {folder} --answers FILE.jsonl")
+
+
 @app.command()
 def demo(
     config: Annotated[str, typer.Argument(help="The configuration to run.")] = "demo",

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 ORDER = {
     "platform": [
         {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"},
-        {"training"}, {"train"}, {"driver"}, {"cluster_checks", "evaluation"}, {"commands"}, {"cli"},
+        {"evaluation"}, {"training"}, {"train"}, {"driver"}, {"cluster_checks"}, {"commands"}, {"cli"},
     ],
     "pipelines": [
         {"errors"}, {"sample"}, {"values"}, {"buckets", "quarantine", "ray_tasks"}, {"storage"},

@@ -57,6 +57,7 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
     keys = differing(configs)
     same = _differing_by_name([node.run for tree in trees for node in tree[1:]], keys)
     evaluated = any(_IDENTITY in record.metrics for record in records)
+    judged = sorted({name for record in records for name in judged_metrics(record)})
     hours_field = hours_name([tree[0].run for tree in trees])
     rows: list[Row] = []
     for tree, config in zip(trees, configs, strict=True):
@@ -69,14 +70,14 @@ def compare(uri: str, experiments: Sequence[str], runs: Sequence[str] = ()) -> l
         total = parent.metrics.get(HOURS, sum(used) if all(owned) else max(used, default=0.0))
         # the schedule's own curve has the steps of its segments again
         steps = sum(trained_steps(node.run) or 0 for node in below) or trained_steps(parent)
-        values = _values(uri, parent, steps, total, evaluated, hours_field)
+        values = _values(uri, parent, steps, total, evaluated, hours_field, judged)
         rows.append(Row(parent, label, 0, values, {key: config.get(key, "") for key in keys}))
         before, siblings = 0.0, Counter(node.run.name for node in below)
         for node, hours, own_hours in zip(below, used, owned, strict=True):
             child = node.run
             # where they count over the whole schedule, its own hours are those since the segment before it
             spent = hours if own_hours else max(0.0, hours - before)
-            values = _values(uri, child, trained_steps(child), spent, evaluated, hours_field)
+            values = _values(uri, child, trained_steps(child), spent, evaluated, hours_field, judged)
             own = configuration(child)
             label = _label(child, siblings[child.name] == 1)
             rows.append(Row(child, label, node.depth, values, {key: own.get(key, "") for key in same[child.name]}))
@@ -182,7 +183,13 @@ def trained_steps(record: RunRecord) -> int | None:
 
 
 def _values(
-    uri: str, record: RunRecord, steps: int | None, hours: float, evaluated: bool, hours_field: str
+    uri: str,
+    record: RunRecord,
+    steps: int | None,
+    hours: float,
+    evaluated: bool,
+    hours_field: str,
+    judged: Sequence[str],
 ) -> dict[str, str]:
     metrics = record.metrics
     losses = read_history(uri, record.id, "loss") if "loss" in metrics else []
@@ -197,10 +204,25 @@ def _values(
         "cross pair": _number(metrics.get("loss/cross_pair")),
         # the share of clips that show their own subject
         **({"identity": "" if identity is None else f"{identity:.1%}"} if evaluated else {}),
+        **{name.replace("_", " "): _interval(metrics, f"evaluation/{name}") for name in judged},
         "samples/s": _number(metrics.get("samples/s")),
         hours_field: _number(hours or None),
         "duration": _duration(max(0.0, (record.end or time.time()) - record.start)),
     }
+
+
+def judged_metrics(record: RunRecord) -> list[str]:
+    """The metrics of all cases that an evaluation logged to a run, with their bounds."""
+    names = [name.removeprefix("evaluation/") for name in record.metrics if name.startswith("evaluation/")]
+    return [name for name in names if f"evaluation/{name}_low" in record.metrics and "/" not in name]
+
+
+def _interval(metrics: Mapping[str, float], name: str) -> str:
+    """A mean with its bounds."""
+    if name not in metrics:
+        return ""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return f"{metrics[name]:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
 
 
 def _number(value: float | None) -> str:

@@ -604,6 +604,15 @@ class SamplingSection(Section):
     cpus: Cpus = Field(1.0, gt=0, description="what Ray reserves for it; where that is not free, rank 0 samples")
     gpus: Gpus = Field(0.0, description="share of a GPU, such as 1 or 0.5; 0: on the CPU")
     timeout: Seconds = Field(600.0, description="seconds until it is given up")
+    metrics: Text | None = Field(
+        None, description="an evaluation, a file or one that ships: its metrics measure the clips, as curves by step"
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _found_anywhere(cls, source: str | None) -> str | None:
+        # a file is named for workers in other folders; what is no file ships
+        return str(Path(source).absolute()) if source is not None and Path(source).is_file() else source
 
     @field_validator("cases_file")
     @classmethod

@@ -141,6 +141,10 @@ def require_data(config: RunConfig) -> None:
     require_encoded(config)
     if config.model.size:
         _require_fit(config, config.model.size.get("text_dim"), config.model.size.get("max_references"))
+    if config.sampling is not None and config.sampling.metrics is not None:
+        from domainshuttle.platform.evaluation.training_metrics import check_training_metrics  # brings torch along
+
+        check_training_metrics(config)
 
 
 def require_model(config: RunConfig) -> None:

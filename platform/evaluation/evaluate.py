@@ -20,6 +20,7 @@ from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, say
 from domainshuttle.platform.evaluation.cases import CASES_NAME, EvaluationCase, read_case_file
+from domainshuttle.platform.evaluation.choices import title_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig, load_evaluation
 from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
@@ -158,9 +159,25 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
         tracking.log_results(run, out, results, identity, files)
 
 
+def rate(out: Path, answers: Sequence[Path]) -> None:
+    """Adds people's answers to an evaluation, and prints how much they and the metrics agree."""
+    from domainshuttle.platform.evaluation.rating import agreement, read_answers
+
+    ratings = read_answers(out, answers)
+    rows = [
+        [one.question, one.metric or "people among themselves", str(one.pairs), *(
+            "–" if value != value else f"{value:.2f}" for value in (one.alpha, one.agree, one.tau)
+        )]
+        for one in agreement(ratings, read_results(out))
+    ]  # fmt: skip
+    people = len({one.rater for one in ratings})
+    fields = ("question", "with", "pairs", "alpha", "same order", "tau")
+    console.print(Records(fields, rows, f"Agreement of {people} people", fields[2:]), soft_wrap=True)
+
+
 def print_table(results: Results) -> None:
     """Prints the means with their intervals, all cases."""
-    fields = ["model", *(metric.title for metric in results.metrics)]
+    fields = ["model", *(title_of(metric) for metric in results.metrics)]
     rows = [
         [column.name, *(figure(results, metric.label, column.name) for metric in results.metrics)]
         for column in results.columns

@@ -16,8 +16,10 @@ from typing import Any
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown_frames
 from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
 from domainshuttle.platform.evaluation.latency import latency_rows
 from domainshuttle.platform.evaluation.published import published_table
+from domainshuttle.platform.evaluation.rating import agreement, preferences, read_answers
 from domainshuttle.platform.evaluation.results import ALL, Results
 from domainshuttle.platform.evaluation.sources import expected_counts
 from domainshuttle.platform.evaluation.statistics import Estimate, as_plain
@@ -32,13 +34,14 @@ def write_report(folder: Path, results: Results) -> Path:
     """Writes the report into `folder`; returns its page. Posters and links that are there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [column.name for column in results.columns]
+    ratings = read_answers(folder.parent)
     return page.write_page(
         folder / "index.html",
         "evaluation.html",
         title=f"Evaluation: {results.config.name}",
         counts=expected_counts(results.config.sources, results.cases),
         columns=results.columns,
-        metrics=[{"label": one.label, "title": one.title, "source": one.source} for one in results.metrics],
+        metrics=[{"label": one.label, "title": title_of(one), "source": one.source} for one in results.metrics],
         strata=[_stratum(results, stratum) for stratum in results.strata],
         confidence=results.config.statistics.confidence,
         published=published_table([metric.label for metric in results.metrics]),
@@ -48,7 +51,12 @@ def write_report(folder: Path, results: Results) -> Path:
         voids=[(column, metric, why) for (column, metric), why in results.voids.items()],
         latency=latency_rows(results),
         settings=_settings(results),
-        decisions=[(one.title, json.dumps(one.decisions(), indent=1, default=str)) for one in results.metrics],
+        choices=choices_of(results),
+        judges=judges_of(results),
+        ratings=agreement(ratings, results),
+        preferences=preferences(ratings, results),
+        raters=len({one.rater for one in ratings}),
+        decisions=[(title_of(one), json.dumps(one.decisions(), indent=1, default=str)) for one in results.metrics],
         open_points=open_points(results),
         failures=results.failures()[:_MOST_FAILURES],
         failure_count=len(results.failures()),
@@ -59,7 +67,7 @@ def write_report(folder: Path, results: Results) -> Path:
 
 def _tests(results: Results) -> list[dict[str, Any]]:
     """The sensitivity tests, those that failed first."""
-    titles = {metric.label: metric.title for metric in results.metrics}
+    titles = {metric.label: title_of(metric) for metric in results.metrics}
     order = {"failed": 0, "undecided": 1, "passed": 2}
     return [
         {**asdict(one), "title": titles[one.metric], "trial": one.trial.replace("_", " ")}
@@ -76,7 +84,7 @@ def _stratum(results: Results, stratum: str) -> dict[str, Any]:
     metrics = [metric for metric in results.metrics if results.cases_of(metric.label, stratum)]
     return {
         "name": "All cases" if stratum == ALL else stratum.replace("_", " ").capitalize(),
-        "metrics": [metric.title for metric in metrics],
+        "metrics": [title_of(metric) for metric in metrics],
         "rows": [
             {
                 "column": column,
@@ -86,7 +94,7 @@ def _stratum(results: Results, stratum: str) -> dict[str, Any]:
         ],
         "plots": [
             {
-                "title": metric.title,
+                "title": title_of(metric),
                 "cases": len(results.cases_of(metric.label, stratum)),
                 **_plot(
                     [(column.name, results.estimates[stratum, metric.label, column.name]) for column in results.columns]
@@ -133,7 +141,7 @@ def _plot(rows: Sequence[tuple[str, Estimate]]) -> dict[str, Any]:
 
 def _verdicts(results: Results) -> list[dict[str, Any]]:
     """What is said of each pair, and with what right."""
-    titles = {metric.label: metric.title for metric in results.metrics}
+    titles = {metric.label: title_of(metric) for metric in results.metrics}
     found = []
     for (stratum, left, right), by_metric in results.comparisons.items():
         for metric, one in by_metric.items():
@@ -183,7 +191,7 @@ def open_points(results: Results) -> list[tuple[str, str]]:
         ),
         ("Seeds and clips a case", f"run seed {config.seed}, {config.repeats} clip(s) a case; not stated by the paper"),
         ("Rate and compression", "the decoded MP4 is measured, at the rate and CRF below; not stated by the paper"),
-        *[(f"{metric.title}", "its choices are listed with the metric") for metric in results.metrics],
+        ("The metrics' own choices", "frames, models, rules for missing subjects, prompts: listed with each, below"),
         *[("Note", note) for note in config.notes],
     ]
 
@@ -211,7 +219,7 @@ def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> 
         "videos": videos,
         "scores": [
             {
-                "title": metric.title,
+                "title": title_of(metric),
                 "values": [_cell(results, column, metric.label, case.id) for column in columns],
             }
             for metric in results.metrics
@@ -280,7 +288,7 @@ def _data(results: Results, columns: Sequence[str]) -> Any:
     """Values for sorting: by metric and column, one a case; None where there is none."""
     return as_plain(
         {
-            metric.title: {
+            title_of(metric): {
                 column: [
                     None if (cell := results.cell(column, metric.label, case.id)) is None else cell.value
                     for case in results.cases

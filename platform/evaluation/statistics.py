@@ -110,9 +110,7 @@ def _bca(values: NDArray[np.float64], confidence: float, resamples: int, seed: i
     return low, high
 
 
-def _bca_of(
-    values: NDArray[np.float64], resampled: NDArray[np.float64], confidence: float
-) -> tuple[Values, Values]:
+def _bca_of(values: NDArray[np.float64], resampled: NDArray[np.float64], confidence: float) -> tuple[Values, Values]:
     """Efron's bias-corrected and accelerated interval; `resampled` are the sorted means [resamples, rows]."""
     count = len(resampled)
     means = values.mean(axis=1)

@@ -125,6 +125,7 @@ class Sampler:
             with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
                 arguments = self.segment.name, self.snapshot_folder(step), self._out(step)
                 generate_samples(self.config, *arguments, device, section.timeout, self._origins)
+                _measure(self.config, self._out(step), device)
         finally:
             gc.collect()
             if on_gpu:
@@ -172,6 +173,11 @@ class Sampler:
         assert self._log is not None
         self._log.artifact(self._out(step), f"samples/{self._out(step).name}")
         self._log.artifact(self.folder / OVER_STEPS_NAME, "samples")
+        if required_sampling(self.config).metrics is not None:
+            from domainshuttle.platform.evaluation.training_metrics import read_metrics
+
+            if values := read_metrics(self._out(step)):
+                self._log.log(step, values)
         # references, what is generated and the real clip, side by side
         self._log.picture(self._out(step) / "grid.png", f"newest_samples/{self.segment.name}", step)
 
@@ -197,3 +203,12 @@ def _sample_elsewhere(
     torch.set_num_threads(max(1, int(section.cpus)))
     device = "cuda" if section.gpus else "cpu"
     generate_samples(settings, segment, Path(weights), Path(out), device, section.timeout, origins)
+    _measure(settings, Path(out), device)
+
+
+def _measure(config: RunConfig, out: Path, device: str) -> None:
+    """Measures the samples of a step, where the configuration names metrics for them."""
+    if required_sampling(config).metrics is not None:
+        from domainshuttle.platform.evaluation.training_metrics import measure_samples
+
+        measure_samples(config, out, device, out.parent.parent / "measured")

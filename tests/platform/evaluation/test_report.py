@@ -1,0 +1,198 @@
+"""The report and the rating page as a browser shows them, and what people's answers say.
+
+Run: pytest tests/platform/evaluation/test_report.py
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import in_process
+
+from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.evaluation.choices import choices_of
+from domainshuttle.platform.evaluation.config import EvaluationConfig
+from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
+from domainshuttle.platform.evaluation.published import published
+from domainshuttle.platform.evaluation.rating import agreement, make_pages, read_answers
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def out(cases_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two systems: one shows the colour of the reference, the other noise."""
+    top = tmp_path_factory.mktemp("report")
+    colours, noise = top / "colours", top / "noise"
+    for folder in (colours, noise):
+        folder.mkdir()
+    for number in range(6):
+        picture = np.asarray(Image.open(cases_file.parent / f"{number}.png"))
+        plain = np.repeat(np.resize(picture, (32, 32, 3))[None], 6, axis=0)
+        (colours / f"case-{number}.mp4").write_bytes(encode_mp4(plain, 8))
+        if number != 5:
+            other = np.random.default_rng(number).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+            (noise / f"case-{number}.mp4").write_bytes(encode_mp4(other, 8))
+    config = EvaluationConfig.model_validate(
+        {
+            "name": "two", "sources": {"own": {"kind": "cases", "path": str(cases_file)}},
+            "metrics": {"hue_identity": {}, "steadiness": {}, "variants": {"one": {"hue_identity": {"frames": 1}}}},
+            "statistics": {"resamples": 300},
+        }
+    )  # fmt: skip
+    run_evaluation([str(colours), str(noise)], config, top / "out")
+    return top / "out"
+
+
+def browsed(page: Path, *arguments: str) -> str:
+    """What chromium makes of a page from disk, after its scripts ran."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", *arguments]
+    run = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return run.stdout
+
+
+class Media(HTMLParser):
+    """The files that a page names, and how its videos are loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.files: list[str] = []
+        self.preload: set[str | None] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.files += [str(given[name]) for name in ("src", "data-poster") if given.get(name)]
+        if tag == "video":
+            self.preload.add(given.get("preload"))
+
+
+def test_the_report_needs_only_what_lies_beside_it(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "report", tmp_path / "moved")
+    text = (tmp_path / "moved/index.html").read_text()
+    media = Media(text)
+    assert len(media.files) == 6 + 2 * 11 and media.preload == {"none"}
+    for name in media.files:
+        assert not re.match(r"[a-z]+:|/", name)
+        assert (tmp_path / "moved" / name).stat().st_size > 0
+    assert not re.search(r"""(?:src|href)=["']?https?:""", text)
+    assert "no difference shown" in text and "there is no video" in text  # five pairs can show none at 95%
+    assert "cases without a value as the least" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_shows_sorts_and_has_no_errors(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "report", tmp_path / "report")
+    page = tmp_path / "report/index.html"
+    probe = """
+<script>
+window.addEventListener("error", event => document.title = "ERROR " + event.message);
+window.addEventListener("load", () => {
+  const choose = (id, value) => { const one = document.getElementById(id); one.value = value; one.dispatchEvent(new Event("change")); };
+  choose("sort", "Hue identity"); choose("left", "colours"); choose("right", "noise");
+  const order = [...document.querySelectorAll(".case")].map(one => one.id).join(" ");
+  choose("split", "in domain");
+  const shown = [...document.querySelectorAll(".case")].filter(one => !one.hidden).length;
+  const posters = [...document.querySelectorAll("video")].filter(one => one.poster).length;
+  document.body.dataset.probe = JSON.stringify({ order, shown, marks: document.querySelectorAll("svg circle").length, posters });
+});
+</script>"""  # noqa: E501
+    page.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
+    dom = browsed(page, "--dump-dom", "--window-size=1400,5000")
+    assert "<title>ERROR" not in dom
+    found = json.loads(re.search(r'data-probe="([^"]*)"', dom)[1].replace("&quot;", '"'))  # type: ignore[index]
+    results = read_results(out)
+    values = [results.values(name, "hue_identity") for name in ("colours", "noise")]
+    order = sorted(range(5), key=lambda n: values[0][n] - values[1][n])
+    assert found["order"].split() == [f"case-case-{n}" for n in [*order, 5]]  # a case without a difference is last
+    assert found["shown"] == 3 and found["posters"] > 0
+    assert found["marks"] == 3 * 3 * 2  # strata, metrics, columns
+    browsed(page, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1400,3000")
+    picture = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+    assert picture.shape == (3000, 1400, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_which_choice_changes_the_winner_is_said(out: Path) -> None:
+    choices = {(one.metric, one.choice.split(":")[0]): one for one in choices_of(read_results(out))}
+    assert choices["Hue identity", "as in the table"].winner == "colours"
+    assert not choices["Hue identity", "one"].changes and choices["Hue identity", "one"].tau == 1
+    assert "frames 1" in next(one.choice for one in choices_of(read_results(out)) if one.choice.startswith("one"))
+    assert ("Steadiness", "cases without a value as the least") in choices
+
+
+def test_the_rating_page_is_blind_and_its_answers_come_back(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    page = make_pages(tmp_path / "out", read_results(tmp_path / "out"))
+    everything = page.read_text() + " ".join(str(path) for path in page.parent.rglob("*"))
+    assert "colours" not in everything.replace("colours,", "") and "noise" not in everything
+    key = json.loads((tmp_path / "out/rating-key.json").read_text())
+    assert len(key) == 5 and {one["left"] for one in key} == {"colours", "noise"}  # not always on one side
+    lines = []
+    for rater, wrong in (("ann", set()), ("bob", {0}), ("cy", {0, 1})):
+        for number, one in enumerate(key):
+            side = "left" if (one["left"] == "colours") != (number in wrong) else "right"
+            lines.append(json.dumps({"rater": rater, "pair": one["id"], "question": "subject", "answer": side}))
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    printed = in_process("evaluate", "rate", tmp_path / "out", "--answers", tmp_path / "answers.jsonl")
+    assert "Agreement of 3 people" in printed
+    ratings = read_answers(tmp_path / "out")
+    assert len(ratings) == 15 and np.mean([one.value for one in ratings]) == pytest.approx((12 - 3) / 15)
+    found = {one.metric: one for one in agreement(ratings, read_results(tmp_path / "out"))}
+    # two of three people say of one pair what the metric does not
+    assert found["Hue identity"].agree == pytest.approx(4 / 5) and found["Hue identity"].pairs == 5
+    assert 0 < found[""].alpha < 1
+    assert "People: 3" in (tmp_path / "out/report/index.html").read_text()
+    (tmp_path / "bad.jsonl").write_text('{"rater": "x", "pair": "none", "question": "subject", "answer": "left"}')
+    with pytest.raises(ConfigError, match="made again since"):
+        read_answers(tmp_path / "out", [tmp_path / "bad.jsonl"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_rating_page_writes_the_lines_that_are_read(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    page = make_pages(tmp_path / "out", read_results(tmp_path / "out"), pairs_per_rater=2)
+    probe = """<script>window.addEventListener("load", () => {
+  document.getElementById("rater").value = "ann";
+  for (const name of ["subject", "prompt", "quality"]) document.querySelector(`[data-question=${name}] [data-answer=left]`).click();
+  document.getElementById("next").click();
+  document.querySelector("[data-question=quality] [data-answer=same]").click();
+  document.body.dataset.lines = lines();
+});</script>"""  # noqa: E501
+    page.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
+    dom = browsed(page, "--dump-dom")
+    text = re.search(r'data-lines="([^"]*)"', dom)[1].replace("&quot;", '"')  # type: ignore[index]
+    (tmp_path / "answers.jsonl").write_text(text)
+    ratings = read_answers(tmp_path / "out", [tmp_path / "answers.jsonl"])
+    assert len(ratings) == 4 and {one.rater for one in ratings} == {"ann"}
+    assert sorted(one.value for one in ratings if one.question != "quality") != [0, 0]
+
+
+def test_the_papers_table_is_that_of_the_paper() -> None:
+    table = published()
+    assert table["DomainShuttle, Wan2.2"]["cd_score"] == 0.861 and table["Kling 1.6"]["dino_i"] == 0.401
+    assert table["FFGO-Wan2.2"]["aes"] == 0.410 and table["VACE-Wan2.2"]["ms"] == 0.974 and len(table) == 11
+    assert table["VACE-Wan2.1"]["qwen_score"] == 0.769 and table["SkyReels-V3"]["qwen_clip"] == 0.616
+
+
+def test_a_text_of_others_is_text(make_model: Callable[..., Path], cases_file: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in cases_file.read_text().splitlines()[:2]]
+    lines[0]["prompts"] = "</p><script>document.title='ERROR'</script>"
+    for one in lines:
+        one["seg_meta"] = [{"seg_file": [str(cases_file.parent / one["seg_meta"][0]["seg_file"][0])]}]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    videos = tmp_path / "theirs"
+    videos.mkdir()
+    for number in range(2):
+        (videos / f"case-{number}.mp4").write_bytes(encode_mp4(np.zeros((3, 16, 16, 3), np.uint8), 8))
+    source = {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}
+    config = EvaluationConfig.model_validate({"name": "x", "sources": source, "metrics": {"steadiness": {}}})
+    run_evaluation([str(videos)], config, tmp_path / "out")
+    assert "<script>document.title" not in (tmp_path / "out/report/index.html").read_text()
