@@ -1,8 +1,8 @@
 """What would change the outcome: the open choices of the metrics, and the judges among themselves.
 
-A metric with other choices (`metrics.variants`: another CLIP, another editor, another normalisation or rule for missing
-subjects) is measured beside the one of the table. Here the models are ranked by each, and where a case has no value also
-with it as the least and as the most: a winner that changes says that the choice, and not the models, decides.
+A metric with other choices (`metrics.variants`: another CLIP, another editor, another normalisation or rule for
+missing subjects) is measured beside the one of the table. Here the models are ranked by each, and where a case has no
+value also with it as the least and as the most: a winner that changes says that the choice decides, not the models.
 """
 
 from collections.abc import Sequence
@@ -121,12 +121,9 @@ def _grades(results: Results, metric: Metric[Any]) -> list[float]:
     for case in results.cases:
         for column in columns:
             cell = results.cell(column, metric.label, case.id)
-            raw = (
-                [score.beside.get("raw", score.value) for score in cell.scores if score.value is not None]
-                if cell
-                else []
-            )
-            grades.append(float(np.mean(raw)) if raw else float("nan"))  # type: ignore[arg-type]
+            scores = [one for one in cell.scores if one.value is not None] if cell else []
+            raw = [one.beside.get("raw", one.value or 0.0) for one in scores]
+            grades.append(float(np.mean(raw)) if raw else float("nan"))
     return grades
 
 

@@ -181,9 +181,8 @@ def agreement(ratings: Sequence[Rating], results: Results) -> list[Agreement]:
         for one in mine:
             table[raters.index(one.rater), items.index((one.case, one.first, one.second))] = one.value
         nan = float("nan")
-        found.append(
-            Agreement(question, "", len(items), krippendorff_alpha(table) if len(raters) > 1 else nan, nan, nan)
-        )
+        among = krippendorff_alpha(table) if len(raters) > 1 else nan
+        found.append(Agreement(question, "", len(items), among, nan, nan))
         people = np.nanmean(table, axis=0)
         for metric in results.metrics:
             differences = np.array([_difference(results, metric.label, *item) for item in items])

@@ -17,6 +17,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown_frames
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
+from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
 from domainshuttle.platform.evaluation.latency import latency_rows
 from domainshuttle.platform.evaluation.published import published_table
 from domainshuttle.platform.evaluation.rating import agreement, preferences, read_answers
@@ -202,6 +203,18 @@ def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> 
     for column in columns:
         clips = results.clips.get((column, case.id), [])
         videos += [_video(folder, clip, len(clips) > 1) for clip in clips]
+    cells = [
+        (column, cell)
+        for column in columns
+        for metric in results.metrics
+        if (cell := results.cell(column, metric.label, case.id)) is not None
+    ]
+    scores = [score for _, cell in cells for score in cell.scores]
+    found: dict[str, str] = {}
+    for column, cell in cells:
+        clips = results.clips.get((column, case.id), [])
+        if clips and cell.scores and not found.get(column):
+            found[column] = found_subjects(folder, clips[0], cell.scores[0])
     return {
         "id": case.id,
         "split": case.split.replace("_", " "),
@@ -217,6 +230,8 @@ def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> 
             for one in case.references
         ],
         "videos": videos,
+        "edits": edited_pictures(folder.parent, folder, scores),
+        "found": [(label, name) for label, name in found.items() if name],
         "scores": [
             {
                 "title": title_of(metric),

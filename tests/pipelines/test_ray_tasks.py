@@ -61,7 +61,7 @@ def test_actors_are_made_once_and_a_piece_that_kills_them_is_given_up(tmp_path: 
 
 @pytest.mark.parametrize("pool", [None, ActorPool(cpus=0.5)])
 def test_faults_of_users_come_as_they_are(tmp_path: Path, pool: ActorPool | None) -> None:
-    with pytest.raises(DataError, match="^12 is refused$"):
+    with pytest.raises(DataError, match=r"^12 is refused$"):
         list(each_by_actors(Squarer, (tmp_path,), [12], pool))
     with pytest.raises(FileNotFoundError):
         list(each_by_actors(Squarer, (tmp_path / "nowhere",), [1], pool))

@@ -3,6 +3,7 @@
 Run: pytest tests/platform/evaluation/test_report.py
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -21,8 +22,11 @@ from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.choices import choices_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
+from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
+from domainshuttle.platform.evaluation.metrics.metric import Score
 from domainshuttle.platform.evaluation.published import published
 from domainshuttle.platform.evaluation.rating import agreement, make_pages, read_answers
+from domainshuttle.platform.evaluation.videos import Clip
 
 CHROMIUM = shutil.which("chromium")
 
@@ -173,6 +177,28 @@ def test_the_rating_page_writes_the_lines_that_are_read(out: Path, tmp_path: Pat
     ratings = read_answers(tmp_path / "out", [tmp_path / "answers.jsonl"])
     assert len(ratings) == 4 and {one.rater for one in ratings} == {"ann"}
     assert sorted(one.value for one in ratings if one.question != "quality") != [0, 0]
+
+
+def test_edits_and_boxes_are_shown_as_the_metrics_saw_them(tmp_path: Path) -> None:
+    clip = np.zeros((9, 40, 60, 3), np.uint8)
+    path = tmp_path / "case.mp4"
+    path.write_bytes(encode_mp4(clip, 8))
+    one = Clip("model", "case", 0, path, hashlib.sha256(path.read_bytes()).hexdigest(), "", {})
+    boxes = [[10.0, 5.0, 30.0, 25.0], None, [10.0, 5.0, 30.0, 25.0]]
+    score = Score("measured", 0.5, details={"subjects": [{"subject": 0, "word": "dog", "boxes": boxes}]})
+    picture = np.asarray(Image.open(tmp_path / "report" / found_subjects(tmp_path / "report", one, score)))
+    assert picture.shape == (40, 3 * 60, 3)
+    red = (picture[..., 0] > 150) & (picture[..., 1] < 100)
+    assert red[:, :60].any() and not red[:, 60:120].any() and red[:, 120:].any()  # the second frame has no box
+    rows, columns = np.nonzero(red[:, :60])
+    assert abs(columns.max() - 30) <= 3 and abs(rows.max() - 25) <= 3
+    assert found_subjects(tmp_path / "report", one, Score("measured", 0.5)) == ""
+    (tmp_path / "edits/abc").mkdir(parents=True)
+    Image.fromarray(clip[0]).save(tmp_path / "edits/abc/picture.png")
+    edits = [{"digest": "abc", "state": "edited"}, {"digest": "def", "state": "refused"}, None]
+    scores = [Score("measured", 0.5, details={"edits": edits})] * 2
+    assert edited_pictures(tmp_path, tmp_path / "report", scores) == ["edits/abc.png"]
+    assert (tmp_path / "report/edits/abc.png").is_file()
 
 
 def test_the_papers_table_is_that_of_the_paper() -> None:

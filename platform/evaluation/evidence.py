@@ -1,0 +1,72 @@
+"""What metrics saw, as pictures for the report: the edited references, and frames with the boxes of found subjects."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.decode import encode_jpeg
+from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.platform.evaluation.metrics.metric import Score, Video, frame_numbers
+from domainshuttle.platform.evaluation.videos import Clip
+
+EDITS_NAME = "edits"
+_FRAMES = 4
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4")
+
+
+def edited_pictures(out: Path, report: Path, scores: Iterable[Score]) -> list[str]:
+    """Copies the edits that scores name into the report; their names there, each once."""
+    found: dict[str, None] = {}
+    for score in scores:
+        for edit in score.details.get("edits") or ():
+            if not isinstance(edit, Mapping) or edit.get("state") != "edited":
+                continue
+            source = out / EDITS_NAME / str(edit["digest"]) / "picture.png"
+            name = f"{EDITS_NAME}/{edit['digest']}.png"
+            if source.is_file():
+                if not (report / name).exists():
+                    (report / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, report / name)
+                found[name] = None
+    return list(found)
+
+
+def found_subjects(report: Path, clip: Clip, score: Score) -> str:
+    """Some frames of a clip with the boxes in which a metric found its subjects; their name in the report, empty where
+    the metric looked for none, or the clip can't be read."""
+    subjects = [one for one in score.details.get("subjects") or () if isinstance(one, Mapping) and one.get("boxes")]
+    if not subjects or not clip.sha256:
+        return ""
+    name = f"found/{clip.column}/{clip.case}-{clip.sha256[:12]}.jpg"
+    if not (report / name).exists():
+        try:
+            picture = _drawn(Video.read(clip.path), subjects)
+        except DataError:
+            return ""
+        with atomic_file(report / name, sync=False) as aside:
+            aside.write_bytes(encode_jpeg(picture, 85))
+    return name
+
+
+def _drawn(video: Video, subjects: list[Mapping[str, Any]]) -> np.ndarray:
+    """Frames side by side, [h,w,3]."""
+    count = len(subjects[0]["boxes"])
+    numbers = frame_numbers(len(video.frames), count)
+    frames = []
+    for place in np.unique(np.linspace(0, count - 1, min(_FRAMES, count)).round().astype(int)):
+        frame = Image.fromarray(video.frames[numbers[place]])
+        pen = ImageDraw.Draw(frame)
+        for number, subject in enumerate(subjects):
+            box = subject["boxes"][place] if place < len(subject["boxes"]) else None
+            if box is not None:
+                colour = _COLOURS[number % len(_COLOURS)]
+                left, top, right, bottom = (float(side) for side in box)
+                pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=3)
+                pen.text((left + 4, top + 3), str(subject.get("word") or f"subject {number}"), fill=colour)
+        frames.append(np.asarray(frame))
+    return np.concatenate(frames, axis=1)
