@@ -145,10 +145,10 @@ def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:
         write_bytes(kept, "".join(json.dumps(one) + "\n" for one in lines.values()).encode())
     ratings = []
     for one in lines.values():
-        pair = key[one["pair"]]
-        first, second = sorted((pair.left, pair.right))
-        value = _SIDES[one["answer"]] * (1 if pair.left == first else -1)
-        ratings.append(Rating(one["rater"], one["question"], pair.case, first, second, value))
+        shown = key[one["pair"]]
+        first, second = sorted((shown.left, shown.right))
+        value = _SIDES[one["answer"]] * (1 if shown.left == first else -1)
+        ratings.append(Rating(one["rater"], one["question"], shown.case, first, second, value))
     return ratings
 
 

@@ -41,7 +41,7 @@ def measure_samples(config: RunConfig, out: Path, device: str, work: Path) -> No
         return
     settings = load_evaluation(config.sampling.metrics)
     values = measured(settings.metrics.build(Models(device, work)), sample_cases(config), out)
-    found = {}
+    found: dict[str, float] = {}
     for name, given in values.items():
         one = estimate(np.array(given), settings.statistics.confidence, 999, settings.statistics.seed)
         found |= {f"samples/{name}": one.mean, f"samples/{name}_cases": float(one.cases)} if one.cases else {}

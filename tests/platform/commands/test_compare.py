@@ -390,3 +390,15 @@ def test_a_schedule_with_a_curve_of_its_own_counts_nothing_twice(uri: str, tmp_p
     first, second = curves.pieces(uri, rows, "loss")
     assert (list(first.steps), list(second.steps)) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
     assert (list(first.hours), list(second.hours)) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+
+
+def test_the_means_of_an_evaluation_stand_with_their_bounds(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = open_schedule(uri, "judged", "one", {}, {}, tmp_path / "spool")
+    MetricLogger(tracker.ids, "s1", tmp_path / "spool").finish()
+    values = {"dino_i": 0.4, "dino_i_low": 0.35, "dino_i_high": 0.45, "mixed/dino_i": 0.3, "mixed/dino_i_low": 0.2}
+    assert tracker.log({f"evaluation/{name}": value for name, value in values.items()}, 5, "s1")
+    assert tracker.finish()
+    rows = compare.compare(uri, ["judged"])
+    assert [row.values["dino i"] for row in rows] == ["", "0.400 [0.350, 0.450]"]
+    assert not any("mixed" in name for name in rows[0].values)
