@@ -75,3 +75,29 @@ def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(TINY.format(folder=folder))
     return path
+
+
+def _declare_operators_of_torchvision() -> None:
+    """With the CPU build of torch, torchvision's own library can't be loaded, and its import looks for these."""
+    import importlib.util
+
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available() or torch.version.cuda:
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "roi_align(Tensor input, Tensor rois, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
+        "int sampling_ratio, bool aligned) -> Tensor",
+    ):
+        library.define(schema)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[object] = []
+"""They are there as long as these objects are."""
+_declare_operators_of_torchvision()

@@ -215,3 +215,53 @@ def save_gme(folder: Path, seed: int = 0) -> Path:
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     return folder
+
+
+def save_image_editor(folder: Path, seed: int = 0) -> Path:
+    """A Qwen-Image-Edit pipeline; it needs torchvision."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageEditPlusPipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import (
+        AutoTokenizer,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    save_gme(folder / "bytes")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bytes")
+    tokenizer.model_max_length = 4096
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "vision_start", "vision_end")}
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|image_pad|>"
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "rope_parameters": rope,
+            "max_position_embeddings": 4096,
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        image_token_id=ids["image_pad"], video_token_id=263, vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessorPil(), tokenizer, Qwen2VLVideoProcessor())
+    encoder = Qwen2_5_VLForConditionalGeneration(text)
+    QwenImageEditPlusPipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, processor, transformer
+    ).save_pretrained(folder / "editor")
+    return folder / "editor"

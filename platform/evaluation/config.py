@@ -9,6 +9,7 @@ from pydantic import Field
 
 from domainshuttle.pipelines.values import ActorPool, Count, Fps, Real, Section, Share, Text, Whole
 from domainshuttle.platform.config.loading import load_shipped
+from domainshuttle.platform.evaluation.metrics.choices import PairChoices
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
 from domainshuttle.platform.evaluation.sources import Source
 
@@ -85,6 +86,7 @@ class EvaluationConfig(Section):
     identity: IdentitySettings | None = None
     statistics: StatisticsSettings = StatisticsSettings()
     sensitivity: SensitivitySettings = SensitivitySettings()
+    pairs: PairChoices | None = Field(None, description="a judge that compares each two models, in both orders")
     scoring: ActorPool | None = Field(None, description="Ray actors that measure; none: in this process")
     notes: list[Text] = Field(default_factory=list, description="what a reader of the report must know")
 

@@ -22,10 +22,11 @@ from domainshuttle.platform.console import console, say
 from domainshuttle.platform.evaluation.cases import CASES_NAME, EvaluationCase, read_case_file
 from domainshuttle.platform.evaluation.choices import title_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig, load_evaluation
+from domainshuttle.platform.evaluation.judges.pairs import PairJudge
 from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
 from domainshuttle.platform.evaluation.store import ResultStore
-from domainshuttle.platform.evaluation.videos import Column, VideoFolder, columns_of
+from domainshuttle.platform.evaluation.videos import Clip, Column, VideoFolder, columns_of
 from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 
@@ -110,8 +111,10 @@ def measure(
     folder, store = VideoFolder(out / "videos"), ResultStore(out)
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
     count = score_missing(cases, clips, config.metrics, store, config.scoring, out, again)
-    results = Results(config, cases, columns, clips, config.metrics.build(), store, ResultStore(out / TESTS_NAME))
+    results = _results(out, config, cases, columns, clips, store)
     count += results.tests.measure(config.metrics, out, config.scoring)
+    if results.pair_judge is not None:
+        count += results.pair_judge.measure(cases, columns, clips)
     say(f"Measured {count} values; {len(store)} are in {out}")
     return results
 
@@ -126,9 +129,20 @@ def read_results(out: Path) -> Results:
     cases, columns = read_case_file(out / CASES_NAME), read_columns(out)
     folder = VideoFolder(out / "videos")
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
-    return Results(
-        config, cases, columns, clips, config.metrics.build(), ResultStore(out), ResultStore(out / TESTS_NAME)
-    )
+    return _results(out, config, cases, columns, clips, ResultStore(out))
+
+
+def _results(
+    out: Path,
+    config: EvaluationConfig,
+    cases: Sequence[EvaluationCase],
+    columns: Sequence[Column],
+    clips: Sequence[Clip],
+    store: ResultStore,
+) -> Results:
+    judge = PairJudge(config.pairs, out) if config.pairs is not None else None
+    altered = ResultStore(out / TESTS_NAME)
+    return Results(config, cases, columns, clips, config.metrics.build(), store, altered, judge)
 
 
 def publish(out: Path, results: Results, run: Run | None = None) -> None:

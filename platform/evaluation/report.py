@@ -48,6 +48,7 @@ def write_report(folder: Path, results: Results) -> Path:
         published=published_table([metric.label for metric in results.metrics]),
         verdicts=_verdicts(results),
         tests=_tests(results),
+        pairs=[asdict(one) for one in results.pairs],
         tested=results.tests.column.name if results.tests.column else "",
         voids=[(column, metric, why) for (column, metric), why in results.voids.items()],
         latency=latency_rows(results),

@@ -13,6 +13,7 @@ import numpy as np
 
 from domainshuttle.platform.evaluation.cases import SPLITS, EvaluationCase
 from domainshuttle.platform.evaluation.config import EvaluationConfig
+from domainshuttle.platform.evaluation.judges.pairs import PairJudge, PairResult
 from domainshuttle.platform.evaluation.metrics.metric import Metric, Score
 from domainshuttle.platform.evaluation.scoring import applies
 from domainshuttle.platform.evaluation.sensitivity import Sensitivity, Verdict
@@ -56,11 +57,13 @@ class Results:
         metrics: Sequence[Metric[Any]],
         store: ResultStore,
         altered: ResultStore,
+        pair_judge: PairJudge | None = None,
     ) -> None:
         self.config, self.cases, self.columns, self.metrics = config, list(cases), list(columns), list(metrics)
         self.clips: dict[tuple[str, str], list[Clip]] = {}
         for clip in clips:
             self.clips.setdefault((clip.column, clip.case), []).append(clip)
+        self.pair_judge, self._every_clip = pair_judge, list(clips)
         self.tests = Sensitivity(config.sensitivity, cases, columns, clips, metrics, store, altered)
         self._cells: dict[tuple[str, str, str], Cell] = {}
         for metric in metrics:
@@ -159,6 +162,11 @@ class Results:
         """What the tests say of the metrics."""
         return self.tests.verdicts()
 
+    @cached_property
+    def pairs(self) -> list[PairResult]:
+        """Which of each two models a judge prefers; none where none was asked."""
+        return [] if self.pair_judge is None else self.pair_judge.results(self.cases, self.columns, self._every_clip)
+
     def beside(self, column: str, metric: str) -> dict[str, float]:
         """The means of the numbers that stand beside a metric's value."""
         found: dict[str, list[float]] = {}
@@ -210,6 +218,7 @@ def summary(results: Results) -> dict[str, Any]:
                 for metric, one in by_metric.items()
             ],
             "sensitivity": [asdict(one) for one in results.sensitivity],
+            "pairs": [asdict(one) for one in results.pairs],
             "void": [{"column": c, "metric": m, "why": why} for (c, m), why in results.voids.items()],
             "failures": [
                 {"column": c, "metric": m, "case": case, "reason": reason}

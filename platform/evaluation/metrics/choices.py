@@ -132,3 +132,13 @@ class DomainSimilarityChoices(MetricConfig):
     references: Literal["mean", "max"] = "mean"
     backend: Literal["pil"] = "pil"
     dtype: Literal["float32"] = "float32"
+
+
+class PairChoices(Section):
+    """Of pairs: a judge is shown two models' frames in both orders."""
+
+    cases: Literal["all", "in_domain", "cross_domain"] = "cross_domain"
+    endpoint: EndpointConfig
+    frames: Count = Field(4, description="evenly over the video, of both at the same places")
+    repeats: Count = Field(1, description="answers of each question")
+    most_side: Count = Field(1024, description="pixels of a picture's longer side; larger ones are made smaller")

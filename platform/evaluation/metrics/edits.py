@@ -157,7 +157,7 @@ class QwenImageEditor:
 
         try:
             self.pipeline: Any = QwenImageEditPlusPipeline.from_pretrained(
-                folder, torch_dtype=getattr(torch, choices.dtype), local_files_only=True
+                folder, dtype=getattr(torch, choices.dtype), local_files_only=True
             ).to(device)
         except Exception as error:  # of diffusers, transformers and their parts, each with types of its own
             text = " ".join(str(error).split())[:300]

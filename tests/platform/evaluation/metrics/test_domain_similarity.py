@@ -1,6 +1,7 @@
 """NANO-CLIP and Qwen-CLIP: edits are made once, frozen and shared; values against the models one by one."""
 
 import base64
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 from metric_inputs import clip, work
 from openai_server import Reply, openai_server
 from PIL import Image
-from tiny_models import save_clip
+from tiny_models import save_clip, save_image_editor
 
 from domainshuttle.pipelines.curation.embedder import Embedder
 from domainshuttle.pipelines.endpoints.client import EndpointError
 from domainshuttle.platform.evaluation.metrics.choices import EditorChoices
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
-from domainshuttle.platform.evaluation.metrics.edits import edit_instruction
+from domainshuttle.platform.evaluation.metrics.edits import QwenImageEditor, edit_instruction
 from domainshuttle.platform.evaluation.metrics.metric import MetricCase, Models, Reference, Work
 
 
@@ -125,3 +126,13 @@ def test_in_process_editors_are_part_of_the_digest(clip_folder: Path, tmp_path: 
     assert build().digest != digest and "image_editor" in build().weights()
     found = build().score(case(Reference(clip()[0], "dog", domain="fantasy")))
     assert found.state == "failed" and "models.image_editor" in found.reason
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
+def test_qwen_image_edit_runs_in_process(clip_folder: Path, tmp_path: Path) -> None:
+    editor = QwenImageEditor(str(save_image_editor(tmp_path)), EditorChoices(steps=2, side=64, dtype="float32"), "cpu")
+    picture = clip()[0]
+    one, same, other = (editor.edit(picture, text) for text in ("Make it of clay.", "Make it of clay.", "Of glass."))
+    assert isinstance(one, np.ndarray) and one.shape == (64, 64, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
