@@ -36,7 +36,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[EvaluationCase
         found.append(EvaluationCase(f"c{number}", split, "a", (ReferencePicture(picture, sha256, 0, "cup", 1),)))
         for column, level in (("dark", 60), ("light", 180)):
             path = folder / f"{column}{number}.mp4"
-            path.write_bytes(encode_mp4(np.full((5, 32, 32, 3), level + number, np.uint8), 8))
+            shown = np.arange(level + number, level + number + 50, 10, np.uint8)  # no two frames are the same question
+            path.write_bytes(encode_mp4(np.broadcast_to(shown[:, None, None, None], (5, 32, 32, 3)).copy(), 8))
             clips.append(Clip(column, f"c{number}", 0, path, hashlib.sha256(path.read_bytes()).hexdigest(), "", {}))
     return found, clips
 
