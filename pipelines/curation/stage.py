@@ -80,9 +80,9 @@ class Work:
         """The sample as it came, read from its shard. Raises DataError, StorageError."""
         return read_raw_sample(self.row)
 
-    def finished(self) -> RawSample:
-        """The sample as it will be written. Raises DataError where its references and files do not fit."""
-        before = self.sample()
+    def finished(self, before: RawSample) -> RawSample:
+        """The sample as it will be written, of what it was `before`. Raises DataError where its references and files do
+        not fit."""
         files: dict[str, Buffer] = {before.target_extension: before.target}
         for reference in self.info.references:
             if (data := self.files.get(reference.file, before.files.get(reference.file))) is None:
@@ -237,11 +237,11 @@ class _Job:
         with ShardWriter(self.parts.folder, self.parts.prefix(part), self.shard_bytes) as writer:
             for number, work in passed.works:
                 try:
-                    members = work.finished().members()
-                except DataError as error:
+                    before = work.sample()
+                except DataError as error:  # no step has read it
                     passed.leave_out(number, work.row, fault_reason(error), work.trace)
                     continue
-                writer.write(work.row.key, members)
+                writer.write(work.row.key, work.finished(before).members())
                 infos[work.row.key] = work.info, work.row.bucket
                 traces.append((number, work.row.key, work.trace))
         traces += [(number, bad.key, trace) for number, bad, trace in passed.out]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from openai_server import Reply, openai_server
 from pydantic import BaseModel, ConfigDict, Field
 
+from domainshuttle.pipelines.endpoints.answers import Answers
 from domainshuttle.pipelines.endpoints.client import ChatClient, EndpointError, Question
 from domainshuttle.pipelines.endpoints.config import EndpointConfig
 from domainshuttle.pipelines.endpoints.json_answer import BadAnswer, parse_answer
@@ -214,3 +215,23 @@ def test_any_text_is_a_value_or_a_bad_answer(text: str) -> None:
 def test_nothing_is_guessed(text: str) -> None:
     with pytest.raises(BadAnswer):
         parse_answer(text, Score)
+
+
+def test_answers_that_gave_nothing_can_be_asked_for_again_and_stay_paid(tmp_path: Path) -> None:
+    texts = {"good": GOOD, "bad": "no JSON", "no": "I'm sorry, I can't."}
+    prices = {"answers": 1, "price_in": 1.0, "price_out": 1.0}
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        return Reply(texts[body["messages"][1]["content"][-1]["text"]])
+
+    with openai_server(answer) as server:
+        with client(server.url, tmp_path, **prices) as asks:
+            assert [asks.ask(question(text)).state for text in texts] == ["answered", "bad_answer", "refused"]
+            spent = asks.answers.spent
+        assert Answers(tmp_path).forget(["bad_answer", "refused"]) == 2
+        texts |= {"bad": GOOD, "no": GOOD}
+        for again in (True, False):
+            with client(server.url, tmp_path, **prices) as asks:  # each reads the files anew
+                assert [asks.ask(question(text)).state for text in texts] == ["answered"] * 3
+                assert len(server.requests) == 5 and asks.answers.spent == pytest.approx(spent * 5 / 3), again
+        assert Answers(tmp_path).forget(["bad_answer", "refused"]) == 0
