@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
         else:
             code, text = on_a_terminal(command)
         if command.startswith("mlflow server"):
-            until = time.monotonic() + 120
+            until = time.monotonic() + 300
             while time.monotonic() < until and not reachable(MLFLOW):
                 time.sleep(1)
         waited = time.monotonic() - began
