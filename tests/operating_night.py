@@ -69,7 +69,7 @@ def on_a_terminal(command: str) -> tuple[int, str]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 80, 0, 0))
     background = "&" in command.replace("2>&1", "").replace("&&", "")
-    full = f"set -o pipefail; {command}"
+    full = command if "| head" in command else f"set -o pipefail; {command}"  # head ends what it has read enough of
     process = subprocess.Popen(["bash", "-c", full], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
     os.close(theirs)
     printed = b""
