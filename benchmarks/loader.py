@@ -62,6 +62,8 @@ CONTENDERS = {
     "mds": _peer("MosaicML streaming (MDS), 2 workers", "mds", data="mds"),
     "webdataset": _peer("webdataset + DataLoader, 2 workers", "webdataset"),
     "litdata": _peer("LitData, 2 workers", "litdata", data="litdata"),
+    "spdl": _peer("SPDL, 2 threads", "spdl"),
+    "daft": _peer("Daft", "daft"),
     "ray": _peer("ray.data.read_webdataset", "ray", peers_environment=False),
 }
 

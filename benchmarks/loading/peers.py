@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,61 @@ def ray_webdataset(kind: str, folder: Path) -> Iterator[Batch]:
         yield [t.view(torch.bfloat16) if t.dtype == torch.int16 else t for _, t in sorted(batch.items())]
 
 
-PEERS = {"webdataset": webdataset, "energon": energon, "mds": mds, "litdata": litdata, "ray": ray_webdataset}
+def spdl(kind: str, folder: Path) -> Iterator[Batch]:
+    """SPDL's pipeline of threads, with its own reader of tars."""
+    from spdl.io import iter_tarfile
+    from spdl.pipeline import PipelineBuilder
+
+    def samples() -> Iterator[Members]:
+        while True:
+            for shard in shards(folder):
+                members: dict[str, bytes] = {}
+                current = None
+                with Path(shard).open("rb") as file:
+                    for path, content in iter_tarfile(file):
+                        key, _, ending = path.partition(".")
+                        if key != current and members:
+                            yield members
+                            members = {}
+                        current, members[ending] = key, bytes(content)
+                yield members
+
+    builder = PipelineBuilder().add_source(samples()).pipe(DECODERS[kind], concurrency=WORKERS, output_order="input")
+    pipeline = builder.aggregate(BATCH[kind]).pipe(default_collate).add_sink(2).build(num_threads=WORKERS)
+    with pipeline.auto_stop():
+        yield from flat(pipeline)
+
+
+def daft(kind: str, folder: Path) -> Iterator[Batch]:
+    """Daft's reader of tars, decoded by a function of its own runner; batches are made here."""
+    import daft as library
+
+    frame = library.read_webdataset(shards(folder))
+    names = [name for name in frame.column_names if not name.startswith("__") and name != "json"]
+
+    @library.func(return_dtype=library.DataType.python())
+    def decoded(*files: Any) -> Any:
+        members = {}
+        for name, file in zip(names, files, strict=True):
+            with file.open() as opened:
+                members[name] = opened.read()
+        return DECODERS[kind](members)
+
+    frame = frame.select(decoded(*(library.col(name) for name in names)).alias("tensors"))
+    rows = chain.from_iterable(frame.iter_rows() for _ in count())
+    while True:
+        yield from flat([default_collate([next(rows)["tensors"] for _ in range(BATCH[kind])])])
+
+
+PEERS = {
+    "webdataset": webdataset,
+    "energon": energon,
+    "mds": mds,
+    "litdata": litdata,
+    "ray": ray_webdataset,
+    "spdl": spdl,
+    "daft": daft,
+}
 CONVERTED = ("mds", "litdata")
 
 
