@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -141,13 +142,8 @@ class ModelSpec:
         Raises:
             ValueError: when a pattern matches nothing.
         """
-        shapes, chosen = self.parameter_shapes(), set()
-        for pattern in patterns:
-            matches = {name for name in shapes if fnmatchcase(name, pattern)}
-            if not matches:
-                raise ValueError(f"the pattern {pattern!r} matches no parameter; names look like {list(shapes)[5:9]}")
-            chosen |= matches
-        return sum(math.prod(shapes[name]) for name in chosen)
+        shapes = self.parameter_shapes()
+        return sum(math.prod(shapes[name]) for name in _selected(self, tuple(patterns)))
 
     def step_flops(
         self,
@@ -174,12 +170,51 @@ class ModelSpec:
             recompute: whether blocks are run again in the backward pass (gradient checkpointing).
         """
         patterns = tuple(trained)
-        self.parameters(patterns)  # raises for a pattern without matches
+        _selected(self, patterns)  # raises for a pattern without matches
         sizes = latent_size, batch, text_tokens if text_tokens is not None else self.text_len
         tally = _trace(self, *sizes, references, patterns)
-        # of the second set of references only what the first does not have too: both go through in one call
-        frozen = 0 if paired_references is None else _trace(self, *sizes, paired_references, (), shared=True).forward
-        return StepFlops(tally.forward, tally.backward, frozen, tally.blocks_forward if recompute else 0)
+        frozen = _Tally({}, frozenset())
+        if paired_references is not None:
+            # of the second set of references only what the first does not have too: both go through in one call
+            frozen = _trace(self, *sizes, paired_references, (), shared=True)
+        again = tally.blocks_forward if recompute else 0
+        of_attention = tally.attention_forward, tally.attention_backward, frozen.attention_forward
+        return StepFlops(tally.forward, tally.backward, frozen.forward, again, *of_attention)
+
+    def product_flops(self, tokens: int, batch: int = 1) -> dict[Product, int]:
+        """FLOPs of a block's forward by the product that may be kept, for ``batch`` samples of ``tokens`` tokens."""
+        rows = batch * tokens
+        return {
+            "attention": 4 * rows * tokens * self.dim,
+            "qkv": 6 * rows * self.dim**2,
+            "ffn": 2 * rows * self.dim * self.ffn_dim,
+        }
+
+    def product_bytes(self, tokens: int, batch: int = 1) -> dict[Product, int]:
+        """Bytes in bf16 of what a block keeps of each product: of attention its output and a float32 for each head and
+        query (the log-sum-exp of its scores), of ``qkv`` the three projections, of ``ffn`` the first product."""
+        rows = batch * tokens
+        return {
+            "attention": rows * (2 * self.dim + 4 * self.num_attention_heads),
+            "qkv": rows * 6 * self.dim,
+            "ffn": rows * 2 * self.ffn_dim,
+        }
+
+    def block_kept_bytes(self, tokens: int, trained: Iterable[str] = ("*",), batch: int = 1) -> int:
+        """Bytes that one block keeps for its backward pass where nothing is computed again, in bf16 with trained
+        parameters in float32: counted on the network. A frozen linear layer does not keep its input."""
+        names, rows = _selected(self, tuple(trained)), batch * tokens
+
+        def trains(*layers: str) -> bool:
+            return any(f"blocks.0.{layer}" in name and not name.endswith("bias") for layer in layers for name in names)
+
+        kept = [trains("attn1.to_q", "attn1.to_k", "attn1.to_v"), trains("attn2.to_q"), trains("ffn.net.0")]
+        # a frozen norm is torch's own, which keeps its input in float32
+        kept += [not trains(norm) for norm in ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q")]
+        # what scales and gates are multiplied with, twice each in float32
+        per_width = _BLOCK_BYTES + 2 * sum(kept) + 16 * trains("scale_shift_table")
+        per_hidden = 2 + 2 * trains("ffn.net.2")
+        return int(rows * (per_width * self.dim + per_hidden * self.ffn_dim + 8 * self.num_attention_heads))
 
     def activation_bytes(
         self,
@@ -208,6 +243,10 @@ _SIZES = [field.name for field in fields(ModelSpec) if _HINTS[field.name] is int
 _CHOICES = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
 _KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
 """Bytes that one block keeps for a token, for each of its width and of its hidden width: counted on the network."""
+_BLOCK_BYTES = 30
+"""The same for its width in mixed precision, whatever is trained."""
+Product = Literal["attention", "qkv", "ffn"]
+"""What a block may keep for its backward pass: self-attention, its three projections, the FFN's first product."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +258,12 @@ class StepFlops:
     frozen_forward: int
     """The cross-pair loss's forward without gradients."""
     recompute: int
+    attention_forward: int = 0
+    """Of ``forward``, the products of attention."""
+    attention_backward: int = 0
+    """Of ``backward``."""
+    attention_frozen: int = 0
+    """Of ``frozen_forward``."""
 
     @property
     def model(self) -> int:
@@ -234,10 +279,11 @@ class StepFlops:
 class _Tally:
     """Counts FLOPs along the network, and follows which tensors need a gradient."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], patterns: tuple[str, ...]) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], trained: frozenset[str]) -> None:
         self.forward = self.backward = self.blocks_forward = 0
+        self.attention_forward = self.attention_backward = 0
         self._shapes = shapes
-        self._trained = {name for name in shapes if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        self._trained = trained
 
     def trains(self, *names: str) -> bool:
         return any(name in self._trained for name in names)
@@ -254,11 +300,27 @@ class _Tally:
         """Attention of all heads; ``needs`` of query, key and value."""
         q, k, v = needs
         flops = 2 * queries * keys * width
+        backward = flops * (q + k) + flops * ((q or k) + v)
         self.forward += 2 * flops
-        self.backward += flops * (q + k) + flops * ((q or k) + v)
+        self.backward += backward
+        self.attention_forward += 2 * flops
+        self.attention_backward += backward
         return q or k or v
 
 
+@lru_cache(maxsize=64)
+def _selected(spec: ModelSpec, patterns: tuple[str, ...]) -> frozenset[str]:
+    """Names of the parameters that match one of the patterns. Raises ValueError when a pattern matches nothing."""
+    shapes, chosen = spec.parameter_shapes(), set[str]()
+    for pattern in patterns:
+        matches = {name for name in shapes if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ValueError(f"the pattern {pattern!r} matches no parameter; names look like {list(shapes)[5:9]}")
+        chosen |= matches
+    return frozenset(chosen)
+
+
+@lru_cache(maxsize=4096)
 def _trace(
     spec: ModelSpec,
     latent_size: tuple[int, int, int],
@@ -272,7 +334,7 @@ def _trace(
 
     With ``shared`` the embeddings of video, time and text are there already.
     """
-    tally = _Tally(spec.parameter_shapes(), patterns)
+    tally = _Tally(spec.parameter_shapes(), _selected(spec, patterns))
     own = "_ref" if spec.reference_projections == "own" else ""
     video = batch * spec.tokens(latent_size)
     reference = batch * references * spec.reference_tokens(latent_size)

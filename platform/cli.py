@@ -386,8 +386,19 @@ def plan(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Say how long and how large encoding so many samples of a corpus is.")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="What the run is to be trained on: a cluster's YAML file, or h100-1, h100-8, h100-64."),
+    ] = None,
+    cluster_set: Annotated[
+        list[str] | None,
+        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster: trainers.nodes=4"),
+    ] = None,
 ) -> None:
-    """Show what a run would train: stages, data, buckets with their tokens, trained parameters and losses."""
+    """Show what a run would train and what it takes: stages, data, memory, time, hours, cost, and layouts that fit.
+
+    Needs no GPU, no weights and no network for Wan's sizes (docs/planning.md).
+    """
     settings = _load(config, set_)
     from domainshuttle.platform.commands.plan import print_parameters, print_plan
     from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
@@ -397,7 +408,9 @@ def plan(
     elif deepspeed:
         sys.stdout.write(json.dumps(deepspeed_configs(settings), indent=2) + "\n")
     else:
-        print_plan(settings, samples)
+        from domainshuttle.platform.config.loading import load_cluster
+
+        print_plan(settings, samples, load_cluster(cluster, cluster_set) if cluster else None)
 
 
 @app.command()

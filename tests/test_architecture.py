@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 ORDER = {
     "platform": [
-        {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation"},
+        {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation", "planning"},
         {"evaluation"}, {"training"}, {"train"}, {"driver"}, {"cluster_checks"}, {"commands"}, {"cli"},
     ],
     "pipelines": [

@@ -263,6 +263,27 @@ class StepPlan:
             "table, and repair the corpus or leave the bucket out"
         )
 
+    def groups(self) -> list[tuple[Bucket, float, np.ndarray]]:
+        """Of each bucket and group: the bucket, its share of the steps, and the profiles [global_batch] of the samples
+        of a typical step, in order (zeros in plans without references)."""
+        found, total = [], self._bucket_turns.total
+        quantiles = (np.arange(self.global_batch) + 0.5) / self.global_batch
+        for kind, turns in self._slot_turns.items():
+            profiles = np.zeros(self.global_batch, np.uint16)
+            if self._profiles is not None:
+                shown = [self._profiles[stream.rows] for stream in turns.units]
+                weights = [np.full(len(stream.rows), unit / len(stream.rows)) for stream, unit in turns.units.items()]
+                present, which = np.unique(np.concatenate(shown), return_inverse=True)
+                cumulated = np.cumsum(np.bincount(which, np.concatenate(weights)))
+                profiles = present[np.searchsorted(cumulated, quantiles * cumulated[-1], side="right")]
+            found.append((kind[0], turns.total / total, profiles))
+        return found
+
+    def counts_at(self, profiles: np.ndarray, deal: float) -> list[tuple[int, int]]:
+        """References in both sets of samples of these profiles, in a step that draws `deal` and keeps references."""
+        shown = {int(profile): counts_of(int(profile), self.references, deal) for profile in np.unique(profiles)}
+        return [shown[int(profile)] for profile in profiles]
+
     @property
     def source_steps_per_epoch(self) -> dict[str, float]:
         """For each source, how many steps one pass over its samples takes."""

@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.pipelines.encoding.throughput import Throughput
 from domainshuttle.pipelines.index.table import Index
+from domainshuttle.pipelines.plan.step_plan import StepPlan
 from domainshuttle.pipelines.storage.files import exists
+from domainshuttle.platform.commands.prediction import print_prediction
+from domainshuttle.platform.config.loading import load_cluster
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.driver.preflight import (
@@ -19,21 +23,24 @@ from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 
 
-def print_plan(config: RunConfig, samples: int | None = None) -> None:
-    """Prints the schedule, a record a segment; data, passes and tokens are known where the corpora are encoded. And
-    what encoding `samples` would take (None: all raw ones), a record a corpus of which some are encoded."""
+def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSpec | None = None) -> None:
+    """Prints the schedule, a record a segment; data, passes and tokens are known where the corpora are encoded. Then
+    what it takes on a cluster (None: an assumed one of H100, where workers have GPUs), and what encoding `samples`
+    would take (None: all raw ones), a record a corpus of which some are encoded."""
     from domainshuttle.platform.run.data import make_feed
 
     selections, missing = selected_parameters(config), missing_corpora(config)
     require_as_configured(config)
     run, rows = Run(config), []
     plans: dict[str, dict[str, Any]] = {}
+    steps: dict[str, StepPlan] = {}
     for segment in run.segments():
         stage = segment.stage
         selected = selections[segment.name]
         passes = tokens = "unknown"
         if not set(stage.mixture) & set(missing):
-            plan = plans[segment.name] = make_feed(config, segment).plan().describe()
+            steps[segment.name] = make_feed(config, segment).plan()
+            plan = plans[segment.name] = steps[segment.name].describe()
             passes = (
                 "by hours"
                 if stage.duration.steps is None
@@ -62,10 +69,25 @@ def print_plan(config: RunConfig, samples: int | None = None) -> None:
     console.print(Records(_FIELDS, rows, title, numeric=[name for name in _FIELDS if name not in _TEXTS]))
     if plans:
         console.print(_buckets(run, plans))
+    if cluster is None and config.cluster.gpus_per_worker:
+        cluster = load_cluster(_ASSUMED)
+        console.print(Prose(f"Assumed: the cluster {_ASSUMED}, {_title(cluster)}; --cluster names yours"))
+    elif cluster is not None:
+        console.print(Prose(f"Cluster {cluster.name}: {_title(cluster)}"))
+    print_prediction(config, run.segments(), steps, cluster)
     _print_encoding(config, samples)
     if message := no_data(config):
         console.print(Prose(f"No data yet: {message}"))
     console.print(Prose(f"Next: domainshuttle train; the run's folder will be {run.folder}"))
+
+
+_ASSUMED = "h100-64"
+
+
+def _title(cluster: ClusterSpec) -> str:
+    pool = cluster.trainers
+    links = f"{cluster.links.bus_bandwidth / 1e9:.0f} GB/s between nodes" if pool.most_nodes > 1 else "one node"
+    return f"{pool.most_nodes} x {pool.devices} {cluster.device.name}, {links}"
 
 
 _FIELDS = ("stage", "steps", "batch", "data", "passes", "tokens a sample", "trained", "frozen", "loss")

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class MissingWeightsError(ConfigError, FileNotFoundError):
 
 def model_size(section: ModelSection, origin: WeightsOrigin | None = None) -> ModelSpec:
     """The size to check a configuration by; of a base on the hub only its `config.json` is fetched, of a folder the
-    names and shapes of its weights are compared. `origin` is that of the base, where it is resolved already.
+    names and shapes of its weights are compared. `origin` is that of the base, where it is resolved already; until then
+    nothing is fetched of the bases whose sizes are known.
 
     Raises ConfigError for a size that no model can have, and for a base that does not make one.
     """
@@ -29,11 +31,29 @@ def model_size(section: ModelSection, origin: WeightsOrigin | None = None) -> Mo
             return ModelSpec(**size, **section.choices)  # a key of both is an error, not overridden in silence
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.size can't be built: {error}") from error
+    if origin is None and (known := _known_size(section.base)) is not None:
+        return replace(known, **section.choices)
     origin = origin or resolve(section.base)
     with readable_model(section.base):
         if origin.kind == "folder":
             return stored_spec(weights_folder(origin), **section.choices)
         return described_spec(description_folder(origin), **section.choices)
+
+
+_WAN = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan2.1-t2v-1.3b",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan2.1-t2v-14b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer": "wan2.2-t2v-a14b",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers/transformer_2": "wan2.2-t2v-a14b",
+}
+
+
+def _known_size(base: str) -> ModelSpec | None:
+    """The size of one transformer of Wan's releases on the hub, by its id, of any revision."""
+    name = _WAN.get(base.partition("@")[0].removesuffix("/"))
+    if name is None or Path(base).expanduser().is_dir():
+        return None
+    return replace(ModelSpec.preset(name), num_experts=1, boundary=None)
 
 
 @contextlib.contextmanager

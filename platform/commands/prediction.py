@@ -1,0 +1,234 @@
+"""What a run takes on a cluster, as `plan` prints it: memory, time, data, hours and cost, and the layouts that fit."""
+
+from collections.abc import Sequence
+
+from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.pipelines.plan.step_plan import StepPlan
+from domainshuttle.platform.config.schema import RunConfig, StageSection
+from domainshuttle.platform.console import console
+from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.planning.data import assumed_steps, known_steps
+from domainshuttle.platform.planning.forecast import Forecast, Layout, Work, layouts
+from domainshuttle.platform.planning.memory import Policy, best_policy
+from domainshuttle.platform.planning.step_time import StepTime, bus_bandwidth
+from domainshuttle.platform.report.text import Advice, Prose, Records
+from domainshuttle.platform.run.segments import Segment
+
+_PAPERS_HOURS = "The paper reports about 30,000 GPU-hours for both stages of both experts of Wan2.2."
+_MOST_RANKS = 128
+"""Devices of the largest layout that is tried where the cluster does not say how many there are."""
+_LAYOUTS = 6
+"""Layouts that are shown of a stage."""
+
+
+def print_prediction(
+    config: RunConfig, segments: Sequence[Segment], plans: dict[str, StepPlan], cluster: ClusterSpec | None
+) -> None:
+    """Prints what each segment takes. `plans` are those whose corpora are there; `cluster` None: workers on CPUs."""
+    forecasts = {segment.name: forecast(config, segment, plans.get(segment.name), cluster) for segment in segments}
+    unknown = [name for name, one in forecasts.items() if not one.work.data.known]
+    if unknown:
+        console.print(
+            Prose(
+                f"Assumed for {', '.join(unknown)}, whose corpora are not there: all buckets equally often, and the "
+                "most references in every sample"
+            )
+        )
+    _print_memory(forecasts, cluster)
+    if cluster is None:
+        return
+    _print_buckets(forecasts)
+    _print_times(forecasts, cluster)
+    _print_hours(config, segments, forecasts, cluster)
+    _print_layouts(segments, forecasts, cluster)
+
+
+def forecast(config: RunConfig, segment: Segment, plan: StepPlan | None, cluster: ClusterSpec | None) -> Forecast:
+    """A segment as the configuration lays it out, with the most of its workers that the cluster has devices for."""
+    stage, spec = segment.stage, model_size(config.model_of(segment.expert))
+    data = (
+        known_steps(plan, stage.references, stage.reference_dropout)
+        if plan is not None
+        else assumed_steps(config, segment, stage.references)
+    )
+    sizes = config.worker_sizes(stage)
+    fitting = [size for size in sizes if cluster is None or size <= cluster.most_devices]
+    ranks = (fitting or sizes)[-1]
+    work = Work(spec, stage, config.engine, data, config.encoders.text_len)
+    return Forecast(work, Layout(ranks, stage.micro_batch, Policy.of(config.engine, spec)), cluster)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.3f}"
+
+
+def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -> None:
+    """The parts of a device's memory with the largest sample, a row a part, and whether they fit."""
+    memories = {name: one.memory(one.work.largest) for name, one in forecasts.items()}
+    parts = dict.fromkeys(part for memory in memories.values() for part in memory.parts)
+    rows = [
+        [part, *(_gb(memory.parts.get(part, 0.0)) for memory in memories.values())]
+        for part in parts
+        if any(memory.parts.get(part) for memory in memories.values())
+    ]
+    rows.append(["torch's peak", *(_gb(memory.tensors) for memory in memories.values())])
+    if cluster is not None:
+        rows.append(["with CUDA and NCCL", *(_gb(memory.total) for memory in memories.values())])
+        rows.append(
+            [f"fits {cluster.device.name} ({_gb(cluster.device.memory)})"]
+            + ["yes" if memory.fits(cluster.device.memory) else "NO" for memory in memories.values()]
+        )
+    title = "Memory of a device in GB, at its most, with the largest sample"
+    console.print(Records(("part", *memories), rows, title, numeric=list(memories)))
+    if cluster is None:
+        return
+    for name, one in forecasts.items():
+        work, layout = one.work, one.layout
+        tokens = work.largest.tokens(work.spec)
+        best = best_policy(
+            work.spec, work.stage, one.states, tokens, layout.micro_batch, cluster.device.memory, work.engine.precision
+        )
+        if best is None:
+            console.print(
+                Prose(
+                    f"{name} does not fit {layout.ranks} {cluster.device.name} whatever is computed again: use more "
+                    "devices, a smaller micro_batch, smaller buckets, or engine.offload_optimizer"
+                )
+            )
+        elif str(best) != str(layout.policy):
+            console.print(
+                Advice(f"{name} computes least again, and fits, with", f"--set 'engine.activations={best.setting()}'")
+            )
+
+
+def _print_buckets(forecasts: dict[str, Forecast]) -> None:
+    rows = []
+    for name, one in forecasts.items():
+        for bucket in one.work.data.buckets:
+            most, mean = one.work.data.most(bucket), one.work.data.mean(bucket)
+            sample = one.work.sample(bucket, *most)
+            memory = one.memory(sample)
+            rows.append(
+                [
+                    name,
+                    str(bucket),
+                    f"{one.work.data.share(bucket):.1%}",
+                    f"{mean[0]:.1f}/{most[0]}",
+                    f"{sample.tokens(one.work.spec):,}",
+                    f"{one.flops(bucket) / 1e15:,.1f}",
+                    f"{one.step_seconds(bucket):.2f}",
+                    _gb(memory.total),
+                ]
+            )
+    fields = ("stage", "bucket", "share", "refs", "tokens", "PFLOP", "s", "GB")
+    title = (
+        "Steps by bucket, predicted: share of the steps, references of a sample (mean/most), most tokens, FLOPs and "
+        "seconds of a step on average, memory of a device"
+    )
+    console.print(Records(fields, rows, title, numeric=fields[2:], heads=2))
+
+
+def _print_times(forecasts: dict[str, Forecast], cluster: ClusterSpec) -> None:
+    rows = []
+    for name, one in forecasts.items():
+        stage, ranks = one.work.stage, one.layout.ranks
+        micro, seconds = one.micro_batch(one.work.largest), one.step_seconds()
+        data = one.work.data
+        loading = sum(data.share(bucket) * one.work.sample_bytes(bucket) for bucket in data.buckets)
+        rate = loading * stage.global_batch / seconds
+        saved = 4 * one.states.trained * (4 if one.work.engine.ema is not None else 3)
+        rows.append(
+            [
+                name,
+                f"{ranks} x {one.layout.micro_batch} x {one.layout.accumulation(stage.global_batch)}",
+                f"{seconds:.2f} s",
+                f"{one.mfu:.1%}",
+                f"{one.balance:.3f}",
+                f"{micro.attention:.2f}, {micro.products:.2f}, {micro.elementwise:.2f} s",
+                _messages(micro, bus_bandwidth(cluster, ranks)) if ranks > 1 else "none",
+                f"{rate / 1e6:,.0f} MB/s ({rate / ranks / 1e6:,.0f} a rank), storage gives "
+                f"{cluster.storage.read_gb_s * 1e3:,.0f}",
+                f"{_gb(saved)} GB ({_gb(saved / ranks)} a rank), {saved / cluster.storage.write_gb_s / 1e9:.1f} s",
+            ]
+        )
+    fields = (
+        "stage", "devices x micro-batch x accumulation", "step", "MFU", "ranks: mean/longest",
+        "attention, products, elementwise", "ZeRO-3's messages", "loader must read", "a checkpoint",
+    )  # fmt: skip
+    title = f"Time on {cluster.device.name}, predicted; parts are of the largest micro-batch"
+    console.print(Records(fields, rows, title))
+
+
+def _messages(micro: StepTime, bus: float) -> str:
+    return f"{micro.messages:.2f} s at {bus / 1e9:.0f} GB/s, {micro.exposed:.2f} s not hidden"
+
+
+def _steps_of(stage: StageSection, one: Forecast) -> float:
+    """Steps of a stage, of one that its GPU-hours end as many as they make."""
+    if stage.duration.steps is not None or stage.gpu_hours is None:
+        return stage.duration.planned_steps
+    return stage.gpu_hours / one.hours(1)
+
+
+def _print_hours(
+    config: RunConfig, segments: Sequence[Segment], forecasts: dict[str, Forecast], cluster: ClusterSpec
+) -> None:
+    rows, total, days = [], 0.0, 0.0
+    price = cluster.trainers.device_hour_usd
+    for segment in segments:
+        one = forecasts[segment.name]
+        hours = one.hours(_steps_of(segment.stage, one))
+        total, days = total + hours, days + hours / one.layout.ranks / 24
+        rows.append([segment.name, f"{hours:,.0f}", f"{hours / one.layout.ranks / 24:.2f}", _cost(hours, price)])
+    rows.append(["all", f"{total:,.0f}", f"{days:.2f}", _cost(total, price)])
+    fields = ("stage", f"{cluster.device.name}-hours", "days", "US$")
+    note = "" if price is not None else "; no price: set trainers.device_hour_usd of the cluster"
+    console.print(Records(fields, rows, f"Hours, without starts, faults and evaluation{note}", numeric=fields[1:]))
+    spec = forecasts[segments[0].name].work.spec
+    if (spec.dim, spec.num_layers) == (5120, 40):
+        console.print(Prose(_PAPERS_HOURS))
+    if config.budget_gpu_hours is not None and total > config.budget_gpu_hours:
+        console.print(Prose(f"budget_gpu_hours={config.budget_gpu_hours:g} ends the run before its last step"))
+
+
+def _cost(hours: float, price: float | None) -> str:
+    return f"{hours * price:,.0f}" if price is not None else ""
+
+
+def _print_layouts(segments: Sequence[Segment], forecasts: dict[str, Forecast], cluster: ClusterSpec) -> None:
+    rows, seen = [], set[str]()
+    for segment in segments:
+        stage, one = segment.stage, forecasts[segment.name]
+        if stage.name in seen:  # experts are alike
+            continue
+        seen.add(stage.name)
+        found = layouts(one.work, cluster, min(cluster.most_devices, _MOST_RANKS))
+        shown, sizes = [], dict[int, int]()
+        for other in found:
+            # of each number of devices the two cheapest
+            sizes[other.layout.ranks] = sizes.get(other.layout.ranks, 0) + 1
+            if sizes[other.layout.ranks] <= 2:
+                shown.append(other)
+        for other in shown[:_LAYOUTS]:
+            steps, ranks = _steps_of(stage, one), other.layout.ranks
+            hours = other.hours(steps)
+            rows.append(
+                [
+                    stage.name,
+                    f"{ranks} x {other.layout.micro_batch} x {other.layout.accumulation(stage.global_batch)}",
+                    str(other.layout.policy),
+                    _gb(other.memory(other.work.largest).total),
+                    f"{other.step_seconds():.2f}",
+                    f"{hours:,.0f}",
+                    f"{hours / ranks / 24:.2f}",
+                    _cost(hours, cluster.trainers.device_hour_usd),
+                ]
+            )
+        if not found:
+            console.print(Prose(f"{stage.name}: no layout fits {cluster.most_devices} {cluster.device.name}"))
+    fields = ("stage", "layout", "kept", "GB", "s", "hours", "days", "US$")
+    title = (
+        "Layouts that fit, the cheapest first: devices x micro-batch x accumulation, what is kept in how many blocks, "
+        "memory of a device, seconds of a step"
+    )
+    console.print(Records(fields, rows, title, numeric=fields[3:], heads=2))

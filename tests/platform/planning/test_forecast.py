@@ -1,0 +1,228 @@
+"""What `plan` predicts, against closed forms, the plan's own steps and what was measured.
+
+Run: python -m pytest tests/platform/planning/test_forecast.py
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from domainshuttle.cluster.devices import DEVICES
+from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.model.spec import ModelSpec
+from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.index.table import Index, IndexMetadata
+from domainshuttle.pipelines.plan.pairing import reference_profiles
+from domainshuttle.pipelines.plan.step_plan import PROFILE, StepPlan
+from domainshuttle.platform.config.loading import load_cluster
+from domainshuttle.platform.config.schema import EngineSection, StageSection
+from domainshuttle.platform.planning.data import StageData, Steps, known_steps
+from domainshuttle.platform.planning.forecast import Forecast, Layout, Work, layouts
+from domainshuttle.platform.planning.memory import PRODUCTS, Policy, States, best_policy, device_memory
+from domainshuttle.platform.planning.step_time import Sample, bus_bandwidth, step_time
+
+WAN = ModelSpec.preset("wan2.1-t2v-14b")
+STAGE = StageSection.model_validate(
+    {
+        "name": "stage2", "mixture": {"clips": 1}, "steps": 100, "global_batch": 64, "micro_batch": 1, "references": 5,
+        "learning_rate": 1e-5, "trained": ["blocks.*.attn1.*", "*_ref*"], "loss": {"cross_pair_weight": 0.1},
+    }
+)  # fmt: skip
+ENGINE = EngineSection()
+BUCKET = parse_bucket("81x480x832")
+CLIP = Sample(BUCKET.latent_shape[1:], 5, 5, 512)
+H100 = DEVICES["H100"]
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "seconds", "peak"), [("wan2.1-t2v-1.3b", 30, 4.56, 20.4), ("wan2.1-t2v-14b", 8, 4.63, 48.1)]
+)
+def test_the_rows_that_were_measured_on_an_h100(size: str, layers: int, seconds: float, peak: float) -> None:
+    """benchmarks/README.md: time and memory of the engine's whole step, one GPU, all blocks run again."""
+    spec = replace(ModelSpec.preset(size), num_layers=layers)
+    states, policy = States.of(spec, STAGE, ENGINE, 1), Policy(layers, {})
+    memory = device_memory(spec, STAGE, states, policy, CLIP.tokens(spec), 1)
+    assert memory.tensors / 1e9 == pytest.approx(peak, rel=0.05)
+    time = step_time(spec, STAGE, ENGINE, states, policy, CLIP, 1, H100)
+    assert time.micro_batch + time.update == pytest.approx(seconds, rel=0.05)
+    assert time.messages == 0
+
+
+def test_states_are_those_of_zero3() -> None:
+    """2 bytes of a frozen parameter, 16 of a trained one, shared by the ranks, and what is not shared."""
+    spec = replace(WAN, num_layers=4)
+    trained = spec.parameters(STAGE.trained)
+    float32 = sum(
+        int(np.prod(shape)) for name, shape in spec.parameter_shapes().items()
+        if any(part in name for part in ("time_embedder", "scale_shift_table", "norm2")) and "table_ref" not in name
+    )  # fmt: skip
+    for ranks in (1, 8):
+        parts = States.of(spec, STAGE, ENGINE, ranks).parts
+        frozen = 2 * (spec.parameters() - trained) + 2 * float32
+        assert parts["frozen weights"] * ranks == pytest.approx(frozen)
+        held = parts["trained weights"] + parts["moments"] + parts["gradients"]
+        assert held * ranks == pytest.approx(16 * trained)
+    averaged = States.of(spec, STAGE, EngineSection(ema=0.9), 8).parts
+    assert averaged["moving average"] * 8 == pytest.approx(4 * trained)
+    offloaded = States.of(spec, STAGE, EngineSection(offload_optimizer=True), 8).parts
+    assert offloaded["moments"] == offloaded["gradients"] == 0
+
+
+def test_what_products_take_and_save_a_token() -> None:
+    tokens = CLIP.tokens(WAN)
+    assert tokens == 40_560
+    sizes, flops = WAN.product_bytes(tokens), WAN.product_flops(tokens)
+    assert [sizes[product] / tokens for product in PRODUCTS] == [10_400, 30_720, 27_648]
+    saved = [flops[product] / sizes[product] for product in PRODUCTS]
+    assert saved == [pytest.approx(79_870, rel=0.01), 5_120, 5_120]
+    # all of self-attention is what the trace counts, without the text's
+    all_blocks = WAN.step_flops(CLIP.latent, references=5, text_tokens=0, trained=STAGE.trained)
+    assert all_blocks.attention_forward == 40 * flops["attention"]
+    assert all_blocks.attention_backward == 2 * all_blocks.attention_forward
+
+
+def test_the_best_policy_fits_and_no_more_would() -> None:
+    tokens = CLIP.tokens(WAN)
+    for device, ranks in (("H100", 8), ("H100", 64), ("H200", 8), ("B200", 64)):
+        capacity, states = DEVICES[device].memory, States.of(WAN, STAGE, ENGINE, ranks)
+        best = best_policy(WAN, STAGE, states, tokens, 1, capacity)
+        assert best is not None and best.recomputed == 40
+        assert device_memory(WAN, STAGE, states, best, tokens, 1).fits(capacity)
+        more = next((product for product in PRODUCTS if best.kept.get(product, 0) < 40), None)
+        if more is not None:
+            kept = {**best.kept, more: best.kept.get(more, 0) + 1}
+            assert not device_memory(WAN, STAGE, states, Policy(40, kept), tokens, 1).fits(capacity)
+        assert best.kept["attention"] == 40
+    few = States.of(WAN, STAGE, ENGINE, 1)
+    assert best_policy(WAN, STAGE, few, tokens, 1, H100.memory) is None  # 14B's states alone are too much
+    tiny = replace(WAN, num_layers=2)
+    assert best_policy(tiny, STAGE, States.of(tiny, STAGE, ENGINE, 8), 2000, 1, H100.memory) == Policy(0, {}, 2)
+
+
+def test_keeping_products_saves_their_time() -> None:
+    states = States.of(WAN, STAGE, ENGINE, 8)
+    times = [
+        step_time(WAN, STAGE, ENGINE, states, policy, CLIP, 1, H100)
+        for policy in (Policy(40, {}), Policy(40, {"attention": 40}), Policy(40, {"attention": 40, "qkv": 10}))
+    ]
+    flops = WAN.product_flops(CLIP.tokens(WAN))
+    assert times[0].attention - times[1].attention == pytest.approx(40 * flops["attention"] / (0.6 * H100.flops))
+    assert times[1].products - times[2].products == pytest.approx(10 * flops["qkv"] / (0.71 * H100.flops))
+    none = step_time(WAN, STAGE, ENGINE, states, Policy(0, {}, 40), CLIP, 1, H100)
+    full = WAN.step_flops(CLIP.latent, references=5, paired_references=5, trained=STAGE.trained)
+    products = full.model - full.attention_forward - full.attention_backward - full.attention_frozen
+    assert none.products == pytest.approx(products / (0.71 * H100.flops))
+
+
+def cluster(**changes: object) -> ClusterSpec:
+    spec = load_cluster("h100-64")
+    return spec.model_copy(update=changes)
+
+
+def test_messages_are_gathers_and_a_reduction_over_the_bus() -> None:
+    """(n - 1) / n of all weights three times, of the trained ones' float32 gradients once."""
+    spec = cluster()
+    assert bus_bandwidth(spec, 8) == pytest.approx(0.75 * 450e9)
+    assert bus_bandwidth(spec, 64) == min(0.75 * 450e9, 8 * 50e9 * 0.925)
+    slow = cluster(links=spec.links.model_copy(update={"nics": 1, "nic_gbit": 100.0}))
+    assert bus_bandwidth(slow, 64) == pytest.approx(11.5625e9)
+    trained = WAN.parameters(STAGE.trained)
+    states = States.of(WAN, STAGE, ENGINE, 64)
+    # two bytes of a frozen parameter, four of a trained one, and few frozen ones in float32
+    assert states.pass_bytes == pytest.approx(2 * (WAN.parameters() - trained) + 4 * trained, rel=0.01)
+    time = step_time(WAN, STAGE, ENGINE, states, Policy(40, {}), CLIP, 1, H100, 64, 100e9)
+    expected = (3 * states.pass_bytes + 4 * trained) * 63 / 64 / 100e9
+    assert time.messages == pytest.approx(expected)
+    assert 0 <= time.exposed <= time.messages
+    crawling = step_time(WAN, STAGE, ENGINE, states, Policy(40, {}), CLIP, 1, H100, 64, 1e9)
+    assert crawling.micro_batch == pytest.approx(100 * expected)  # nothing hides so much
+
+
+def work(steps: tuple[Steps, ...], stage: StageSection = STAGE) -> Work:
+    return Work(replace(WAN, num_layers=4), stage, ENGINE, StageData(steps, True), 512)
+
+
+def test_a_step_takes_what_its_longest_ranks_take() -> None:
+    uneven = ((1, 1), (1, 1), (5, 5), (1, 1))
+    stage = STAGE.model_copy(update={"global_batch": 4})
+    one = Forecast(work((Steps(BUCKET, 1.0, uneven),), stage), Layout(2, 1, Policy(4, {})), cluster())
+    short, long = (one.micro_batch(one.work.sample(BUCKET, n, n)).micro_batch for n in (1, 5))
+    update = one.micro_batch(one.work.largest).update
+    assert one.step_seconds() == pytest.approx(short + long + update)
+    assert one.balance == pytest.approx((3 * short + long) / 2 / (short + long))
+    assert one.hours(100) == pytest.approx(100 * one.step_seconds() * 2 / 3600)
+    flops = sum(one.work.spec.step_flops(CLIP.latent, references=n, paired_references=n, trained=STAGE.trained).model
+                for n in (1, 1, 5, 1))  # fmt: skip
+    assert one.flops(BUCKET) == pytest.approx(flops)
+    assert one.mfu == pytest.approx(flops / one.step_seconds() / 2 / H100.flops)
+    c, f, h, w = BUCKET.latent_shape
+    assert one.work.sample_bytes(BUCKET) == 2 * (c * h * w * (f + 2 + 2) + 512 * 4096)
+
+
+def index() -> tuple[Index, list[list[int]]]:
+    random = np.random.default_rng(0)
+    lists = [sorted(random.integers(0, 3, random.integers(1, 6)).tolist()) for _ in range(1200)]
+    columns = {
+        "source": pa.array(["a"] * 1200).dictionary_encode(),
+        "bucket": pa.array(random.choice(["81x480x832", "49x480x832"], 1200, p=[0.7, 0.3])).dictionary_encode(),
+        PROFILE: pa.array(reference_profiles(pa.chunked_array([lists], pa.list_(pa.int8())), 5)),
+    }
+    return Index(pa.table(columns), (IndexMetadata(corpus="test", stage="raw"),), "d"), lists
+
+
+def test_the_steps_of_an_index_are_those_that_its_plan_makes() -> None:
+    plan = StepPlan(index()[0], None, 5, 16, references=5)
+    data = known_steps(plan, 5, 0.1)
+    assert sum(one.share for one in data.steps) == pytest.approx(1)
+    shown: dict[str, list[np.ndarray]] = {}
+    for step in range(1500):
+        batch = plan[step]
+        shown.setdefault(str(batch.bucket), []).append(plan.reference_counts(batch, 0.1))
+    for bucket in data.buckets:
+        counts = np.concatenate(shown[str(bucket)])
+        assert data.share(bucket) == pytest.approx(len(shown[str(bucket)]) / 1500, abs=0.01)
+        assert data.mean(bucket) == pytest.approx(tuple(counts.mean(0)), rel=0.03)
+        assert data.most(bucket) == tuple(counts.max(0))
+
+
+def test_layouts_fit_and_are_sorted_by_cost() -> None:
+    one = work((Steps(BUCKET, 1.0, ((5, 5),) * 64),))
+    one = replace(one, spec=WAN)
+    found = layouts(one, cluster(), 64)
+    assert found and all(other.fits() for other in found)
+    hours = [other.hours(1) for other in found]
+    assert hours == sorted(hours)
+    assert {other.layout.ranks for other in found} <= {1, 2, 4, 8, 16, 32, 64}
+    for other in found:
+        assert other.layout.ranks * other.layout.micro_batch * other.layout.accumulation(64) == 64
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr("domainshuttle.platform.engine.hub.snapshot_download", refuse)
+    yield
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-t2v-a14b", "demo"])
+def test_plan_prints_at_eighty_columns_without_a_network(
+    name: str, offline: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from domainshuttle.platform.commands.plan import print_plan
+    from domainshuttle.platform.config.loading import load_config
+    from domainshuttle.platform.console import console
+
+    monkeypatch.setattr(console, "width", 80)
+    print_plan(load_config(name))
+    out = capsys.readouterr().out
+    if name != "demo":
+        assert "Layouts that fit, the cheapest first" in out and "about 30,000 GPU-hours" in out
+        assert "fits H100" in out and "Assumed: the cluster h100-64" in out
+    assert "Memory of a device in GB" in out
+    # beside a terminal, prose and commands stay on one line
+    assert not [line for line in out.splitlines() if len(line) > 80 and line[0] in "│┃┏┡└ "]
