@@ -200,9 +200,12 @@ class ModelSpec:
             "ffn": rows * 2 * self.ffn_dim,
         }
 
-    def block_kept_bytes(self, tokens: int, trained: Iterable[str] = ("*",), batch: int = 1) -> int:
+    def block_kept_bytes(
+        self, tokens: int, trained: Iterable[str] = ("*",), batch: int = 1, reference_share: float = 1.0
+    ) -> int:
         """Bytes that one block keeps for its backward pass where nothing is computed again, in bf16 with trained
-        parameters in float32: counted on the network. A frozen linear layer does not keep its input."""
+        parameters in float32: counted on the network. A frozen linear layer does not keep its input, and of what is
+        modulated only the references' tokens are kept (``reference_share`` of all) where they alone are trained."""
         names, rows = _selected(self, tuple(trained)), batch * tokens
 
         def trains(*layers: str) -> bool:
@@ -211,8 +214,10 @@ class ModelSpec:
         kept = [trains("attn1.to_q", "attn1.to_k", "attn1.to_v"), trains("attn2.to_q"), trains("ffn.net.0")]
         # a frozen norm is torch's own, which keeps its input in float32
         kept += [not trains(norm) for norm in ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q")]
-        # what scales and gates are multiplied with, twice each in float32
-        per_width = _BLOCK_BYTES + 2 * sum(kept) + 16 * trains("scale_shift_table")
+        # what is scaled, in float32, and gated, twice each
+        everywhere = any(name == "blocks.0.scale_shift_table" or "time_" in name for name in names)
+        modulated = 1.0 if everywhere else reference_share * any(part in name for name in names for part in _DOMAIN)
+        per_width = _BLOCK_BYTES + 2 * sum(kept) + 12 * modulated
         per_hidden = 2 + 2 * trains("ffn.net.2")
         return int(rows * (per_width * self.dim + per_hidden * self.ffn_dim + 8 * self.num_attention_heads))
 
@@ -243,6 +248,8 @@ _SIZES = [field.name for field in fields(ModelSpec) if _HINTS[field.name] is int
 _CHOICES = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
 _KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
 """Bytes that one block keeps for a token, for each of its width and of its hidden width: counted on the network."""
+_DOMAIN = ("scale_shift_table_ref", "domain_embedding_ref", "film_")
+"""Parts of names of the parameters that modulate references."""
 _BLOCK_BYTES = 30
 """The same for its width in mixed precision, whatever is trained."""
 Product = Literal["attention", "qkv", "ffn"]

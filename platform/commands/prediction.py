@@ -86,8 +86,9 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
         work, layout = one.work, one.layout
         tokens = work.largest.tokens(work.spec)
         best = best_policy(
-            work.spec, work.stage, one.states, tokens, layout.micro_batch, cluster.device.memory, work.engine.precision
-        )
+            work.spec, work.stage, one.states, tokens, layout.micro_batch, cluster.device.memory,
+            work.engine.precision, work.largest.reference_share(work.spec),
+        )  # fmt: skip
         if best is None:
             console.print(
                 Prose(

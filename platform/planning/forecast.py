@@ -73,7 +73,7 @@ class Forecast:
         """Of a rank whose micro-batches are of such samples."""
         return device_memory(
             self.work.spec, self.work.stage, self.states, self.layout.policy, sample.tokens(self.work.spec),
-            self.layout.micro_batch, self.work.engine.precision,
+            self.layout.micro_batch, self.work.engine.precision, sample.reference_share(self.work.spec),
         )  # fmt: skip
 
     def micro_batch(self, sample: Sample) -> StepTime:
@@ -165,7 +165,14 @@ def layouts(work: Work, cluster: ClusterSpec, most_ranks: int) -> list[Forecast]
         share = work.stage.global_batch // ranks
         for micro in (size for size in range(1, min(share, _MOST_MICRO) + 1) if share % size == 0):
             policy = best_policy(
-                work.spec, work.stage, states, tokens, micro, cluster.device.memory, work.engine.precision
+                work.spec,
+                work.stage,
+                states,
+                tokens,
+                micro,
+                cluster.device.memory,
+                work.engine.precision,
+                work.largest.reference_share(work.spec),
             )
             if policy is not None:
                 found.append(Forecast(work, Layout(ranks, micro, policy), cluster))

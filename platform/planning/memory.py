@@ -153,11 +153,13 @@ def device_memory(
     tokens: int,
     batch: int,
     precision: str = "bf16",
+    reference_share: float = 1.0,
 ) -> Memory:
-    """The most of a rank's device with micro-batches of `batch` samples of `tokens` tokens, references included."""
+    """The most of a rank's device with micro-batches of `batch` samples of `tokens` tokens, of which `reference_share`
+    are of references."""
     width = _SHORT[precision] / 2
     rows = batch * tokens
-    block = spec.block_kept_bytes(tokens, stage.trained, batch) * (1 if width == 1 else 1.6)
+    block = spec.block_kept_bytes(tokens, stage.trained, batch, reference_share) * (1 if width == 1 else 1.6)
     kept = sum(count * spec.product_bytes(tokens, batch)[product] * width for product, count in policy.kept.items())
     work = _WORK * rows * spec.dim
     activations = {
@@ -179,6 +181,7 @@ def best_policy(
     batch: int,
     capacity: float,
     precision: str = "bf16",
+    reference_share: float = 1.0,
 ) -> Policy | None:
     """The policy that runs the fewest FLOPs again and fits a device of `capacity` bytes; None: none fits.
 
@@ -186,10 +189,10 @@ def best_policy(
     """
     layers = spec.num_layers
     nothing = Policy(0, {}, layers)
-    if device_memory(spec, stage, states, nothing, tokens, batch, precision).fits(capacity):
+    if device_memory(spec, stage, states, nothing, tokens, batch, precision, reference_share).fits(capacity):
         return nothing
     policy = Policy(layers, {})
-    room = device_memory(spec, stage, states, policy, tokens, batch, precision).room(capacity)
+    room = device_memory(spec, stage, states, policy, tokens, batch, precision, reference_share).room(capacity)
     if room < 0:
         return None
     kept: dict[Product, int] = {}

@@ -68,6 +68,10 @@ class Sample:
         most = max(self.references, self.paired or 0)
         return spec.tokens(self.latent) + most * spec.reference_tokens(self.latent)
 
+    def reference_share(self, spec: ModelSpec) -> float:
+        """Of these tokens, those of references."""
+        return 1 - spec.tokens(self.latent) / self.tokens(spec)
+
 
 def bus_bandwidth(cluster: ClusterSpec, ranks: int) -> float:
     """Bytes/s of bus bandwidth of a gather over so many ranks: within a node its links', else also the network's."""

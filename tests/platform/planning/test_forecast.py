@@ -41,13 +41,20 @@ H100 = DEVICES["H100"]
     ("size", "layers", "seconds", "peak"), [("wan2.1-t2v-1.3b", 30, 4.56, 20.4), ("wan2.1-t2v-14b", 8, 4.63, 48.1)]
 )
 def test_the_rows_that_were_measured_on_an_h100(size: str, layers: int, seconds: float, peak: float) -> None:
-    """benchmarks/README.md: time and memory of the engine's whole step, one GPU, all blocks run again."""
+    """benchmarks/README.md: time and memory of the engine's whole step, one GPU, all blocks run again.
+
+    Since then the engine reduces in a smaller bucket, keeps less of what is modulated and does not run the FFN's second
+    product again; all three are put back here.
+    """
     spec = replace(ModelSpec.preset(size), num_layers=layers)
     states, policy = States.of(spec, STAGE, ENGINE, 1), Policy(layers, {})
-    memory = device_memory(spec, STAGE, states, policy, CLIP.tokens(spec), 1)
-    assert memory.tensors / 1e9 == pytest.approx(peak, rel=0.05)
+    tokens, share = CLIP.tokens(spec), CLIP.reference_share(spec)
+    memory = device_memory(spec, STAGE, states, policy, tokens, 1, reference_share=share)
+    more = 1e9 - memory.parts["reduction bucket"] + (16 - 12 * share) * tokens * spec.dim
+    assert (memory.tensors + more) / 1e9 == pytest.approx(peak, rel=0.05)
     time = step_time(spec, STAGE, ENGINE, states, policy, CLIP, 1, H100)
-    assert time.micro_batch + time.update == pytest.approx(seconds, rel=0.05)
+    again = layers * spec.product_flops(tokens)["ffn"] / (0.71 * H100.flops)
+    assert time.micro_batch + time.update + again == pytest.approx(seconds, rel=0.05)
     assert time.messages == 0
 
 
