@@ -31,7 +31,7 @@ import ray.data  # which sets log levels: commands set theirs after they import 
 from ray.exceptions import RayActorError, RayTaskError
 
 from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError
-from domainshuttle.pipelines.index.parts import REPORT_NAME, Parts
+from domainshuttle.pipelines.index.parts import REPORT_NAME, TRACE_NAME, Parts
 from domainshuttle.pipelines.index.samples import read_info, read_raw_sample
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow
@@ -49,8 +49,6 @@ from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.values import ActorPool
 
-TRACE_NAME = "trace.jsonl"
-"""Beside a stage's index: what its steps noted of each sample, one JSON object a line, in the order of the samples."""
 _VERSION = 1
 """Of what the frame itself writes; a change makes all stages anew."""
 

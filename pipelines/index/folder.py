@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, WORK_NAME
+from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, REPORT_NAME, TRACE_NAME, WORK_NAME
 from domainshuttle.pipelines.index.table import read_metadata
 from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, SampleFault
 from domainshuttle.pipelines.shards.companions import companion, is_index_name
@@ -26,7 +26,7 @@ PARTS_FOLDER = ".index"
 SKIPPED_NAME = "skipped.jsonl"
 VERIFY_NAME = "verify.jsonl"
 COMPANION = "companion"
-_TABLES = (QUARANTINE_NAME, VERIFY_NAME, SKIPPED_NAME)
+_TABLES = (QUARANTINE_NAME, VERIFY_NAME, SKIPPED_NAME, REPORT_NAME, TRACE_NAME)
 _UNPACK = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tbz": "bunzip2",
     ".tar.xz": "unxz", ".txz": "unxz", ".tar.zst": "zstd -d --rm", ".tzst": "zstd -d --rm", ".tar.lz4": "lz4 -d --rm",

@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.masks import decode_rle
 from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, Candidate, Candidates
-from domainshuttle.pipelines.curation.stage import TRACE_NAME
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.folder import beside
-from domainshuttle.pipelines.index.parts import INDEX_NAME, REPORT_NAME
+from domainshuttle.pipelines.index.parts import INDEX_NAME, REPORT_NAME, TRACE_NAME
 from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.cut import frames_at

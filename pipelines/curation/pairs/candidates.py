@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from domainshuttle.pipelines.corpora.words import BACKGROUND, domain_of
+from domainshuttle.pipelines.index.parts import WORK_NAME
 from domainshuttle.pipelines.index.table import Index, IndexRow
 from domainshuttle.pipelines.sample import SampleInfo, Subject
 from domainshuttle.pipelines.storage.atomic import atomic_file
@@ -23,7 +24,7 @@ from domainshuttle.pipelines.storage.atomic import atomic_file
 if TYPE_CHECKING:  # it brings torch, which who chooses does not need
     from domainshuttle.pipelines.curation.detector import Box
 
-STORE_NAME = ".candidates"
+STORE_NAME = f"{WORK_NAME}/candidates"
 """The folder of candidates, in that of the corpus that is made of them."""
 
 Place = Literal["target", "source", "reference"]

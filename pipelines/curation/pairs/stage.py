@@ -19,6 +19,7 @@ from domainshuttle.pipelines.curation.pairs.find import FindJob, find_steps
 from domainshuttle.pipelines.curation.pairs.quality import PROMPT
 from domainshuttle.pipelines.curation.stage import Staged, Step, pass_through, run_stage
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.parts import WORK_NAME
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
@@ -26,7 +27,7 @@ from domainshuttle.pipelines.ray_tasks import Progress
 from domainshuttle.pipelines.values import ActorPool
 
 STAGE_NAME = "pair"
-ANSWERS_NAME = ".answers"
+ANSWERS_NAME = f"{WORK_NAME}/answers"
 """The folder of what the quality filter answered, in that of the corpus."""
 _VERSION = 1
 """Of what is found and chosen of the same samples and settings; a change makes all anew."""

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from built import jpeg
 
-from domainshuttle.pipelines.curation.stage import TRACE_NAME, Staged, Step, Work, attempt, run_stage
+from domainshuttle.pipelines.curation.stage import Staged, Step, Work, attempt, run_stage
 from domainshuttle.pipelines.errors import DataError, StorageError
-from domainshuttle.pipelines.index.parts import REPORT_NAME
+from domainshuttle.pipelines.index.parts import REPORT_NAME, TRACE_NAME
 from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index

@@ -18,7 +18,7 @@ from domainshuttle.pipelines.corpora.masks import encode_rle
 from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, Candidate, CandidateStore, Found
 from domainshuttle.pipelines.curation.pairs.choose import choose
 from domainshuttle.pipelines.curation.pairs.config import PairConfig, PairModels
-from domainshuttle.pipelines.curation.stage import TRACE_NAME
+from domainshuttle.pipelines.index.parts import TRACE_NAME
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.media.decode import decode_image
 from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject

@@ -20,10 +20,11 @@ from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.curation.pairs.find import FindJob, find_steps
 from domainshuttle.pipelines.curation.pairs.stage import find_recipe, pair_corpus
 from domainshuttle.pipelines.curation.segmenter import Segmenter
-from domainshuttle.pipelines.curation.stage import TRACE_NAME, Passing, Work
+from domainshuttle.pipelines.curation.stage import Passing, Work
 from domainshuttle.pipelines.endpoints.client import EndpointError
 from domainshuttle.pipelines.endpoints.config import EndpointConfig
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.parts import TRACE_NAME
 from domainshuttle.pipelines.index.samples import read_raw_sample
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index
