@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.masks import decode_rle
-from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, Candidate, Candidates
+from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, Candidate, Candidates, CandidateStore
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.folder import beside
 from domainshuttle.pipelines.index.parts import INDEX_NAME, REPORT_NAME, TRACE_NAME
@@ -125,9 +125,8 @@ def paired_samples(
 ) -> list[PairedSample]:
     """What is shown of the samples of these keys, also of such as are left out, with the reason."""
     traces = {trace["key"]: trace for trace in found.traces(frozenset(keys))}
-    names = {one["of"] for trace in traces.values() for one in trace.get("candidates", ())}
     stores = [*(found.folder / STORE_NAME).glob("*")] if (found.folder / STORE_NAME).is_dir() else []
-    candidates = Candidates(stores[0], frozenset(names)) if len(stores) == 1 else None
+    candidates = CandidateStore(stores[0]).open() if len(stores) == 1 else None
     before = _before(found)
     places = {key: number for number, key in enumerate(index.column("key").tolist())}
     shown = []

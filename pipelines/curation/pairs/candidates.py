@@ -5,9 +5,11 @@ among them, and of a corpus that grew only new samples are looked into. A file a
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,7 +81,7 @@ _CANDIDATE = pa.struct(
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()), ("key", pa.string()), ("video", pa.string()), ("fault", pa.string()),
-        ("boxes", pa.int64()), ("candidates", pa.large_list(_CANDIDATE)),
+        ("boxes", pa.int64()), ("scenes", pa.int64()), ("candidates", pa.large_list(_CANDIDATE)),
     ]
 )  # fmt: skip
 
@@ -128,32 +130,61 @@ class CandidateStore:
         ):
             writer.write_table(table)
 
-    def read(self, names: Iterable[str]) -> "Candidates":
-        """The candidates of the samples that are named."""
-        return Candidates(self.folder, frozenset(names))
+    def gather(self, names: Iterable[str], video: str | None = None) -> "Candidates":
+        """The candidates of the samples that are named, found in all files and noted for `open`. `video` is the pattern
+        of keys that gives the video of samples that name none."""
+        wanted, rows = frozenset(names), []
+        files = sorted(path.name for path in self.folder.glob("*.arrow"))
+        seen: set[str] = set()
+        for number, file in enumerate(files):
+            columns = _opened(self.folder / file).select(["name", "key", "video", "boxes", "scenes", "fault"])
+            for place, row in enumerate(columns.to_pylist()):
+                if row["name"] in wanted and row["name"] not in seen:
+                    seen.add(row["name"])
+                    if video and not row["video"]:
+                        match = re.search(video, row["key"])
+                        row["video"] = match[1] or "" if match else ""
+                    rows.append({**row, "fault": bool(row["fault"]), "file": number, "place": place})
+        table = pa.Table.from_pylist(rows, _PLACES).replace_schema_metadata({"files": json.dumps(files)})
+        with (
+            atomic_file(self.folder / _PLACES_NAME) as aside,
+            pa.OSFile(str(aside), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        return self.open()
+
+    def open(self) -> "Candidates":
+        """What was gathered last."""
+        return Candidates(self.folder)
+
+
+_PLACES_NAME = "places"
+_PLACES = pa.schema(
+    [
+        ("name", pa.string()), ("key", pa.string()), ("video", pa.string()), ("boxes", pa.int64()),
+        ("scenes", pa.int64()), ("fault", pa.bool_()), ("file", pa.int32()), ("place", pa.int32()),
+    ]
+)  # fmt: skip
+_MOST_OPEN = 64
+
+
+def _opened(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 class Candidates:
-    """Candidates of the samples of one corpus, in mapped files: what is held in memory are their places."""
+    """Candidates of the samples of one corpus: what is held in memory are their places. Threads may share it."""
 
-    def __init__(self, folder: Path, names: frozenset[str]) -> None:
-        self._tables: list[pa.Table] = []
-        self._at: dict[str, tuple[int, int]] = {}
-        self.boxes = 0
-        """How many were detected."""
-        self.faults = 0
-        """Samples that could not be looked into."""
-        self._described: dict[str, tuple[str, str]] = {}
-        for path in sorted(folder.glob("*.arrow")):
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            columns = [table.column(name).to_pylist() for name in ("name", "key", "video", "boxes", "fault")]
-            for place, (name, key, video, boxes, fault) in enumerate(zip(*columns, strict=True)):
-                if name in names and name not in self._at:
-                    self._at[name] = len(self._tables), place
-                    self._described[name] = key, video
-                    self.boxes += boxes
-                    self.faults += bool(fault)
-            self._tables.append(table)
+    def __init__(self, folder: Path) -> None:
+        table = _opened(folder / _PLACES_NAME)
+        files = json.loads(table.schema.metadata[b"files"])
+        columns = {name: table.column(name).to_pylist() for name in _PLACES.names}
+        self._at = dict(zip(columns["name"], zip(columns["file"], columns["place"], strict=True), strict=True))
+        self._described = dict(zip(columns["name"], zip(columns["key"], columns["video"], strict=True), strict=True))
+        self._table = lru_cache(_MOST_OPEN)(lambda number: _opened(folder / files[number]))
+        self.boxes, self.scenes, self.faults = (sum(columns[name]) for name in ("boxes", "scenes", "fault"))
+        """How many boxes and how many scenes there are, and samples that could not be looked into."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._at
@@ -163,10 +194,9 @@ class Candidates:
 
     def find(self, name: str) -> Found | None:
         """The candidates of a sample; None where nobody looked."""
-        if (place := self._at.get(name)) is None:
+        if (at := self._at.get(name)) is None:
             return None
-        table, row = place
-        return _found(self._tables[table].slice(row, 1).to_pylist()[0])
+        return _found(self._table(at[0]).slice(at[1], 1).to_pylist()[0])
 
     def beside(self, name: str, most: int) -> list[Found]:
         """Those of other clips of a sample's video, at most so many: the next ones by key, from the sample's on."""
@@ -194,6 +224,7 @@ def _row(found: Found) -> dict[str, Any]:
         "video": found.video,
         "fault": found.fault,
         "boxes": sum(one.place != "reference" and bool(one.counts) for one in found.candidates),
+        "scenes": sum(one.place != "reference" and not one.counts for one in found.candidates),
         "candidates": candidates,
     }
 

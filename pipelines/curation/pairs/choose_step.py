@@ -6,24 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.pipelines.curation.pairs.candidates import CandidateStore, name_of, names_in
+from domainshuttle.pipelines.curation.pairs.candidates import CandidateStore, name_of
 from domainshuttle.pipelines.curation.pairs.choose import NoSubject, choose
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.curation.pairs.quality import judge_pair
 from domainshuttle.pipelines.curation.stage import Work, attempt
 from domainshuttle.pipelines.endpoints.client import ChatClient
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.index.spec import CorpusSpec
-from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import SampleFault, fault_kind
 
 
 class Choose:
     """Chooses pairs among candidates."""
 
-    def __init__(self, raw: CorpusSpec, store: CandidateStore, config: PairConfig, answers: Path) -> None:
+    def __init__(self, store: CandidateStore, config: PairConfig, answers: Path) -> None:
         self.config = config
-        self.candidates = store.read(names_in(Index.load(raw.index, ("sample_id", "checksum"), verify=False)))
+        self.candidates = store.open()
         self.client = ChatClient(config.quality, answers) if config.quality is not None else None
 
     def __call__(self, works: list[Work]) -> None:

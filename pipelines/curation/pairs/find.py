@@ -1,6 +1,5 @@
 """Looks for candidates of cross pairs: frames are decoded on CPUs; boxes, masks and similarities are found on GPUs."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,6 @@ class FindJob:
     raw: CorpusSpec
     store: CandidateStore
     numbers: tuple[int, ...]
-    video: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -79,11 +77,7 @@ class FindJob:
     def _found(self, work: Work) -> Found:
         fault = work.carried.get("fault", "")
         candidates = () if fault else tuple(work.carried["candidates"])
-        return Found(name_of(work.row), work.row.key, self._video(work), candidates, fault)
-
-    def _video(self, work: Work) -> str:
-        named = re.search(self.video, work.row.key) if self.video else None
-        return work.info.video or (named[1] or "" if named else "")
+        return Found(name_of(work.row), work.row.key, work.info.video or "", candidates, fault)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.curation.model_folders import model_digest
-from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, CandidateStore, names_in
+from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME, Candidates, CandidateStore, names_in
 from domainshuttle.pipelines.curation.pairs.choose_step import Choose
 from domainshuttle.pipelines.curation.pairs.config import ROLES, PairConfig
 from domainshuttle.pipelines.curation.pairs.find import FindJob, find_steps
@@ -59,20 +59,20 @@ def pair_corpus(
     for stale in store.folder.parent.iterdir():
         if stale != store.folder and stale.is_dir():
             shutil.rmtree(stale)
-    known = store.read(names)
+    known = store.gather(names, config.video)
     missing = tuple(number for number, name in enumerate(names) if name not in known)
     finding(len(names) - len(missing), len(names))
     if missing:
-        job = FindJob(raw, store, missing, config.video)
+        job = FindJob(raw, store, missing)
         done = len(names) - len(missing)
         for finished in pass_through(job, range(job.parts), find_steps(config, dict(pools))):
             done += finished
             finding(done, len(names))
-        known = store.read(names)
-    _require_boxes(known.boxes, known.faults, len(names), raw, config)
+        known = store.gather(names, config.video)
+    _require_found(known, len(names), raw, config)
     at_once = config.quality.at_once if config.quality is not None else 1
     answers = folder / ANSWERS_NAME
-    step = Step(Choose, (raw, store, config, answers), pools["choose"], parts_at_once=2 if at_once > 1 else 1)
+    step = Step(Choose, (store, config, answers), pools["choose"], parts_at_once=2 if at_once > 1 else 1)
     settings = {"version": _VERSION, "find": recipe, **config.choosing()}
     if config.quality is not None:
         settings["prompt"] = PROMPT
@@ -92,15 +92,15 @@ def pair_corpus(
 def find_recipe(raw: CorpusSpec, folder: Path, config: PairConfig) -> tuple[dict[str, Any], CandidateStore]:
     """What decides the candidates of a corpus, and where they are kept. Raises DataError for missing models."""
     digests = {role: model_digest(getattr(config.models, role), role) for role in ROLES}
-    recipe = {"version": _VERSION, **config.finding(), "models": digests, "video": config.video}
+    recipe = {"version": _VERSION, **config.finding(), "models": digests}
     named = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
     return recipe, CandidateStore(folder / STORE_NAME / named)
 
 
-def _require_boxes(boxes: int, faults: int, samples: int, raw: CorpusSpec, config: PairConfig) -> None:
-    if boxes:
+def _require_found(known: Candidates, samples: int, raw: CorpusSpec, config: PairConfig) -> None:
+    if known.boxes or known.scenes:
         return
-    if faults == samples:
+    if known.faults == samples:
         raise DataError(f"none of the {samples} samples of {raw.folder} could be decoded: verify the corpus")
     raise DataError(
         f"the detector found nothing in {samples} samples of {raw.folder}: no box of a subject's word is surer than "

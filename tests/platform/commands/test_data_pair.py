@@ -101,11 +101,13 @@ def test_the_page_shows_what_was_found_taken_and_rejected(tmp_path: Path) -> Non
         own = Found(f"n-{key}", key, "", (
             candidate(2, 0.8), candidate(7, 0.2), candidate(7, 0.1, 40), candidate(0, 1.0, **photo)
         ))  # fmt: skip
-        CandidateStore(folder / STORE_NAME / "1234").write([own])
+        store = CandidateStore(folder / STORE_NAME / "1234")
+        store.write([own])
         chosen = choose(sample(key).info, own, [], config)
         traces.append({"key": key, "candidates": [one.trace() for one in chosen.outcomes]})
         files = {**sample(key).files, **chosen.files}
         paired.append(RawSample(key, chosen.info, files))
+    store.gather(["n-a", "n-b"])
     corpus(folder, paired[:1])
     (folder / TRACE_NAME).write_text("".join(json.dumps(one) + "\n" for one in traces))
     (folder / "quarantine.jsonl").write_text(

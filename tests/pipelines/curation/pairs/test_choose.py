@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from openai_server import Reply, openai_server
 
 from domainshuttle.pipelines.corpora.masks import encode_rle
-from domainshuttle.pipelines.curation.pairs.candidates import Candidate, Candidates, CandidateStore, Found
+from domainshuttle.pipelines.curation.pairs.candidates import Candidate, CandidateStore, Found
 from domainshuttle.pipelines.curation.pairs.choose import Chosen, NoSubject, choose
 from domainshuttle.pipelines.curation.pairs.config import PairConfig, PairModels, PairPool, fit_pools
 from domainshuttle.pipelines.curation.pairs.quality import judge_pair
@@ -222,7 +222,7 @@ def test_candidates_are_kept_as_they_were_found_and_clips_of_a_video_are_found(t
     store.write(clips[:2])
     store.write(clips[2:])
     (tmp_path / ".x.partial").write_bytes(b"torn")
-    kept = store.read(one.name for one in clips)
+    kept = store.gather(one.name for one in clips)
     for one in clips:
         back = kept.find(one.name)
         assert back is not None and (back.key, back.video, back.fault) == (one.key, one.video, "")
@@ -233,8 +233,10 @@ def test_candidates_are_kept_as_they_were_found_and_clips_of_a_video_are_found(t
                 assert name not in ("word", "place", "counts", "picture") or getattr(had, name) == getattr(has, name)
     assert kept.boxes == 10 and len(kept) == 5 and kept.find("nobody") is None
     assert [one.key for one in kept.beside("n-k2", 2)] == ["k3", "k0"] and not kept.beside("n-k4", 2)
-    fewer = Candidates(tmp_path, frozenset(["n-k0", "n-k3"]))  # the others are in the corpus no more
-    assert [one.key for one in fewer.beside("n-k0", 4)] == ["k3"]
+    named = store.gather((one.name for one in clips), "(k)[24]")  # of those that name none
+    assert [one.key for one in named.beside("n-k4", 4)] == [] and named.scenes == 0
+    fewer = store.gather(["n-k0", "n-k3"])  # the others are in the corpus no more
+    assert [one.key for one in fewer.beside("n-k0", 4)] == ["k3"] and len(store.open()) == 2
 
 
 def test_pools_fit_the_cluster_all_at_the_same_time() -> None:

@@ -85,7 +85,7 @@ def found_here(raw: CorpusSpec, folder: Path, config: PairConfig) -> list[Found]
     """What the steps find, one after the other in this process, in the store where the command looks for it."""
     index = Index.load(raw.index)
     _, store = find_recipe(raw, folder, config)
-    job = FindJob(raw, store, tuple(range(len(index))), config.video)
+    job = FindJob(raw, store, tuple(range(len(index))))
     steps = [step.make(*step.arguments) for step in find_steps(config, POOLS)]
     for part in range(job.parts):
         works = [Work(row, read_raw_sample(row).info) for row in job.rows(index, part)]
@@ -94,7 +94,7 @@ def found_here(raw: CorpusSpec, folder: Path, config: PairConfig) -> list[Found]
             passing.call(step)
         job.write(part, passing)
     rows = index.rows(range(len(index)))
-    kept = store.read(map(name_of, rows))
+    kept = store.gather(map(name_of, rows))
     return [one for row in rows if (one := kept.find(name_of(row))) is not None]
 
 
@@ -178,9 +178,12 @@ def test_pairs_are_chosen_again_after_a_stop_with_the_same_bytes(tmp_path: Path,
     pair(raw, folder, config)
     assert contents(folder) == whole
     store = next((folder / STORE_NAME).iterdir())
-    kept = {path: path.stat().st_mtime_ns for path in store.iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.arrow")}
     fewer = pair(raw, folder, config.model_copy(update={"pictures": 1}))  # no model is loaded for it
-    assert "pairs" not in fewer.report["notes"] and {path: path.stat().st_mtime_ns for path in store.iterdir()} == kept
+    assert (
+        "pairs" not in fewer.report["notes"]
+        and {path: path.stat().st_mtime_ns for path in store.glob("*.arrow")} == kept
+    )
 
     with openai_server(lambda *_: Reply(code=404, body=b"no such page")) as server:
         judged = config.model_copy(update={"quality": EndpointConfig(url=server.url, model="m", patience=5)})
