@@ -144,7 +144,7 @@ class CandidateStore:
                     if video and not row["video"]:
                         match = re.search(video, row["key"])
                         row["video"] = match[1] or "" if match else ""
-                    rows.append({**row, "fault": bool(row["fault"]), "file": number, "place": place})
+                    rows.append({**row, "file": number, "place": place})
         table = pa.Table.from_pylist(rows, _PLACES).replace_schema_metadata({"files": json.dumps(files)})
         with (
             atomic_file(self.folder / _PLACES_NAME) as aside,
@@ -163,7 +163,7 @@ _PLACES_NAME = "places"
 _PLACES = pa.schema(
     [
         ("name", pa.string()), ("key", pa.string()), ("video", pa.string()), ("boxes", pa.int64()),
-        ("scenes", pa.int64()), ("fault", pa.bool_()), ("file", pa.int32()), ("place", pa.int32()),
+        ("scenes", pa.int64()), ("fault", pa.string()), ("file", pa.int32()), ("place", pa.int32()),
     ]
 )  # fmt: skip
 _MOST_OPEN = 64
@@ -183,8 +183,10 @@ class Candidates:
         self._at = dict(zip(columns["name"], zip(columns["file"], columns["place"], strict=True), strict=True))
         self._described = dict(zip(columns["name"], zip(columns["key"], columns["video"], strict=True), strict=True))
         self._table = lru_cache(_MOST_OPEN)(lambda number: _opened(folder / files[number]))
-        self.boxes, self.scenes, self.faults = (sum(columns[name]) for name in ("boxes", "scenes", "fault"))
-        """How many boxes and how many scenes there are, and samples that could not be looked into."""
+        self.boxes, self.scenes = sum(columns["boxes"]), sum(columns["scenes"])
+        """How many boxes and how many scenes there are."""
+        self.faults = [fault for fault in columns["fault"] if fault]
+        """Of samples that could not be looked into."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._at

@@ -100,8 +100,10 @@ def find_recipe(raw: CorpusSpec, folder: Path, config: PairConfig) -> tuple[dict
 def _require_found(known: Candidates, samples: int, raw: CorpusSpec, config: PairConfig) -> None:
     if known.boxes or known.scenes:
         return
-    if known.faults == samples:
-        raise DataError(f"none of the {samples} samples of {raw.folder} could be decoded: verify the corpus")
+    if len(known.faults) == samples:
+        raise DataError(
+            f"none of the {samples} samples of {raw.folder} could be looked into, such as: {known.faults[0]}"
+        )
     raise DataError(
         f"the detector found nothing in {samples} samples of {raw.folder}: no box of a subject's word is surer than "
         f"pair.least_detection={config.least_detection:g}. Do the samples name their subjects (pair.words for those "

@@ -201,3 +201,7 @@ def test_nothing_at_all_that_is_detected_is_one_message(tmp_path: Path, models: 
     found_here(raw, tmp_path / "paired", config)
     with pytest.raises(DataError, match=r"found nothing in 1 samples.*pair\.least_detection=1"):
         pair(raw, tmp_path / "paired", config)
+    broken = corpus(tmp_path / "broken", [RawSample("s9", plain, {**sample(0).files, "mp4": b"x" * 50})])
+    found_here(broken, tmp_path / "other", config)
+    with pytest.raises(DataError, match=r"none of the 1 samples.*such as: undecodable target: s9\.mp4"):
+        pair(broken, tmp_path / "other", config)
