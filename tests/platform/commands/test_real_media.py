@@ -13,6 +13,7 @@ import pytest
 from built import MEDIA
 from running import CLI, STARTED, cli, environment
 from tiny_models import save_models
+from transformers import GroundingDinoImageProcessorPil
 
 from domainshuttle.pipelines.curation.pairs.candidates import STORE_NAME
 from domainshuttle.pipelines.index.samples import read_raw_sample
@@ -60,8 +61,11 @@ def configured(folder: Path) -> Path:
         records.append({"prompt": described["prompt"], "image_tgt_path": f"images/{name}/result.png",
                         "image_paths": [f"images/{one}" for one in shown]})  # fmt: skip
     (folder / "UNO" / "labels.json").write_text(json.dumps(records))
+    models = save_models(folder / "models")
+    # the tiny detector's coarsest map of a square of 64 pixels is one pixel, which its norm does not take
+    GroundingDinoImageProcessorPil(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(models["detector"])
     pair: dict[str, Any] = {
-        "models": save_models(folder / "models"), "frames": 2, "least_detection": 0.0, "least_mask": 0.0,
+        "models": models, "frames": 2, "least_detection": 0.0, "least_mask": 0.0,
         "least_area": 0.001, "least_side": 8, "least_dino": 0.0, "least_clip": 0.0, "most_dino": 0.99999,
         "pictures": 2, "decode": {"cpus": 0.5},
     }  # fmt: skip
