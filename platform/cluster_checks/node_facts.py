@@ -243,9 +243,7 @@ def _said_by_nvml(nvml: Any, index: int) -> dict[str, Any]:
 
 def _slowdowns(nvml: Any, mask: int) -> tuple[str, ...]:
     reasons = {
-        "hardware slowdown": nvml.nvmlClocksEventReasonHwSlowdown
-        if hasattr(nvml, "nvmlClocksEventReasonHwSlowdown")
-        else nvml.nvmlClocksThrottleReasonHwSlowdown,
+        "hardware slowdown": nvml.nvmlClocksThrottleReasonHwSlowdown,
         "too hot": nvml.nvmlClocksThrottleReasonHwThermalSlowdown,
         "power brake": nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
     }
