@@ -478,7 +478,7 @@ class EngineSection(Section):
         "eager", description="of what lies between a block's products: torch's own, or fused ones of ours, on a GPU"
     )
     float8: bool = Field(
-        False, description="products of frozen layers in float8: they are some 3% off, so that numbers change"
+        False, description="products of frozen layers in float8: they are some 3% off, and change what is learned"
     )
     sequence_parallel: Count = Field(
         1, description="workers that share the tokens of each sample, for long clips; cluster.workers is a multiple"
@@ -889,6 +889,7 @@ _RESUMABLE_CHANGES: dict[str, Any] = {
     **dict.fromkeys(("cluster", "data", "output", "checkpoint", "tracking", "loader"), True),
     # evaluation and samples beside the training, and when it stops or rolls back
     **dict.fromkeys(("generation", "evaluation", "sampling", "budget_gpu_hours", "guard"), True),
+    "labels": True,  # what they made of a corpus is in its index
     # how a step is computed, equal up to rounding: what a run that is out of memory must be able to change
     "engine": {
         "persistent_parameters",

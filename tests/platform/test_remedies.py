@@ -173,6 +173,7 @@ def test_every_key_that_a_text_names_is_one() -> None:
 
 VALUES = {
     "budget_gpu_hours": "2.5",
+    "engine.activations": "{mode: full}",
     "loader.most_bad": "0.3",
     "learning_rate": "1e-5",
     "micro_batch": "8",

@@ -83,7 +83,7 @@ loader: {most_bad: 0.1, read_ahead: 1000, threads: 2}
 guard: {spike_factor: 5, window: 3, rollback_after: 2, most_rollbacks: 2, hang_seconds: 1000}
 cluster: {workers: [1, 2], resize_seconds: 5, cpus_per_worker: 1, gpus_per_worker: 1, max_failures: 2,
           encoding: {actors: 1, cpus: 1, gpus: 1}, dashboard_port: 8265}
-engine: {persistent_parameters: 5, ema: 0.9, activations: {mode: every, every: 2}}
+engine: {persistent_parameters: 5, ema: 0.9, sequence_parallel: 1, activations: {mode: every, every: 2}}
 checkpoint: {every: 2, keep: 2, keep_every: 4, keep_best: 1, timeout: 60, max_failed: 2}
 tracking: {every: 1, hooks: [{command: [page], timeout: 5, retries: 2}]}
 generation: {steps: 4, guidance: 2, shift: 3, fps: 8}
