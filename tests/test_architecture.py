@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_architecture.py
 """
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -183,3 +184,11 @@ def test_the_wheel_works_where_the_sources_are_not(tmp_path: Path) -> None:
     )
     assert str(tmp_path / "site") in run.stdout
     assert run.stdout.strip().endswith("demo")
+
+
+def test_the_page_of_the_architecture_says_this_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for room, order in ORDER.items():
+        names = " < ".join(", ".join(sorted(level)) for level in order)
+        written = re.search(rf"^- {room}: (.*)$", page, re.MULTILINE)
+        assert written and written[1].replace(".py", "") == names
