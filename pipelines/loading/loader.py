@@ -174,7 +174,6 @@ class _Table:
         if not self._unwritten:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 try:

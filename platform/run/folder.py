@@ -56,7 +56,7 @@ class Run:
                     continue  # of the driver that asks for this
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         run.require_same_configuration()
-        for part in ("consumed", "quarantine", "dropped", "weights", "checkpoints"):
+        for part in ("consumed", "quarantine", "converted", "dropped", "weights", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)
         content = config.to_yaml()
         if not run.config_path.exists() or run.config_path.read_text() != content:

@@ -90,7 +90,7 @@ def test_a_submission_carries_the_options_and_time_for_a_last_checkpoint() -> No
         "import ray.job_submission as jobs\nfrom types import SimpleNamespace\n"
         "class Client:\n"
         "    def __init__(self, address): pass\n"
-        "    def list_jobs(self): return [SimpleNamespace(submission_id=i) for i in ('x-1', 'x-y-7', None)]\n"
+        "    def list_jobs(self): return [SimpleNamespace(submission_id=i, metadata=None) for i in ('x-1', 'x-y-7', None)]\n"
         "    def submit_job(self, entrypoint, runtime_env, metadata, submission_id):\n"
         "        if submission_id == 'x-2': raise RuntimeError('x-2 already exists, use another')\n"
         "        print(entrypoint); print(runtime_env['env_vars']); return submission_id\n"
@@ -101,7 +101,7 @@ def test_a_submission_carries_the_options_and_time_for_a_last_checkpoint() -> No
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.splitlines() == [
-        "domainshuttle train run.yaml --stage one --resume '/a b/one-step00000010'",
+        "python -m domainshuttle.platform.cli train run.yaml --stage one --resume '/a b/one-step00000010'",
         "{'RAY_JOB_STOP_WAIT_TIME_S': '90'}",
         "x-3",  # the run's name, with a number that no job has or had
     ]

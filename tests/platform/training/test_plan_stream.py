@@ -34,6 +34,6 @@ def test_read_ahead_and_the_actors_reach_live_encoding(
         assert plan_stream.shared_blocks(feed, 2, 4, config) == ["mine"]
     finally:
         dist.destroy_process_group()
-    ((planned, first, last, world_size, pool, read_ahead),) = given
-    assert (planned, first, last, world_size, read_ahead) == (feed, 2, 4, 1, 12345)
+    ((planned, first, last, world_size, pool, read_ahead, sharing),) = given
+    assert (planned, first, last, world_size, read_ahead, sharing) == (feed, 2, 4, 1, 12345, 1)
     assert (pool and (pool.actors, pool.cpus, pool.gpus)) == ((3, 0.25, 0.5) if live else None)
