@@ -12,8 +12,8 @@ from built import jpeg
 from openai_server import Reply
 
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS
-from domainshuttle.pipelines.curation import labelling
-from domainshuttle.pipelines.curation.label_config import LabelConfig
+from domainshuttle.pipelines.curation.labels import stage as labelling
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.curation.stage import PartsJob, Passing, Step, Work
 from domainshuttle.pipelines.index.samples import read_info
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, IndexRow, write_index

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from domainshuttle.cluster.local import quiet_ray
-from domainshuttle.pipelines.curation.label_config import LabelConfig
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.labels import FAILED_PLACE, REPORT_PLACE, lost_labels
 from domainshuttle.pipelines.index.parts import INDEX_NAME
@@ -32,7 +32,7 @@ def label_corpora(jobs: Sequence[LabelJob], config: LabelConfig | None, ask_agai
     """Labels raw corpora on the connected Ray cluster, one after the other; by word lists where nothing is said."""
     import ray
 
-    from domainshuttle.pipelines.curation.labelling import label_corpus
+    from domainshuttle.pipelines.curation.labels.stage import label_corpus
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
     for job in jobs:
@@ -72,7 +72,7 @@ def print_kept_labels(folder: Location) -> None:
     """Puts the labels that a corpus had into its new index, and says so; nothing where it had none."""
     if not lost_labels(folder):
         return
-    from domainshuttle.pipelines.curation.labelling import keep_labels
+    from domainshuttle.pipelines.curation.labels.stage import keep_labels
 
     kept = keep_labels(folder)
     lacking = f", {kept.without} more may need some: domainshuttle data label does those alone" if kept.without else ""

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
 from domainshuttle.cluster.spec import ClusterSpec
-from domainshuttle.pipelines.curation.label_config import LabelConfig
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import DataError, mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute, holds_keys, is_remote, redacted

@@ -21,7 +21,7 @@ from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.encoder_sources import TILE_ABOVE
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
-from domainshuttle.pipelines.curation.label_config import LabelConfig
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.curation.pairs.config import PairConfig
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN

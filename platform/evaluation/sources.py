@@ -7,6 +7,7 @@ from the user, and the report says how many of those that are expected there are
 import hashlib
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,7 +39,7 @@ Split = Literal["in_domain", "real_to_fantasy", "fantasy_to_real", "mixed"]
 Prefix = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_-]{0,30})?$")]
 
 
-class _Source(Section):
+class _Source(Section, ABC):
     """What all sources have."""
 
     split: Split = Field("in_domain", description="of cases that do not say theirs")
@@ -46,9 +47,9 @@ class _Source(Section):
     expected: Count | None = Field(None, description="cases that a whole test set has of it")
     about: str = Field("", description="what its cases are, for who must bring them")
 
+    @abstractmethod
     def read(self, run: RunConfig | None, folder: Path) -> list[EvaluationCase]:
         """Its cases; `folder` is for what has to be written. Raises ConfigError, DataError."""
-        raise NotImplementedError
 
     @property
     def absent(self) -> bool:

@@ -163,6 +163,9 @@ class JudgeScore(Metric[JudgeChoices]):
         return Question(self.prompt.id, self.prompt.system, text, Grade, (shown, frame), repeat)
 
 
+_OURS = "ours: the rubric's 1 mixes two opposite failures"
+
+
 class CDScore(JudgeScore):
     """The paper's judge is GPT-5.2."""
 
@@ -173,14 +176,14 @@ class CDScore(JudgeScore):
 class CDDomainReached(CDScore):
     name: ClassVar = "cd_score.domain_reached"
     title: ClassVar = "CD domain reached"
-    source: ClassVar = "ours: the rubric's 1 mixes two opposite failures"
+    source: ClassVar = _OURS
     question = "domain_reached"
 
 
 class CDSubjectKept(CDScore):
     name: ClassVar = "cd_score.subject_kept"
     title: ClassVar = "CD subject kept"
-    source: ClassVar = "ours: the rubric's 1 mixes two opposite failures"
+    source: ClassVar = _OURS
     question = "subject_kept"
 
 
@@ -194,14 +197,14 @@ class QwenScore(JudgeScore):
 class QwenDomainReached(QwenScore):
     name: ClassVar = "qwen_score.domain_reached"
     title: ClassVar = "Qwen domain reached"
-    source: ClassVar = "ours: the rubric's 1 mixes two opposite failures"
+    source: ClassVar = _OURS
     question = "domain_reached"
 
 
 class QwenSubjectKept(QwenScore):
     name: ClassVar = "qwen_score.subject_kept"
     title: ClassVar = "Qwen subject kept"
-    source: ClassVar = "ours: the rubric's 1 mixes two opposite failures"
+    source: ClassVar = _OURS
     question = "subject_kept"
 
 

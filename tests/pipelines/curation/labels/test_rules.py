@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, domain_of, known_words
-from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.label_questions import PROMPT, Needs, answer_form, question_of
-from domainshuttle.pipelines.curation.label_rules import SCORE, Asked, label, may_need, needs_of
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
+from domainshuttle.pipelines.curation.labels.questions import PROMPT, Needs, answer_form, question_of
+from domainshuttle.pipelines.curation.labels.rules import SCORE, Asked, label, may_need, needs_of
 from domainshuttle.pipelines.endpoints.client import Answer
 from domainshuttle.pipelines.endpoints.json_answer import BadAnswer, parse_answer
 from domainshuttle.pipelines.index.table import Index

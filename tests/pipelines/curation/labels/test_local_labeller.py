@@ -1,6 +1,6 @@
 """A model of transformers that labels in process, a tiny one of a real class with random weights.
 
-Run: python -m pytest tests/pipelines/curation/test_local_labeller.py
+Run: python -m pytest tests/pipelines/curation/labels/test_local_labeller.py
 """
 
 import json
@@ -11,10 +11,10 @@ import pytest
 from label_corpora import raw_sample, rows_of, without_ray, write_corpus
 from tiny_models import save_labeller
 
-from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.label_questions import Needs, question_of
-from domainshuttle.pipelines.curation.labelling import label_corpus
-from domainshuttle.pipelines.curation.local_labeller import LocalModel
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
+from domainshuttle.pipelines.curation.labels.local_labeller import LocalModel
+from domainshuttle.pipelines.curation.labels.questions import Needs, question_of
+from domainshuttle.pipelines.curation.labels.stage import label_corpus
 from domainshuttle.pipelines.endpoints.json_answer import parse_answer
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.samples import read_info

@@ -17,8 +17,8 @@ from domainshuttle.pipelines.corpora.words import (
     is_unnamed,
     known_words,
 )
-from domainshuttle.pipelines.curation.label_config import LabelConfig, LabelName
-from domainshuttle.pipelines.curation.label_questions import MOST_SUBJECTS, Needs
+from domainshuttle.pipelines.curation.labels.config import LabelConfig, LabelName
+from domainshuttle.pipelines.curation.labels.questions import MOST_SUBJECTS, Needs
 from domainshuttle.pipelines.endpoints.client import Answer
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.sample import Label, LabelState, SampleInfo, Subject

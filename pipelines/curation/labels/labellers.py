@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from domainshuttle.model.pictures import Pixels, resized
-from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.label_questions import PROMPT, Needs, question_of
-from domainshuttle.pipelines.curation.label_rules import Asked, label, needs_of, state_name
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
+from domainshuttle.pipelines.curation.labels.questions import PROMPT, Needs, question_of
+from domainshuttle.pipelines.curation.labels.rules import Asked, label, needs_of, state_name
 from domainshuttle.pipelines.curation.pairs.config import fit_pools
 from domainshuttle.pipelines.curation.stage import Step, Work
 from domainshuttle.pipelines.endpoints.client import Answer, ChatClient, Question
@@ -180,6 +180,6 @@ def steps_of(config: LabelConfig, answers: str, nodes: Sequence[Mapping[str, flo
         # while the slowest answers of some parts are awaited, others have theirs asked
         at_once = config.endpoint.at_once // SAMPLES_PER_UNIT + 4
         return [show, Step(Ask, (config, EndpointModel, answers), pools["actors"], parts_at_once=at_once)]
-    from domainshuttle.pipelines.curation.local_labeller import LocalModel  # brings llguidance
+    from domainshuttle.pipelines.curation.labels.local_labeller import LocalModel  # brings llguidance
 
     return [show, Step(Ask, (config, LocalModel, answers), pools["actors"])]

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from domainshuttle.pipelines.corpora.words import WORDS_DIGEST
-from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.label_questions import PROMPT
-from domainshuttle.pipelines.curation.label_rules import may_need, state_name
-from domainshuttle.pipelines.curation.labellers import SAMPLES_PER_UNIT, steps_of
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
+from domainshuttle.pipelines.curation.labels.labellers import SAMPLES_PER_UNIT, steps_of
+from domainshuttle.pipelines.curation.labels.questions import PROMPT
+from domainshuttle.pipelines.curation.labels.rules import may_need, state_name
 from domainshuttle.pipelines.curation.stage import Passing, pass_through
 from domainshuttle.pipelines.endpoints.answers import Answers
 from domainshuttle.pipelines.errors import DataError

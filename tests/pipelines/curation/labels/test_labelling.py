@@ -1,4 +1,4 @@
-"""The labelling stage, against a real server. Run: python -m pytest tests/pipelines/curation/test_labelling.py"""
+"""The labelling stage, against a real server. Run: python -m pytest tests/pipelines/curation/labels/test_labelling.py"""
 
 import base64
 import json
@@ -16,10 +16,10 @@ from openai_server import Reply, openai_server
 from domainshuttle.pipelines.corpora.opens2v import OpenS2VConfig
 from domainshuttle.pipelines.corpora.uno import UnoConfig
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, HUMAN, domain_of, is_unnamed
-from domainshuttle.pipelines.curation.label_config import LabelConfig
-from domainshuttle.pipelines.curation.label_rules import SCORE
-from domainshuttle.pipelines.curation.labellers import Show
-from domainshuttle.pipelines.curation.labelling import keep_labels, label_corpus
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
+from domainshuttle.pipelines.curation.labels.labellers import Show
+from domainshuttle.pipelines.curation.labels.rules import SCORE
+from domainshuttle.pipelines.curation.labels.stage import keep_labels, label_corpus
 from domainshuttle.pipelines.curation.stage import Work
 from domainshuttle.pipelines.endpoints.client import EndpointError
 from domainshuttle.pipelines.errors import DataError, UserFacingError

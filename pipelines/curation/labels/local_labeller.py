@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from domainshuttle.pipelines.curation.label_config import LabelConfig
+from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.curation.model_folders import load_labeller, model_digest
 from domainshuttle.pipelines.endpoints.answers import Answers
 from domainshuttle.pipelines.endpoints.client import Answer, Question, judged

@@ -1,0 +1,1 @@
+"""Labels: captions, the words of subjects, and their domains, made by an endpoint, a local model or word lists."""
