@@ -48,8 +48,6 @@ def kept(spec: ModelSpec, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     model.patch_embedding.register_forward_hook(lambda _, __, out: out if out.requires_grad else out.requires_grad_())
     monkeypatch.setattr(attention, "dispatch_attention_fn", fused)
     monkeypatch.setattr(type(model), "_check", lambda *_: None)
-    # an engine of another test leaves DeepSpeed's own linear behind, which keeps other tensors
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     weights = {one.untyped_storage()._cdata for one in model.parameters()}
     storages = {}
 
@@ -74,6 +72,7 @@ def kept(spec: ModelSpec, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     return sum(storage.nbytes() for storage in storages.values()), (frames + references) * (side // 2) ** 2
 
 
+@pytest.mark.usefixtures("torchs_linear")
 @pytest.mark.parametrize(
     "trained",
     [
