@@ -1,4 +1,4 @@
-"""The labelling stage, against a real server. Run: python -m pytest tests/pipelines/curation/labels/test_labelling.py"""
+"""Labelling, against a real server. Run: python -m pytest tests/pipelines/curation/labels/test_labelling.py"""
 
 import base64
 import json
