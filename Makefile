@@ -9,11 +9,9 @@ export OMP_NUM_THREADS ?= 1
 # torch alone and first: beside other packages pip may take another build of it
 $(VENV)/installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11, or name it: make PYTHON=... $(MAKECMDGOALS)"; exit 1; }
-	@command -v c++ >/dev/null || { echo "a C++ compiler is missing: install one (Debian: apt-get install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/python -c 'from domainshuttle.platform.engine.zero3 import build_cpu_operator; build_cpu_operator()' >/dev/null
 	@touch $@
 
 demo: $(VENV)/installed

@@ -60,7 +60,7 @@ USES: dict[str, tuple[str, ...]] = {
     # of its modules
     "local_device": (ENGINE,),
     "deepspeed.runtime.zero.muon.original_muon": (ENGINE,),
-    "deepspeed.ops.op_builder.cpu.comm.ShareMemCommBuilder": (ENGINE,),
+    "patch deepspeed.ops.__compatible_ops__.": (ENGINE,),
     "patch torch.compile": (ENGINE,),
     # Ray Data's scheduling loop
     "ray.data._internal.execution.execution_callback.ExecutionCallback": (SOURCE,),
@@ -375,10 +375,13 @@ def _store(_: Any) -> None:
     assert fs.S3FileSystem(**options | {"retry_strategy": strategy, **changed}).region == "eu-west-1"
 
 
-def _builder(_: Any) -> None:
+def _operators(_: Any) -> None:
+    from deepspeed.comm import comm
+    from deepspeed.ops import __compatible_ops__ as known
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 
-    assert "verbose" in inspect.signature(ShareMemCommBuilder.load).parameters
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm" in known
+    assert comm.cdb.shm_comm_op is None  # of the engine of this process
 
 
 def _device(model: Any) -> None:
@@ -436,7 +439,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(("ds_tensor", "ds_shape", "ds_numel", "partition_numel"), _divided),
     "local_device": _device,
     **dict.fromkeys(("deepspeed.runtime.zero.muon.original_muon", "patch torch.compile"), _muon),
-    "deepspeed.ops.op_builder.cpu.comm.ShareMemCommBuilder": _builder,
+    "patch deepspeed.ops.__compatible_ops__.": _operators,
     "ray.data._internal.execution.execution_callback.ExecutionCallback": _callback,
     "custom_execution_callback_classes": _context, "_topology": _executor, "_in_task_output_backpressure": _operator,
     "health_check_failure": _health,

@@ -10,10 +10,8 @@ came.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -314,8 +312,8 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> torch.device:
     What is trained, and what generation keeps in float32, is float32; all else is of the configured type.
     """
     deepspeed, dtype = _deepspeed(), _dtype(config)
-    with _quiet(), _own_ninja():
-        deepspeed.init_distributed()  # compiles its collective for the CPU, where that is not there yet
+    with _quiet(), _without_operators():
+        deepspeed.init_distributed()
         device = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype).local_device
     outline = blueprint.outline
     weights = blueprint.weights() if dist.get_rank() == 0 else None
@@ -379,10 +377,6 @@ def _share_tokens(model: Any, section: EngineSection) -> TokenGroup | None:
 def _deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # what DeepSpeed compiles names the environment's own headers: two environments would compile it again in turns
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    own = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"{own}-{torch.__version__}"))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
     # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start
@@ -394,15 +388,12 @@ def _deepspeed() -> Any:
 
 
 @contextlib.contextmanager
-def _own_ninja() -> Iterator[None]:
-    """While it lasts, DeepSpeed compiles with this environment's ninja: it takes the first on PATH, and another version
-    of it would compile everything again."""
-    before = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
-    try:
+def _without_operators() -> Iterator[None]:
+    """While it lasts, DeepSpeed makes no collective of its own for CPUs, which is for inference only: it would compile
+    it, and where ranks know that they share a node, each would leave 66 MiB in /dev/shm, which nothing removes."""
+    deepspeed = _deepspeed()
+    with mock.patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
         yield
-    finally:
-        os.environ["PATH"] = before
 
 
 @contextlib.contextmanager
@@ -416,14 +407,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def build_cpu_operator() -> None:
-    """Compiles DeepSpeed's shared-memory collective for the CPU, which its first start would do; a no-op elsewhere."""
-    if torch.cuda.is_available():
-        return
-    _deepspeed()
-    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
-
-    with _own_ninja():
-        ShareMemCommBuilder().load(verbose=False)

@@ -103,6 +103,15 @@ def masters_are_the_float32_source(folder: Path) -> None:
 
 
 @check
+def nothing_is_left_in_shared_memory(folder: Path) -> None:
+    """With the variables of DeepSpeed's launcher too (`main`), by which ranks know that they share a node: what a rank
+    made there would stay, since workers are killed as often as not."""
+    engine(ATTENTION)
+    assert os.environ["LOCAL_SIZE"] == str(dist.get_world_size())
+    assert not [path for path in Path("/dev/shm").iterdir() if os.environ["MASTER_PORT"] in path.name]
+
+
+@check
 def no_worker_holds_the_model_whole(folder: Path) -> None:
     from domainshuttle.platform.config.schema import ModelSection
     from domainshuttle.platform.engine.initialization import blueprint
