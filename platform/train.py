@@ -139,8 +139,10 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
 
         def weights_are_good(micro: MicroBatch[TrainingBatch]) -> bool:
             with torch.no_grad():
-                loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=micro.step)
-            return guard.judge(monitor.mean_loss(loss)) == "good"
+                loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=micro.step).loss
+            # a micro-batch without references tells nothing of the weights that only references pass through
+            loss = loss if engine.weights_finite() else torch.full_like(loss, torch.nan)
+            return guard.judge_weights(monitor.mean_loss(loss))
 
         # Train
         monitor.begin()
@@ -174,11 +176,13 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                 monitor.step(step, result, checkpoints.ended())
 
             done = step + 1
-            # a stage does not end with steps that were bad
-            stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and guard.bad_in_a_row else agreed.stop
+            # a stage does not end with steps that were bad, or that nothing was trained on: its weights are judged by
+            # the samples of its last step
+            bad = bool(guard.bad_in_a_row) or step in start.skipped
+            stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and bad else agreed.stop
             # what the last update made of the weights, no later loss would tell
             last = step == last_trained or stop is Stop.DURATION_REACHED
-            if last and step not in start.skipped and not weights_are_good(micro):
+            if last and not weights_are_good(micro):
                 return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:

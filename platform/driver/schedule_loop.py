@@ -255,8 +255,8 @@ class Schedule:
             raise CheckpointError(f"stage {end.segment}: {end.reason}")
         if end.kind is End.DIVERGED:
             raise DivergedError(
-                f"stage {end.segment}: the update of step {end.step} left weights whose loss is not finite or far "
-                f"above the median: {self._go_on(segment)}"
+                f"stage {end.segment}: the update of step {end.step} left weights whose loss is not finite, or far "
+                f"above what it was before: {self._go_on(segment)}"
             )
         if end.kind is End.ROLLED_BACK:
             self._refuse_to_go_in_circles(segment)

@@ -91,6 +91,11 @@ class Partition:
             flats[AVERAGE] = self._average
         return flats
 
+    def finite(self) -> bool:
+        """Whether all masters of this rank, and their averages, are finite numbers."""
+        flats = self.flats()
+        return all(bool(flat.isfinite().all()) for kind in (MASTER, AVERAGE) for flat in flats.get(kind, ()))
+
     # Moving average
 
     def release(self) -> None:

@@ -160,6 +160,10 @@ class Engine:
             )
         return result
 
+    def weights_finite(self) -> bool:
+        """Whether this rank's part of what is trained, and of its average, has finite numbers alone."""
+        return self._partition.finite()
+
     @property
     def averages(self) -> bool:
         """Whether a moving average of the weights is kept."""

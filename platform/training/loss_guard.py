@@ -19,6 +19,9 @@ from domainshuttle.platform.config.schema import GuardSection
 
 Verdict = Literal["good", "not finite", "spike"]
 
+NOTHING_LEARNED = 2.0
+"""About the loss of a model that predicts nothing: noise of variance 1, and latents of about as much."""
+
 
 class LossGuard:
     """Judges the loss of each step, the mean over all ranks, before its gradients are applied."""
@@ -29,6 +32,7 @@ class LossGuard:
         self.section = section
         state = state or {}
         self._good: deque[float] = deque(state.get("usual", ()), maxlen=section.window)
+        self._first: float | None = state.get("first")
         # what a rollback skips does not count twice
         self.bad_in_a_row = [step for step in state.get("bad_in_a_row", ()) if step not in skipped]
 
@@ -43,6 +47,16 @@ class LossGuard:
                 return "spike"
         return "good"
 
+    def judge_weights(self, loss: float) -> bool:
+        """Whether weights are good that a stage would end with, by their loss.
+
+        It may also lie no `spike_factor` times above the stage's first loss and that of a model that has learned
+        nothing: where most steps were as bad, or there were few, their median tells nothing.
+        """
+        factor, first = self.section.spike_factor, self._first
+        diverged = factor is not None and first is not None and loss > factor * max(first, NOTHING_LEARNED)
+        return self.judge(loss) == "good" and not diverged
+
     def median_loss(self) -> float | None:
         """The median of the last `window` good losses, of as many as there are; None before the first."""
         return statistics.median(self._good) if self._good else None
@@ -50,6 +64,8 @@ class LossGuard:
     def applied(self, loss: float) -> None:
         """Notes a step that changed the model."""
         self._good.append(loss)
+        if self._first is None:
+            self._first = loss
         self.bad_in_a_row.clear()
 
     def dropped(self, step: int) -> bool:
@@ -59,4 +75,4 @@ class LossGuard:
 
     def state(self) -> dict[str, Any]:
         """The history, for the checkpoint."""
-        return {"usual": list(self._good), "bad_in_a_row": list(self.bad_in_a_row)}
+        return {"usual": list(self._good), "first": self._first, "bad_in_a_row": list(self.bad_in_a_row)}

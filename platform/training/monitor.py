@@ -253,9 +253,9 @@ class Monitor:
         self._ending = bool(reason)
         return Agreement(total / count if count else float("nan"), Stop(int(reason)))
 
-    def mean_loss(self, loss: LossOutput) -> float:
+    def mean_loss(self, loss: Tensor) -> float:
         """The mean over all ranks of the loss of one micro-batch each; not finite where any is not."""
-        return self._summed(loss.loss.detach().double())[0] / self.world_size
+        return self._summed(loss.detach().double())[0] / self.world_size
 
     def _summed(self, first: Tensor, *more: float) -> list[float]:
         """The sums over all ranks."""

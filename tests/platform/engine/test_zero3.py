@@ -366,6 +366,11 @@ before = held()
 for options in ({{}}, {{"ema": 0.9}}, {{"precision": "float32"}}, {{"offload_optimizer": True}}):
     engine = engines.engine(["*"], **options)
     engines.train(engine, 0, 2)
+    for kind, flats in engine._partition.flats().items():
+        value, flats[0][5] = float(flats[0][5]), float("inf")
+        assert engine.weights_finite() == (kind not in ("master", "ema")), kind
+        flats[0][5] = value
+    assert engine.weights_finite()
     at_work = held()
     engine.close()
     del engine

@@ -37,6 +37,23 @@ def test_a_spike_is_measured_against_the_median_of_the_window() -> None:
     assert LossGuard(GuardSection(spike_factor=None, window=1), {"usual": [1.0]}).judge(1e6) == "good"
 
 
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_a_stage_does_not_end_with_a_loss_far_above_its_first_one(steps: int) -> None:
+    """Also where the steps since, of which there are few, or all that the window holds, were as bad."""
+    guard = LossGuard(SECTION)
+    guard.applied(0.01)  # of a black picture: how far a usual one lies above it says nothing
+    for _ in range(steps):
+        guard.applied(1e9)
+    guard = LossGuard(SECTION, json.loads(json.dumps(guard.state())))
+    assert guard.judge(1e9) == "good"
+    assert guard.judge_weights(5.9) and not guard.judge_weights(6.1)  # three times what predicting nothing costs
+    assert not guard.judge_weights(1e9) and not guard.judge_weights(math.nan)
+    high = LossGuard(SECTION, {"usual": [], "first": 10.0})
+    assert high.judge_weights(29.0) and not high.judge_weights(31.0)
+    assert LossGuard(GuardSection(spike_factor=None), {"first": 0.1}).judge_weights(1e6)
+    assert LossGuard(SECTION, {"usual": [1.0]}).judge_weights(1e6)  # of a checkpoint that does not say
+
+
 def test_only_bad_steps_in_a_row_send_the_run_back() -> None:
     guard = LossGuard(SECTION)
     assert [guard.dropped(1), guard.dropped(2)] == [False, False]
