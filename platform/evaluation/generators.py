@@ -28,6 +28,7 @@ from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.cases import EvaluationCase, ReferencePicture
 from domainshuttle.platform.evaluation.config import GenerationSettings
+from domainshuttle.platform.generation.cases import NotFiniteError, as_pixels
 from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
 from domainshuttle.platform.generation.generate import Sampling, load_pipeline
 
@@ -184,7 +185,7 @@ class _DomainShuttle:
             except InputError as error:
                 raise CaseError(str(error)) from error
         latency.references_count = sum(map(len, pictures)) / len(cases)
-        return [as_pixels(frames) for frames in result.frames], latency
+        return [_pixels(frames) for frames in result.frames], latency
 
 
 class _WanVACE:
@@ -238,7 +239,7 @@ class _WanVACE:
                     )
                 except ValueError as error:
                     raise CaseError(one_line(error)) from error
-                clips.append(as_pixels(result.frames[0]))
+                clips.append(_pixels(result.frames[0]))
         latency.references_count = sum(len(case.references) for case in cases) / len(cases)
         return clips, latency
 
@@ -251,9 +252,12 @@ def opened(references: Sequence[ReferencePicture]) -> list[Image.Image]:
         raise CaseError(f"a reference picture can't be used: {one_line(error)}") from error
 
 
-def as_pixels(frames: np.ndarray) -> Pixels:
-    """[F,h,w,3] floats in 0..1 to uint8."""
-    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+def _pixels(frames: np.ndarray) -> Pixels:
+    """[F,h,w,3] floats in 0..1 to uint8. Raises CaseError for a clip whose values are not all finite."""
+    try:
+        return as_pixels(frames)
+    except NotFiniteError as error:
+        raise CaseError(str(error)) from error
 
 
 def _renumbered(case: EvaluationCase) -> dict[int, int]:

@@ -23,6 +23,21 @@ from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError
 
 
+class NotFiniteError(DataError):
+    """A clip with values that are no numbers, which would be shown as black."""
+
+
+def as_pixels(frames: np.ndarray) -> Pixels:
+    """[F,h,w,3] floats in 0..1 to uint8. Raises NotFiniteError for a clip whose values are not all finite."""
+    if not np.isfinite(frames).all():
+        raise NotFiniteError(
+            "the clip came out with values that are not finite: the weights are damaged, or of a training that "
+            "diverged. Export the model again, of an earlier checkpoint (domainshuttle export RUN FOLDER --checkpoint "
+            "NAME)"
+        )
+    return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Case:
     """What is generated, and what it is compared with: pictures [h,w,3] and clips [F,h,w,3], uint8."""
@@ -130,7 +145,8 @@ def generate_cases(
 ) -> list[Pixels]:
     """A clip [F,h,w,3] a case, all in one batch; `size` is frames, height, width, and each has a seed of its own.
 
-    `on_step` is called with the number of sampling steps done; what it raises ends the generation.
+    `on_step` is called with the number of sampling steps done; what it raises ends the generation. Raises
+    NotFiniteError for a clip whose values are not all finite.
     """
     frames, height, width = size
 
@@ -155,4 +171,4 @@ def generate_cases(
         output_type="np",
         callback_on_step_end=callback,
     )
-    return [(np.clip(clip, 0, 1) * 255).round().astype(np.uint8) for clip in result.frames]
+    return [as_pixels(clip) for clip in result.frames]

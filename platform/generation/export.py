@@ -84,7 +84,7 @@ SETTINGS_NAME = "generation.json"
 
 def _trained_settings(config: RunConfig, stage: StageSection) -> dict[str, Any]:
     """Size and length that a stage was trained on most, and how the configuration samples."""
-    corpus = max(stage.mixture, key=lambda one: stage.mixture[one])
+    corpus = max(stage.mixture, key=lambda one: stage.weights.get(one, 0.0))
     bucket, settings = config.corpora[corpus].parsed_buckets[0], config.generation
     return {
         "height": bucket.height,

@@ -22,7 +22,7 @@ from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
-from domainshuttle.platform.generation.cases import case_seed, read_cases
+from domainshuttle.platform.generation.cases import as_pixels, case_seed, read_cases
 from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
 
 
@@ -181,8 +181,8 @@ def _references(case: GenerationCase) -> list[Image.Image]:
 
 
 def save_clip(frames: np.ndarray, path: Path, fps: float) -> None:
-    """Writes frames [f,h,w,3], floats in 0..1, as MP4, or the first as PNG."""
-    pixels = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    """Writes frames [f,h,w,3], floats in 0..1, as MP4, or the first as PNG. Raises NotFiniteError."""
+    pixels = as_pixels(frames)
     if path.suffix == ".png":
         Image.fromarray(pixels[0]).save(path)
     else:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from running import in_process
+from safetensors.torch import load_file
 
 from domainshuttle.cluster.local import ClusterError
+from domainshuttle.model.file_mode import save_tensors
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.platform.checkpoint.async_writer import SavesFailedError
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
@@ -109,8 +112,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path) -> Path:
     (folder / "empty").mkdir()
     (folder / "described").mkdir()
     (folder / "described" / "config.json").write_text('{"_class_name": "DomainShuttleTransformer3DModel"}')
-    for name in ("cut-model", "odd-model"):
+    for name in ("cut-model", "odd-model", "diverged-model"):
         shutil.copytree(folder / "model", folder / name)
+    (diverged,) = (folder / "diverged-model" / "transformer").glob("*.safetensors")
+    tensors = load_file(diverged)
+    save_tensors(tensors | {"proj_out.bias": torch.full_like(tensors["proj_out.bias"], torch.nan)}, diverged,
+                 {"format": "pt"})  # fmt: skip
     weights = next((folder / "cut-model" / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     (folder / "odd-model" / "model_index.json").write_text("{")
@@ -166,6 +173,7 @@ MISTAKES = [
     (generate("owner/no-such-model"), "hf download owner/no-such-model"),
     (["plan", "demo", "--set", "model={base: owner/no-such-model}"], "hf download owner/no-such-model"),
     (generate("odd-model"), "no exported model in odd-model"),
+    (generate("diverged-model"), "values that are not finite"),
     (["export", "runs/tiny", "plain/exported"], "plain"),
     (["export", "runs/tiny", "runs/tiny"], "not empty"),
     (["export", "runs/tiny", "new", "--stage", "stage9"], "stage9"),

@@ -40,6 +40,17 @@ def run(tiny_yaml: Path, tmp_path: Path) -> Run:
     return made
 
 
+def test_a_stage_whose_corpora_are_mixed_by_their_counts_is_exported(tiny_yaml: Path, tmp_path: Path) -> None:
+    run = Run.open(load_config(str(tiny_yaml), [f"output={tmp_path}", "stages.stage1.mixture=[clips, pictures]"]))
+    stage1 = run.segment("stage1")
+    build_model(run.config.model, WeightsOrigin(None, 3)).save_pretrained(stage1.weights)
+    stage1.finish(4)
+    export_run(run, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "generation.json").read_text())
+    bucket = run.config.corpora["clips"].parsed_buckets[0]
+    assert (settings["frames"], settings["height"], settings["width"]) == (bucket.frames, bucket.height, bucket.width)
+
+
 def begun_with(run: Run) -> Tensors:
     return load_file(run.segment("stage1").weights / "diffusion_pytorch_model.safetensors")
 
