@@ -114,6 +114,8 @@ class RowFilter:
         match node:
             case ast.Constant(value=int() | float() | str() as value) if not isinstance(value, bool):
                 return value
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self._number(operand)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return self._arithmetic(ast.Sub, 0, self._number(operand))
             case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _PYTHON:

@@ -249,6 +249,7 @@ MISSING.append(description("picture", "image", 1, None, scores={"q": 2.0}))
         ("fps in (29.97,)", ["ntsc"]),
         ("fps in {29.97, 60}", ["ntsc", "sixty"]),
         ("fps >= 29.97", ["ntsc", "sixty"]),
+        ("fps >= +29.97", ["ntsc", "sixty"]),
         ("29.97 <= fps", ["ntsc", "sixty"]),
         ("fps < 29.97", ["film"]),
         ("fps != 29.97", ["film", "sixty"]),
