@@ -437,7 +437,7 @@ def train(
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
-    settings = _load(config, set_)  # before what takes seconds to import: a mistake is answered at once
+    settings = _load_run(config, set_)  # before what takes seconds to import: a mistake is answered at once
     from domainshuttle.platform.driver.driver import STOPPED, train_run
 
     if preflight:
@@ -509,7 +509,7 @@ def submit(
     from domainshuttle.platform.console import console, errors
     from domainshuttle.platform.report.text import Advice, Prose
 
-    settings = _load(config, set_)
+    settings = _load_run(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
     options += ["--preflight"] if preflight else []
     if told := overriding_address(address):
@@ -857,6 +857,15 @@ def _load(config: str, overrides: list[str] | None) -> "RunConfig":
     from domainshuttle.platform.config.loading import load_config
 
     return load_config(config, overrides)
+
+
+def _load_run(config: str, overrides: list[str] | None) -> "RunConfig":
+    """The configuration of a run that is to be trained."""
+    settings = _load(config, overrides)
+    from domainshuttle.platform.run.folder import require_meant
+
+    require_meant(config, overrides or [], settings)
+    return settings
 
 
 def _load_corpora(config: str, overrides: list[str] | None) -> "RunConfig | CorporaConfig":

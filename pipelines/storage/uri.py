@@ -172,6 +172,8 @@ def absolute(location: Location) -> Location:
             path = path.expanduser()
         except RuntimeError as error:
             raise DataError(f"{location}: {error}; a folder of that name is written ./{location}") from None
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no file has such a character in its name: remove it")
     try:
         str(path).encode()
     except UnicodeError:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.report.text import Prose, Records, headline
 from domainshuttle.platform.tracking.mlflow import page_of_runs
-from domainshuttle.platform.tracking.outbox import absolute_uri
 from domainshuttle.platform.tracking.queries import RunRecord, UnknownRecordError, read_history, read_runs
 from domainshuttle.platform.tracking.training_steps import HOURS_TAG, OWN_HOURS, last_training_step
 

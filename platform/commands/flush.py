@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import find_run
 from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool, page_of
-from domainshuttle.platform.tracking.outbox import absolute_uri, failed_uploads, reachable
+from domainshuttle.platform.tracking.outbox import failed_uploads, reachable
 
 
 def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> bool:

@@ -5,6 +5,7 @@ The sections are in `schema`, what YAML means in `yaml_text`. Unknown keys are e
 typing mistake is answered at once.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -102,6 +103,7 @@ def _prepared(text: str, origin: str, overrides: list[str] | None) -> tuple[dict
     for override in overrides or []:
         _override(content, override)
     _refuse_keys(content, origin)
+    _refuse_variables(content, origin)
     for key in ("data", "output"):
         if isinstance(content.get(key), str) and content[key]:
             content[key] = _place(key, content[key], origin)
@@ -180,6 +182,26 @@ def _refuse_keys(content: Mapping[str, Any], origin: str) -> None:
             raise ConfigError(
                 f"{origin}: {path} has access keys in it, and it is saved with the run and logged to MLflow: {remedy}"
             )
+
+
+def _refuse_variables(content: Any, origin: str, path: str = "") -> None:
+    """Raises ConfigError for the name of a variable in a place, which only a shell would fill in: a folder of that very
+    name would be made."""
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            _refuse_variables(value, origin, f"{path}.{key}" if path else str(key))
+        return
+    if not isinstance(content, str) or path.rpartition(".")[2] not in _PLACES:
+        return
+    if (named := re.search(r"\$(\w+|\{\w+\})", content)) and not Path(content).exists():
+        raise ConfigError(
+            f"{origin}: {path}={content}: {named[0]} is not filled in here: write out what it stands for, or let the "
+            f'shell do it: --set {path}="{content}"'
+        )
+
+
+_PLACES = ("data", "output", "store", "scratch", "base", "folder", "video", "text", "cases_file")
+"""Keys whose values are places."""
 
 
 def _place(key: str, place: str, origin: str) -> str:

@@ -12,9 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import TypedDict
 
 from domainshuttle.model.domains import DOMAINS
@@ -102,7 +112,7 @@ class ModelSize(TypedDict, total=False):
     ffn_dim: Annotated[Whole, Field(ge=1, le=1 << 20)]
     num_layers: Annotated[Whole, Field(ge=1, le=1024)]
     cross_attn_norm: bool
-    eps: Annotated[Real, Field(gt=0, le=1)]
+    eps: Annotated[Real, Field(ge=1e-12, le=1)]  # what float32 holds beside squares of about 1e-6
     max_references: Annotated[Whole, Field(ge=0, le=1024)]
     num_domains: Annotated[Whole, Field(ge=len(DOMAINS), le=1024)]
     timestep_angles: Literal["float32", "float64"]
@@ -569,8 +579,48 @@ class HookSection(Section):
 _BY_NAME = "put it into a variable of the environment, and give ${NAME} here"
 
 
+_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(\?.*)?")
+
+
+def absolute_uri(uri: str) -> str:
+    """An MLflow URI; one of an sqlite store with an absolute path, as Ray workers change their directory.
+
+    Raises ConfigError for a path with %, which SQLAlchemy's versions read in different ways.
+    """
+    match = _SQLITE.fullmatch(uri)
+    if match and "%" in match[2]:
+        raise ConfigError(f"{uri}: MLflow would open another file for a path with %: name a folder without it")
+    return f"{match[1]}{Path(match[2]).expanduser().resolve()}{match[3] or ''}" if match else uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database of an sqlite URI; None for any other."""
+    match = _SQLITE.fullmatch(uri)
+    return Path(match[2]) if match else None
+
+
+def _server_or_store(uri: str) -> str:
+    """What MLflow can be given as a server or store, absolute. Raises ValueError for what it would take for another."""
+    address = urlsplit(uri)
+    if address.scheme in ("http", "https"):
+        if not address.hostname:
+            raise ValueError("names no host: expected such as http://HOST:5000")
+        address.port  # noqa: B018 - a ValueError where it is none
+    elif address.scheme == "file" or not (_SQLITE.fullmatch(uri) or _DATABASE.match(uri) or uri == "databricks"):
+        raise ValueError(
+            "is neither a server nor a store that MLflow can keep runs in: expected http://HOST:5000 or "
+            "sqlite:///FOLDER/mlflow.db"
+        )
+    return absolute_uri(uri)
+
+
+_DATABASE = re.compile(r"(postgresql|mysql|mssql|databricks|uc)(\+\w+)?://")
+
+
 class TrackingSection(Section):
-    uri: Text | None = Field(None, description="MLflow server or store; none: sqlite beside the runs")
+    uri: Annotated[Text, AfterValidator(_server_or_store)] | None = Field(
+        None, description="MLflow server or store; none: sqlite beside the runs"
+    )
     experiment: Text = "domainshuttle"
     every: Count = Field(10, description="steps between logged metrics")
     hooks: list[HookSection] = Field(default_factory=list, description="who is told when the run needs somebody")

@@ -127,6 +127,8 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         ids=RunIds.from_dict(ids, config.tracking_uri) if ids else None,
     )
     run.write_ids(tracker.ids.to_dict())
+    if told := other_tracking(config):
+        say(told)
     hooks = Hooks(run, say, lambda: page_of(tracker.ids))
     for text in hooks.missing():
         say(text)
@@ -197,6 +199,17 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
         f"--uri {mask_secrets(config.tracking_uri)}"
     )
     return 0
+
+
+def other_tracking(config: RunConfig) -> str | None:
+    """What to tell people where MLflow's own variable names another server or store than a run is tracked at."""
+    named = os.environ.get("MLFLOW_TRACKING_URI", "").strip().rstrip("/")
+    if not named or named == config.tracking_uri.rstrip("/"):
+        return None
+    return (
+        f"This run is tracked at {mask_secrets(config.tracking_uri)}; MLFLOW_TRACKING_URI={mask_secrets(named)} in the "
+        'environment is left aside. To use it: --set tracking.uri="$MLFLOW_TRACKING_URI"'
+    )
 
 
 def failure_events(error: BaseException) -> tuple[HookEvent, ...]:

@@ -12,7 +12,7 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +359,26 @@ def find_run(folder: str | Path) -> Run:
         return Run(config)
     path = path.resolve()
     return Run(_moved(config, path), path)
+
+
+def require_meant(source: str, overrides: Sequence[str], config: RunConfig) -> None:
+    """Raises ConfigError where `source` is what a run saved of itself, and lies with that run elsewhere than it says:
+    by it the run at the old place would be trained, and not the one that was named.
+
+    Overrides of `name` or `output` say which is meant.
+    """
+    path = Path(source).expanduser().absolute()
+    if {override.partition("=")[0].strip() for override in overrides} & {"name", "output"}:
+        return
+    if path.name != "config.yaml" or not (path.is_file() and (path.parent / "checkpoints").is_dir()):
+        return
+    if config.run_folder.exists() and config.run_folder.samefile(path.parent):
+        return
+    raise ConfigError(
+        f"{source} is of the run in {path.parent}, which was moved or copied there: it says that its run is "
+        f"{config.run_folder}. To go on with the one that was named: {find_run(path.parent).train_command}; to train "
+        f"the other: --set output={shlex.quote(config.output)}"
+    )
 
 
 def _moved(config: RunConfig, folder: Path) -> RunConfig:

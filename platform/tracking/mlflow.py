@@ -43,12 +43,12 @@ from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line, without_user
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.platform.config.schema import absolute_uri, sqlite_file
 from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.outbox import (
     PARAM_CHARS,
     TAG_CHARS,
     BackgroundLog,
-    absolute_uri,
     artifact_event,
     began,
     bounded,
@@ -57,7 +57,6 @@ from domainshuttle.platform.tracking.outbox import (
     reachable,
     segment_journal,
     segment_of,
-    sqlite_file,
     status_event,
     texts_event,
     uploads_journal,

@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from domainshuttle.pipelines.errors import mask_secrets
-from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.journal import Journal, JournalWriter
 
@@ -72,24 +71,6 @@ def began(journal: Journal) -> int | None:
 
 _FIRST_LINES = 20
 """Among so many lines one is whole."""
-_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(\?.*)?")
-
-
-def absolute_uri(uri: str) -> str:
-    """An sqlite URI with an absolute path, as Ray workers change their directory; any other URI as it is.
-
-    Raises ConfigError for a path with %, which SQLAlchemy's versions read in different ways.
-    """
-    match = _SQLITE.fullmatch(uri)
-    if match and "%" in match[2]:
-        raise ConfigError(f"{uri}: MLflow would open another file for a path with %: name a folder without it")
-    return f"{match[1]}{Path(match[2]).expanduser().resolve()}{match[3] or ''}" if match else uri
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The database of an sqlite URI; None for any other."""
-    match = _SQLITE.fullmatch(uri)
-    return Path(match[2]) if match else None
 
 
 def reachable(uri: str, timeout: float = 10.0) -> bool:

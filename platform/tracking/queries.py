@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.platform.config.schema import absolute_uri, sqlite_file
 from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.mlflow import (
     PARENT_TAG,
@@ -20,7 +21,7 @@ from domainshuttle.platform.tracking.mlflow import (
     connect,
     last_steps,
 )
-from domainshuttle.platform.tracking.outbox import absolute_uri, reachable, sqlite_file
+from domainshuttle.platform.tracking.outbox import reachable
 
 _MOST_NAMES = 20
 

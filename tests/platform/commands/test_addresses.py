@@ -22,9 +22,8 @@ from domainshuttle.pipelines.storage.uri import Location, join
 from domainshuttle.platform import cli as command_line
 from domainshuttle.platform.commands.data import build_corpora, encode_corpora
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.config.schema import ConfigError, absolute_uri
 from domainshuttle.platform.console import console
-from domainshuttle.platform.tracking.outbox import absolute_uri
 
 BESIDE = ["raw", "raw 2", "raw#2", "raw?2", "raw%232", "raw%202", "räw+2"]
 """Folders that a careless reader of addresses takes for each other; each holds another corpus."""

@@ -132,6 +132,54 @@ def test_folders_of_weights_come_out_absolute_and_ids_of_the_hub_as_they_are(
     assert [expert.base for expert in experts] == [str(tmp_path / "wan"), "Wan-AI/low"]
 
 
+def test_a_store_of_metrics_is_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for scheme in ("sqlite", "sqlite+pysqlite"):
+        config = load_config("demo", [f"tracking.uri={scheme}:///all.db?timeout=20"])
+        assert config.tracking_uri == f"{scheme}:///{tmp_path}/all.db?timeout=20"
+        assert config.digest() == load_config("demo").digest()
+    with pytest.raises(ConfigError, match=r"tracking\.uri: .*would open another file"):
+        load_config("demo", ["tracking.uri=sqlite:///50%.db"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("mlruns", "expected http://HOST:5000 or sqlite"), ("./mlruns", "expected"), ("file:///x", "expected"),
+        ("localhost:5000", "expected"), ("127.0.0.1:5000", "expected"), ("http:/host:5000", "names no host"),
+        ("http://", "names no host"), ("http://host:port", "[Pp]ort"), ("http://host:99999", "[Pp]ort"),
+        ("sqlite://mlflow.db", "expected"), ("sqlite:/mlflow.db", "expected"), ("foo://host", "expected"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_a_server_nor_a_store_is_refused(uri: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"tracking.uri: .*{told}"):
+        load_config("demo", [f"tracking.uri={uri}"])
+    for good in ("http://host:5000/team", "https://[::1]:5000", "postgresql+psycopg2://db/mlflow", "databricks"):
+        assert load_config("demo", [f"tracking.uri={good}"]).tracking_uri == good
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "output=$HOME/runs", "data=${SCRATCH}/data", "checkpoint.store=/mnt/$USER", "checkpoint.scratch=$TMPDIR",
+        "encoders.video=$MODELS/vae", "corpora.clips.build={builder: uno, folder: $DATA, samples: 8}",
+    ],
+)  # fmt: skip
+def test_a_variable_that_no_shell_has_filled_in_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="is not filled in here"):
+        load_config("demo", [override])
+
+
+def test_a_folder_that_has_such_a_name_is_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "$HOME").mkdir()
+    assert load_config("demo", [f"output={tmp_path}/$HOME"]).output == f"{tmp_path}/$HOME"
+
+
+def test_a_place_with_a_character_that_no_file_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no file has such a character"):
+        load_config("demo", ["data=a\0b"])
+
+
 def test_how_samples_are_read_may_change_on_resume() -> None:
     assert load_config("demo", ["loader.most_bad=0.05", "loader.threads=4"]).digest() == load_config("demo").digest()
 

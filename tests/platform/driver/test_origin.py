@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.driver import driver
 
 MODULE = Path("platform/driver/driver.py")
@@ -64,6 +65,26 @@ def test_code_that_lies_in_a_repository_of_its_own_name_but_not_in_its_history_h
     (tmp_path / MODULE).touch()
     monkeypatch.setattr(driver, "__file__", str(tmp_path / MODULE))
     assert driver._git_commit() == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "around", "told"),
+    [
+        (None, "http://server:5000", True),
+        ("http://server:5000", "http://server:5000/", False),
+        ("http://server:5000", "http://other:5000", True),
+        (None, "", False),
+        (None, "sqlite:////elsewhere/mlflow.db", True),
+    ],
+)
+def test_mlflows_own_variable_is_not_left_aside_in_silence(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, around: str, told: bool
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", around)
+    config = load_config("demo", [f"tracking.uri={own}"] if own else [])
+    text = driver.other_tracking(config)
+    assert (text is not None) == told
+    assert text is None or (around in text and config.tracking_uri in text and "--set tracking.uri=" in text)
 
 
 def test_without_git_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from domainshuttle.platform.checkpoint.resume import adopt_stages
 from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingState, write_manifest
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
-from domainshuttle.platform.run.folder import Run, find_run
+from domainshuttle.platform.run.folder import Run, find_run, require_meant
 from domainshuttle.platform.run.segments import Segment
 
 
@@ -90,6 +90,23 @@ def test_the_command_that_goes_on_with_a_moved_run_does(run: Run, tmp_path: Path
     again = Run.open(load_config(path, [override]))
     assert (again.folder, finished(again)) == (tmp_path / "new" / "demo", ["base", "stage1"])
     assert find_run(again.folder).train_command == f"domainshuttle train {again.config_path}"
+
+
+def test_a_moved_runs_own_configuration_does_not_train_the_run_at_the_old_place(run: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run.folder, tmp_path / "new" / "demo"))
+    before = sorted(run.folder.rglob("*"))
+    for verb in ("train", "submit"):
+        printed = " ".join(in_process(verb, copy / "config.yaml", expect=2).split())
+        assert f"which was moved or copied there: it says that its run is {run.folder}" in printed
+        assert find_run(copy).train_command in printed and f"--set output={run.folder.parent}" in printed
+    assert sorted(run.folder.rglob("*")) == before
+    meant = load_config(str(copy / "config.yaml"))
+    require_meant(str(copy / "config.yaml"), [f"output={copy.parent}"], meant)
+    require_meant(str(run.config_path), [], meant)
+    template = shutil.copy(run.config_path, tmp_path / "config.yaml")  # a file beside which there is no run
+    require_meant(template, [], meant)
+    (tmp_path / "latest").symlink_to(run.folder)
+    require_meant(str(tmp_path / "latest" / "config.yaml"), [], meant)
 
 
 def test_places_in_the_folder_or_moved_along_beside_it_are_meant_where_they_are(tmp_path: Path) -> None:

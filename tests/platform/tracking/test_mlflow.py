@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.tracking import mlflow as tracking
 from domainshuttle.platform.tracking import outbox
@@ -405,8 +406,8 @@ def test_secrets_reach_neither_files_nor_logs(
 
 def test_sqlite_paths_do_not_move_with_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert outbox.absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert outbox.absolute_uri("http://host:5000") == "http://host:5000"
+    assert absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert absolute_uri("http://host:5000") == "http://host:5000"
     with pytest.raises(LookupError, match="there is no store"):
         records.read_runs("sqlite:///absent.db", ["x"])
     assert not (tmp_path / "absent.db").exists()

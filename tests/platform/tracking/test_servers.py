@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.tracking import mlflow as tracking
 from domainshuttle.platform.tracking import outbox
 from domainshuttle.platform.tracking import queries as records
@@ -111,6 +112,6 @@ def test_a_place_that_is_no_store_is_named() -> None:
 
 def test_an_sqlite_uri_may_have_options(store: str, tmp_path: Path) -> None:
     uri = store + "?timeout=20"
-    assert outbox.absolute_uri(uri) == uri
+    assert absolute_uri(uri) == uri
     assert Tracker(RunIds(uri, "options", "a run"), tmp_path / "spool").tag({"a": 1})
     assert [run.name for run in records.read_runs(uri, ["options"])] == ["a run"]
