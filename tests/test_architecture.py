@@ -192,3 +192,15 @@ def test_the_page_of_the_architecture_says_this_order() -> None:
         names = " < ".join(", ".join(sorted(level)) for level in order)
         written = re.search(rf"^- {room}: (.*)$", page, re.MULTILINE)
         assert written and written[1].replace(".py", "") == names
+
+
+def test_the_page_of_the_architecture_explains_each_sub_room_and_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    explained = page.split("## What each sub-room holds")[1].split("## From a shard")[0]
+    for room in ("pipelines", "platform"):
+        folders = {path.name for path in (ROOT / room).iterdir() if (path / "__init__.py").exists()}
+        assert {name for name in folders if f"`{name}/`" not in explained} == set()
+    places = [ROOT, *(ROOT / room for room in ROOMS)]
+    named = set(re.findall(r"[a-z_0-9/]+/[a-z_0-9]+\.py", page))
+    assert named > {"model/pictures.py", "driver/schedule_loop.py"}
+    assert {name for name in named if not any((place / name).exists() for place in places)} == set()

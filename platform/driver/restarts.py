@@ -1,7 +1,7 @@
-"""What ended a worker group, in plain words, and whether another one is started.
+"""What ended a worker group, in plain words, and how many faults were counted.
 
 Whatever it was, a worker, a node, or one of Ray's own processes, it is one kind of event: the run goes back to its
-newest whole checkpoint and goes on, until too many faults came in a row without a newer checkpoint between them.
+newest complete checkpoint and goes on, until too many faults came in a row without a newer checkpoint between them.
 """
 
 import contextlib
