@@ -35,6 +35,7 @@ from domainshuttle.pipelines.index.table import (
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import open_parquet
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.pipelines.storage.private_folder import private_folder
 from domainshuttle.pipelines.storage.uri import Location, absolute, parent
 
 ROWS_PER_BATCH = 1 << 19
@@ -97,20 +98,9 @@ def _corpus(folder: Path, place: Location, part: IndexMetadata, where: str | Non
 
 
 def cache_folder() -> Path:
-    """The folder of this user's mapped files in the node's temporary folder, which nobody else can write to.
-
-    Raises StorageError where it is somebody else's.
-    """
-    folder = Path(tempfile.gettempdir()) / f"domainshuttle-{os.getuid()}"
-    with _explaining(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    if not folder.is_dir() or folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise StorageError(
-            f"{folder} is not a folder of this user alone (mode 0700), so what is in it can't be trusted: remove it, "
-            "or set TMPDIR to another folder"
-        )
-    return folder
+    """The folder of this user's mapped files on the node. Raises StorageError where it can't be made or trusted."""
+    with _explaining(Path(tempfile.gettempdir())):
+        return private_folder()
 
 
 @contextlib.contextmanager

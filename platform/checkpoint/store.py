@@ -21,6 +21,7 @@ from typing import Any
 from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.pipelines.storage.files import free_bytes
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.pipelines.storage.private_folder import private_folder
 from domainshuttle.pipelines.storage.uri import join, name_of, parent
 from domainshuttle.platform.checkpoint.backend import CheckpointDir, FileEntry, describe, describe_all
 from domainshuttle.platform.checkpoint.names import Line, Name, candidates, lines_from, with_new_line
@@ -101,9 +102,9 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of a run under a folder or URI. `scratch` is a folder on this node, for copies."""
 
-    def __init__(self, root: str | Path, scratch: Path | None = None) -> None:
+    def __init__(self, root: str | Path, scratch: Path | Callable[[], Path] = private_folder) -> None:
         self.place = CheckpointDir(root)
-        self.scratch = scratch or Path(tempfile.gettempdir()) / f"domainshuttle-{os.getuid()}"
+        self._scratch = scratch
 
     @classmethod
     def of(cls, config: RunConfig, folder: Path | None = None) -> "CheckpointStore":
@@ -112,8 +113,13 @@ class CheckpointStore:
         section = config.checkpoint
         inside = (folder or config.run_folder) / "checkpoints"
         root = join(section.store, config.name) if section.store else inside
-        scratch = Path(section.scratch) if section.scratch else Path(tempfile.gettempdir())
-        return cls(root, scratch / f"domainshuttle-{os.getuid()}" / config.name)
+        place = Path(section.scratch) if section.scratch else None
+        return cls(root, lambda: private_folder(place, "name another checkpoint.scratch") / config.name)
+
+    @property
+    def scratch(self) -> Path:
+        """The folder on this node for copies of a URI's files. Raises StorageError as `private_folder` does."""
+        return self._scratch if isinstance(self._scratch, Path) else self._scratch()
 
     # Reading
 

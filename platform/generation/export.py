@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.model.sampling import make_scheduler
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.model.weight_files import write_shards
-from domainshuttle.pipelines.errors import one_line
+from domainshuttle.pipelines.buckets import Bucket
+from domainshuttle.pipelines.errors import DataError, StorageError, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.checkpoint.resume import read_named
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
-from domainshuttle.platform.config.schema import ConfigError, RunConfig, StageSection
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.sharded_state import saved_parameters
+from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import verified_digest
@@ -65,16 +68,17 @@ def export_run(
             network = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."))
             )
-            folders, boundary, stage_of = _networks_of(run, checkpoint, network, averaged)
+            folders, boundary, segment = _networks_of(run, checkpoint, network, averaged)
         else:
             folders, boundary = _networks(segments, averaged)
-            stage_of = segments[-1].stage
+            segment = segments[-1]
             for one in folders:
                 verified_digest(one, run.fingerprints)
+        settings = _trained_settings(run, segment)
         pipeline: Any = assemble_pipeline(run.config, folders, boundary)
         with atomic_folder(folder) as aside:
             pipeline.save_pretrained(aside)
-            (aside / SETTINGS_NAME).write_text(json.dumps(_trained_settings(run.config, stage_of), indent=2))
+            (aside / SETTINGS_NAME).write_text(json.dumps(settings, indent=2))
     return name
 
 
@@ -82,10 +86,9 @@ SETTINGS_NAME = "generation.json"
 """In an exported folder: how clips are sampled unless asked otherwise."""
 
 
-def _trained_settings(config: RunConfig, stage: StageSection) -> dict[str, Any]:
-    """Size and length that a stage was trained on most, and how the configuration samples."""
-    corpus = max(stage.mixture, key=lambda one: stage.weights.get(one, 0.0))
-    bucket, settings = config.corpora[corpus].parsed_buckets[0], config.generation
+def _trained_settings(run: Run, segment: Segment) -> dict[str, Any]:
+    """Size and length that a segment was trained on most, and how the configuration samples."""
+    bucket, settings = _main_bucket(run.config, segment), run.config.generation
     return {
         "height": bucket.height,
         "width": bucket.width,
@@ -96,9 +99,21 @@ def _trained_settings(config: RunConfig, stage: StageSection) -> dict[str, Any]:
     }
 
 
-def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[list[Path], float | None, StageSection]:
+def _main_bucket(config: RunConfig, segment: Segment) -> Bucket:
+    """The bucket of most steps; where the corpora's indexes can't be read, the largest of the corpora."""
+    shares: Counter[Bucket] = Counter()
+    try:
+        for bucket, share, _ in make_feed(config, segment).plan().groups():
+            shares[bucket] += share
+    except (DataError, StorageError):
+        named = [one for name in segment.stage.mixture for one in config.corpus(name).buckets]
+        return max(named, key=lambda one: (one.frames * one.height * one.width, one))
+    return max(shares, key=lambda one: (shares[one], one))
+
+
+def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[list[Path], float | None, Segment]:
     """The same as `_networks`, of a checkpoint, whose own network is put together in the folder `network`; and its
-    stage."""
+    segment."""
     from domainshuttle.platform.generation.training_samples import networks_beside  # which imports this module
 
     store = CheckpointStore.of(run.config, run.folder)
@@ -110,7 +125,9 @@ def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[li
     try:
         with saved_parameters(store.fetch(checkpoint), averaged) as (trained, read):
             if strangers := trained.keys() - {name for name, _, _ in order}:
-                raise CheckpointError(f"checkpoint {name} has parameters that the model has not: {min(strangers)}")
+                raise CheckpointError(
+                    f"checkpoint {name} contains parameters that the model does not have: {min(strangers)}"
+                )
 
             def value(name: str) -> Tensor:
                 _, begun_with = next(frozen)
@@ -122,7 +139,7 @@ def _networks_of(run: Run, name: str, network: Path, averaged: bool) -> tuple[li
     finally:
         store.release(checkpoint)
     design.outline.save_config(network)
-    return *networks_beside(run, segment, network, resolve_all(run) if run.config.experts else {}), segment.stage
+    return *networks_beside(run, segment, network, resolve_all(run) if run.config.experts else {}), segment
 
 
 def _origin_of(run: Run, segment: Segment, checkpoint: Checkpoint) -> WeightsOrigin:

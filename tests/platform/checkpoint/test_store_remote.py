@@ -13,6 +13,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.index.mapped import cache_folder
 from domainshuttle.pipelines.storage import files as storage
 from domainshuttle.pipelines.storage import retry
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, Write
@@ -231,3 +232,13 @@ def test_a_store_whose_name_can_be_misread_is_refused(folder: str, store: Checkp
         load_config("demo", [f"checkpoint.store={uri}"])
     with pytest.raises(ConfigError, match="data: s3://bucket"):
         load_config("demo", [f"data={uri}"])
+
+
+def test_the_default_scratch_is_the_folder_in_which_indexes_are_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scratch = CheckpointStore("s3://bucket/run").scratch
+    assert scratch == cache_folder() and scratch.stat().st_mode & 0o777 == 0o700
+    scratch.chmod(0o755)  # as it was made until now: others could look, not write
+    assert CheckpointStore("s3://bucket/run").scratch == cache_folder() and scratch.stat().st_mode & 0o777 == 0o700

@@ -15,6 +15,9 @@ from running import in_process, weights
 from safetensors.torch import load_file, save_file
 
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
+from domainshuttle.pipelines.sample import sample_id
+from domainshuttle.pipelines.shards.tar import Member
 from domainshuttle.platform.checkpoint.backend import describe
 from domainshuttle.platform.checkpoint.resume import IncompatibleError, require_fit
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, write_manifest
@@ -22,7 +25,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.engine.initialization import blueprint, build_model
 from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.generation.export import export_run
+from domainshuttle.platform.generation.export import _main_bucket, export_run
 from domainshuttle.platform.run.folder import Run, find_run
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
@@ -132,6 +135,32 @@ def test_a_new_run_can_begin_with_it_as_the_error_advises(run: Run, tmp_path: Pa
     config = load_config(str(tiny_yaml), ["name=from-it", *given])
     model = build_model(config.model, WeightsOrigin(config.model.base))
     same(dict(model.state_dict()), begun_with(run) | values["master"])
+
+
+def test_the_settings_are_those_of_the_bucket_of_most_steps(tiny_yaml: Path, tmp_path: Path) -> None:
+    config = load_config(
+        str(tiny_yaml),
+        [f"data={tmp_path}/data", f"output={tmp_path}/runs", "stages.1.mixture=[pictures, clips]",
+         "corpora.pictures.buckets=[1x64x64, 1x32x32]", "corpora.clips.buckets=[9x32x32, 5x32x32]",
+         "stages.1.global_batch=2", "stages.1.micro_batch=1"],
+    )  # fmt: skip
+    segment = Run(config).segment("stage2")
+    # the corpora are not here: the largest; where they are, what most samples are of
+    assert str(_main_bucket(config, segment)) == "9x32x32"
+    for name, rows in {"pictures": {"1x64x64": 3, "1x32x32": 2}, "clips": {"9x32x32": 2, "5x32x32": 7}}.items():
+        place = Path(config.corpus(name).folder)
+        place.mkdir(parents=True)
+        found = [
+            IndexRow(
+                source=name, shard="a.tar", key=f"{bucket}-{number}", sample_id=sample_id(name, f"{bucket}-{number}"),
+                members=(Member("json", 0, 1),), kind="video", frames=9, height=64, width=64, fps=8.0, bucket=bucket,
+                subjects=(), domains=(), reference_subjects=(), reference_origins=(), caption_length=1, scores={},
+                checksum=1, text_tokens=1,
+            )
+            for bucket, count in rows.items() for number in range(count)
+        ]  # fmt: skip
+        write_index(place / "index.parquet", found, IndexMetadata(corpus=name, stage="encoded"))
+    assert str(_main_bucket(config, segment)) == "5x32x32"
 
 
 def test_what_can_not_be_exported_is_said(run: Run, tmp_path: Path) -> None:
