@@ -26,14 +26,13 @@ from diffusers import WanTransformer3DModel
 from diffusers.utils import logging
 from torch import Tensor
 
+from domainshuttle.cluster.devices import device_shown_as
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.convert import from_wan
 from domainshuttle.model.spec import ModelSpec
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.model.weight_files import write_shards
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
-"""Dense bf16 of one device, from the vendor's data sheets."""
 STAGE_2 = ("blocks.*.attn1.*", "*_ref*")
 GIGA = 10**9
 
@@ -61,8 +60,8 @@ def peak_tflops() -> float | None:
     """Peak of the accelerator, where it is known."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    device = device_shown_as(torch.cuda.get_device_name())
+    return device and device.flops / 1e12
 
 
 def forward_of(model: torch.nn.Module, batch: TrainingBatch, references: bool) -> Callable[[], Tensor]:

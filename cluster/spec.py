@@ -12,7 +12,6 @@ from domainshuttle.cluster.devices import Device, device_named
 from domainshuttle.cluster.local import ClusterError
 from domainshuttle.pipelines.values import Count, Cpus, Real, Seconds, Section, Text, Whole
 
-GIB = 1 << 30
 _LABEL_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 Name = Annotated[str, Field(pattern=_LABEL_NAME, max_length=40)]
 """A name that Kubernetes takes for a service too (DNS-1035)."""
@@ -263,7 +262,7 @@ class MonitoringSection(Section):
     mfu_drop: Real = Field(0.15, gt=0, lt=1, description="share below the usual MFU")
     data_wait: Real = Field(0.05, gt=0, lt=1, description="share of time that is spent waiting for data")
     goodput: Real = Field(0.85, gt=0, lt=1, description="share of device-hours that went into steps that count")
-    slow_rank: Real = Field(1.15, gt=1, le=100, description="a rank's own time of a step against the median rank's")
+    slow_rank: Real = Field(1.15, gt=1, le=100, description="how much slower a rank's matrix products may be")
     budget: Real = Field(0.9, gt=0, le=1, description="share of budget_gpu_hours that is used")
 
 

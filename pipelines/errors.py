@@ -6,7 +6,7 @@ import re
 
 
 class UserFacingError(Exception):
-    """A mistake of the user's, or a fault of the place, such as a full disk or a store that is away.
+    """A mistake of the user's, or a fault of the environment, such as a full disk or a store that is away.
 
     Its text is one message that says what, where and what to do: the command line shows it without a traceback and ends
     with code 2. Any other exception is a fault of the product's own: a traceback, and code 1.

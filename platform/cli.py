@@ -29,9 +29,9 @@ app = typer.Typer(
         "A run is one YAML file. The usual way: **data build** and **data encode** make the corpora, **train** runs "
         "the schedule (again after any stop: it goes on where it was), **compare** shows runs side by side, **export** "
         "and **generate** use the result. **demo** does all of it at desk size.\n\n"
-        "Exit codes: 0 done; 1 damage was found, or a fault of this program; 2 a mistake in what was asked for, or a "
-        "fault of the place; 3 training was stopped, or its budget is spent, and the same command goes on; 130 stopped "
-        "by Ctrl-C."
+        "Exit codes: 0 done; 1 a check failed or damage was found, or a fault of this program; 2 a mistake in what was "
+        "asked for, or a fault of the environment; 3 training was stopped, or its budget is spent, and the same "
+        "command goes on; 130 stopped by Ctrl-C."
     ),
 )
 
@@ -53,7 +53,7 @@ def common(
     """Options of the program itself."""
 
 
-cluster = typer.Typer(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check such as others made.")
+cluster = typer.Typer(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check those that you have.")
 app.add_typer(cluster, name="cluster")
 
 data = typer.Typer(no_args_is_help=True, help="Build, index, pair, encode, verify and inspect corpora.")
@@ -384,7 +384,7 @@ def plan(
     parameters: Annotated[bool, typer.Option(help="Print which parameters each stage trains, by group.")] = False,
     deepspeed: Annotated[bool, typer.Option(help="Print DeepSpeed's derived configuration of each stage.")] = False,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Say how long and how large encoding so many samples of a corpus is.")
+        int | None, typer.Option(min=1, help="Estimate time and disk space to encode so many samples per corpus.")
     ] = None,
     cluster: Annotated[
         str | None,
@@ -657,7 +657,7 @@ def flush(
     uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:
-    """Send to MLflow what a run could not send while its server was away. A run that goes on does so by itself."""
+    """Send to MLflow what a run could not send while the server was unreachable. A run that goes on does it itself."""
     from domainshuttle.platform.commands.flush import flush_run
 
     raise SystemExit(0 if flush_run(run, uri, timeout) else 1)
@@ -921,7 +921,7 @@ def main() -> Any:
 
 
 def _message(error: BaseException | None) -> str | None:
-    """What to show of a mistake of the user's, or a fault of the place; None: it is neither.
+    """What to show of a mistake of the user's, or a fault of the environment; None: it is neither.
 
     These are UserFacingError and ClusterError, of a room that imports no other, and what the operating system reports
     of a place: an OSError with its number. Of an error in a task of Ray's its cause counts.

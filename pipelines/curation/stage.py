@@ -147,7 +147,7 @@ def run_stage(
 
     `recipe` says, in plain JSON, all that decides what the steps make of the same samples: when it changes, all is made
     anew, and the report shows it. Raises DataError where the raw corpus is not there, when more than `most_bad` of the
-    samples are left out, and what a step raises as a fault of the place: what is finished stays.
+    samples are left out, and what a step raises as a fault of the environment: what is finished stays.
     """
     index = Index.load(raw.index)
     metadata = IndexMetadata(corpus=raw.name, stage="raw", fps=index.parts[0].fps)

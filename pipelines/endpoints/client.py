@@ -37,7 +37,7 @@ _ODD_ANSWERS = 5
 
 
 class EndpointError(StorageError):
-    """An endpoint that is not there, does not let us in, or is none: nothing is known of the questions."""
+    """An endpoint that is not there, refuses us, or is none: nothing is known of the questions."""
 
 
 class PictureForm(BaseModel):
@@ -244,7 +244,7 @@ class ChatClient:
         said = _said(response)
         if response.status_code in (401, 403):
             where = f"the key in {self.config.key_variable}" if self.config.key_variable else "no key (key_variable)"
-            return f"{self.config.url} does not let us in with {where}: HTTP {response.status_code} {said}"
+            return f"{self.config.url} refused the request with {where}: HTTP {response.status_code} {said}"
         return (
             f"{self.config.url}/chat/completions with model {self.config.model!r}: HTTP {response.status_code} {said}. "
             "Check url and model: curl URL/models lists what it serves"

@@ -92,28 +92,16 @@ class Parts:
                 stale.unlink()
         write_bytes(recipe, content.encode())
 
-    def complete(self) -> bool:
-        """Whether the corpus is whole and was made by this recipe."""
-        recipe = self._work / "recipe.json"
-        return self.index_path.exists() and recipe.exists() and json.loads(recipe.read_text()) == self._made_by
-
     def missing(self) -> list[int]:
         """The parts that are not finished."""
         return [part for part in range(self.count) if not self._done(part).exists()]
 
     def finish(
-        self,
-        part: int,
-        rows: Sequence[IndexRow],
-        bad: Sequence[BadSample],
-        metadata: IndexMetadata,
-        converted: Sequence[BadSample] = (),
+        self, part: int, rows: Sequence[IndexRow], bad: Sequence[BadSample], metadata: IndexMetadata
     ) -> tuple[int, int]:
-        """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine.
-        `converted` are good samples, each with what was done to its pixels."""
-        for kind, noted in (("quarantine", bad), ("converted", converted)):
-            lines = "".join(json.dumps(asdict(row)) + "\n" for row in noted)
-            write_bytes(self._work / f"{self.prefix(part)}.{kind}", lines.encode())
+        """Notes that a part's shards are whole. Returns how many samples it has and how many are in quarantine."""
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in bad)
+        write_bytes(self._work / f"{self.prefix(part)}.quarantine", lines.encode())
         if rows:
             write_index(self._rows(part), rows, metadata)
         self._done(part).touch()
@@ -129,12 +117,8 @@ class Parts:
         """
         if missing := self.missing():
             raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
-        lines = self._joined("quarantine")
+        lines = self._quarantined()
         write_bytes(self.quarantine_path, lines.encode())
-        if converted := self._joined("converted"):
-            write_bytes(self.folder / CONVERTED_NAME, converted.encode())
-        else:
-            (self.folder / CONVERTED_NAME).unlink(missing_ok=True)
         table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
         bad = [json.loads(line)["reason"] for line in lines.splitlines()]
         share = bad_share(len(bad), len(table))
@@ -148,8 +132,8 @@ class Parts:
             )
         return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), len(bad)
 
-    def _joined(self, kind: str) -> str:
-        paths = (self._work / f"{self.prefix(part)}.{kind}" for part in range(self.count))
+    def _quarantined(self) -> str:
+        paths = (self._work / f"{self.prefix(part)}.quarantine" for part in range(self.count))
         return "".join(path.read_text() for path in paths if path.exists())  # parts of before may have none
 
     def _tables(self) -> Iterator[pa.Table]:

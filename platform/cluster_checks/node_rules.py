@@ -59,7 +59,7 @@ def _good(check: str, nodes: Sequence[NodeFacts]) -> str:
         return f"{median(gpu.flops for gpu in gpus) / 1e12:.0f} TFLOP/s in bf16, all within 5%"
     if check == "/dev/shm":
         return f"{min(node.shared_memory for node in nodes) / _GIB:.1f} GiB at least"
-    return f"well on {len(nodes)} nodes" if len(nodes) > 1 else "well"
+    return f"OK on {len(nodes)} nodes" if len(nodes) > 1 else "OK"
 
 
 def _where(node: NodeFacts, gpu: GpuFacts | None = None) -> str:

@@ -52,7 +52,7 @@ def print_checkpoints(folder: Path, verify: bool = False) -> bool:
         after = "it is being written, or a later save removes it" if unfinished else "remove it yourself"
         notes.append(f"{text} is not chosen: {entry}; {after}.")
     title = f"Checkpoints of run {run.config.name} in {store.place.redacted()}"
-    console.print(Records(_FIELDS, rows, title, _NUMERIC, {"damaged": "red", "skipped": "red", "unfinished": "yellow"}))
+    console.print(Records(_FIELDS, rows, title, _NUMERIC, _STYLES))
     for note in notes:
         console.print(Prose(note))
     if whole := [entry for _, entry in found if isinstance(entry, Checkpoint)]:

@@ -48,7 +48,7 @@ def print_stacks(folder: Path, rank: int | None = None) -> bool:
             withdraw(run, "stacks", worker.rank)
             silence = span(max(0.0, time.time() - worker.beat))
             console.print(
-                Prose(f"{worker.name} did not answer; it was last heard of {silence} ago: it is stopped, or stuck")
+                Prose(f"{worker.name} did not answer; its last heartbeat was {silence} ago: it is stopped, or hangs")
             )
     if files:
         console.print(Prose(f"Stacks of all threads: {next(iter(files.values())).parent}"))

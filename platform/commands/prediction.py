@@ -98,7 +98,7 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
             )
         elif str(best) != str(layout.policy):
             console.print(
-                Advice(f"{name} computes least again, and fits, with", f"--set 'engine.activations={best.setting()}'")
+                Advice(f"Least recomputation that fits {name}:", f"--set 'engine.activations={best.setting()}'")
             )
 
 

@@ -11,13 +11,13 @@ from domainshuttle.platform.report.text import Advice, Prose, Records
 from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run, find_run
 
-_FIELDS = ("run", "state", "stage", "steps", "loss", "device-hours", "goodput", "heard of")
+_FIELDS = ("run", "state", "stage", "steps", "loss", "device-hours", "goodput", "last update")
 _STYLES = {"finished": "green", "training": "cyan", "failed": "red", "diverged": "red", "probably dead": "red"}
 _PAUSE = 0.5
 
 
 def print_runs(folder: Path) -> None:
-    """Prints a line a run of a folder, the last heard of first. Raises ConfigError where there is no run in it."""
+    """Prints a line a run of a folder, the last updated first. Raises ConfigError where there is no run in it."""
     places = [path.parent for path in folder.glob("*/config.yaml") if not path.parent.name.startswith(".")]
     records, odd = [], []
     for place in places:

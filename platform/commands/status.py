@@ -179,9 +179,9 @@ def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str
         if end:
             return str(end["how"]), str(end["error"])
         if not state:
-            return ("not begun", "") if not started(run) else ("probably dead", "its driver ended without a last word")
+            return ("not begun", "") if not started(run) else ("probably dead", "its driver recorded no result")
         dead = state["state"] == "training"
-        return ("probably dead", "its driver ended without a last word") if dead else (state["state"], "")
+        return ("probably dead", "its driver recorded no result") if dead else (state["state"], "")
     number = max(attempts(run), default=0)
     workers = read_workers(run, number)
     ready = [worker for worker in workers if worker.segment]
@@ -222,7 +222,7 @@ def _print_workers(run: Run, alive: bool) -> None:
         ]
         for worker in workers[:_MOST_WORKERS]
     ]
-    fields = ("rank", "machine", "process", "node", "doing", "heard of", "log")
+    fields = ("rank", "machine", "process", "node", "doing", "last update", "log")
     console.print(Records(fields, rows, f"Workers of attempt {number}", ["rank", "process"]))
     if len(workers) > _MOST_WORKERS:
         console.print(Prose(f"{len(workers) - _MOST_WORKERS} more workers: see {run.worker_path(number, 0).parent}"))
@@ -321,7 +321,7 @@ def _end(run: Run, segment: Segment) -> str:
 def _print_progress(run: Run, state: dict[str, Any], alive: bool, ledger: Ledger) -> None:
     if not state or run.segment(state["segment"]).finished:
         return
-    heard = f"Last heard of {span(max(0.0, time.time() - state['time']))} ago"
+    heard = f"Last update {span(max(0.0, time.time() - state['time']))} ago"
     if not alive:
         if state["state"] == "training":
             heard += "; its driver ended without a last message, so it is probably dead"

@@ -17,7 +17,7 @@ _WAITING = re.compile(r"distributed_c10d\.py|deepspeed/comm/|monitor\.py\", line
 
 
 @dataclass(frozen=True)
-class Witness:
+class Evidence:
     """What the workers of an attempt left."""
 
     run: Run
@@ -26,7 +26,7 @@ class Witness:
     """By rank, the files with the stacks of workers that their watchdog ended."""
 
     @classmethod
-    def of(cls, run: Run, attempt: int) -> "Witness":
+    def of(cls, run: Run, attempt: int) -> "Evidence":
         """Reads it from the run's folder."""
         workers = read_workers(run, attempt)
         stacks = {}
@@ -55,7 +55,7 @@ class Witness:
         folder = next(iter(self.stacks.values())).parent
         if silent:
             said = "; ".join(
-                f"{worker.name} gave no sign of life for {span(self._silence(worker))}, after {worker.place}"
+                f"{worker.name} sent no heartbeat for {span(self._silence(worker))}, after {worker.place}"
                 for worker in silent
             )
             return f"{said}: it was stopped, or its machine does not answer. The others waited for it; stacks: {folder}"

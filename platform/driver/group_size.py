@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import ray
 
-_HAIR = 1e-6
+_ROUNDING = 1e-6
 """0.3 / 0.1 is below 3."""
 
 
@@ -47,4 +47,4 @@ def _free(need: Mapping[str, float]) -> int:
 
 
 def _fit(there: Mapping[str, float], need: Mapping[str, float]) -> int:
-    return int(min(there.get(name, 0.0) / amount for name, amount in need.items() if amount) + _HAIR)
+    return int(min(there.get(name, 0.0) / amount for name, amount in need.items() if amount) + _ROUNDING)

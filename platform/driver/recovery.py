@@ -35,7 +35,8 @@ def recover_run(run: Run, say: Callable[[str], None]) -> None:
             segments[name].end_at(steps)
     hours = Ledger(run.ledger_path).summary().used
     say(
-        f"{run.folder} had no books: those of checkpoint {newest.name} are taken, with {hours:.3f} device-hours used. "
+        f"{run.folder} had no ledger and no MLflow ids: those of checkpoint {newest.name} are taken, with {hours:.3f} "
+        "device-hours used. "
         "Finished stages are exported again from their last checkpoints"
     )
 

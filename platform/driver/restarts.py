@@ -18,7 +18,7 @@ from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
 from domainshuttle.platform.checkpoint.resume import IncompatibleError
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.driver.culprit import Witness
+from domainshuttle.platform.driver.culprit import Evidence
 from domainshuttle.platform.run.workers import DeviceMemoryError
 
 FINAL = (ConfigError, IncompatibleError, TooManyBadError, ImportError)
@@ -78,14 +78,14 @@ class FaultsInARow:
             return self._newest
 
 
-def explain(error: BaseException, witness: Witness | None = None) -> Fault:
+def explain(error: BaseException, evidence: Evidence | None = None) -> Fault:
     """The fault behind what Ray Train raised, by its cause: what others saw of that is in the report alone.
 
-    `witness` is what the workers left, if they left anything.
+    `evidence` is what the workers left, if they left anything.
     """
     report = f"{type(error).__name__}: {error}"
     if isinstance(error, WorkerGroupError):
-        return _of_workers(error.worker_failures, report, witness)
+        return _of_workers(error.worker_failures, report, evidence)
     if isinstance(error, PreemptionError):
         nodes = ", ".join(node[:8] for node in error.preemption_info.preempted_node_ids)
         return Fault(f"node {nodes} was taken away before the workers had ended", report, counted=False)
@@ -115,7 +115,7 @@ _AFTER = ", most likely since those of an earlier start still hold it, which fai
 _NODE_GONE = re.compile(r"\bnode of .* is gone")
 
 
-def _of_workers(failures: Mapping[int, BaseException], report: str, witness: Witness | None) -> Fault:
+def _of_workers(failures: Mapping[int, BaseException], report: str, evidence: Evidence | None) -> Fault:
     """Of several the one that most likely came first: a hang, a death, then an error, then connections that were
     lost."""
     if not failures:
@@ -123,16 +123,16 @@ def _of_workers(failures: Mapping[int, BaseException], report: str, witness: Wit
     found = [one for failure in failures.values() for one in _chain(failure) if isinstance(one, FINAL)]
     report += "".join(f"\n\nworker {rank}: {failure}" for rank, failure in failures.items())
     final = found[-1] if found else None
-    if witness and (hang := witness.hang()) is not None:
+    if evidence and (hang := evidence.hang()) is not None:
         return Fault(hang, report, final, hung=True)
     rank, failure = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
     inner = _innermost(failure)
-    if witness and _follows(failure) == _CONNECTION_LOST and (dead := witness.dead()):
+    if evidence and _follows(failure) == _CONNECTION_LOST and (dead := evidence.dead()):
         names = " or ".join(worker.name for worker in dead)
-        return Fault(f"{names} died: it was killed, or crashed; {witness.log(dead[0].rank)}", report, final)
+        return Fault(f"{names} died: it was killed, or crashed; {evidence.log(dead[0].rank)}", report, final)
     taken = isinstance(inner, RayActorError) and inner.preempted
-    log = witness.log(rank) if witness else ""
-    what = _words(inner, witness.name(rank) if witness else f"worker {rank}") + (f"; {log}" if log else "")
+    log = evidence.log(rank) if evidence else ""
+    what = _words(inner, evidence.name(rank) if evidence else f"worker {rank}") + (f"; {log}" if log else "")
     mistake = _last_line(inner) if any(isinstance(one, _MISTAKES) for one in _chain(failure)) else ""
     return Fault(what, report, final, counted=not taken, mistake=mistake)
 

@@ -21,7 +21,7 @@ from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, HookEvent, differences
-from domainshuttle.platform.driver.culprit import Witness
+from domainshuttle.platform.driver.culprit import Evidence
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, after_failed_start, explain, is_fault
 from domainshuttle.platform.driver.worker_group import WorkerGroup
@@ -294,7 +294,7 @@ class Schedule:
         """Records what ended the workers of `job`. Returns where another start may follow, else raises."""
         if not is_fault(error):
             raise error
-        fault = explain(error, Witness.of(self.run, job.attempt) if job else None)
+        fault = explain(error, Evidence.of(self.run, job.attempt) if job else None)
         fault = self._fault = after_failed_start(fault, self._fault)
         state = self.run.read_progress()
         at = state.get("segment")

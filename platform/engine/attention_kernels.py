@@ -217,7 +217,7 @@ _KERNELS: dict[str, str | Callable[[], str]] = {
     "flash_attn": "the package FlashAttention",
     "flex_attention": "torch's flex attention",
     "xformers": "xformers",
-    "softmax": "plain products, which hold a square of the length",
+    "softmax": "unfused products, whose memory grows with the square of the length",
 }
 """By a part of the name of what runs, in the order to look for."""
 

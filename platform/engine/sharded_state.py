@@ -236,8 +236,8 @@ class _Shards:
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Raises RuntimeError that names the parameters by which the shards differ from what is trained."""
         lists = {
-            "it lacks": [name for name in expected if name not in self.shapes],
-            "it alone has": [name for name in self.shapes if name not in expected],
+            "missing from the checkpoint": [name for name in expected if name not in self.shapes],
+            "only in the checkpoint": [name for name in self.shapes if name not in expected],
             "of another shape": [name for name in expected if self.shapes.get(name, expected[name]) != expected[name]],
         }
         if any(lists.values()):

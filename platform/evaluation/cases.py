@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.model.cases import GenerationCase
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.sample import KEY_PATTERN
 from domainshuttle.pipelines.storage.atomic import atomic_file
@@ -90,15 +89,6 @@ class EvaluationCase:
             [[one.sha256, one.subject, one.label, one.domain, one.edit_prompt] for one in self.references],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
-
-    def generation_case(self) -> GenerationCase:
-        """What a pipeline is given."""
-        return GenerationCase(
-            self.prompt,
-            tuple(one.path for one in self.references),
-            tuple(one.subject for one in self.references),
-            tuple(one.domain for one in self.references),
-        )
 
 
 def case_of(filed: FiledCase, folder: Path, split: str = SPLITS[0], source: str = "") -> EvaluationCase:

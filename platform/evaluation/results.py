@@ -184,10 +184,6 @@ class Results:
             if np.isnan(cell.value)
         ]
 
-    def failure_counts(self) -> Counter[tuple[str, str]]:
-        """Values that are not there, by column and metric."""
-        return Counter((column, metric) for column, metric, _, _ in self.failures())
-
 
 def _score_of(case: EvaluationCase, clip: Clip, metric: Metric[Any], store: ResultStore) -> Score:
     if clip.failure:

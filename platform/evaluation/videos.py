@@ -97,8 +97,8 @@ def columns_of(models: Sequence[str], config: EvaluationConfig, cases: Sequence[
 
 
 def partner(case: EvaluationCase, cases: Sequence[EvaluationCase], group: int | None = None) -> EvaluationCase:
-    """The case whose references a control `other` takes: half round the cases of the same split, in order of ids, or
-    half round its group where they are tested in groups of `group` (identity)."""
+    """The case whose references a control `other` takes: of the cases of the same split, in order of ids, the one half
+    of them further on; half of its group where they are tested in groups of `group` (identity)."""
     ring = sorted((one for one in cases if one.split == case.split and one.references), key=lambda one: one.id)
     here = next((n for n, one in enumerate(ring) if one.id == case.id), None)
     if here is None:

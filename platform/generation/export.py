@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _trained_settings(run: Run, segment: Segment) -> dict[str, Any]:
 
 def _main_bucket(config: RunConfig, segment: Segment) -> Bucket:
     """The bucket of most steps; where the corpora's indexes can't be read, the largest of the corpora."""
-    shares: Counter[Bucket] = Counter()
+    shares: defaultdict[Bucket, float] = defaultdict(float)
     try:
         for bucket, share, _ in make_feed(config, segment).plan().groups():
             shares[bucket] += share

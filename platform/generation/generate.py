@@ -99,8 +99,8 @@ def _why_not(model: str, error: BaseException) -> str:
         )
     why = one_line(error)
     if not (folder / "model_index.json").is_file():
-        alone = "the description of one network alone" if (folder / "config.json").is_file() else "nothing of one"
-        why = f"it has {alone}, no model_index.json"
+        alone = "one network, not a pipeline" if (folder / "config.json").is_file() else "no pipeline"
+        why = f"it contains {alone}: there is no model_index.json"
     return f"no exported model in {model}: make one with domainshuttle export RUN FOLDER ({why})"
 
 

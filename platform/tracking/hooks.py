@@ -43,7 +43,7 @@ class Hooks:
         self._run, self._echo, self._page, self._pause = run, echo, page, pause
         self._journal = Journal(run.folder / "hooks.jsonl")
         self._closing = threading.Event()
-        self._lanes = [_Lane(hook, self._deliver) for hook in run.config.tracking.hooks]
+        self._lanes = [_HookThread(hook, self._deliver) for hook in run.config.tracking.hooks]
 
     def missing(self) -> list[str]:
         """What hooks need of the environment and do not find, for people."""
@@ -102,7 +102,7 @@ class Hooks:
             self._journal.append([line])
 
 
-class _Lane:
+class _HookThread:
     """A hook and the thread that tells it, one message after the other."""
 
     def __init__(self, hook: HookSection, deliver: Callable[[HookSection, Mapping[str, Any]], None]) -> None:

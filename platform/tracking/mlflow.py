@@ -1,7 +1,7 @@
 """Experiment tracking: a parent MLflow run a schedule, a child run a segment, and training that never waits for them.
 
 Every event (metrics, params, tags, artifacts, inputs, status) is a line in a spool on disk first, one file a run, and
-is sent from there. A server that is down, slow or a black hole therefore costs training nothing: the running worker,
+is sent from there. A server that is down, slow or never answers therefore costs training nothing: the running worker,
 the next start or `flush_spool` sends the rest. Beside each spool lies what the server has acknowledged.
 
 Artifacts go a way of their own, beside the stream of the other events: their store may be slow, or closed to this

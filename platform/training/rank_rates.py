@@ -68,7 +68,7 @@ class RankRates:
         return min(range(len(self.flops)), key=self.flops.__getitem__)
 
     @property
-    def hungriest(self) -> int:
+    def longest_waiting(self) -> int:
         """The rank that waits longest for its data."""
         return max(range(len(self.waits)), key=self.waits.__getitem__)
 
@@ -82,6 +82,6 @@ class RankRates:
         return {
             "slowest_rank": self.slowest,
             "slowest_share": round(self.slowest_share, 4),
-            "hungriest_rank": self.hungriest,
-            "hungriest_wait": round(self.waits[self.hungriest], 4),
+            "longest_wait_rank": self.longest_waiting,
+            "longest_wait": round(self.waits[self.longest_waiting], 4),
         }

@@ -151,7 +151,7 @@ class Sampler:
                 ray.get(flight.task)
             elif last or time.monotonic() > flight.deadline:
                 ray.cancel(flight.task, force=True)
-                error = TimeoutError("given up: not done, or not begun for want of resources, in time")
+                error = TimeoutError("timed out: not finished, or no resources for it, within sampling.timeout")
             else:
                 return
         except Exception as raised:  # of the task, or of Ray

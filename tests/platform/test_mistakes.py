@@ -1,4 +1,4 @@
-"""A mistake of the user's, or a fault of the place, is one message and code 2; a fault of ours is a traceback.
+"""A mistake of the user's, or a fault of the environment, is one message and code 2; a fault of ours is a traceback.
 
 Run: python -m pytest tests/platform/test_mistakes.py
 """
@@ -169,7 +169,7 @@ MISTAKES = [
     (generate("absent"), "no exported model in absent"),
     (generate("empty"), "no exported model in empty"),
     (generate("cut-model"), "no exported model in cut-model"),
-    (generate("described"), "the description of one network alone"),
+    (generate("described"), "it contains one network, not a pipeline"),
     (generate("owner/no-such-model"), "hf download owner/no-such-model"),
     (["plan", "demo", "--set", "model={base: owner/no-such-model}"], "hf download owner/no-such-model"),
     (generate("odd-model"), "no exported model in odd-model"),

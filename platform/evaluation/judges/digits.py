@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SCORE = re.compile(r'"score"\s*:\s*([1-5])')
-GRADES = range(1, 6)
 
 
 def expected_grade(raw: str, logprobs: Any) -> float | None:

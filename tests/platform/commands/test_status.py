@@ -92,7 +92,7 @@ def test_a_dead_driver_is_called_so_with_what_to_do(
     for dead in (True, False):  # killed, and gone with an error
         shown = printed(run, capsys, monkeypatch)
         assert "probably dead" in shown
-        assert "Last heard of 2 h ago" in shown
+        assert "Last update 2 h ago" in shown
         assert f"Next: domainshuttle train {run.config_path}" in shown
         if dead:
             (run.folder / "driver.json").unlink()

@@ -14,7 +14,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.driver.culprit import Witness
+from domainshuttle.platform.driver.culprit import Evidence
 from domainshuttle.platform.driver.restarts import explain
 from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
 from domainshuttle.platform.run.folder import Run
@@ -68,7 +68,7 @@ def test_a_killed_worker_is_named_when_only_the_others_errors_are_told(run: Run)
     sign(run, 0, ended="RuntimeError: Connection closed by peer")
     sign(run, 1, age=6)
     sign(run, 2, ended="RuntimeError: Connection closed by peer")
-    said = explain(of_workers(r0=LOST, r2=LOST), Witness.of(run, 1)).what
+    said = explain(of_workers(r0=LOST, r2=LOST), Evidence.of(run, 1)).what
     assert said.startswith("worker 1 (process 101 on host1) died: it was killed, or crashed; its log: ")
     assert said.endswith("logs/attempt-0001/rank00001.log")
 
@@ -77,9 +77,9 @@ def test_of_several_silent_workers_the_first_is_named_or_none_alone(run: Run) ->
     sign(run, 0, ended="RuntimeError: Connection closed by peer")
     sign(run, 1, age=6)
     sign(run, 2, age=1)  # ended by Ray with the group
-    assert explain(of_workers(r0=LOST), Witness.of(run, 1)).what.startswith("worker 1 (process 101 on host1) died")
+    assert explain(of_workers(r0=LOST), Evidence.of(run, 1)).what.startswith("worker 1 (process 101 on host1) died")
     sign(run, 2, age=5.5)
-    assert explain(of_workers(r0=LOST), Witness.of(run, 1)).what.startswith(
+    assert explain(of_workers(r0=LOST), Evidence.of(run, 1)).what.startswith(
         "worker 1 (process 101 on host1) or worker 2 (process 102 on host2) died"
     )
 
@@ -87,9 +87,9 @@ def test_of_several_silent_workers_the_first_is_named_or_none_alone(run: Run) ->
 def test_who_died_or_failed_is_named_with_its_process_machine_and_log(run: Run) -> None:
     for rank in range(3):
         sign(run, rank)
-    said = explain(of_workers(r0=LOST, r1=died(101)), Witness.of(run, 1)).what
+    said = explain(of_workers(r0=LOST, r1=died(101)), Evidence.of(run, 1)).what
     assert said.startswith("worker 1 (process 101 on host1) died: it was killed, or crashed; its log: ")
-    said = explain(of_workers(r0=LOST, r2=ValueError("the batch is empty")), Witness.of(run, 1)).what
+    said = explain(of_workers(r0=LOST, r2=ValueError("the batch is empty")), Evidence.of(run, 1)).what
     assert said.startswith("worker 2 (process 102 on host2) failed: ValueError: the batch is empty; its log: ")
 
 
@@ -102,9 +102,9 @@ def test_a_stopped_worker_is_named_by_its_silence(run: Run) -> None:
     path.write_text(
         'Timeout (0:00:40)!\nThread 0x1 (most recent call first):\n  File "distributed_c10d.py", line 1 in f'
     )
-    said = explain(of_workers(r0=died(100), r1=LOST), Witness.of(run, 1)).what
+    said = explain(of_workers(r0=died(100), r1=LOST), Evidence.of(run, 1)).what
     assert said.startswith(
-        "worker 1 (process 101 on host1) gave no sign of life for 40 s, after step 57 of stage2, computing: it was "
+        "worker 1 (process 101 on host1) sent no heartbeat for 40 s, after step 57 of stage2, computing: it was "
         "stopped, or its machine does not answer. The others waited for it; stacks: "
     )
     assert str(path.parent) in said
@@ -115,7 +115,7 @@ def test_stacks_of_an_earlier_attempt_accuse_nobody(run: Run) -> None:
     path = run.hang_path("stage2", 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("Timeout (0:00:40)!\n")
-    assert Witness.of(run, 1).hang() is None
+    assert Evidence.of(run, 1).hang() is None
 
 
 def test_a_worker_that_hangs_is_told_from_those_that_wait_for_it(run: Run, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_worker_that_hangs_is_told_from_those_that_wait_for_it(run: Run, tmp_p
         assert process.wait(120) != 0
     for rank in (0, 1):
         sign(run, rank, world_size=2, doing="waiting for data" if rank else "computing")
-    said = Witness.of(run, 1).hang()
+    said = Evidence.of(run, 1).hang()
     assert said is not None and said.startswith(
         "worker 1 (process 101 on host1) hung in step 57 of stage2, waiting for data (in read_shard, <string>:6), and "
         "the others waited for it"

@@ -84,7 +84,7 @@ def test_a_run_whose_folder_was_lost_goes_on_from_its_store(
     ids = {record.name: record.id for record in read_runs(config.tracking_uri, [config.tracking.experiment])}
     shutil.rmtree(run.folder)
     printed = cli("train", tiny, *more)
-    assert "had no books" in printed
+    assert "had no ledger" in printed
     assert "Stage stage1: goes on after step 4" in printed  # of 4: only its weights are written again
     after = Ledger(run.ledger_path).summary()
     # the last checkpoint's account is a little older than the end

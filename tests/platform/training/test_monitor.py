@@ -551,12 +551,12 @@ def test_what_was_reached_before_is_read_from_the_samples(tmp_path: Path) -> Non
     assert (kept.run.reached_before("stage2"), kept.run.reached_before("stage1")) == (57, 0)
 
 
-def test_the_slowest_and_the_hungriest_rank_are_named() -> None:
+def test_the_slowest_rank_and_the_one_that_waits_longest_are_named() -> None:
     rates = RankRates([5.0, 4.9, 3.0, 5.1], [0.0, 0.01, 0.0, 0.4])
-    assert (rates.slowest, rates.hungriest) == (2, 3)
+    assert (rates.slowest, rates.longest_waiting) == (2, 3)
     assert rates.slowest_share == pytest.approx(3.0 / 4.95)
     assert rates.record() == {
-        "slowest_rank": 2, "slowest_share": pytest.approx(0.606, abs=1e-3), "hungriest_rank": 3, "hungriest_wait": 0.4
+        "slowest_rank": 2, "slowest_share": pytest.approx(0.606, abs=1e-3), "longest_wait_rank": 3, "longest_wait": 0.4
     }  # fmt: skip
 
 

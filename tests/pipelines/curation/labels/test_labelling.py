@@ -207,7 +207,7 @@ def test_a_corpus_in_a_store_is_labelled_there_and_only_descriptions_are_read(
 @pytest.mark.parametrize(
     ("reply", "settings", "says_what"),
     [
-        (Reply(code=401), {}, "does not let us in"),
+        (Reply(code=401), {}, "refused the request"),
         (Reply(code=404, body=b'{"error": {"message": "no such model"}}'), {}, "Check url and model"),
         (Reply(code=429, headers={"Retry-After": "0"}), {"patience": 0.2}, "HTTP 429"),
         (Reply(body=b"<html>hello</html>"), {"patience": 60.0}, "does not speak OpenAI's protocol"),
