@@ -798,7 +798,8 @@ def evaluate_models(
 
     found = find_run(run) if run is not None else None
     settings = chosen_config(cases, found.config if found else None, set_ or [])
-    on_ray = address is not None or settings.generation.pool is not None or settings.scoring is not None
+    isolated = any(metric.needs().packages for metric in settings.metrics.build())
+    on_ray = address is not None or isolated or settings.generation.pool is not None or settings.scoring is not None
     with _ray(address) if on_ray else contextlib.nullcontext():
         run_evaluation(model, settings, out, found, again)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from domainshuttle.pipelines.values import ActorPool, Count, Fps, Real, Section, Share, Text, Whole
+from domainshuttle.pipelines.values import ActorPool, Count, Fps, Gpus, Real, Section, Share, Text, Whole
 from domainshuttle.platform.config.loading import load_shipped
 from domainshuttle.platform.evaluation.metrics.choices import PairChoices
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
@@ -38,6 +38,14 @@ class GenerationSettings(Section):
     crf: Whole = Field(16, ge=0, le=51, description="of H.264; metrics see the decoded file")
     batch: Count = Field(1, description="cases that are generated together; latency is measured with 1")
     pool: ActorPool | None = Field(None, description="Ray actors, one pipeline each; none: in this process")
+
+
+class ScoringPool(ActorPool):
+    """The actors that measure, and what each reserves."""
+
+    gpus: Gpus | None = Field(  # type: ignore[assignment]
+        None, description="of an actor; none: as the models of its metrics need, where the cluster has GPUs"
+    )
 
 
 class StatisticsSettings(Section):
@@ -87,7 +95,7 @@ class EvaluationConfig(Section):
     statistics: StatisticsSettings = StatisticsSettings()
     sensitivity: SensitivitySettings = SensitivitySettings()
     pairs: PairChoices | None = Field(None, description="a judge that compares each two models, in both orders")
-    scoring: ActorPool | None = Field(None, description="Ray actors that measure; none: in this process")
+    scoring: ScoringPool | None = Field(None, description="Ray actors that measure; none: in this process")
     notes: list[Text] = Field(default_factory=list, description="what a reader of the report must know")
 
 

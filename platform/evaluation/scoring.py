@@ -1,8 +1,9 @@
 """Measuring: what is missing of the rows of an evaluation is computed, each video decoded once for all its metrics."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import decode_image
 from domainshuttle.pipelines.ray_tasks import each_by_actors
-from domainshuttle.pipelines.values import ActorPool
-from domainshuttle.platform.console import progress
+from domainshuttle.platform.console import progress, say
 from domainshuttle.platform.evaluation.cases import EvaluationCase
+from domainshuttle.platform.evaluation.config import ScoringPool
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
 from domainshuttle.platform.evaluation.metrics.metric import (
     Metric,
@@ -23,6 +24,7 @@ from domainshuttle.platform.evaluation.metrics.metric import (
     Video,
     Work,
 )
+from domainshuttle.platform.evaluation.stages import stages_of
 from domainshuttle.platform.evaluation.store import ResultStore, Row
 from domainshuttle.platform.evaluation.videos import Clip
 
@@ -70,7 +72,7 @@ def score_missing(
     clips: Sequence[Clip],
     config: MetricsConfig,
     store: ResultStore,
-    pool: ActorPool | None,
+    pool: ScoringPool | None,
     folder: Path,
     again: bool = False,
 ) -> int:
@@ -89,29 +91,46 @@ def score_missing(
             tasks.append(_Task(case, clip.path, clip.sha256, tuple(metric for _, _, metric in wanted)))
     if not tasks:
         return 0
-    wanted_metrics = {digest for task in tasks for digest in task.metrics}
-    for metric in metrics:
-        if metric.digest in wanted_metrics:
-            metric.check()
+    digests = {digest for task in tasks for digest in task.metrics}
+    wanted_metrics = [metric for metric in metrics if metric.digest in digests]
+    for metric in wanted_metrics:
+        metric.check()
+    say_terms(wanted_metrics)
+    failed: list[Row] = []
     done, count = 0, sum(len(task.metrics) for task in tasks)
     with progress("Measuring", "values") as show:
         show(0, count)
-        for group in _groups([metric for metric in metrics if metric.digest in wanted_metrics], pool):
-            chosen = [
-                _Task(task.case, task.path, task.video, tuple(one for one in task.metrics if one in group))
-                for task in tasks
-                if any(one in group for one in task.metrics)
-            ]
+        for stage in stages_of(wanted_metrics, pool):
+            chosen = [replace(task, metrics=of) for task in tasks if (of := stage.of(task.metrics))]
             batches = [chosen[start : start + _WORKS] for start in range(0, len(chosen), _WORKS)]
-            for batch, rows in each_by_actors(_Scorer, (config, folder), batches, pool):
+            for batch, rows in each_by_actors(_Scorer, (config, folder), batches, stage.pool):
                 if isinstance(rows, Exception):
                     reason = f"the worker that measured it died each time: {one_line(rows)}"
                     names = {metric.digest: metric.label for metric in metrics}
                     rows = [_failed(task, digest, names[digest], reason) for task in batch for digest in task.metrics]
                 store.add(rows)
+                failed += [row for row in rows if row.score.state == "failed"]
                 done += len(rows)
                 show(done, count)
+    _say_failures(failed)
     return done
+
+
+def say_terms(metrics: Iterable[Metric[Any]]) -> None:
+    """Says the terms of metrics whose models have some that bind, before they run."""
+    terms = {metric.name: licence for metric in metrics if (licence := metric.needs().licence)}
+    for name, licence in terms.items():
+        say(f"{name} was asked for: {licence}")
+
+
+def _say_failures(rows: Iterable[Row]) -> None:
+    """Says how many values each metric failed to give, and the reason of most."""
+    reasons: dict[str, Counter[str]] = {}
+    for row in rows:
+        reasons.setdefault(row.name, Counter())[row.score.reason] += 1
+    for name, counted in reasons.items():
+        ((reason, _),) = counted.most_common(1)
+        say(f"{name}: {counted.total()} values failed, such as: {reason}")
 
 
 def device_of_process() -> str:
@@ -119,17 +138,6 @@ def device_of_process() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _groups(metrics: Sequence[Metric[Any]], pool: ActorPool | None) -> Iterator[set[str]]:
-    """The digests of metrics that share a worker, and so the decoded videos: all but those that ask an endpoint, whose
-    limits one worker alone can keep."""
-    if pool is None:
-        yield {metric.digest for metric in metrics}
-        return
-    endpoints = sorted({metric.needs().endpoint for metric in metrics})
-    for endpoint in endpoints:
-        yield {metric.digest for metric in metrics if metric.needs().endpoint == endpoint}
 
 
 class _Scorer:

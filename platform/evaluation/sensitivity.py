@@ -20,10 +20,9 @@ from domainshuttle.model.pictures import Pixels, fit_reference
 from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import encode_mp4, opened_clip, shown_frames
 from domainshuttle.pipelines.ray_tasks import each_by_actors
-from domainshuttle.pipelines.values import ActorPool
 from domainshuttle.platform.console import progress
 from domainshuttle.platform.evaluation.cases import EvaluationCase
-from domainshuttle.platform.evaluation.config import SensitivitySettings
+from domainshuttle.platform.evaluation.config import ScoringPool, SensitivitySettings
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
 from domainshuttle.platform.evaluation.metrics.metric import (
     Direction,
@@ -37,6 +36,7 @@ from domainshuttle.platform.evaluation.metrics.metric import (
     Work,
 )
 from domainshuttle.platform.evaluation.scoring import applies, device_of_process, metric_case
+from domainshuttle.platform.evaluation.stages import Stage, stages_of
 from domainshuttle.platform.evaluation.store import ResultStore, Row, RowKey
 from domainshuttle.platform.evaluation.videos import REAL, Clip, Column
 
@@ -77,6 +77,11 @@ class _Task:
     trials: Mapping[Trial, tuple[str, ...]]
 
 
+def _only(task: _Task, stage: Stage) -> _Task:
+    """What of a task is a stage's."""
+    return replace(task, trials={trial: of for trial, metrics in task.trials.items() if (of := stage.of(metrics))})
+
+
 def choose_column(columns: Sequence[Column], settings: SensitivitySettings) -> Column | None:
     """Whose videos the tests take; None where there is none."""
     judged = [column for column in columns if column.judged]
@@ -105,26 +110,29 @@ class Sensitivity:
         self._cases = {case.id: case for case in cases}
         self._clips = {(clip.column, clip.case): clip for clip in clips if clip.repeat == 0 and clip.sha256}
 
-    def measure(self, config: MetricsConfig, folder: Path, pool: ActorPool | None) -> int:
+    def measure(self, config: MetricsConfig, folder: Path, pool: ScoringPool | None) -> int:
         """Computes the rows that are missing; returns how many. Raises what scoring does."""
         tasks, count = list(self._tasks()), 0
         total = sum(len(metrics) for task in tasks for metrics in task.trials.values())
         if not tasks:
             return 0
+        digests = {one for task in tasks for metrics in task.trials.values() for one in metrics}
         labels = {metric.digest: metric.label for metric in self.metrics}
         with progress("Testing the metrics", "values") as show:
             show(0, total)
-            for task, rows in each_by_actors(_Tester, (config, folder, self.settings), tasks, pool):
-                if isinstance(rows, Exception):
-                    reason = f"the worker that measured it died each time: {one_line(rows)}"
-                    rows = [
-                        Row(*_key(task.case, task.partner, task.video, trial, digest, self.settings), labels[digest],
-                            Score("failed", reason=reason))
-                        for trial, digests in task.trials.items() for digest in digests
-                    ]  # fmt: skip
-                self.altered.add(rows)
-                count += len(rows)
-                show(count, total)
+            for stage in stages_of([metric for metric in self.metrics if metric.digest in digests], pool):
+                chosen = [task for one in tasks if (task := _only(one, stage)).trials]
+                for task, rows in each_by_actors(_Tester, (config, folder, self.settings), chosen, stage.pool):
+                    if isinstance(rows, Exception):
+                        reason = f"the worker that measured it died each time: {one_line(rows)}"
+                        rows = [
+                            Row(*_key(task.case, task.partner, task.video, trial, digest, self.settings),
+                                labels[digest], Score("failed", reason=reason))
+                            for trial, digests in task.trials.items() for digest in digests
+                        ]  # fmt: skip
+                    self.altered.add(rows)
+                    count += len(rows)
+                    show(count, total)
         return count
 
     def verdicts(self) -> list[Verdict]:

@@ -22,6 +22,7 @@ from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import progress
 from domainshuttle.platform.evaluation.cases import EvaluationCase
 from domainshuttle.platform.evaluation.config import Control, EvaluationConfig, GenerationSettings
+from domainshuttle.platform.evaluation.stages import largest_node, require_fits
 from domainshuttle.platform.generation.cases import case_seed
 
 REAL = "real"
@@ -182,11 +183,13 @@ class VideoFolder:
         (self.folder / column.name).mkdir(parents=True, exist_ok=True)
         size = config.generation.batch
         batches = list(_batches(orders, size))
+        if (pool := config.generation.pool) is not None:
+            require_fits(pool, "generation.pool", largest_node())
         done = 0
         with progress(f"Generating {column.name}", "clips") as show:
             show(0, len(orders))
             arguments = (column.path, config.generation, how["settings"])
-            for batch, result in each_by_actors(_ClipMaker, arguments, batches, config.generation.pool):
+            for batch, result in each_by_actors(_ClipMaker, arguments, batches, pool):
                 if isinstance(result, Exception):  # its worker died each time
                     for order in batch:
                         _write_failure(order, f"the worker that made it died each time: {result}")

@@ -66,7 +66,7 @@ class JudgeScore(Metric[JudgeChoices]):
         return found
 
     def needs(self) -> Needs:
-        return Needs(cpus=0.5, endpoint=self.config.endpoint.url)
+        return Needs(endpoint=self.config.endpoint.url)
 
     def check(self) -> None:
         self.config.endpoint.key()

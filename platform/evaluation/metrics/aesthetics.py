@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from domainshuttle.pipelines.curation.embedder import Embedder
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.platform.evaluation.metrics.choices import AestheticChoices
-from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Score, Trial, Work
+from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Needs, Score, Trial, Work
 
 WIDTHS = (768, 1024, 128, 64, 16, 1)
 _LAYERS = (0, 2, 4, 6, 7)
@@ -35,6 +35,9 @@ class Aesthetics(Metric[AestheticChoices]):
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "blurred": "falls", "noisy": "falls", "shuffled": "same", "recompressed": "same",
     }  # fmt: skip
+
+    def needs(self) -> Needs:
+        return Needs(gpus=0.1)
 
     def check(self) -> None:
         super().check()

@@ -42,7 +42,7 @@ class DomainSimilarity(Metric[DomainSimilarityChoices]):
 
     def needs(self) -> Needs:
         endpoint = self.config.editor.endpoint
-        return Needs(endpoint=endpoint.url if endpoint is not None else "")
+        return Needs(gpus=1.0) if endpoint is None else Needs(gpus=0.1, endpoint=endpoint.url)
 
     def check(self) -> None:
         super().check()

@@ -19,7 +19,7 @@ from torch import Tensor
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.curation.model_folders import check_model_folder, load_model
 from domainshuttle.platform.evaluation.metrics.choices import TextMatchChoices
-from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Score, Trial, Work
+from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Needs, Score, Trial, Work
 
 _UNIT = 28
 """Pixels of the side of a picture's token."""
@@ -38,6 +38,9 @@ class TextMatch(Metric[TextMatchChoices]):
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_prompt": "falls", "shuffled": "same", "recompressed": "same",
     }  # fmt: skip
+
+    def needs(self) -> Needs:
+        return Needs(gpus=0.5)
 
     def measure(self, work: Work) -> Score:
         if not work.case.prompt.strip():

@@ -174,16 +174,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an actor of a metric reserves. Metrics that need the same may share one."""
+    """What the actors of a metric reserve, and what must be known before it runs (`stages`)."""
 
-    cpus: float = 1.0
     gpus: float = 0.0
+    """Share of a GPU of 80 GB that its models fill; of 1 a whole one. On machines without GPUs they run on CPUs."""
     endpoint: str = ""
     """The url of an endpoint that it asks: one actor alone, which keeps the endpoint's limits."""
     packages: tuple[str, ...] = ()
-    """Of an environment of its own (Ray's runtime_env), with pip's names and versions."""
+    """Of its model's own environment (`isolated`), with pip's names and versions."""
     licence: str = ""
-    """Where it binds more than the product's own: to be shown before it is used."""
+    """Terms that bind more than the product's own: they are said before it runs."""
 
 
 Direction = Literal["falls", "same", "ceiling", "halves"]
@@ -301,8 +301,8 @@ class Metric(ABC, Generic[Config]):
         return ""
 
 
-_WHERE = {"cases"}
-"""Choices that decide which cases have a value, and not what it is."""
+_WHERE = {"cases", "gpus"}
+"""Choices that decide which cases have a value, or where it is computed, and not what it is."""
 
 
 def _digest(content: Mapping[str, Any], data: bytes = b"") -> str:

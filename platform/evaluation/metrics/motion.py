@@ -8,7 +8,7 @@ VBench's motion smoothness, which interpolates frames.
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,12 @@ from numpy.typing import NDArray
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import Pixels
 from domainshuttle.platform.evaluation.metrics.choices import MetricConfig, SmoothnessChoices
+from domainshuttle.platform.evaluation.metrics.isolated import Isolated
 from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Needs, Score, Trial, Work
-from domainshuttle.platform.evaluation.metrics.one_align import LICENCE, PACKAGES, start_one_align
+from domainshuttle.platform.evaluation.metrics.one_align import LICENCE, PACKAGES, OneAlign
 
 _SIDE = 16
 """Width that flow is averaged to, as OpenS2V-Eval does."""
-
-
-class WindowScorer(Protocol):
-    """Rates the quality of short windows of frames."""
-
-    def scores(self, frames: Pixels, windows: Sequence[Sequence[int]]) -> list[float]:
-        """A score of 0 to 1 for each window, given as numbers of frames."""
 
 
 class Smoothness(Metric[SmoothnessChoices]):
@@ -43,7 +37,7 @@ class Smoothness(Metric[SmoothnessChoices]):
     }  # fmt: skip
 
     def needs(self) -> Needs:
-        return Needs(cpus=1, gpus=self.config.gpus, packages=PACKAGES, licence=LICENCE)
+        return Needs(gpus=self.config.gpus, packages=PACKAGES, licence=LICENCE)
 
     def check(self) -> None:
         if not self.config.runs_model_code:
@@ -59,10 +53,11 @@ class Smoothness(Metric[SmoothnessChoices]):
         frames = work.video.frames
         amount = work.once("motion", lambda: motion_of(frames))
         folder = self.model_folder("one_align")
-        scorer: WindowScorer = self.models.once(
-            ("one_align", folder), lambda: start_one_align(folder, self.config.gpus, self.config.at_once)
+        at_once = self.config.at_once
+        model = self.models.once(
+            ("one_align", folder), lambda: Isolated(self.label, OneAlign, (folder, at_once), self.needs())
         )
-        scores = scorer.scores(frames, windows(len(frames), self.config.window))
+        scores: list[float] = model.call("scores", frames, windows(len(frames), self.config.window))
         artefacts = artefact_frames(scores, self.config.threshold)
         value = 1 - len(artefacts) / len(scores)
         return Score("measured", value, beside=amount, details={"scores": scores, "artefacts": artefacts})

@@ -1,20 +1,22 @@
 """one-align (q-future/one-align) in an environment of its own: it needs transformers 4.36 and the code of its folder.
 
-It runs in a Ray actor whose runtime_env installs what it is pinned to, so nothing of it meets the product's own
-packages. What is here besides is what that actor runs: it imports torch, NumPy and Pillow alone.
+What is here runs in an actor with what it is pinned to (`isolated`): it imports torch, NumPy and Pillow alone.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PACKAGES = ("transformers==4.36.1", "tokenizers>=0.14,<0.19", "icecream", "sentencepiece", "pydantic<2")
-"""What its code is pinned to."""
-LICENCE = "weights made from LLaMA 2, whose community licence binds"
+PACKAGES = ("transformers==4.36.1", "tokenizers>=0.14,<0.19", "icecream", "sentencepiece")
+"""What its code needs. Its authors pin pydantic<2 too, for their web page: the model's files don't import it, and Ray
+runs in no environment that has it."""
+LICENCE = (
+    "q-future/one-align is made from LLaMA 2: the LLaMA 2 Community License binds its use (its acceptable-use policy; "
+    "no training of other language models with what it gives; above 700 million users a month a licence of one's own)"
+)
 WORDS = ("excellent", "good", "fair", "poor", "bad")
 WEIGHTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 PROMPT = "USER: How would you rate the quality of this video?\n<|image|>\nASSISTANT: The quality of the video is"
@@ -68,27 +70,3 @@ def on_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new(picture.mode, (side, side), colour)
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-class OneAlignActor:
-    """What scores in the actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def scores(self, frames: NDArray[np.uint8], windows: Sequence[Sequence[int]]) -> list[float]:
-        import ray
-
-        found: list[float] = ray.get(self.actor.scores.remote(frames, [list(one) for one in windows]))
-        return found
-
-
-def start_one_align(folder: str, gpus: float, at_once: int) -> OneAlignActor:
-    """Starts the actor on the cluster that is connected, or on one of this machine."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
-    environment = {"pip": list(PACKAGES), "env_vars": {"HF_HUB_OFFLINE": "1"}}
-    options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": environment}
-    return OneAlignActor(ray.remote(OneAlign).options(**options).remote(str(Path(folder).expanduser()), at_once))

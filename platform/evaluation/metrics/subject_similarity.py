@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from domainshuttle.pipelines.curation.embedder import Embedder
-from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Score, Trial, Work
+from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Needs, Score, Trial, Work
 from domainshuttle.platform.evaluation.metrics.subjects import (
     SubjectChoices,
     SubjectFinder,
@@ -33,6 +33,9 @@ class SubjectSimilarity(Metric[SubjectChoices]):
     def expectations(self) -> Mapping[Trial, Direction]:
         halves = self.config.not_found == "zero"
         return {trial: wanted for trial, wanted in self.expects.items() if halves or wanted != "halves"}
+
+    def needs(self) -> Needs:
+        return Needs(gpus=0.25)
 
     def measure(self, work: Work) -> Score:
         if not work.case.references:
