@@ -19,6 +19,7 @@ from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
 from domainshuttle.platform.evaluation.latency import latency_rows
+from domainshuttle.platform.evaluation.metrics.metric import Metric
 from domainshuttle.platform.evaluation.published import published_table
 from domainshuttle.platform.evaluation.rating import agreement, preferences, read_answers
 from domainshuttle.platform.evaluation.results import ALL, Results
@@ -58,13 +59,19 @@ def write_report(folder: Path, results: Results) -> Path:
         ratings=agreement(ratings, results),
         preferences=preferences(ratings, results),
         raters=len({one.rater for one in ratings}),
-        decisions=[(title_of(one), json.dumps(one.decisions(), indent=1, default=str)) for one in results.metrics],
+        decisions=[(title_of(one), json.dumps(_decisions(one), indent=1, default=str)) for one in results.metrics],
         open_points=open_points(results),
         failures=results.failures()[:_MOST_FAILURES],
         failure_count=len(results.failures()),
         cases=[_case(folder, results, case, columns) for case in results.cases],
         data=_data(results, columns),
     )
+
+
+def _decisions(metric: Metric[Any]) -> dict[str, Any]:
+    """What decides a metric's values, and the hub's commits of its models where they are known."""
+    commits = metric.commits()
+    return {**metric.decisions(), **({"hub commits": dict(commits)} if commits else {})}
 
 
 def _tests(results: Results) -> list[dict[str, Any]]:

@@ -200,7 +200,10 @@ def summary(results: Results) -> dict[str, Any]:
         {
             "name": results.config.name,
             "cases": dict(Counter(case.split for case in results.cases)),
-            "metrics": {one.label: {"digest": one.digest, **_plain(one.decisions())} for one in results.metrics},
+            "metrics": {
+                one.label: {"digest": one.digest, **_plain(one.decisions()), "hub_commits": dict(one.commits())}
+                for one in results.metrics
+            },
             "means": [
                 {"stratum": stratum, "metric": metric, "column": column, **asdict(one)}
                 for (stratum, metric, column), one in results.estimates.items()

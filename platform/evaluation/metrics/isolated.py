@@ -16,6 +16,7 @@ from typing import Any
 from domainshuttle.pipelines.errors import DataError, mask_secrets
 from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.pipelines.storage.locks import locked
+from domainshuttle.platform.evaluation.metrics.cache import cache_folder
 from domainshuttle.platform.evaluation.metrics.metric import Needs
 
 _INSTALL_SECONDS = 1800
@@ -91,7 +92,7 @@ def installed(packages: tuple[str, ...]) -> Path:
     It is whole or not there. Raises DataError with what pip says where they can't be installed.
     """
     wanted = "\0".join((sys.version, *packages)).encode()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domainshuttle" / "packages"
+    cache = cache_folder("packages")
     folder = cache / hashlib.blake2b(wanted, digest_size=16).hexdigest()
     if folder.is_dir():
         return folder

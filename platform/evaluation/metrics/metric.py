@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from domainshuttle.pipelines.errors import DataError, StorageError, UserFacingError, one_line
 from domainshuttle.pipelines.media.decode import RULES, Pixels, opened_clip, shown_frames
 from domainshuttle.platform.evaluation.metrics.choices import MetricConfig
-from domainshuttle.platform.evaluation.metrics.weights import MetricModels, weights_digest
+from domainshuttle.platform.evaluation.metrics.weights import MetricModels, hub_commit, weights_digest
 
 Made = TypeVar("Made")
 State = Literal["measured", "missing", "refused", "failed"]
@@ -249,6 +249,11 @@ class Metric(ABC, Generic[Config]):
     def weights(self) -> Mapping[str, str]:
         """A digest of each model's files."""
         return {name: weights_digest(self.folders, name, self.name) for name in self.uses}
+
+    def commits(self) -> Mapping[str, str]:
+        """The hub's commit of each model, where its folder says it."""
+        found = {name: hub_commit(self.model_folder(name)) for name in self.uses}
+        return {name: commit for name, commit in found.items() if commit}
 
     def model_folder(self, name: str) -> str:
         """The folder of a model. Raises DataError where none is named."""

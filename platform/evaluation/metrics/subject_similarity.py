@@ -17,6 +17,7 @@ from domainshuttle.platform.evaluation.metrics.subjects import (
     SubjectFinder,
     SubjectMatch,
     match_subjects,
+    shown_places,
 )
 
 
@@ -93,4 +94,9 @@ def _details(match: SubjectMatch, value: float | None) -> dict[str, Any]:
         "reference_found": match.reference_found,
         "frames": [None if np.isnan(one) else round(float(one), 6) for one in match.similarity],
         "boxes": [None if box is None else [round(side, 1) for side in box] for box in match.boxes],
+        "outlines": {  # of the frames that the report shows
+            str(place): outline
+            for place in shown_places(len(match.boxes))
+            if (outline := (match.outlines or [""] * len(match.boxes))[place])
+        },
     }

@@ -5,17 +5,20 @@ and compared: each of its rules is a choice here (`SubjectChoices`).
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from domainshuttle.model.pictures import Pixels
+from domainshuttle.pipelines.corpora.masks import decode_rle, encode_rle
 from domainshuttle.pipelines.curation.detector import Box, Detection, Detector, without_repeats
 from domainshuttle.pipelines.curation.embedder import Embedder, Vectors
 from domainshuttle.pipelines.curation.segmenter import Segmenter
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.platform.evaluation.metrics.choices import SubjectChoices
 from domainshuttle.platform.evaluation.metrics.metric import MetricCase, Models, Reference, Work
 
@@ -28,6 +31,8 @@ class CutOut:
     score: float
     mask_score: float
     pixels: Pixels
+    outline: str = ""
+    """Its mask, made smaller (`outline_of`)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class SubjectMatch:
     boxes: list[Box | None]
     reference_found: bool
     """Whether its references were compared as they should be: cut out, where that is wanted."""
+    outlines: list[str] = field(default_factory=list)
+    """The mask of each frame, as `outline_of` gives it; empty where there is none."""
 
 
 class SubjectFinder:
@@ -67,7 +74,8 @@ class SubjectFinder:
         cut = []
         for one, segment in zip(kept, masks, strict=True):
             if segment.score >= self.choices.least_mask and segment.mask.any():
-                cut.append(CutOut(one.box, one.score, segment.score, self._pixels(frame, one.box, segment.mask)))
+                pixels = self._pixels(frame, one.box, segment.mask)
+                cut.append(CutOut(one.box, one.score, segment.score, pixels, outline_of(segment.mask)))
         return cut
 
     def _pixels(self, frame: Pixels, box: Box, mask: NDArray[np.bool_]) -> Pixels:
@@ -77,6 +85,36 @@ class SubjectFinder:
         if self.choices.background_fill == "white":
             pixels[~mask[top:bottom, left:right]] = 255
         return pixels
+
+
+_OUTLINE_SIDE = 192
+"""Pixels of the longer side of a mask that is kept for people to see."""
+_SHOWN = 4
+
+
+def outline_of(mask: NDArray[np.bool_]) -> str:
+    """A mask [h,w] as `HxW:` and COCO's run lengths, made smaller where it is large: what a report draws."""
+    height, width = mask.shape
+    scale = min(1.0, _OUTLINE_SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) > 127
+    return f"{size[1]}x{size[0]}:{encode_rle(small)}"
+
+
+def mask_of(outline: str, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask [height,width] of an outline. Raises DataError for a text that is none."""
+    size, _, counts = outline.partition(":")
+    rows, _, columns = size.partition("x")
+    if not rows.isdecimal() or not columns.isdecimal():
+        raise DataError(f"the outline {outline[:40]!r} does not say its size")
+    small = decode_rle(counts, int(rows), int(columns))
+    large = Image.fromarray(small.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(large) > 127
+
+
+def shown_places(count: int) -> list[int]:
+    """Which of the frames that a metric looked at a report shows."""
+    return np.unique(np.linspace(0, count - 1, min(_SHOWN, count)).round().astype(int)).tolist()
 
 
 def match_subjects(
@@ -127,6 +165,7 @@ def _assigned(
     largest sum."""
     similarity = np.full((len(numbers), len(cut)), np.nan)
     boxes: list[list[Box | None]] = [[None] * len(cut) for _ in numbers]
+    outlines = [[""] * len(cut) for _ in numbers]
     chosen = [found if choices.candidates == "all" else found[: len(numbers)] for found in cut]
     vectors = embedder.vectors([one.pixels for found in chosen for one in found])
     start = 0
@@ -138,8 +177,10 @@ def _assigned(
         for row, column in zip(*linear_sum_assignment(table, maximize=True), strict=True):
             similarity[row, frame] = table[row, column]
             boxes[row][frame] = found[column].box
+            outlines[row][frame] = found[column].outline
     return [
-        SubjectMatch(number, word, similarity[row], boxes[row], wanted[row][1]) for row, number in enumerate(numbers)
+        SubjectMatch(number, word, similarity[row], boxes[row], wanted[row][1], outlines[row])
+        for row, number in enumerate(numbers)
     ]
 
 

@@ -1,15 +1,19 @@
 """The models of metrics: where their folders are, and what of their files decides a value."""
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from domainshuttle.pipelines.curation.model_folders import ModelRole, check_model_folder, model_digest
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.values import Section, Text
+from domainshuttle.platform.evaluation.metrics.cache import cache_folder
 
 
 class MetricModels(Section):
@@ -57,13 +61,51 @@ def weights_digest(models: MetricModels, name: str, metric: str) -> str:
     return _tree_digest(folder, _stamp(Path(folder)))
 
 
+def hub_commit(folder: str) -> str:
+    """The commit of the hub that a folder was downloaded at, as `hf download` notes it; empty where it can't be told.
+    For people alone: what decides a value is the weights, which another commit need not change."""
+    path = Path(folder).expanduser()
+    for part in reversed(path.parts[:-1] if path.is_file() else path.parts):
+        if _COMMIT.fullmatch(part):
+            return part
+    top = path.parent if path.is_file() else path
+    notes = [*top.glob(f".cache/huggingface/download/{path.name if path.is_file() else '**/*'}.metadata")]
+    commits = {note.read_text(errors="replace").split("\n", 1)[0].strip() for note in notes}
+    return commits.pop() if len(commits) == 1 else ""
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 @functools.lru_cache(maxsize=64)
 def _role_digest(folder: str, role: ModelRole, stamp: Sequence[object]) -> str:
-    return model_digest(folder, role)
+    return _remembered(("role", role, stamp), lambda: model_digest(folder, role))
 
 
 @functools.lru_cache(maxsize=64)
 def _tree_digest(path: str, stamp: Sequence[object]) -> str:
+    return _remembered(("tree", path, stamp), lambda: _digest_of_tree(path))
+
+
+def _remembered(key: object, make: Callable[[], str]) -> str:
+    """A digest that this machine keeps of files as they are, so that gigabytes are read once and not at each start."""
+    name = hashlib.blake2b(repr((_VERSION, key)).encode(), digest_size=16).hexdigest()
+    kept = cache_folder("weights") / name
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if _DIGEST.fullmatch(text := kept.read_text()):
+            return text
+    digest = make()
+    with contextlib.suppress(OSError):  # a home that can't be written
+        write_bytes(kept, digest.encode())
+    return digest
+
+
+_VERSION = 1
+"""Of how digests are made."""
+_DIGEST = re.compile(r"[0-9a-f]{16,64}")
+
+
+def _digest_of_tree(path: str) -> str:
     """Of a file, or of all files in a folder by name."""
     digest, top = hashlib.blake2b(digest_size=16), Path(path)
     for file in _files(top):
@@ -81,5 +123,5 @@ def _files(top: Path) -> list[Path]:
 
 
 def _stamp(top: Path) -> tuple[tuple[str, int, int], ...]:
-    """What changes when files are changed: so that gigabytes are read once a process."""
+    """What changes when files are changed."""
     return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(top))

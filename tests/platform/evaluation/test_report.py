@@ -24,6 +24,7 @@ from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
 from domainshuttle.platform.evaluation.metrics.metric import Score
+from domainshuttle.platform.evaluation.metrics.subjects import outline_of
 from domainshuttle.platform.evaluation.published import published
 from domainshuttle.platform.evaluation.rating import agreement, make_pages, read_answers
 from domainshuttle.platform.evaluation.videos import Clip
@@ -192,6 +193,15 @@ def test_edits_and_boxes_are_shown_as_the_metrics_saw_them(tmp_path: Path) -> No
     rows, columns = np.nonzero(red[:, :60])
     assert abs(columns.max() - 30) <= 3 and abs(rows.max() - 25) <= 3
     assert found_subjects(tmp_path / "report", one, Score("measured", 0.5)) == ""
+    # with masks their outlines are drawn: a disc's edge, and neither its inside nor its box
+    rows, columns = np.mgrid[:40, :60]
+    disc = (rows - 15) ** 2 + (columns - 20) ** 2 <= 10**2
+    subject = {"subject": 0, "word": "dog", "boxes": boxes, "outlines": {"0": outline_of(disc)}}
+    score = Score("measured", 0.5, details={"subjects": [subject]})
+    picture = np.asarray(Image.open(tmp_path / "report" / found_subjects(tmp_path / "report", one, score)))
+    red = (picture[:, :60, 0] > 150) & (picture[:, :60, 1] < 100)
+    distance = np.hypot(*np.nonzero(red) - np.array([[15], [20]]))
+    assert red.sum() > 40 and distance.min() > 6 and distance.max() < 12.5
     (tmp_path / "edits/abc").mkdir(parents=True)
     Image.fromarray(clip[0]).save(tmp_path / "edits/abc/picture.png")
     edits = [{"digest": "abc", "state": "edited"}, {"digest": "def", "state": "refused"}, None]

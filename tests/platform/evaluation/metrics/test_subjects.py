@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,18 @@ from tiny_models import save_models
 from domainshuttle.pipelines.curation.detector import Detector, without_repeats
 from domainshuttle.pipelines.curation.embedder import Embedder
 from domainshuttle.pipelines.curation.segmenter import Segmenter
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.platform.evaluation.metrics import weights
 from domainshuttle.platform.evaluation.metrics.choices import SubjectChoices
 from domainshuttle.platform.evaluation.metrics.metric import MetricCase, Models, Reference, Work
 from domainshuttle.platform.evaluation.metrics.subject_similarity import ClipSimilarity, DinoSimilarity
-from domainshuttle.platform.evaluation.metrics.subjects import CutOut, match_subjects
+from domainshuttle.platform.evaluation.metrics.subjects import (
+    CutOut,
+    mask_of,
+    match_subjects,
+    outline_of,
+    shown_places,
+)
 from domainshuttle.platform.evaluation.metrics.weights import MetricModels
 
 
@@ -152,6 +161,69 @@ def test_values_are_those_of_the_models_one_by_one(folders: MetricModels) -> Non
         assert found.beside["detection_rate"] == pytest.approx(np.mean(seen))
         (subject,) = found.details["subjects"]
         assert subject["reference_found"] == (own is not None) and any(seen)
+        assert [str(place) in subject["outlines"] for place in range(3)] == seen
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (480, 832), (1, 3)])
+def test_an_outline_is_the_mask_small_enough_to_keep(height: int, width: int) -> None:
+    rows, columns = np.mgrid[:height, :width]
+    mask = ((rows - height / 2) / height) ** 2 + ((columns - width / 3) / width) ** 2 < 0.06
+    outline = outline_of(mask)
+    found = mask_of(outline, height, width)
+    assert len(outline) < 700 and found.shape == mask.shape
+    assert (found & mask).sum() / (found | mask).sum() > (0.98 if max(height, width) > 192 else 0.999)
+    for bad in ("", "4:1", "2x2:zz~", f"9{outline}"):
+        with pytest.raises(DataError):
+            mask_of(bad, height, width)
+
+
+def test_the_frames_that_are_shown_are_even() -> None:
+    assert [shown_places(count) for count in (1, 3, 16)] == [[0], [0, 1, 2], [0, 5, 10, 15]]
+
+
+def test_other_weights_are_another_row_and_are_read_once_on_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = MetricModels(**save_models(tmp_path / "models"))
+
+    def digest() -> str:
+        weights._role_digest.cache_clear()  # as in another process
+        return DinoSimilarity(SubjectChoices(), Models(), folders).digest
+
+    first = digest()
+    assert digest() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "model_digest", None)  # no file is read again
+        assert digest() == first
+    (dino,) = Path(str(folders.dino)).glob("*.safetensors")
+    whole = dino.read_bytes()
+    dino.write_bytes(whole[:-4] + b"\0\0\x80?")  # another revision: one weight is another
+    second = digest()
+    assert second != first
+    dino.write_bytes(whole)
+    assert digest() == first
+    for damaged in (tmp_path / "cache").rglob("*"):
+        if damaged.is_file():
+            damaged.write_bytes(b"\xff")
+    assert digest() == first
+
+
+def test_the_hubs_commit_is_said_where_the_folder_has_it(tmp_path: Path) -> None:
+    commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
+    assert weights.hub_commit(str(tmp_path)) == ""
+    notes = tmp_path / "model/.cache/huggingface/download/part"
+    notes.mkdir(parents=True)
+    (tmp_path / "model/head.pth").write_bytes(b"")
+    for name in ("../config.json", "a.safetensors", "../head.pth"):
+        (notes / f"{name}.metadata").write_text(f"{commit}\netag\n1.0\n")  # as hf download writes it
+    assert weights.hub_commit(str(tmp_path / "model")) == commit
+    assert weights.hub_commit(str(tmp_path / "model/head.pth")) == commit
+    (notes / "a.safetensors.metadata").write_text(f"{other}\netag\n1.0\n")
+    assert weights.hub_commit(str(tmp_path / "model")) == ""  # of two revisions
+    snapshot = tmp_path / "models--a--b/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    assert weights.hub_commit(str(snapshot)) == commit
 
 
 def test_the_two_metrics_search_a_video_once(folders: MetricModels, monkeypatch: pytest.MonkeyPatch) -> None:
