@@ -8,7 +8,7 @@ counted and never a low grade, and where they are too many of all, the metric is
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,19 +41,24 @@ _QUALITY = 95
 class JudgeScore(Metric[JudgeChoices]):
     """One question of one judge."""
 
-    source: ClassVar = "the paper's rubric in words of our own (evaluation/judges/prompts.py)"
-    code_version: ClassVar = 1
-    question: QuestionName = "cross_domain"
+    source = "the paper's rubric in words of our own (evaluation/judges/prompts.py)"
+    code_version = 1
 
-    def __init__(self, config: JudgeChoices, models: Models | None = None, folders: MetricModels | None = None) -> None:
+    def __init__(
+        self, config: JudgeChoices, models: Models | None = None, folders: MetricModels | None = None,
+        question: QuestionName = "cross_domain",
+    ) -> None:  # fmt: skip
         super().__init__(config, models, folders)
-        self.prompt = QUESTIONS[self.question]
+        self.question, self.prompt = question, QUESTIONS[question]
+        if question != "cross_domain":
+            self.name = f"{self.name}.{question}"
+            self.title = f"{self.title.removesuffix('-Score')} {question.replace('_', ' ')}"
+            self.source = "ours: the rubric's 1 mixes two opposite failures"
 
     @classmethod
     def every(cls, config: JudgeChoices, models: Models, folders: MetricModels) -> list[Self]:
         """A metric for each of its questions."""
-        kinds = [cls, *(one for one in cls.__subclasses__())]
-        return [kind(config, models, folders) for kind in kinds if kind.question in config.questions]
+        return [cls(config, models, folders, question) for question in QUESTIONS if question in config.questions]
 
     def expectations(self) -> Mapping[Trial, Direction]:
         found: dict[Trial, Direction] = {"shuffled": "same"}
@@ -163,49 +168,18 @@ class JudgeScore(Metric[JudgeChoices]):
         return Question(self.prompt.id, self.prompt.system, text, Grade, (shown, frame), repeat)
 
 
-_OURS = "ours: the rubric's 1 mixes two opposite failures"
-
-
 class CDScore(JudgeScore):
     """The paper's judge is GPT-5.2."""
 
-    name: ClassVar = "cd_score"
-    title: ClassVar = "CD-Score"
-
-
-class CDDomainReached(CDScore):
-    name: ClassVar = "cd_score.domain_reached"
-    title: ClassVar = "CD domain reached"
-    source: ClassVar = _OURS
-    question = "domain_reached"
-
-
-class CDSubjectKept(CDScore):
-    name: ClassVar = "cd_score.subject_kept"
-    title: ClassVar = "CD subject kept"
-    source: ClassVar = _OURS
-    question = "subject_kept"
+    name = "cd_score"
+    title = "CD-Score"
 
 
 class QwenScore(JudgeScore):
     """The paper's judge is Qwen3-VL-8B-Instruct."""
 
-    name: ClassVar = "qwen_score"
-    title: ClassVar = "Qwen-Score"
-
-
-class QwenDomainReached(QwenScore):
-    name: ClassVar = "qwen_score.domain_reached"
-    title: ClassVar = "Qwen domain reached"
-    source: ClassVar = _OURS
-    question = "domain_reached"
-
-
-class QwenSubjectKept(QwenScore):
-    name: ClassVar = "qwen_score.subject_kept"
-    title: ClassVar = "Qwen subject kept"
-    source: ClassVar = _OURS
-    question = "subject_kept"
+    name = "qwen_score"
+    title = "Qwen-Score"
 
 
 def picture_bytes(picture: Pixels, most_side: int) -> bytes:

@@ -27,10 +27,10 @@ _LAYERS = (0, 2, 4, 6, 7)
 class Aesthetics(Metric[AestheticChoices]):
     """The normalised mean; the raw one stands beside it."""
 
-    name: ClassVar = "aes"
-    title: ClassVar = "AES"
-    source: ClassVar = "OpenS2V-Eval 1.1; improved-aesthetic-predictor"
-    code_version: ClassVar = 1
+    name = "aes"
+    title = "AES"
+    source = "OpenS2V-Eval 1.1; improved-aesthetic-predictor"
+    code_version = 1
     uses = ("aesthetic_clip", "aesthetic_head")
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "blurred": "falls", "noisy": "falls", "shuffled": "same", "recompressed": "same",

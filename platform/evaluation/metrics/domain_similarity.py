@@ -29,8 +29,8 @@ from domainshuttle.platform.evaluation.metrics.metric import (
 class DomainSimilarity(Metric[DomainSimilarityChoices]):
     """What the two share, but for their editor."""
 
-    source: ClassVar = "the paper; editor, instructions and CLIP's size are choices"
-    code_version: ClassVar = 1
+    source = "the paper; editor, instructions and CLIP's size are choices"
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_reference": "falls", "still_edit": "ceiling",
         "shuffled": "same", "no_references": "falls",
@@ -88,12 +88,12 @@ class DomainSimilarity(Metric[DomainSimilarityChoices]):
 class NanoSimilarity(DomainSimilarity):
     """The paper's editor is Nano Banana Pro, behind an endpoint. 60K of the pictures of stage 1 are from its line."""
 
-    name: ClassVar = "nano_clip"
-    title: ClassVar = "NANO-CLIP"
+    name = "nano_clip"
+    title = "NANO-CLIP"
 
 
 class QwenSimilarity(DomainSimilarity):
     """The paper's editor is Qwen-Image-Edit: in process from models.image_editor, or behind an endpoint."""
 
-    name: ClassVar = "qwen_clip"
-    title: ClassVar = "Qwen-CLIP"
+    name = "qwen_clip"
+    title = "Qwen-CLIP"

@@ -30,10 +30,10 @@ _LEAST_PIXELS, _MOST_PIXELS = 4 * _UNIT**2, 16384 * _UNIT**2
 class TextMatch(Metric[TextMatchChoices]):
     """The mean over frames."""
 
-    name: ClassVar = "gme"
-    title: ClassVar = "GMEScore"
-    source: ClassVar = "OpenS2V-Eval 1.1 (Alibaba-NLP/gme-Qwen2-VL-7B-Instruct)"
-    code_version: ClassVar = 1
+    name = "gme"
+    title = "GMEScore"
+    source = "OpenS2V-Eval 1.1 (Alibaba-NLP/gme-Qwen2-VL-7B-Instruct)"
+    code_version = 1
     uses = ("gme",)
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_prompt": "falls", "shuffled": "same", "recompressed": "same",

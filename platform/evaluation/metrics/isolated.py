@@ -70,7 +70,8 @@ class Isolated:
         gpus = self.needs.gpus if ray.cluster_resources().get("GPU", 0) else 0
         installing = ray.remote(_installed_here).options(num_cpus=0, num_gpus=gpus, max_retries=0)
         node, folder = ray.get(installing.remote(self.needs.packages))
-        actor = ray.remote(self.kind).options(
+        remote: Any = ray.remote(self.kind)
+        actor = remote.options(
             num_cpus=0 if gpus else 1,
             num_gpus=gpus,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),

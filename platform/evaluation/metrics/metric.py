@@ -205,11 +205,11 @@ class Metric(ABC, Generic[Config]):
     altered (`expects`).
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    source: ClassVar[str]
+    name: str
+    title: str
+    source: str
     """Where its definition is from."""
-    code_version: ClassVar[int]
+    code_version: int
     expects: ClassVar[Mapping[Trial, Direction]] = {}
     uses: tuple[str, ...] = ()
     """The fields of MetricModels that it needs."""

@@ -27,10 +27,10 @@ _SIDE = 16
 class Smoothness(Metric[SmoothnessChoices]):
     """MS with its motion amplitude."""
 
-    name: ClassVar = "ms"
-    title: ClassVar = "MS"
-    source: ClassVar = "OpenS2V-Eval 1.1 (q-future/one-align)"
-    code_version: ClassVar = 1
+    name = "ms"
+    title = "MS"
+    source = "OpenS2V-Eval 1.1 (q-future/one-align)"
+    code_version = 1
     uses = ("one_align",)
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "shuffled": "falls", "still_reference": "ceiling", "recompressed": "same",
@@ -67,10 +67,10 @@ class MotionAmplitude(Metric[MetricConfig]):
     """How much a video moves: the mean of Farneback's optical flow over all frames, which OpenS2V-Eval takes with its
     signs, so that opposite motions cancel; the mean length stands beside. Neither is better when higher."""
 
-    name: ClassVar = "motion"
-    title: ClassVar = "Motion amplitude"
-    source: ClassVar = "OpenS2V-Eval 1.1 (motion_fb)"
-    code_version: ClassVar = 1
+    name = "motion"
+    title = "Motion amplitude"
+    source = "OpenS2V-Eval 1.1 (motion_fb)"
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {}
 
     def check(self) -> None:

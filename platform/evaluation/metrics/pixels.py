@@ -23,10 +23,10 @@ class HueIdentity(Metric[FrameChoices]):
     chroma, 0 to 1; mean over the references. That of another case is the
     sensitivity test `other_reference`."""
 
-    name: ClassVar = "hue_identity"
-    title: ClassVar = "Hue identity"
-    source: ClassVar = "ours: the demo's identity test, case by case"
-    code_version: ClassVar = 1
+    name = "hue_identity"
+    title = "Hue identity"
+    source = "ours: the demo's identity test, case by case"
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_reference": "falls", "still_reference": "ceiling", "shuffled": "same", "no_references": "falls",
     }  # fmt: skip
@@ -44,10 +44,10 @@ class Steadiness(Metric[MetricConfig]):
     """How little neighbouring frames differ: 1 - mean |luma difference|; all frames. A still has 1, so the motion
     stands beside it."""
 
-    name: ClassVar = "steadiness"
-    title: ClassVar = "Steadiness"
-    source: ClassVar = "ours"
-    code_version: ClassVar = 1
+    name = "steadiness"
+    title = "Steadiness"
+    source = "ours"
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "shuffled": "falls", "noisy": "falls", "still_reference": "ceiling", "recompressed": "same",
     }  # fmt: skip
@@ -67,10 +67,10 @@ class Sharpness(Metric[FrameChoices]):
     """How much of the detail a 3x3 mean takes away: 1 - gradient energy after it / before; mean over frames. A frame of
     one colour has no detail and counts 0."""
 
-    name: ClassVar = "sharpness"
-    title: ClassVar = "Sharpness"
-    source: ClassVar = "ours"
-    code_version: ClassVar = 1
+    name = "sharpness"
+    title = "Sharpness"
+    source = "ours"
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {"blurred": "falls", "shuffled": "same"}
 
     def measure(self, work: Work) -> Score:

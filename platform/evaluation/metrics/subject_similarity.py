@@ -25,7 +25,7 @@ class SubjectSimilarity(Metric[SubjectChoices]):
     """What DINO-I and CLIP-I share."""
 
     role: ClassVar[Literal["dino", "clip"]]
-    code_version: ClassVar = 1
+    code_version = 1
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_reference": "falls", "still_reference": "ceiling", "half_without_subject": "halves", "shuffled": "same",
         "no_references": "falls",
@@ -60,9 +60,9 @@ class SubjectSimilarity(Metric[SubjectChoices]):
 class DinoSimilarity(SubjectSimilarity):
     """Of looks: DINOv2's CLS token."""
 
-    name: ClassVar = "dino_i"
-    title: ClassVar = "DINO-I"
-    source: ClassVar = "the paper; cut-outs as in MSRVTT-Personalization"
+    name = "dino_i"
+    title = "DINO-I"
+    source = "the paper; cut-outs as in MSRVTT-Personalization"
     role: ClassVar = "dino"
     uses = ("detector", "segmenter", "dino")
 
@@ -70,9 +70,9 @@ class DinoSimilarity(SubjectSimilarity):
 class ClipSimilarity(SubjectSimilarity):
     """Of what things are: CLIP's image embedding."""
 
-    name: ClassVar = "clip_i"
-    title: ClassVar = "CLIP-I"
-    source: ClassVar = "the paper; cut-outs as in MSRVTT-Personalization"
+    name = "clip_i"
+    title = "CLIP-I"
+    source = "the paper; cut-outs as in MSRVTT-Personalization"
     role: ClassVar = "clip"
     uses = ("detector", "segmenter", "clip")
 
