@@ -8,7 +8,7 @@ is one of the commands that a user would type, and goes on where it was when the
 import inspect
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 from pydantic import Field, ValidationError
 
 from domainshuttle.pipelines.storage.atomic import atomic_folder
-from domainshuttle.pipelines.values import Section
+from domainshuttle.pipelines.values import Section, Whole
 from domainshuttle.platform.commands.demo import Timer
 from domainshuttle.platform.config.loading import explain, load_config, read_mapping, read_text
 from domainshuttle.platform.config.schema import AblationSection, ConfigError, RunConfig, differences
@@ -44,6 +44,9 @@ class Ablation(Section):
     name: Name
     config: str = Field(description="a configuration: beside the file, or by name one that ships with the package")
     set: dict[str, Any] = Field(default_factory=dict, description="keys of all variants, such as stages.stage1.steps")
+    seeds: list[Whole] = Field(
+        default_factory=list, description="every variant is trained once with each; none: with the configuration's"
+    )
     shared: SharedSection | None = None
     variants: dict[Name, dict[str, Any]] = Field(min_length=1, description="name to the keys that it sets")
 
@@ -57,6 +60,9 @@ class Plan:
     """Of everything but corpora and runs: exported models, evaluations, pictures."""
     shared: RunConfig | None
     variants: dict[str, RunConfig]
+    """The runs by their name: a variant's is its own, with several seeds also the seed's."""
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    """The runs of each variant, one a seed."""
 
     @property
     def base(self) -> Path:
@@ -91,10 +97,17 @@ def load_ablation(source: str, overrides: list[str] | None = None) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"variant {name!r} of {path}: {error}") from error
 
-    whole = {name: load(name, keys) for name, keys in ablation.variants.items()}
+    rows = {
+        name: [f"{name}-seed{seed}" for seed in ablation.seeds] or [name] for name in ablation.variants
+    }  # fmt: skip
+    whole = {
+        run: load(run, keys | ({"seed": seed} if seed is not None else {}))
+        for name, keys in ablation.variants.items()
+        for run, seed in zip(rows[name], ablation.seeds or [None], strict=True)
+    }
     folder = Path(next(iter(whole.values())).output).parent
     if ablation.shared is None:
-        return Plan(ablation.name, folder, None, whole)
+        return Plan(ablation.name, folder, None, whole, rows)
     plain = load("base", {})
     first = ablation.shared.stages
     names = [stage.name for stage in plain.stages]
@@ -104,7 +117,7 @@ def load_ablation(source: str, overrides: list[str] | None = None) -> Plan:
         raise ConfigError(f"{path}: a variant can't be called 'base', as the run of the shared stages is")
     model = plain.model.model_copy(update={"ablation": _PLAIN})
     shared = _changed(plain, model=model.model_dump(), stages=plain.stages[: len(first)])
-    plan = Plan(ablation.name, folder, shared, {})
+    plan = Plan(ablation.name, folder, shared, {}, rows)
     for name, config in whole.items():
         begins = config.model.model_copy(update={"base": str(plan.base), "size": {}})
         plan.variants[name] = _changed(config, model=begins.model_dump(), stages=config.stages[len(first) :])
@@ -143,8 +156,9 @@ def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:
     part of it fails.
     """
     plan = load_ablation(source, overrides)
-    if unknown := [name for name in only if name not in plan.variants]:
-        raise ConfigError(f"no variant {unknown}; the ablation has {list(plan.variants)}")
+    if unknown := [name for name in only if name not in plan.rows]:
+        raise ConfigError(f"no variant {unknown}; the ablation has {list(plan.rows)}")
+    chosen = {run for name, runs in plan.rows.items() if not only or name in only for run in runs}
     for config in (*([plan.shared] if plan.shared else []), *plan.variants.values()):
         _require_begun_alike(plan, config)
     timer = Timer({})
@@ -165,7 +179,7 @@ def run_ablation(source: str, overrides: list[str], only: list[str]) -> None:
             verified_digest(last.weights, run.fingerprints)
             write_base(last.weights, plan.base)
     for name, config in plan.variants.items():
-        if not only or name in only:
+        if name in chosen:
             _run_variant(plan, name, config, timer)
     from domainshuttle.platform.commands.ablation_report import report
 

@@ -6,12 +6,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from domainshuttle.platform.commands import compare, compare_page, curves
 from domainshuttle.platform.commands.ablation import Plan, result_of
+from domainshuttle.platform.commands.ablation_steps import Step, steps_of
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import trained_of
+from domainshuttle.platform.evaluation.evaluate import read_results
+from domainshuttle.platform.evaluation.statistics import Values
 from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
@@ -64,6 +69,38 @@ def read_result(plan: Plan, name: str) -> VariantResult | None:
     )
 
 
+def read_rows(plan: Plan) -> dict[str, list[VariantResult]]:
+    """The results of each variant whose runs, one a seed, are all done."""
+    found = {name: [read_result(plan, run) for run in runs] for name, runs in plan.rows.items()}
+    return {name: [one for one in some if one] for name, some in found.items() if all(some)}
+
+
+def pooled(name: str, results: list[VariantResult]) -> VariantResult:
+    """One result of a variant's seeds: means of what each found; the device-hours of all."""
+    return VariantResult(
+        name, results[0].clips, fmean(one.own for one in results), fmean(one.other for one in results),
+        results[0].chance, fmean(one.loss for one in results), results[0].parameters, results[0].trained,
+        sum(one.device_hours for one in results),
+    )  # fmt: skip
+
+
+def read_steps(plan: Plan, names: list[str]) -> list[Step]:
+    """What each of these variants has more than the one before it, by the evaluation's metrics and by how often a clip
+    is closest to its own subject's reference."""
+    return steps_of({name: {run: _measured(plan, run) for run in plan.rows[name]} for name in names})
+
+
+def _measured(plan: Plan, run: str) -> dict[str, Values]:
+    results, done = read_results(plan.folder / "evaluation" / run), result_of(plan, run) or {}
+    hits = done.get("hits", {})
+    cases = [case.id for case in results.cases]
+    own = np.array([float(hits[case]) if case in hits else np.nan for case in cases])
+    return {OWN: own} | {metric.label: results.values(run, metric.label) for metric in results.metrics}
+
+
+OWN = "own reference closest"
+
+
 def count_parameters(config: RunConfig) -> tuple[int, int]:
     """All parameters of a configuration's model, and those that any of its stages trains."""
     size = model_size(config.model)
@@ -75,8 +112,9 @@ def count_parameters(config: RunConfig) -> tuple[int, int]:
 
 def report(plan: Plan) -> None:
     """Prints the table and writes `ablation.png`, `losses.png` and `ablation.html` into the ablation's folder."""
-    results = [result for name in plan.variants if (result := read_result(plan, name)) is not None]
-    left = [name for name in plan.variants if name not in {result.name for result in results}]
+    rows = read_rows(plan)
+    results = [pooled(name, some) for name, some in rows.items()]
+    left = [name for name in plan.rows if name not in rows]
     if not results:
         console.print(Prose(f"No variant is done yet; left: {', '.join(left)}"))
         return
@@ -84,24 +122,48 @@ def report(plan: Plan) -> None:
     title = f"{plan.name}: {results[0].clips} clips of held-out subjects a variant"
     console.print(Records(fields, lines, title, numeric=fields[1:]))
     uri = next(iter(plan.variants.values())).tracking_uri
-    done = [result.name for result in results]
-    rows = compare.compare(uri, [plan.name], done)
+    steps = read_steps(plan, list(rows))
+    step_fields, step_lines = _step_texts(steps)
+    if steps:
+        title = "Each row against the row before it"
+        console.print(Records(step_fields, step_lines, title, numeric=step_fields[2:4]))
+    done = [run for name in rows for run in plan.rows[name]]
+    runs = compare.compare(uri, [plan.name], done)
     picture = draw(results, plan.folder / "ablation.png")
-    losses = curves.plot(uri, rows, plan.folder / "losses.png")
+    losses = curves.plot(uri, runs, plan.folder / "losses.png")
     note = f"Chance is {results[0].chance:.1%}."
+    if (seeds := len(next(iter(rows.values())))) > 1:
+        note += f" Each row is the mean of {seeds} seeds."
     if plan.shared is not None:
         used = f"{Ledger(Run(plan.shared).ledger_path).summary().used:.3f} {plan.shared.cluster.hours}"
         note += f" All variants begin with the weights of the run {plan.shared.name!r} ({used})."
     console.print(Prose(note))
     page = compare_page.write_page(
-        uri, rows, losses, plan.folder / "ablation.html", plan.name, "ablation.html",
+        uri, runs, losses, plan.folder / "ablation.html", plan.name, "ablation.html",
         variant_fields=fields, variants=lines, note=note, picture=picture.read_bytes(),
+        step_fields=step_fields, steps=step_lines,
     )  # fmt: skip
     console.print(Prose(f"Picture: {picture}; curves: {losses}; page: {page}"))
-    if shown := compare.mlflow_page(uri, rows):
+    if shown := compare.mlflow_page(uri, runs):
         console.print(f"MLflow's page of these runs: {shown}", markup=False)
     if left:
         console.print(Prose(f"Left: {', '.join(left)}. The same command without --only goes on with them."))
+
+
+def _step_texts(steps: list[Step]) -> tuple[list[str], list[list[str]]]:
+    fields = ["row", "metric", "difference", "by seed", "what can be said"]
+    lines = [
+        [
+            f"{one.row} against {one.before}",
+            one.metric.replace("_", " "),
+            f"{one.comparison.difference.mean:+.3f} "
+            f"[{one.comparison.difference.low:+.3f}, {one.comparison.difference.high:+.3f}]",
+            ", ".join(f"{seed:+.3f}" for seed in one.by_seed),
+            one.text,
+        ]
+        for one in steps
+    ]
+    return fields, lines
 
 
 def _texts(results: list[VariantResult], hours: str) -> tuple[list[str], list[list[str]]]:

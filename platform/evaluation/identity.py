@@ -91,7 +91,8 @@ def measure_identity(
         other=float(np.mean(hits[control])), target=float(np.mean(hits[REAL])) if REAL in hits else float("nan"),
         chance=1 / candidates, by_domain=by_domain,
     )  # fmt: skip
-    content = {**asdict(result), "learned": result.learned}
+    own_hits = {case.id: hit for case, hit in zip(whole, hits[model], strict=True)}
+    content = {**asdict(result), "learned": result.learned, "hits": own_hits}
     write_bytes(out / "identity.json", json.dumps(content, indent=2).encode())
     targets = frames.get(REAL, [None] * len(whole))
     rows = [

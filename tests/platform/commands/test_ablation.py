@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,10 +11,13 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from running import cli
 
+from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.platform.commands.ablation import Plan, load_ablation, run_ablation, write_base
 from domainshuttle.platform.commands.ablation_report import VariantResult, count_parameters, draw, read_result
+from domainshuttle.platform.commands.ablation_steps import steps_of
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.engine.initialization import blueprint, build_model
+from domainshuttle.platform.evaluation.statistics import estimate
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
@@ -115,6 +119,53 @@ def test_figures_of_another_configuration_are_not_taken(change: str, tmp_path: P
     )
     with pytest.raises(ConfigError, match=message):
         run_ablation("demo", [place, change], [])
+
+
+def test_a_row_is_better_only_where_cases_and_every_seed_say_so() -> None:
+    random = np.random.default_rng(0)
+    before, noise = random.random(60), 0.05 * random.standard_normal((4, 60))
+    old = {f"a-seed{n}": {"up": before, "one": before, "same": before} for n in (1, 2)}
+    new = {
+        "b-seed1": {"up": before + 0.1 + noise[0], "one": before + 0.3, "same": before + noise[2]},
+        "b-seed2": {"up": before + 0.2 + noise[1], "one": before - 0.1, "same": before + noise[3]},
+    }
+    up, one, same = steps_of({"a": old, "b": new})
+    assert (up.before, up.row, up.metric, up.verdict, up.text) == ("a", "b", "up", 1, "more")
+    assert up.by_seed == pytest.approx([0.1, 0.2], abs=0.02)
+    assert up.comparison.difference.mean == pytest.approx(np.mean(up.by_seed))
+    assert one.comparison.verdict == 1 and one.verdict == 0 and one.text == "the seeds disagree"
+    assert same.verdict == 0 and same.text == "no difference shown"
+    # the seeds are averaged in a case: the interval is that of 60 differences, not of 120
+    both = (noise[0] + noise[1]) / 2 + 0.15
+    assert (up.comparison.difference.low, up.comparison.difference.high) == pytest.approx(
+        (estimate(both).low, estimate(both).high)
+    )
+    assert up.comparison.difference.cases == 60
+    turned = steps_of({"b": new, "a": old})[0]
+    assert turned.verdict == -1 and turned.text == "less"
+    unknown = {"c-seed1": {"up": np.full(60, np.nan)}, "c-seed2": {"up": before}}
+    assert steps_of({"a": old, "c": unknown}) == []
+
+
+def test_the_rows_have_two_seeds_and_a_base_of_several_shapes(tmp_path: Path) -> None:
+    plan = load_ablation("rows", [f"output={tmp_path}/runs", f"data={tmp_path}/data"])
+    assert list(plan.rows) == ["concatenation", "own-qkv", "domain-mot", "dual-rope", "full"]
+    assert [run for runs in plan.rows.values() for run in runs] == list(plan.variants)
+    for name, (first, second) in plan.rows.items():
+        one, other = plan.variants[first], plan.variants[second]
+        assert (first, second) == (f"{name}-seed{one.seed}", f"{name}-seed{other.seed}") and one.seed != other.seed
+        changed = {key for key, value in one.flattened().items() if other.flattened()[key] != value}
+        assert changed == {"name", "seed"}
+    assert plan.shared is not None
+    (base,) = plan.shared.stages
+    buckets = [parse_bucket(text)
+               for name in base.mixture for text in plan.shared.corpora[name].buckets]  # fmt: skip
+    # where DualRoPE puts references of the largest group, the base has looked: heights and widths of every position
+    (variant,) = {bucket for name in plan.variants["full-seed1"].stages[-1].mixture
+                  for bucket in plan.variants["full-seed1"].corpora[name].buckets}  # fmt: skip
+    height, width = parse_bucket(variant).height, parse_bucket(variant).width
+    assert len({(one.height, one.width) for one in buckets}) >= 4
+    assert max(one.height for one in buckets) >= 3 * height and max(one.width for one in buckets) >= 3 * width
 
 
 def test_the_picture_has_a_row_a_variant(tmp_path: Path) -> None:
