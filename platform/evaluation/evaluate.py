@@ -72,6 +72,7 @@ def run_evaluation(
     With `run` they are also logged to it. `again`: what failed is tried once more. Raises ConfigError, DataError, and
     what a metric's models or an endpoint say is wrong with them, before clips are made.
     """
+    out = out.absolute()  # an actor on another node has another working directory
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         cases = build_test_set(
@@ -125,6 +126,7 @@ def read_results(out: Path) -> Results:
         raise ConfigError(
             f"{out} is no folder of an evaluation: make one with domainshuttle evaluate MODEL --out {out}"
         )
+    out = out.absolute()
     config = load_evaluation(str(out / CONFIG_NAME))
     cases, columns = read_case_file(out / CASES_NAME), read_columns(out)
     folder = VideoFolder(out / "videos")

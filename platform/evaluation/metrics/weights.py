@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from domainshuttle.pipelines.curation.model_folders import ModelRole, check_model_folder, model_digest
 from domainshuttle.pipelines.errors import DataError
@@ -16,21 +17,35 @@ from domainshuttle.pipelines.values import Section, Text
 from domainshuttle.platform.evaluation.metrics.cache import cache_folder
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+ModelFolder = Annotated[Text, AfterValidator(_absolute)]
+"""Whole, since an actor on another node has another working directory, and a report is read from anywhere."""
+
+
 class MetricModels(Section):
     """Folders of models, downloaded with `hf download ID --local-dir FOLDER`. Only those that a metric uses are needed;
     the metrics share them."""
 
-    detector: Text | None = Field(None, description="Grounding DINO: IDEA-Research/grounding-dino-tiny")
-    segmenter: Text | None = Field(None, description="SAM 2: facebook/sam2.1-hiera-large")
-    dino: Text | None = Field(None, description="DINOv2: facebook/dinov2-base (the paper does not say the size)")
-    clip: Text | None = Field(None, description="CLIP: openai/clip-vit-base-patch32 (the paper does not say the size)")
-    aesthetic_clip: Text | None = Field(None, description="CLIP of AES: openai/clip-vit-large-patch14")
-    aesthetic_head: Text | None = Field(
+    detector: ModelFolder | None = Field(None, description="Grounding DINO: IDEA-Research/grounding-dino-tiny")
+    segmenter: ModelFolder | None = Field(None, description="SAM 2: facebook/sam2.1-hiera-large")
+    dino: ModelFolder | None = Field(None, description="DINOv2: facebook/dinov2-base (the paper does not say the size)")
+    clip: ModelFolder | None = Field(
+        None, description="CLIP: openai/clip-vit-base-patch32 (the paper does not say the size)"
+    )
+    aesthetic_clip: ModelFolder | None = Field(None, description="CLIP of AES: openai/clip-vit-large-patch14")
+    aesthetic_head: ModelFolder | None = Field(
         None, description="file of AES's head: aesthetic-model.pth of BestWishYsh/OpenS2V-Weight, or as safetensors"
     )
-    gme: Text | None = Field(None, description="GME: Alibaba-NLP/gme-Qwen2-VL-7B-Instruct")
-    one_align: Text | None = Field(None, description="one-align: q-future/one-align (opt-in: see the metric `ms`)")
-    image_editor: Text | None = Field(None, description="pipeline that edits references: Qwen/Qwen-Image-Edit-2509")
+    gme: ModelFolder | None = Field(None, description="GME: Alibaba-NLP/gme-Qwen2-VL-7B-Instruct")
+    one_align: ModelFolder | None = Field(
+        None, description="one-align: q-future/one-align (opt-in: see the metric `ms`)"
+    )
+    image_editor: ModelFolder | None = Field(
+        None, description="pipeline that edits references: Qwen/Qwen-Image-Edit-2509"
+    )
 
     def folder(self, name: str, metric: str) -> str:
         """A folder that a metric needs. Raises DataError where none is named."""
@@ -38,7 +53,7 @@ class MetricModels(Section):
         if found is None:
             about = type(self).model_fields[name].description
             raise DataError(f"{metric} needs models.{name} ({about}): name its folder under metrics.models")
-        return str(Path(found).expanduser())
+        return found
 
     def over(self, other: "MetricModels") -> "MetricModels":
         """These, and those of `other` where none is named."""
