@@ -150,11 +150,16 @@ def _results(
 def publish(out: Path, results: Results, run: Run | None = None) -> None:
     """Writes the figures and the report, prints the table, and logs to a run."""
     from domainshuttle.platform.evaluation import tracking
-    from domainshuttle.platform.evaluation.identity import IdentityResult, measure_identity, print_result
+    from domainshuttle.platform.evaluation.identity import (
+        IdentityResult,
+        measure_identity,
+        print_result,
+        write_identities,
+    )
     from domainshuttle.platform.evaluation.report import write_report
 
     write_bytes(out / RESULTS_NAME, json.dumps(summary(results), indent=1).encode())
-    identity: IdentityResult | None = None
+    identities: dict[str, IdentityResult] = {}
     files: list[Path] = []
     if results.config.identity is not None:
         clips = {column.name: [c for (name, _), found in results.clips.items() if name == column.name for c in found]
@@ -164,15 +169,17 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
                 results.cases, clips, column.name, results.config.identity.candidates,
                 results.config.generation.fps or 8, out,
             )):  # fmt: skip
-                identity, files = found
-                print_result(identity)
+                identities[column.name], files = found
+                print_result(identities[column.name])
+    if identities:
+        files = [write_identities(out, identities), *files]
     print_table(results)
     page = write_report(out / REPORT_NAME, results)
     console.print(Prose(f"Report: {page}"))
     if files:
         console.print(f"Grid: {' and '.join(map(str, files[1:]))}; table: {files[0]}")
     if run is not None:
-        tracking.log_results(run, out, results, identity, files)
+        tracking.log_results(run, out, results, next(reversed(identities.values()), None), files)
 
 
 def rate(out: Path, answers: Sequence[Path]) -> None:

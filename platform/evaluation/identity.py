@@ -7,8 +7,10 @@ that of the metric `hue_identity`.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -23,7 +25,7 @@ from domainshuttle.platform.evaluation.metrics.metric import Video
 from domainshuttle.platform.evaluation.videos import CONTROL_MARK, REAL, Clip
 from domainshuttle.platform.generation.grid import GridRow, write_grid
 
-__all__ = ["IdentityResult", "describe", "hit_rate", "measure_identity", "print_result"]
+__all__ = ["IdentityResult", "describe", "hit_rate", "measure_identity", "print_result", "read_identities"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class IdentityResult:
     """The real clips, by the same measure: what the descriptor can reach."""
     chance: float
     by_domain: dict[str, float]
+    hits: dict[str, bool] = field(default_factory=dict)
+    """By case: whether its own reference was the closest."""
 
     @property
     def learned(self) -> bool:
@@ -63,7 +67,7 @@ def hit_rate(clips: list[Pixels], references: list[Pixels], group: int) -> list[
 def measure_identity(
     cases: list[EvaluationCase], clips: dict[str, list[Clip]], model: str, candidates: int, fps: float, out: Path
 ) -> tuple[IdentityResult, list[Path]] | None:
-    """The test of a model with the control `other`, and its files: identity.json and a grid of pictures.
+    """The test of a model with the control `other`, and its files: a grid of pictures, still and moving.
 
     `clips` are those of each column, in the order of the cases. Cases of which a clip or the reference is missing are
     left out; None where there are no clips of the control, or no group is whole.
@@ -90,10 +94,8 @@ def measure_identity(
         clips=len(whole), candidates=candidates, own=float(np.mean(hits[model])),
         other=float(np.mean(hits[control])), target=float(np.mean(hits[REAL])) if REAL in hits else float("nan"),
         chance=1 / candidates, by_domain=by_domain,
+        hits={case.id: hit for case, hit in zip(whole, hits[model], strict=True)},
     )  # fmt: skip
-    own_hits = {case.id: hit for case, hit in zip(whole, hits[model], strict=True)}
-    content = {**asdict(result), "learned": result.learned, "hits": own_hits}
-    write_bytes(out / "identity.json", json.dumps(content, indent=2).encode())
     targets = frames.get(REAL, [None] * len(whole))
     rows = [
         GridRow(case.prompt, case.domains, [reference], own, target, other)
@@ -101,7 +103,28 @@ def measure_identity(
             whole, references, frames[model], targets, frames[control], strict=True
         )
     ]
-    return result, [out / "identity.json", *write_grid(_varied(rows, 8), out, fps)]
+    return result, [*write_grid(_varied(rows, 8), out, fps)]
+
+
+IDENTITY_NAME = "identity.json"
+
+
+def write_identities(out: Path, found: Mapping[str, IdentityResult]) -> Path:
+    """Writes the results by column, beside those of the last."""
+    by_model = {name: {**asdict(one), "learned": one.learned} for name, one in found.items()}
+    content = {**list(by_model.values())[-1], "models": by_model}
+    write_bytes(out / IDENTITY_NAME, json.dumps(content, indent=2).encode())
+    return out / IDENTITY_NAME
+
+
+def read_identities(out: Path) -> dict[str, dict[str, Any]]:
+    """The results of an evaluation's folder by column; none where the test was not made."""
+    try:
+        content = json.loads((out / IDENTITY_NAME).read_text())
+        found: dict[str, dict[str, Any]] = content.get("models", {})
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def print_result(result: IdentityResult) -> None:

@@ -18,6 +18,7 @@ from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
+from domainshuttle.platform.evaluation.identity import read_identities
 from domainshuttle.platform.evaluation.latency import latency_rows
 from domainshuttle.platform.evaluation.metrics.metric import Metric
 from domainshuttle.platform.evaluation.published import published_table
@@ -25,7 +26,7 @@ from domainshuttle.platform.evaluation.rating import agreement, preferences, rea
 from domainshuttle.platform.evaluation.results import ALL, Results
 from domainshuttle.platform.evaluation.sources import expected_counts
 from domainshuttle.platform.evaluation.statistics import Estimate, as_plain
-from domainshuttle.platform.evaluation.videos import Clip
+from domainshuttle.platform.evaluation.videos import Clip, Column
 from domainshuttle.platform.report import page
 
 _WIDTH, _ROW = 420, 26
@@ -43,6 +44,8 @@ def write_report(folder: Path, results: Results) -> Path:
         title=f"Evaluation: {results.config.name}",
         counts=expected_counts(results.config.sources, results.cases),
         columns=results.columns,
+        labels={column.name: label_of(column) for column in results.columns},
+        identity=_identities(results, folder.parent),
         metrics=[{"label": one.label, "title": title_of(one), "source": one.source} for one in results.metrics],
         strata=[_stratum(results, stratum) for stratum in results.strata],
         confidence=results.config.statistics.confidence,
@@ -68,6 +71,18 @@ def write_report(folder: Path, results: Results) -> Path:
     )
 
 
+def label_of(column: Column) -> str:
+    """A column's name for people: what a control is made with."""
+    with_what = {"other": "with another case's references", "none": "without references"}
+    return f"{column.of}, {with_what[column.control]}" if column.control else column.name
+
+
+def _identities(results: Results, out: Path) -> list[dict[str, Any]]:
+    """The identity test of each model that it was made of."""
+    found = read_identities(out)
+    return [{"label": column.name, **found[column.name]} for column in results.columns if column.name in found]
+
+
 def _decisions(metric: Metric[Any]) -> dict[str, Any]:
     """What decides a metric's values, and the hub's commits of its models where they are known."""
     commits = metric.commits()
@@ -77,7 +92,7 @@ def _decisions(metric: Metric[Any]) -> dict[str, Any]:
 def _tests(results: Results) -> list[dict[str, Any]]:
     """The sensitivity tests, those that failed first."""
     titles = {metric.label: title_of(metric) for metric in results.metrics}
-    order = {"failed": 0, "undecided": 1, "passed": 2}
+    order = {"failed": 0, "passed": 1, "undecided": 2}
     return [
         {**asdict(one), "title": titles[one.metric], "trial": one.trial.replace("_", " ")}
         for one in sorted(results.sensitivity, key=lambda one: order[one.state])
@@ -151,6 +166,7 @@ def _plot(rows: Sequence[tuple[str, Estimate]]) -> dict[str, Any]:
 def _verdicts(results: Results) -> list[dict[str, Any]]:
     """What is said of each pair, and with what right."""
     titles = {metric.label: title_of(metric) for metric in results.metrics}
+    shown = {column.name: label_of(column) for column in results.columns}
     found = []
     for (stratum, left, right), by_metric in results.comparisons.items():
         for metric, one in by_metric.items():
@@ -159,7 +175,9 @@ def _verdicts(results: Results) -> list[dict[str, Any]]:
                     "stratum": stratum.replace("_", " "), "left": left, "right": right, "metric": titles[metric],
                     "difference": one.difference.mean, "low": one.difference.low, "high": one.difference.high,
                     "cases": one.difference.cases, "missing": one.difference.missing, "p": one.adjusted,
-                    "text": {1: f"{left} is better", -1: f"{right} is better", 0: "no difference shown"}[one.verdict],
+                    "text": {1: f"{shown[left]} is better", -1: f"{shown[right]} is better", 0: "no difference shown"}[
+                        one.verdict
+                    ],
                 }
             )  # fmt: skip
     return found
@@ -189,7 +207,7 @@ def open_points(results: Results) -> list[tuple[str, str]]:
     config = results.config
     two = config.generation.guidance_low is not None
     return [
-        ("Splits behind AES, MS and GMEScore", "every metric has the cases that its `cases` choice names, below"),
+        ("Splits behind AES, MS and GMEScore", "every metric has the cases that its choice "cases" names, below"),
         (
             "Guidance by expert",
             f"high noise {config.generation.guidance_high}, low noise {config.generation.guidance_low}. The paper says "
@@ -208,9 +226,9 @@ def open_points(results: Results) -> list[tuple[str, str]]:
 def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> dict[str, Any]:
     """What the page shows of a case."""
     videos = []
-    for column in columns:
-        clips = results.clips.get((column, case.id), [])
-        videos += [_video(folder, clip, len(clips) > 1) for clip in clips]
+    for column in results.columns:
+        clips = results.clips.get((column.name, case.id), [])
+        videos += [_video(folder, clip, label_of(column), len(clips) > 1) for clip in clips]
     cells = [
         (column, cell)
         for column in columns
@@ -267,8 +285,8 @@ _MOST_DETAILS = 4000
 """Characters of a value's details on the page; rows.jsonl has all."""
 
 
-def _video(folder: Path, clip: Clip, several: bool) -> dict[str, Any]:
-    label = f"{clip.column}, clip {clip.repeat + 1}" if several else clip.column
+def _video(folder: Path, clip: Clip, label: str, several: bool) -> dict[str, Any]:
+    label = f"{label}, clip {clip.repeat + 1}" if several else label
     if clip.failure:
         return {"column": clip.column, "label": label, "failure": clip.failure, "src": "", "poster": ""}
     name = f"{clip.case}{f'.r{clip.repeat}' if clip.repeat else ''}"

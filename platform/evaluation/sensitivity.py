@@ -234,7 +234,7 @@ def judge_trial(
         p = float(binomtest(int(np.floor(wins.sum())), count, 0.5, alternative="greater").pvalue)
         passed = p < settings.level
         done = "reached the case's own value or more" if expected == "ceiling" else "fell"
-        reason = f"{wins.sum():g} of {count} cases {done} (sign test p = {p:.3f})"
+        reason = f"{wins.sum():g} of {count} cases {done} (sign test p {f'= {p:.3f}' if p >= 0.0005 else '< 0.001'})"
     if count < settings.least_cases:
         return Verdict(metric, trial, expected, "undecided", count, *means, hits, auc, f"only {count} cases; {reason}")
     return Verdict(metric, trial, expected, "passed" if passed else "failed", count, *means, hits, auc, reason)
