@@ -79,7 +79,7 @@ def label_of(column: Column) -> str:
 
 def _identities(results: Results, out: Path) -> list[dict[str, Any]]:
     """The identity test of each model that it was made of."""
-    found = read_identities(out)
+    found = read_identities(out) if results.config.identity is not None else {}
     return [{"label": column.name, **found[column.name]} for column in results.columns if column.name in found]
 
 
@@ -207,7 +207,7 @@ def open_points(results: Results) -> list[tuple[str, str]]:
     config = results.config
     two = config.generation.guidance_low is not None
     return [
-        ("Splits behind AES, MS and GMEScore", "every metric has the cases that its choice "cases" names, below"),
+        ("Splits behind AES, MS and GMEScore", "every metric has the cases that its choice of cases names, below"),
         (
             "Guidance by expert",
             f"high noise {config.generation.guidance_high}, low noise {config.generation.guidance_low}. The paper says "
