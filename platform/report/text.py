@@ -177,6 +177,8 @@ def visible(text: str, but: str = "") -> str:
 
     Those in `but` stay.
     """
+    if text.isprintable():  # no character of those kinds is: a report has megabytes of such text
+        return text
     return "".join(c if c in but or _is_seen(c) else c.encode("unicode_escape").decode() for c in text)
 
 
