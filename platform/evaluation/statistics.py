@@ -100,7 +100,8 @@ def _bca(values: NDArray[np.float64], confidence: float, resamples: int, seed: i
     if count < 2:
         return low, high
     means = values.mean(axis=1)
-    varied = np.ptp(values, axis=1) > 0
+    # values that are equal but for rounding are equal: their interval would be none
+    varied = np.ptp(values, axis=1) > 1e-12 * np.abs(values).max(axis=1)
     low[~varied] = high[~varied] = means[~varied]  # nothing varies: the mean itself
     drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
     places = drawn + count * np.arange(resamples)[:, None]

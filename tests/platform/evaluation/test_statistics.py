@@ -52,6 +52,8 @@ def test_missing_cases_are_counted_and_bounded_and_never_a_zero() -> None:
     assert math.isnan(nothing.mean) and nothing.missing == 2
     alone = estimate(np.array([0.7]))
     assert alone.mean == 0.7 and math.isnan(alone.low)
+    rounded = estimate(np.arange(9) + 0.3 - np.arange(9))  # equal but for rounding
+    assert (rounded.low, rounded.high) == pytest.approx((0.3, 0.3))
     same = estimate(np.full(9, 0.3))
     assert (same.low, same.high) == pytest.approx((0.3, 0.3))
 
