@@ -29,8 +29,8 @@ from domainshuttle.platform.evaluation.statistics import Estimate, as_plain
 from domainshuttle.platform.evaluation.videos import Clip, Column
 from domainshuttle.platform.report import page
 
-_WIDTH, _ROW = 420, 26
-"""Of a plot, and of a model in it, in pixels."""
+_WIDTH, _ROW, _NAMES = 450, 26, 165
+"""Of a plot, of a model in it, and of the models' names, in pixels."""
 
 
 def write_report(folder: Path, results: Results) -> Path:
@@ -73,7 +73,7 @@ def write_report(folder: Path, results: Results) -> Path:
 
 def label_of(column: Column) -> str:
     """A column's name for people: what a control is made with."""
-    with_what = {"other": "with another case's references", "none": "without references"}
+    with_what = {"other": "other references", "none": "no references"}
     return f"{column.of}, {with_what[column.control]}" if column.control else column.name
 
 
@@ -150,7 +150,7 @@ def _plot(rows: Sequence[tuple[str, Estimate]]) -> dict[str, Any]:
     low, high = low - margin, high + margin
 
     def place(value: float) -> float | None:
-        return None if value != value else round(130 + (value - low) / (high - low) * (_WIDTH - 150), 1)
+        return None if value != value else round(_NAMES + (value - low) / (high - low) * (_WIDTH - _NAMES - 20), 1)
 
     marks = [
         {
