@@ -226,9 +226,9 @@ def open_points(results: Results) -> list[tuple[str, str]]:
 def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> dict[str, Any]:
     """What the page shows of a case."""
     videos = []
-    for column in results.columns:
-        clips = results.clips.get((column.name, case.id), [])
-        videos += [_video(folder, clip, label_of(column), len(clips) > 1) for clip in clips]
+    for one in results.columns:
+        clips = results.clips.get((one.name, case.id), [])
+        videos += [_video(folder, clip, label_of(one), len(clips) > 1) for clip in clips]
     cells = [
         (column, cell)
         for column in columns
