@@ -97,13 +97,12 @@ def load_ablation(source: str, overrides: list[str] | None = None) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"variant {name!r} of {path}: {error}") from error
 
-    rows = {
-        name: [f"{name}-seed{seed}" for seed in ablation.seeds] or [name] for name in ablation.variants
-    }  # fmt: skip
+    seeds: list[int | None] = [*ablation.seeds] or [None]
+    rows = {name: [name if seed is None else f"{name}-seed{seed}" for seed in seeds] for name in ablation.variants}
     whole = {
         run: load(run, keys | ({"seed": seed} if seed is not None else {}))
         for name, keys in ablation.variants.items()
-        for run, seed in zip(rows[name], ablation.seeds or [None], strict=True)
+        for run, seed in zip(rows[name], seeds, strict=True)
     }
     folder = Path(next(iter(whole.values())).output).parent
     if ablation.shared is None:
