@@ -66,30 +66,19 @@ def check_group(
 
 
 def _run(config: RunConfig, trial: "Trial", seconds: float) -> "TrialResult":
-    import ray.train
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from domainshuttle.platform.driver.worker_group import ray_trainer
 
-    from domainshuttle.platform.driver.process_group import ProcessGroup
-
-    cluster = config.cluster
     storage = Path(config.output) / f".preflight-{uuid.uuid4().hex[:8]}"
     storage.mkdir(parents=True)
-    no_restarts: dict[str, Any] = {"controller_failure_limit": 0, "max_preemption_failures": 0}
-    trainer = DataParallelTrainer(
+    trainer = ray_trainer(
+        config,
         _work,
-        train_loop_config={"trial": trial},
-        backend_config=ProcessGroup(
-            "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(seconds), room=str(storage / "room")
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.least_workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=config.worker_resources(),
-        ),
-        run_config=ray.train.RunConfig(
-            name="preflight", storage_path=str(storage), failure_config=FailureConfig(max_failures=0, **no_restarts)
-        ),
+        {"trial": trial},
+        config.cluster.least_workers,
+        name="preflight",
+        storage=storage,
+        room=storage / "room",
+        timeout_seconds=seconds,
     )
     try:
         result: TrialResult = trainer.fit().return_value  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from domainshuttle.platform.engine.initialization import blueprint
 from domainshuttle.platform.engine.trained_parameters import select_trained
 from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
+from domainshuttle.platform.training.collective_device import collective_device
 from domainshuttle.platform.training.device_memory import MemoryUse, memory_error
 
 _MOST_ROUNDS = 4
@@ -107,7 +108,7 @@ def run_trial(trial: Trial, node: str) -> TrialResult:
 
 def _swept(nodes: Sequence[str]) -> tuple[list[Link], list[tuple[str, ...]]]:
     """Collectives within each node, between nodes two by two, and over all."""
-    rank, device = dist.get_rank(), _comm_device()
+    rank, device = dist.get_rank(), collective_device()
     size = (1 << 30) if device.type == "cuda" else (1 << 22)
     mine: list[tuple[str, tuple[str, ...], int, float, bool]] = []
     for names, ranks in _groups(nodes):
@@ -153,10 +154,6 @@ def _rounds(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
         both = zip(circle[:half], reversed(circle[half:]), strict=True)
         yield [(min(a, b), max(a, b)) for a, b in both if a is not None and b is not None]
         circle = [circle[0], circle[-1], *circle[1:-1]]
-
-
-def _comm_device() -> torch.device:
-    return torch.device("cpu") if dist.get_backend() == "gloo" else get_device()
 
 
 def _timed(group: Any, count: int, place: int, size: int, device: torch.device) -> tuple[bool, float, float]:

@@ -5,7 +5,8 @@ Ray Train restarts nothing (`max_failures=0`): the driver does (schedule_loop.py
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -39,6 +40,38 @@ def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
         return train_schedule(run, job, sign)
 
 
+def ray_trainer(
+    config: RunConfig,
+    work: Callable[[dict[str, Any]], Any],
+    given: dict[str, Any],
+    size: int,
+    name: str,
+    storage: Path,
+    room: Path,
+    timeout_seconds: float,
+) -> DataParallelTrainer:
+    """`size` workers of Ray Train, each with what the configuration gives a worker, that do `work(given)` in one
+    process group and are not restarted by Ray. `storage` is for Ray's own bookkeeping, `room` for the process group's
+    (`free_room`), and `timeout_seconds` bound a collective."""
+    cluster = config.cluster
+    return DataParallelTrainer(
+        work,
+        train_loop_config=given,
+        backend_config=ProcessGroup(
+            "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(timeout_seconds), room=str(room)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=size, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=config.worker_resources()
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=0, **_NO_RESTARTS),
+        ),
+    )
+
+
 class WorkerGroup:
     """One start of the workers. `running` follows them; then `end` or `error` says how they ended, or neither when a
     stop was asked for while there was nobody who could agree on it."""
@@ -50,29 +83,18 @@ class WorkerGroup:
         self.idle_seconds = 0.0
         """How long no worker has been at its work."""
         self._run, self._ledger = run, Ledger(run.ledger_path)
-        cluster, storage = run.config.cluster, run.folder / "ray"
+        storage = run.folder / "ray"
         storage.mkdir(exist_ok=True)
         self._room = storage / f"room-{job.attempt:04d}"
-        self._trainer = DataParallelTrainer(
+        self._trainer = ray_trainer(
+            run.config,
             _work,
-            train_loop_config={"job": job},
-            backend_config=ProcessGroup(
-                "nccl" if cluster.gpus_per_worker else "gloo",
-                timeout_seconds=int(run.config.grace_seconds),
-                room=str(self._room),
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=size,
-                use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker=run.config.worker_resources(),
-            ),
-            run_config=ray.train.RunConfig(
-                # Ray's own bookkeeping of this start; ours is the run's folder
-                name=f"{run.config.name}-{time.time_ns()}",
-                storage_path=str(storage),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-                failure_config=FailureConfig(max_failures=0, **_NO_RESTARTS),
-            ),
+            {"job": job},
+            size,
+            name=f"{run.config.name}-{time.time_ns()}",
+            storage=storage,
+            room=self._room,
+            timeout_seconds=run.config.grace_seconds,
         )
 
     def running(self) -> Iterator[None]:

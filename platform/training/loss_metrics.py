@@ -12,6 +12,7 @@ from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.objective import LossOutput
 from domainshuttle.pipelines.sample import ORIGINS
+from domainshuttle.platform.training.collective_device import collective_device
 
 TIMESTEP_BUCKETS = 4
 
@@ -90,8 +91,7 @@ class LossMetrics:
         """
         pairs_seen = [float(self._pairs[kind]) for kind in PAIR_KINDS]
         counted = torch.tensor([float(self._cut_captions), *pairs_seen, float(self._samples)])
-        totals = torch.cat((self._sums.flatten(), counted.to(self._sums)))
-        totals = totals.to("cpu" if dist.get_backend() == "gloo" else totals.device)
+        totals = torch.cat((self._sums.flatten(), counted.to(self._sums))).to(collective_device())
         dist.all_reduce(totals)
         size = len(self._names)
         values = totals.tolist()

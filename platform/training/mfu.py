@@ -12,6 +12,7 @@ import torch.distributed as dist
 from domainshuttle.cluster.devices import device_shown_as
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.spec import ModelSpec
+from domainshuttle.platform.training.collective_device import collective_device
 
 
 def peak_flops() -> float | None:
@@ -65,8 +66,7 @@ class Utilization:
         flops, self._micro_batches = self._micro_batches, []
         if not flops:
             return {}
-        mine = torch.tensor(flops, dtype=torch.float64)
-        mine = mine if dist.get_backend() == "gloo" else mine.cuda()
+        mine = torch.tensor(flops, dtype=torch.float64, device=collective_device())
         ranks = mine.new_empty(dist.get_world_size() * len(flops))
         dist.all_gather_into_tensor(ranks, mine)
         return {"rank_balance": evenness(ranks.view(-1, len(flops)).cpu().numpy())}

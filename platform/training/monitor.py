@@ -31,6 +31,7 @@ from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartP
 from domainshuttle.platform.run.workers import nodes_load
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
 from domainshuttle.platform.tracking.outbox import tell_error
+from domainshuttle.platform.training.collective_device import collective_device
 from domainshuttle.platform.training.device_memory import peak_bytes
 from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
@@ -126,7 +127,6 @@ class Monitor:
         process = psutil.Process().create_time()
         self._start = {**job.times, "process": process, "imports": now} if first else {"before": now}
         self._metrics = RunMetrics(run=config.name, segment=segment.name, rank=str(self.rank))
-        self._device = torch.device("cpu" if dist.get_backend() == "gloo" else device)
         self._probe = MatrixProbe(device)
         self._saved_at = time.time()
         self._rates: deque[Sequence[float]] = deque(maxlen=_RECENT)
@@ -259,9 +259,7 @@ class Monitor:
 
     def _summed(self, first: Tensor, *more: float) -> list[float]:
         """The sums over all ranks."""
-        mine = torch.stack([first, *(first.new_tensor(value) for value in more)])
-        # gloo reduces on the CPU, NCCL on the device
-        mine = mine.cpu() if dist.get_backend() == "gloo" else mine.cuda()
+        mine = torch.stack([first, *(first.new_tensor(value) for value in more)]).to(collective_device())
         dist.all_reduce(mine)
         sums: list[float] = mine.tolist()
         return sums
@@ -370,7 +368,7 @@ class Monitor:
         stalls = sum(seconds.get(name, 0.0) for name in ("waiting", "checkpointing", "sampling"))
         waited, steps = self._waited_for_others, max(self._steps, 1)
         mine = [(sum(seconds.values()) - waited) / steps, (stalls - waited) / steps, peak_bytes() / 2**30]
-        device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+        device = collective_device()
         every = [torch.zeros(len(mine), dtype=torch.float64, device=device) for _ in range(self.world_size)]
         dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=device))
         times, lates, peaks = zip(*(one.tolist() for one in every), strict=True)
@@ -389,7 +387,7 @@ class Monitor:
         with self.measure("other"):
             flops = self._probe.rate()
         self._metrics.set({"rank_wait_fraction": wait, "rank_matmul_flops": flops})
-        rates = RankRates.gathered(flops, wait, self._device)
+        rates = RankRates.gathered(flops, wait, collective_device())
         self._rates.append(rates.flops)
         usual = RankRates([sum(one) / len(one) for one in zip(*self._rates, strict=True)], rates.waits)
         slow = usual.slowest
