@@ -4,6 +4,7 @@ Run: pytest tests/platform/evaluation/metrics/test_isolated.py; with -m nightly 
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from metric_inputs import work
 
 from domainshuttle.cluster.local import Connection
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.platform.evaluation.metrics.choices import SmoothnessChoices
 from domainshuttle.platform.evaluation.metrics.isolated import Isolated, installed
-from domainshuttle.platform.evaluation.metrics.metric import Needs
+from domainshuttle.platform.evaluation.metrics.metric import Models, Needs
+from domainshuttle.platform.evaluation.metrics.motion import Smoothness, artefact_frames, windows
+from domainshuttle.platform.evaluation.metrics.one_align import WEIGHTS, WORDS
+from domainshuttle.platform.evaluation.metrics.weights import MetricModels
 
 NAME = "domainshuttle_tiny_probe"
 
@@ -83,3 +89,75 @@ def test_a_model_runs_in_an_actor_with_its_own_packages(wheel: str, tmp_path: Pa
         broken = Isolated("ms", Probe, (), Needs(packages=(wheel,)))
         with pytest.raises(DataError, match=r"ms: its model can't be loaded: .*times"):
             broken.call("scores", np.zeros((1, 8, 8, 3), np.uint8), [[0]])
+
+
+MODEL_CODE = '''
+import torch
+from icecream import ic  # as the released code does
+from transformers import PretrainedConfig, PreTrainedModel, __version__
+
+assert __version__ == "4.36.1"
+
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny_align"
+
+
+class TinyAlign(PreTrainedModel):
+    """Brighter windows are "excellent": the logit of each word is its share of the brightness."""
+
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Parameter(torch.zeros(16))
+
+    def forward(self, input_ids, images):
+        assert (input_ids == -200).sum() == len(images)
+        light = torch.stack([one.mean() for one in images])
+        return {"logits": (light[:, None] * self.words)[:, None].expand(-1, input_ids.shape[1], -1)}
+'''
+
+
+def save_one_align(folder: Path) -> dict[str, float]:
+    """A folder as one-align's, with code of its own; the weight of each word's logit."""
+    import torch
+    from safetensors.torch import save
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "user", ":", *WORDS]
+    weight = dict(zip(WORDS, (2.0, 1.0, 0.0, -1.0, -2.0), strict=True))
+    folder.mkdir()
+    (folder / "modeling_tiny.py").write_text(MODEL_CODE)
+    auto = {"AutoConfig": "modeling_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyAlign"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny_align", "auto_map": auto}))
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    picture = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "image_mean": [0.5] * 3,
+               "crop_size": {"height": 16, "width": 16}, "image_std": [0.5] * 3}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(picture))
+    logits = torch.tensor([weight.get(word, 0.0) for word in words] + [0.0] * (16 - len(words)))
+    (folder / "model.safetensors").write_bytes(save({"words": logits}, {"format": "pt"}))
+    return weight
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_one_align_runs_with_what_it_is_pinned_to(tmp_path: Path) -> None:
+    weight = save_one_align(tmp_path / "one-align")
+    choices = SmoothnessChoices(runs_model_code=True)
+    metric = Smoothness(choices, Models(), MetricModels(one_align=str(tmp_path / "one-align")))
+    metric.check()
+    levels = np.array([40, 40, 40, 220, 220, 220], np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (6, 24, 24, 3)).copy()
+    with Connection():
+        score = metric.score(work(frames))
+    if score.state == "failed" and "can't be installed" in score.reason:
+        pytest.skip(score.reason)
+    assert score.state == "measured", score.reason
+    light = levels / 255 * 2 - 1
+    expected = []
+    for window in windows(6, 3):
+        logits = light[window].mean() * np.array([weight[word] for word in WORDS])
+        expected.append(float(np.exp(logits) / np.exp(logits).sum() @ WEIGHTS))
+    assert score.details["scores"] == pytest.approx(expected, abs=1e-5)
+    assert score.details["artefacts"] == artefact_frames(expected, 0.025) and 0 < (score.value or 0) < 1
