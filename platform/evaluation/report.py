@@ -16,6 +16,7 @@ from typing import Any
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown_frames
 from domainshuttle.pipelines.storage.atomic import atomic_file
+from domainshuttle.platform.evaluation.cases import EvaluationCase
 from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
 from domainshuttle.platform.evaluation.identity import read_identities
@@ -223,7 +224,7 @@ def open_points(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> dict[str, Any]:
+def _case(folder: Path, results: Results, case: EvaluationCase, columns: Sequence[str]) -> dict[str, Any]:
     """What the page shows of a case."""
     videos = []
     for one in results.columns:
@@ -258,6 +259,7 @@ def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> 
         "videos": videos,
         "edits": edited_pictures(folder.parent, folder, scores),
         "found": [(label, name) for label, name in found.items() if name],
+        "details": _write_details(folder, results, case),
         "scores": [
             {
                 "title": title_of(metric),
@@ -272,17 +274,31 @@ def _case(folder: Path, results: Results, case: Any, columns: Sequence[str]) -> 
 def _cell(results: Results, column: str, metric: str, case: str) -> dict[str, Any]:
     cell = results.cell(column, metric, case)
     if cell is None:
-        return {"value": None, "reason": "", "details": ""}
-    details = [one.details for one in cell.scores if one.details]
-    return {
-        "value": None if cell.value != cell.value else cell.value,
-        "reason": cell.reason,
-        "details": json.dumps(details[0] if len(details) == 1 else details)[:_MOST_DETAILS] if details else "",
-    }
+        return {"value": None, "reason": ""}
+    return {"value": None if cell.value != cell.value else cell.value, "reason": cell.reason}
 
 
-_MOST_DETAILS = 4000
-"""Characters of a value's details on the page; rows.jsonl has all."""
+def _write_details(folder: Path, results: Results, case: EvaluationCase) -> str:
+    """Writes what the values of a case can be checked with into a file of its own, which the page loads when somebody
+    wants to see it: of 220 cases of 10 models they are tens of megabytes. Returns its name; empty where there is
+    nothing."""
+    found = []
+    for metric in results.metrics:
+        for column in results.columns:
+            cell = results.cell(column.name, metric.label, case.id)
+            details = [one.details for one in cell.scores if one.details] if cell is not None else []
+            if details:
+                text = json.dumps(details[0] if len(details) == 1 else details)
+                found.append([f"{title_of(metric)}, {label_of(column)}", text])
+    if not found:
+        return ""
+    name = f"details/{case.id}.js"
+    content = f"showDetails({json.dumps(case.id)}, {json.dumps(found)});\n"
+    if not (folder / name).is_file() or (folder / name).read_text() != content:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / name, sync=False) as aside:
+            aside.write_text(content)
+    return name
 
 
 def _video(folder: Path, clip: Clip, label: str, several: bool) -> dict[str, Any]:

@@ -70,12 +70,14 @@ class Media(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.files: list[str] = []
+        self.details: list[str] = []
         self.preload: set[str | None] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         self.files += [str(given[name]) for name in ("src", "data-poster") if given.get(name)]
+        self.details += [str(given["data-details"])] if given.get("data-details") else []
         if tag == "video":
             self.preload.add(given.get("preload"))
 
@@ -85,7 +87,8 @@ def test_the_report_needs_only_what_lies_beside_it(out: Path, tmp_path: Path) ->
     text = (tmp_path / "moved/index.html").read_text()
     media = Media(text)
     assert len(media.files) == 6 + 2 * 11 and media.preload == {"none"}
-    for name in media.files:
+    assert len(media.details) == 6
+    for name in [*media.files, *media.details]:
         assert not re.match(r"[a-z]+:|/", name)
         assert (tmp_path / "moved" / name).stat().st_size > 0
     assert not re.search(r"""(?:src|href)=["']?https?:""", text)
@@ -105,6 +108,7 @@ window.addEventListener("load", () => {
   choose("sort", "Hue identity"); choose("left", "colours"); choose("right", "noise");
   const order = [...document.querySelectorAll(".case")].map(one => one.id).join(" ");
   choose("split", "in domain");
+  document.querySelector("#case-case-0 [data-details]").open = true;
   const shown = [...document.querySelectorAll(".case")].filter(one => !one.hidden).length;
   document.body.dataset.probe = JSON.stringify({ order, shown, marks: document.querySelectorAll("svg circle").length });
 });
@@ -119,6 +123,9 @@ window.addEventListener("load", () => {
     assert found["order"].split() == [f"case-case-{n}" for n in [*order, 5]]  # a case without a difference is last
     assert found["shown"] == 3 and 'poster="posters/colours/' in dom  # those that are looked at
     assert found["marks"] == 3 * 3 * 2  # strata, metrics, columns
+    shown = re.findall(r"<pre>Hue identity, (?:colours|noise): (.*?)</pre>", dom)
+    rows = [results.cell(name, "hue_identity", "case-0").scores[0] for name in ("colours", "noise")]  # type: ignore[union-attr]
+    assert [json.loads(one) for one in shown] == [row.details for row in rows]  # loaded from beside the page
     browsed(page, f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1400,3000")
     picture = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     assert picture.shape == (3000, 1400, 3) and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
