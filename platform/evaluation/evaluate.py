@@ -25,6 +25,7 @@ from domainshuttle.platform.evaluation.config import EvaluationConfig, load_eval
 from domainshuttle.platform.evaluation.judges.pairs import PairJudge
 from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
+from domainshuttle.platform.evaluation.stages import say_terms
 from domainshuttle.platform.evaluation.store import ResultStore
 from domainshuttle.platform.evaluation.videos import Clip, Column, VideoFolder, columns_of
 from domainshuttle.platform.report.text import Prose, Records
@@ -78,8 +79,10 @@ def run_evaluation(
         cases = build_test_set(
             config.sources, run.config if run else None, out, lambda text: console.print(Prose(text))
         )
-        for metric in config.metrics.build():
+        metrics = config.metrics.build()
+        for metric in metrics:
             metric.check()
+        say_terms(metrics)
         columns = columns_of(models, config, cases)
         _say_cases(config, cases)
         write_bytes(out / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())

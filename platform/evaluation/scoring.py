@@ -95,7 +95,6 @@ def score_missing(
     wanted_metrics = [metric for metric in metrics if metric.digest in digests]
     for metric in wanted_metrics:
         metric.check()
-    say_terms(wanted_metrics)
     failed: list[Row] = []
     done, count = 0, sum(len(task.metrics) for task in tasks)
     with progress("Measuring", "values") as show:
@@ -114,13 +113,6 @@ def score_missing(
                 show(done, count)
     _say_failures(failed)
     return done
-
-
-def say_terms(metrics: Iterable[Metric[Any]]) -> None:
-    """Says the terms of metrics whose models have some that bind, before they run."""
-    terms = {metric.name: licence for metric in metrics if (licence := metric.needs().licence)}
-    for name, licence in terms.items():
-        say(f"{name} was asked for: {licence}")
 
 
 def _say_failures(rows: Iterable[Row]) -> None:

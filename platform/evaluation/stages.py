@@ -7,6 +7,7 @@ from typing import Any
 
 from domainshuttle.pipelines.values import ActorPool
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import say
 from domainshuttle.platform.evaluation.config import ScoringPool
 from domainshuttle.platform.evaluation.metrics.metric import Metric
 
@@ -50,6 +51,13 @@ def stages_of(metrics: Sequence[Metric[Any]], pool: ScoringPool | None) -> list[
             Stage(frozenset(one.digest for one in members), ActorPool(actors=actors, cpus=cpus, gpus=gpus))
         )  # fmt: skip
     return found
+
+
+def say_terms(metrics: Iterable[Metric[Any]]) -> None:
+    """Says the terms of metrics whose models have some that bind, before they run."""
+    terms = {metric.name: licence for metric in metrics if (licence := metric.needs().licence)}
+    for name, licence in terms.items():
+        say(f"{name} was asked for: {licence}")
 
 
 def largest_node() -> dict[str, float]:

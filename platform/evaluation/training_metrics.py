@@ -17,6 +17,7 @@ from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.evaluation.config import load_evaluation
 from domainshuttle.platform.evaluation.metrics.metric import Metric, MetricCase, Models, Reference, Video, Work
+from domainshuttle.platform.evaluation.stages import say_terms
 from domainshuttle.platform.evaluation.statistics import estimate
 from domainshuttle.platform.generation.cases import Case
 from domainshuttle.platform.generation.training_samples import sample_cases
@@ -28,8 +29,10 @@ METRICS_NAME = "metrics.json"
 def check_training_metrics(config: RunConfig) -> None:
     """Raises ConfigError for an evaluation that is not there, and what its metrics say is wrong with their models."""
     if config.sampling is not None and config.sampling.metrics is not None:
-        for metric in load_evaluation(config.sampling.metrics).metrics.build():
+        metrics = load_evaluation(config.sampling.metrics).metrics.build()
+        for metric in metrics:
             metric.check()
+        say_terms(metrics)
 
 
 def measure_samples(config: RunConfig, out: Path, device: str, work: Path) -> None:

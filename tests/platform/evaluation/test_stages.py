@@ -4,15 +4,17 @@ Run: pytest tests/platform/evaluation/test_stages.py
 """
 
 from collections.abc import Iterator
+from importlib import resources
 
 import pytest
 import ray
 
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.values import ActorPool
 from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.evaluation.config import ScoringPool
+from domainshuttle.platform.evaluation.config import ScoringPool, load_evaluation
 from domainshuttle.platform.evaluation.metrics.config import MetricsConfig
-from domainshuttle.platform.evaluation.stages import Stage, require_fits, stages_of
+from domainshuttle.platform.evaluation.stages import Stage, require_fits, say_terms, stages_of
 
 ENDPOINT = {"url": "http://127.0.0.1:9/v1", "model": "m"}
 METRICS = MetricsConfig.model_validate(
@@ -76,3 +78,14 @@ def test_an_actor_that_no_node_can_hold_is_refused_at_once(nodes: list[dict[str,
     with pytest.raises(ConfigError, match=r"generation\.pool\.cpus=9: .*has 8 CPUs.*--set generation\.pool\.cpus=8"):
         require_fits(ActorPool(cpus=9), "generation.pool", {"CPU": 8.0})
     require_fits(ActorPool(cpus=8), "generation.pool", {"CPU": 8.0})
+
+
+def test_terms_are_said_once_a_metric_before_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    say_terms([*METRICS.build(), *METRICS.build()])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("ms was asked for") == 1 and "LLaMA 2 Community License" in said and "cd_score" not in said
+    with pytest.raises(DataError, match=r"LLaMA 2 Community License.*ms\.runs_model_code: true"):
+        MetricsConfig.model_validate({"ms": {}}).build()[0].check()  # opt-in
+    shipped = resources.files("domainshuttle.configs") / "evaluation"
+    assert all(load_evaluation(name.name.removesuffix(".yaml")).metrics.ms is None for name in shipped.iterdir()
+               if name.name.endswith(".yaml"))  # fmt: skip
