@@ -160,6 +160,10 @@ def test_the_rows_have_two_seeds_and_a_base_of_several_shapes(tmp_path: Path) ->
     (base,) = plan.shared.stages
     buckets = [parse_bucket(text)
                for name in base.mixture for text in plan.shared.corpora[name].buckets]  # fmt: skip
+    for config in (plan.shared, *plan.variants.values()):
+        corpora = [corpus.build for corpus in config.corpora.values()]
+        drawn = {(one.identities, one.held_out, one.seed) for one in corpora}  # type: ignore[union-attr]
+        assert drawn == {(608, 128, 1)}
     # where DualRoPE puts references of the largest group, the base has looked: heights and widths of every position
     (variant,) = {bucket for name in plan.variants["full-seed1"].stages[-1].mixture
                   for bucket in plan.variants["full-seed1"].corpora[name].buckets}  # fmt: skip
