@@ -37,27 +37,31 @@ class Isolated:
     needs: Needs
     _actor: Any = field(default=None, init=False, repr=False)
     _fault: str = field(default="", init=False, repr=False)
+    _worked: bool = field(default=False, init=False, repr=False)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What a method returns. Raises DataError for what it raises, and where the actor can't be started."""
         import ray
-        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+        from ray.exceptions import RayActorError, RayTaskError
 
         if self._fault:
             raise DataError(self._fault)
         try:
             if self._actor is None:
                 self._actor = self._start()
-            return ray.get(getattr(self._actor, method).remote(*arguments))
-        except ActorDiedError as error:
-            self._actor, self._fault = None, f"{self.metric}: its model can't be loaded: {_said(error)}"
-        except RayActorError as error:  # gone after it had started: the next case gets a new one
-            self._actor = None
-            raise DataError(f"{self.metric}: the actor of its model died: {_said(error)}") from None
+            result = ray.get(getattr(self._actor, method).remote(*arguments))
         except RayTaskError as error:
             if not isinstance(error.cause, DataError):  # of the method: the next case may do
                 raise DataError(f"{self.metric}: its model raised {_said(error.cause)}") from None
             self._fault = f"{self.metric}: {error.cause}"
+        except RayActorError as error:
+            self._actor = None  # of one that has worked the next case gets a new one
+            if self._worked:
+                raise DataError(f"{self.metric}: the actor of its model died: {_said(error)}") from None
+            self._fault = f"{self.metric}: its model can't be loaded: {_said(error)}"
+        else:
+            self._worked = True
+            return result
         raise DataError(self._fault)
 
     def _start(self) -> Any:

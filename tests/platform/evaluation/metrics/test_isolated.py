@@ -5,6 +5,7 @@ Run: pytest tests/platform/evaluation/metrics/test_isolated.py; with -m nightly 
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -70,6 +71,8 @@ class Probe:
     def scores(self, frames: np.ndarray, windows: list[list[int]]) -> list[float]:
         if len(windows) > 3:
             raise ValueError("too many\nwindows")
+        if not windows:
+            os._exit(1)
         return [float(self.value + len(frames))] * len(windows)
 
 
@@ -81,6 +84,9 @@ def test_a_model_runs_in_an_actor_with_its_own_packages(wheel: str, tmp_path: Pa
         assert model.call("scores", np.zeros((5, 8, 8, 3), np.uint8), [[0], [1]]) == [89.0, 89.0]
         with pytest.raises(DataError, match="ms: its model raised ValueError: windows"):
             model.call("scores", np.zeros((5, 8, 8, 3), np.uint8), [[0]] * 4)
+        assert model.call("scores", np.zeros((1, 8, 8, 3), np.uint8), [[0]]) == [85.0]
+        with pytest.raises(DataError, match="ms: the actor of its model died"):
+            model.call("scores", np.zeros((1, 8, 8, 3), np.uint8), [])
         assert model.call("scores", np.zeros((1, 8, 8, 3), np.uint8), [[0]]) == [85.0]
         absent = Isolated("ms", Probe, (2,), Needs(packages=(f"other @ file://{tmp_path}/nowhere.whl",)))
         for _ in range(2):
