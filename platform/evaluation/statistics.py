@@ -7,6 +7,7 @@ the chance of any false one. A case without a value is never a 0: it is counted,
 mean is said with the bounds that it would have if all of them were the worst or the best.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -103,12 +104,28 @@ def _bca(values: NDArray[np.float64], confidence: float, resamples: int, seed: i
     # values that are equal but for rounding are equal: their interval would be none
     varied = np.ptp(values, axis=1) > 1e-12 * np.abs(values).max(axis=1)
     low[~varied] = high[~varied] = means[~varied]  # nothing varies: the mean itself
-    drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    places = drawn + count * np.arange(resamples)[:, None]
-    shares = np.bincount(places.ravel(), minlength=resamples * count).reshape(resamples, count) / count
+    shares = _shares(count, resamples, seed)
     for chosen in _chunks(np.flatnonzero(varied), resamples):
         low[chosen], high[chosen] = _bca_of(values[chosen], np.sort(shares @ values[chosen].T, axis=0), confidence)
     return low, high
+
+
+@functools.lru_cache(maxsize=8)
+def _shares(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """How much of each resample [resamples, cases] a case is: every metric and pair has the same draws."""
+    drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    places = drawn + count * np.arange(resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=resamples * count).reshape(resamples, count) / count
+
+
+@functools.lru_cache(maxsize=8)
+def _signs(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
+    """Signs to flip [flips, cases]: all where there are no more than `resamples`, else that many drawn ones."""
+    if 2**count <= resamples:
+        bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (resamples, count))
+    return 1.0 - 2.0 * bits
 
 
 def _bca_of(values: NDArray[np.float64], resampled: NDArray[np.float64], confidence: float) -> tuple[Values, Values]:
@@ -154,12 +171,7 @@ def sign_flip_ps(table: NDArray[np.float64], resamples: int = 9999, seed: int = 
         count = values.shape[1]
         if count < 2:
             continue
-        exact = 2**count <= resamples
-        if exact:
-            bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
-        else:
-            bits = np.random.default_rng(seed).integers(0, 2, (resamples, count))
-        signs = 1.0 - 2.0 * bits
+        exact, signs = 2**count <= resamples, _signs(count, resamples, seed)
         for chosen in _chunks(np.arange(len(rows)), len(signs)):
             sums = np.abs(values[chosen].sum(axis=1))
             flipped = np.abs(signs @ values[chosen].T)
