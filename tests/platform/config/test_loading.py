@@ -23,6 +23,18 @@ def test_the_shipped_demo_loads_by_name_and_by_path(tmp_path: Path, monkeypatch:
     assert Path(load_config("demo").output) == tmp_path / "demo" / "runs"
 
 
+def test_the_hours_demo_is_the_demo_with_more_and_shares_nothing_with_it() -> None:
+    short, long = load_config("demo"), load_config("demo-hour")
+    assert (long.name, Path(long.output).parent.name, Path(long.data).parent.name) == ("demo-hour",) * 3
+    assert long.model == short.model and list(long.corpora) == list(short.corpora)
+    for one, other in zip(short.stages, long.stages, strict=True):
+        assert other.duration.planned_steps > 2 * one.duration.planned_steps
+        assert other.model_copy(update={"steps": one.steps}) == one
+    drawn = [corpus.build for corpus in long.corpora.values()]
+    same = {(one.identities, one.held_out, one.seed) for one in drawn}  # type: ignore[union-attr]
+    assert len(same) == 1  # or a subject that is held out would be one of another corpus
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
