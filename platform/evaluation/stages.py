@@ -78,5 +78,5 @@ def require_fits(pool: ActorPool, key: str, largest: dict[str, float]) -> None:
         if wanted > (there := largest.get(name, 0.0)):
             raise ConfigError(
                 f"{key}.{field}={wanted:g}: an actor runs on one node, and the largest of the cluster has {there:g} "
-                f"{name}s: ask for less with --set {key}.{field}={min(wanted, there):g}, or add a node"
+                f"{name}s: ask for {there:g} or less, or add a node"
             )
