@@ -115,7 +115,8 @@ def _shares(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
     """How much of each resample [resamples, cases] a case is: every metric and pair has the same draws."""
     drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
     places = drawn + count * np.arange(resamples)[:, None]
-    return np.bincount(places.ravel(), minlength=resamples * count).reshape(resamples, count) / count
+    times = np.bincount(places.ravel(), minlength=resamples * count).reshape(resamples, count)
+    return times.astype(np.float64) / count
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,7 +126,7 @@ def _signs(count: int, resamples: int, seed: int) -> NDArray[np.float64]:
         bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
     else:
         bits = np.random.default_rng(seed).integers(0, 2, (resamples, count))
-    return 1.0 - 2.0 * bits
+    return 1.0 - 2.0 * bits.astype(np.float64)
 
 
 def _bca_of(values: NDArray[np.float64], resampled: NDArray[np.float64], confidence: float) -> tuple[Values, Values]:
