@@ -40,6 +40,12 @@ class Connection:
         around = os.environ.get("RAY_ADDRESS")
         # which Ray sets in a job; elsewhere it may be left from other work
         self.address = around if around and (_IN_JOB in os.environ or not address) else address
+        self.note: str | None = None
+        """What to tell people where the environment names a cluster and they may not think of it."""
+        if around and _IN_JOB not in os.environ and around != address:
+            self.note = f"This runs on the cluster at {self.address}, as RAY_ADDRESS in the environment says."
+            if address:
+                self.note = f"This runs on the cluster at {address}, as was asked; RAY_ADDRESS={around} is left aside."
         self.needs, self.dashboard_port = needs, dashboard_port
         self.dashboard_url: str | None = None
         self.open_warning: str | None = None

@@ -548,9 +548,13 @@ def jobs(
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
 ) -> None:  # fmt: skip
     """List the jobs of a cluster that train runs, the newest first; or follow one."""
-    from domainshuttle.cluster.submit import find_job, list_jobs
+    from domainshuttle.cluster.submit import find_job, list_jobs, overriding_address
     from domainshuttle.platform.commands.jobs import print_jobs
+    from domainshuttle.platform.console import errors
+    from domainshuttle.platform.report.text import Prose
 
+    if told := overriding_address(address):
+        errors.print(Prose(told))
     if follow:
         raise SystemExit(_follow(find_job(follow, address)))
     print_jobs(list_jobs(address), json_)
@@ -884,8 +888,13 @@ def _require_png(option: str, path: Path | None) -> None:
 
 def _ray(address: str | None) -> "Connection":
     from domainshuttle.cluster.local import Connection, Resources
+    from domainshuttle.platform.console import errors
+    from domainshuttle.platform.report.text import Prose
 
-    return Connection(address, Resources(1.0, remedy="Add nodes to it, or leave out --address to use this machine"))
+    made = Connection(address, Resources(1.0, remedy="Add nodes to it, or leave out --address to use this machine"))
+    if made.note:
+        errors.print(Prose(made.note))
+    return made
 
 
 def _nearest_store() -> str:

@@ -60,8 +60,7 @@ class CorpusFolder:
 def list_folder(folder: Location, pattern: str = "*") -> CorpusFolder:
     """What lies in a corpus's folder, and under it; `pattern` restricts it to shards and files whose names, without
     endings, fit. Raises DataError where there is no such folder, StorageError."""
-    if not is_remote(folder) and not local_path(folder).is_dir():
-        raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
+    require_folder(folder)
     found = CorpusFolder()
     tables: list[str] = []
     entries = sorted(_stored(folder) if is_remote(folder) else _local(local_path(folder)))
@@ -93,6 +92,12 @@ def list_folder(folder: Location, pattern: str = "*") -> CorpusFolder:
             if not own and fnmatchcase(name, f"{pattern}.*"):
                 found.skipped.append(_skipped(name, ""))
     return found
+
+
+def require_folder(folder: Location) -> None:
+    """Raises DataError for a corpus's folder that is none; of a store nothing is asked."""
+    if not is_remote(folder) and not local_path(folder).is_dir():
+        raise DataError(f"{folder} is no folder: give the folder of the shards (*.tar)")
 
 
 def write_skipped(index: Location, skipped: Iterable[Skipped], companions: Counter[str]) -> list[Skipped]:

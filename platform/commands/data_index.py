@@ -15,7 +15,7 @@ from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import Alterations
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
-from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside
+from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside, require_folder
 from domainshuttle.pipelines.index.parts import CONVERTED_NAME, INDEX_NAME
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata
 from domainshuttle.pipelines.index.verify import verify_index
@@ -43,8 +43,10 @@ def chosen_buckets(listed: Sequence[str], resolution: str | None, frames: Sequen
 def described_as(folder: Location, corpus: str | None, fps: float | None, buckets: Sequence[Bucket]) -> IndexMetadata:
     """What the index of a folder's shards is to say of itself: of encoded shards, what the index before said.
 
-    Raises ConfigError where the command line says too little, or for encoded shards what is theirs to say.
+    Raises DataError for what is no folder, ConfigError where the command line says too little, or for encoded shards
+    what is theirs to say.
     """
+    require_folder(folder)  # before a cluster is started
     checked_rate(fps, "--fps")
     known = None
     if exists(join(folder, INDEX_NAME)):

@@ -611,7 +611,10 @@ def _server_or_store(uri: str) -> str:
             "is neither a server nor a store that MLflow can keep runs in: expected http://HOST:5000 or "
             "sqlite:///FOLDER/mlflow.db"
         )
-    return absolute_uri(uri)
+    found = absolute_uri(uri)
+    if (store := sqlite_file(found)) is not None and store.is_dir():
+        raise ValueError(f"is a folder: name the file of the store, such as {found.rstrip('/')}/mlflow.db")
+    return found
 
 
 _DATABASE = re.compile(r"(postgresql|mysql|mssql|databricks|uc)(\+\w+)?://")

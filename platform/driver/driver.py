@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from domainshuttle.pipelines.errors import mask_secrets
 from domainshuttle.pipelines.storage.uri import absolute
@@ -35,6 +35,9 @@ from domainshuttle.platform.run.lock import RunLock, RunLockedError
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.tracking.hooks import Hooks
 from domainshuttle.platform.tracking.mlflow import NOTE_TAG, RunIds, Tracker, open_schedule, page_of, preload
+
+if TYPE_CHECKING:
+    from domainshuttle.platform.driver.schedule_loop import Outcome
 
 HOOKS_SECONDS = 60.0
 """How long the end of a run waits until all hooks are told."""
@@ -157,48 +160,54 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
                 hooks.tell(failure_events(error), f"The run ended: {error}", error=type(error).__name__)
             hooks.close(HOOKS_SECONDS)
             raise
-    whole = outcome == "finished" and all(segment.finished for segment in run.segments())
+    return _end_run(run, tracker, hooks, outcome, time.monotonic() - began)
+
+
+def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", seconds: float) -> int:
+    """Ends books and tracking of a schedule that no error ended, and says what is next; returns the exit code."""
+    config, left = run.config, [segment.name for segment in run.segments() if not segment.finished]
+    whole = outcome == "finished" and not left
     run.note_end(outcome)
     summary = track_hours(run, tracker)
     delivered = tracker.finish("FINISHED" if whole else "KILLED")
     say(
-        f"{outcome.capitalize()} after {time.monotonic() - began:.0f} s; device-hours used {summary.used:.3f}, of "
-        f"these productive {summary.goodput:.0%}. Run folder: {run.folder}"
+        f"{outcome.capitalize()} after {seconds:.0f} s; device-hours used {summary.used:.3f}, of these productive "
+        f"{summary.goodput:.0%}. Run folder: {run.folder}"
     )
     if not delivered:
         console.print(
             f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
             f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
         )
+    budget, hours = config.budget_gpu_hours or 0.0, config.cluster.hours
     if whole:
-        hooks.tell(("finished",), f"The run is finished, after {summary.used:.3f} {config.cluster.hours} in all")
+        hooks.tell(("finished",), f"The run is finished, after {summary.used:.3f} {hours} in all")
     if outcome == "budget spent":
-        spent = (
-            f"The budget of {config.budget_gpu_hours:g} {config.cluster.hours} is spent; the run can go on with more"
-        )
-        hooks.tell(("budget",), spent)
+        hooks.tell(("budget",), f"The budget of {budget:g} {hours} is spent; the run can go on with more")
     hooks.close(HOOKS_SECONDS)
     if page := page_of(tracker.ids):
         console.print(f"MLflow's page of the run: {page}", markup=False)
+    console.print(_next(run, outcome, left))
+    return 0 if outcome == "finished" else STOPPED
+
+
+def _next(run: Run, outcome: "Outcome", left: list[str]) -> str:
+    """What a person can do next, of a run in which some segments may be left."""
+    config = run.config
     if outcome == "budget spent":
         budget = config.budget_gpu_hours or 0.0
-        console.print(
-            f"The budget of {budget:g} {config.cluster.hours} is spent; the newest checkpoint is whole. To go on "
-            f"with it, raise the budget: --set budget_gpu_hours={2 * budget:g}"
+        return (
+            f"The budget of {budget:g} {config.cluster.hours} is spent; the newest checkpoint is whole. To go on with "
+            f"it, raise the budget: --set budget_gpu_hours={2 * budget:g}"
         )
-        return STOPPED
     if outcome == "stopped":
-        console.print("The same command goes on with the newest checkpoint.")
-        return STOPPED
-    if not whole:
-        left = [segment.name for segment in run.segments() if not segment.finished]
-        console.print(f"Next: the stages that are left, {', '.join(left)}")
-        return 0
-    console.print(
+        return "The same command goes on with the newest checkpoint."
+    if left:
+        return f"Next: the stages that are left, {', '.join(left)}"
+    return (
         f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment} "
         f"--uri {mask_secrets(config.tracking_uri)}"
     )
-    return 0
 
 
 def other_tracking(config: RunConfig) -> str | None:

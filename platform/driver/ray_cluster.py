@@ -22,6 +22,8 @@ def connected(
     with ThreadPoolExecutor(1, "meanwhile") as pool:
         work = pool.submit(meanwhile) if meanwhile else None
         cluster = Connection(config.cluster.address, Resources(cpus, gpus, remedy), config.cluster.dashboard_port)
+        if cluster.note:
+            errors.print(Prose(cluster.note))
         with cluster:
             if cluster.open_warning:
                 errors.print(Prose(cluster.open_warning))

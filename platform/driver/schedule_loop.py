@@ -115,14 +115,8 @@ class Schedule:
         first = left[0]
         start = self._start_point(first, resume)
         self._open(first)
-        starts, size = [start], self._size(first)
-        for segment in left[1:]:
-            if self._store.names(segment.name):
-                break  # it has been trained before: where it starts is decided when its turn comes
-            if size not in self._config.worker_sizes(segment.stage):
-                break  # its batch is shared by another number of workers
-            starts.append(dataclasses.replace(start, segment=segment.name, first_step=0, checkpoint=None,
-                                              skipped=self._skipped(segment), order=ORDER_VERSION))  # fmt: skip
+        size = self._size(first)
+        starts = self._starts(start, left[1:], size)
         for one in starts:
             self.run.note_order(one.segment, one.order)
         self.run.regroup_path.unlink(missing_ok=True)
@@ -131,7 +125,7 @@ class Schedule:
         job = WorkerJob(
             config=self._config.model_dump(mode="json"),
             attempt=attempt,
-            starts=tuple(starts),
+            starts=starts,
             origins=self._origins,
             mlflow=self._tracker.ids.to_dict(),
             times={"command": psutil.Process().create_time(), "asked": time.time()},
@@ -149,6 +143,18 @@ class Schedule:
         self._fault = None
         self._ledger.end_open("the workers ended without a last line")
         return "stopped" if group.end is None else self._handle_end(group.end)
+
+    def _starts(self, first: StartPoint, later: Sequence[Segment], size: int) -> tuple[StartPoint, ...]:
+        """Where each segment of a group begins: the first where it was decided, each that can follow it at its own
+        beginning."""
+        starts = [first]
+        for segment in later:
+            if self._store.names(segment.name):
+                break  # it has been trained before: where it starts is decided when its turn comes
+            if size not in self._config.worker_sizes(segment.stage):
+                break  # its batch is shared by another number of workers
+            starts.append(StartPoint(segment.name, 0, None, first.attempt, self._skipped(segment), ORDER_VERSION))
+        return tuple(starts)
 
     def _start_point(self, segment: Segment, resume: str = AUTO) -> StartPoint:
         """Where the workers begin: the one decision, checked against the configuration, the weights and the data."""

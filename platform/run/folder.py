@@ -29,7 +29,7 @@ from domainshuttle.platform.config.schema import (
 )
 from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.run.lock import HOLDER_NAME, LOCK_NAME
-from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.segments import Segment, read_number
 from domainshuttle.platform.run.weights_digest import Fingerprints
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Run:
         was the first."""
         path = self.order_path(segment)
         if path.exists():
-            return int(path.read_text())
+            return read_number(path)
         return 1 if self.consumed_path(segment, 0).exists() else ORDER_VERSION
 
     def note_order(self, segment: str, version: int) -> None:

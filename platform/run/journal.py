@@ -83,9 +83,13 @@ class Journal:
         with atomic_file(self.path.with_suffix(".read.json"), sync=False) as aside:
             aside.write_text(json.dumps(state))
 
+    def size(self) -> int:
+        """Bytes of the file; none where there is none."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def unread(self) -> int:
         """Bytes behind the bookmark."""
-        return max(0, self.path.stat().st_size - self.bookmark()["offset"]) if self.path.exists() else 0
+        return max(0, self.size() - self.bookmark()["offset"])
 
 
 class JournalWriter:

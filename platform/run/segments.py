@@ -9,7 +9,7 @@ from typing import Any
 
 from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
-from domainshuttle.platform.config.schema import ExpertSection, FlowSection, StageSection
+from domainshuttle.platform.config.schema import ConfigError, ExpertSection, FlowSection, StageSection
 from domainshuttle.platform.run.weights_digest import DIGEST_NAME, Fingerprints, folder_digest
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
@@ -57,7 +57,7 @@ class Segment:
         Noted without weights, they were lost, and its last checkpoint has them: they are exported again, not trained.
         """
         noted = self.weights / STEPS_NAME
-        return int(noted.read_text()) if noted.exists() else self.stage.duration.planned_steps
+        return read_number(noted) if noted.exists() else self.stage.duration.planned_steps
 
     def end_at(self, steps: int) -> None:
         """Notes after how many steps it ends."""
@@ -78,6 +78,16 @@ class Segment:
         """Forgets after how many steps it ended before, when it is to be trained again."""
         if not self.finished:
             (self.weights / STEPS_NAME).unlink(missing_ok=True)
+
+
+def read_number(path: Path) -> int:
+    """The whole number that a file of the run holds; raises ConfigError where it is damaged."""
+    try:
+        return int(path.read_text())
+    except ValueError as error:  # Unicode's is one
+        raise ConfigError(
+            f"{path} is damaged: expected a whole number in it ({error}): bring it back from a copy of the run"
+        ) from error
 
 
 def learning_rate(stage: StageSection, step: int) -> float:

@@ -77,9 +77,9 @@ class Fingerprints:
 
     def _load(self) -> dict[str, dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):
-            if self.path:
-                content: dict[str, dict[str, Any]] = json.loads(self.path.read_text())
-                return content
+            content = json.loads(self.path.read_text()) if self.path else {}
+            if isinstance(content, dict):
+                return {name: entry for name, entry in content.items() if isinstance(entry, dict)}
         return {}
 
 

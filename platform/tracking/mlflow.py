@@ -226,6 +226,16 @@ class _Sender:
     def client(self) -> MlflowClient:
         return connect(self.ids.tracking_uri)
 
+    @property
+    def _server(self) -> str:
+        return without_user(self.ids.tracking_uri).rstrip("/")
+
+    def unsent(self) -> int:
+        """Bytes that the server has not acknowledged: all of them where another one was sent to last."""
+        elsewhere = self.journal.bookmark().get("server", self._server) != self._server
+        events = self.journal.size() if elsewhere else self.journal.unread()
+        return events + self.uploads.unread()
+
     def drain(self, deadline: float = float("inf"), wait: float = 0.0) -> bool:
         """Sends until nothing is left (True), the server fails, another sends for `wait` seconds or time is over.
 
@@ -238,9 +248,12 @@ class _Sender:
                 if held and not reachable(self.ids.tracking_uri):
                     raise ConnectionError(f"{self.ids.tracking_uri} does not answer")
                 while held and time.monotonic() < deadline:
-                    state = self._bind(self.journal.bookmark())
+                    saved = self.journal.bookmark()
+                    state = self._bind(saved)
                     events, offset = self.journal.read(state["offset"], lines=2000)
                     if offset == state["offset"]:
+                        if state != saved:
+                            self.journal.set_bookmark(state)
                         self._failing = False
                         return True
                     self._send(state["run_id"], events, state["last_step"], state)
@@ -316,14 +329,15 @@ class _Sender:
                 self._run_id = self._open_runs()
         parent = self.ids.parent
         if state.get("run_id") == self._run_id and state.get("parent", parent) == parent:
-            return {**state, "parent": parent}
+            return {**state, "parent": parent, "server": self._server}
         last_step = last_steps(self.client.get_run(self._run_id))
         # the schedule's points are sent with the segment's; a schedule's run that is new has none of them
         there = last_steps(self.client.get_run(parent)) if parent and state.get("parent", parent) == parent else {}
         has_some = last_training_step(there) is not None
         sent = last_training_step(last_step) if has_some else None
         sent = -1 if sent is None else sent
-        return {"run_id": self._run_id, "parent": parent, "offset": 0, "last_step": last_step, "schedule": sent}
+        bound = {"run_id": self._run_id, "parent": parent, "server": self._server}
+        return {**bound, "offset": 0, "last_step": last_step, "schedule": sent}
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -739,7 +753,7 @@ def flush_spool(ids: RunIds, spool: Path | str, timeout: float = 60.0) -> int:
         return not left
 
     bounded(send, timeout)
-    return sum(sender.journal.unread() + sender.uploads.unread() for sender in senders)
+    return sum(sender.unsent() for sender in senders)
 
 
 def artifact_place(uri: str, run: MlflowRun) -> str:

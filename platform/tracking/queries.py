@@ -63,8 +63,9 @@ def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
     """
     uri = absolute_uri(uri)
     store = sqlite_file(uri)
-    if store and not store.exists():
-        raise UnknownRecordError(f"there is no store {uri}; train first, or set tracking.uri")
+    if store and not store.is_file():  # of a folder SQLAlchemy would try again for minutes
+        kind = "that is a folder" if store.is_dir() else "train first, or set tracking.uri"
+        raise UnknownRecordError(f"there is no store {uri}: {kind}")
     if not reachable(uri):
         raise ServerAwayError(f"the tracking server {mask_secrets(uri)} does not answer: start it or set tracking.uri")
     client = ask(uri, lambda: connect(uri))

@@ -140,9 +140,15 @@ def test_a_given_cluster_is_used_unless_a_job_has_one(monkeypatch: pytest.Monkey
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "left:6379")
     assert Connection("given:6379").address == "given:6379"
+    assert "at given:6379, as was asked; RAY_ADDRESS=left:6379 is left aside" in str(Connection("given:6379").note)
     assert Connection().address == "left:6379"
+    assert "at left:6379, as RAY_ADDRESS in the environment says" in str(Connection().note)
+    assert Connection("left:6379").note is None
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert Connection("given:6379").address == "left:6379"
+    assert Connection("given:6379").note is None
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert Connection("given:6379").note is None
 
 
 LOG = "".join(f"line {number}\n" for number in range(20))

@@ -39,6 +39,25 @@ def test_what_a_server_missed_is_sent_once_it_or_another_is_there(
     assert not flush_run(run.folder, timeout=0.5), "the run's own server has nothing yet"
 
 
+def test_another_server_that_takes_nothing_does_not_have_it_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the run's own server has acknowledged everything."""
+    run = Run.open(load_config("demo", [f"output={tmp_path}"]))
+    tracker = open_schedule(run.config.tracking_uri, "sent", "a run", {}, {}, run.spool)
+    run.write_ids(tracker.ids.to_dict())
+    assert tracker.finish()
+    (tmp_path / "plain").write_text("no database" * 1000)
+    for other in ("foo://host", f"sqlite:///{tmp_path}/plain"):
+        assert not flush_run(run.folder, other, timeout=0.5)
+        assert "did not take it" in capsys.readouterr().out
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved" / "mlflow.db")
+    assert flush_run(run.folder, f"sqlite:///{tmp_path}/moved/mlflow.db")
+    assert "Nothing is left" in capsys.readouterr().out
+    assert [one.status for one in read_runs(f"sqlite:///{tmp_path}/moved/mlflow.db", ["sent"])] == ["FINISHED"]
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run in"):
         flush_run(tmp_path)

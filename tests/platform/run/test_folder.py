@@ -82,6 +82,10 @@ def test_a_finished_stage_knows_after_how_many_steps(tmp_path: Path) -> None:
     segment.finish(123)
     assert segment.finished
     assert segment.last_step == 123
+    for damage in (b"", b"{", b"\xff\xfe"):
+        (segment.weights / "steps.txt").write_bytes(damage)
+        with pytest.raises(ConfigError, match=r"steps\.txt is damaged: expected a whole number"):
+            segment.last_step  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,9 @@ def test_what_an_earlier_version_remembered_is_read_again(tmp_path: Path) -> Non
     run = Run.open(config_of(tmp_path))
     weights = finished(run, "base")
     entry = {"files": [["model.safetensors", 7000, 1]], "digest": "wrong"}
-    run.fingerprints_path.write_text(json.dumps({str(weights): entry}))
-    assert verified_digest(weights, run.fingerprints) == folder_digest(weights)
+    for content in ({str(weights): entry}, {str(weights): None}, [], None):
+        run.fingerprints_path.write_text(json.dumps(content))
+        assert verified_digest(weights, run.fingerprints) == folder_digest(weights)
 
 
 def test_an_index_whose_rows_were_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
