@@ -1,5 +1,6 @@
 """A profile of one step of one worker, when somebody asks for it (`domainshuttle profile`)."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,8 @@ class StepProfiler:
     def close(self, reason: str = "the worker ended before its next step did") -> None:
         """Gives up a profile that is under way."""
         if self._profile is not None:
+            with contextlib.suppress(Exception):
+                self._profile.stop()  # one that still runs when the process ends takes it down: SIGSEGV in torch
             self._fail(RuntimeError(reason))
 
     def _finish(self, done: int) -> None:

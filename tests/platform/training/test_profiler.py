@@ -67,6 +67,7 @@ def test_what_goes_wrong_is_the_answer(run: Run, monkeypatch: pytest.MonkeyPatch
     profiler.close()
     found = read_answer(run, "second")
     assert found is not None and "ended before" in found["error"]
+    assert not torch._C._autograd._profiler_enabled()
 
 
 def test_a_worker_shows_its_stacks_while_it_works(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
