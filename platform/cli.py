@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import signal
 import sys
 from enum import StrEnum
@@ -80,6 +81,21 @@ evaluation = typer.Typer(
 )
 app.add_typer(evaluation, name="evaluate")
 
+
+def _local(value: Any) -> Any:
+    """Refuses the address of a store where a path is expected: a folder of that name would be made here.
+
+    A Path has already made one slash of two.
+    """
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(one)) and not one.exists():
+            from domainshuttle.platform.config.schema import ConfigError
+
+            raise ConfigError(f"{str(one).replace(':/', '://', 1)} is an address, and a local or shared path is needed")
+    return value
+
+
+RunFolder = Annotated[Path, typer.Argument(callback=_local, help="A run's folder: OUTPUT/NAME of its configuration.")]
 Config = Annotated[
     str, typer.Argument(help="A YAML file, or the name of one that ships with the package, such as demo.")
 ]
@@ -121,7 +137,8 @@ def data_pair(
     set_: Set = None,
     corpus: Corpus = None,
     to: Annotated[
-        Path | None, typer.Option(help="Of a corpus: the folder of its pairs; without it `paired` beside its own.")
+        Path | None,
+        typer.Option(callback=_local, help="Of a corpus: the folder of its pairs; without it `paired` beside its own."),
     ] = None,
     most_bad: MostBad = MOST_BAD_IN_CORPUS,
     address: Annotated[
@@ -317,10 +334,14 @@ def data_verify(
 @data.command("inspect")
 def data_inspect(
     index: Annotated[str, typer.Argument(help="An index.parquet, or the folder or URI it is in.")],
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet PNG of samples here.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(callback=_local, help="Write a contact sheet PNG of samples here.")
+    ] = None,
     page: Annotated[
         Path | None,
-        typer.Option(help="Write an HTML page here: counts as plots, the sheet, what was found and rejected."),
+        typer.Option(
+            callback=_local, help="Write an HTML page here: counts as plots, the sheet, what was found and rejected."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples on the sheet and on the page.")] = 8,
     where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
@@ -346,7 +367,7 @@ def cluster_render(
     spec: Annotated[
         str, typer.Option("--cluster", help="The cluster's description: a YAML file, or h100-1, h100-8, h100-64.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("manifests"),
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for the files.")] = Path("manifests"),
     set_: Set = None,
     spec_set: Annotated[
         list[str] | None,
@@ -368,7 +389,8 @@ def cluster_render(
 @cluster.command("check")
 def cluster_check(
     files: Annotated[
-        list[Path], typer.Argument(exists=True, dir_okay=False, help="YAML files with RayJobs, RayClusters.")
+        list[Path],
+        typer.Argument(callback=_local, exists=True, dir_okay=False, help="YAML files with RayJobs, RayClusters."),
     ],
 ) -> None:
     """Print what KubeRay's operator would refuse of manifests that their schema accepts; code 1 where it would."""
@@ -562,7 +584,7 @@ def jobs(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
     watch: Annotated[
         float | None, typer.Option(min=0.5, metavar="SECONDS", help="Print it again every so many seconds.")
@@ -581,7 +603,9 @@ def status(
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="The folder of the runs: OUTPUT of their configurations.")],
+    folder: Annotated[
+        Path, typer.Argument(callback=_local, help="The folder of the runs: OUTPUT of their configurations.")
+    ],
 ) -> None:
     """List the runs of a folder: what each does, its stage and step, loss, device-hours."""
     from domainshuttle.platform.commands.runs import print_runs
@@ -591,7 +615,7 @@ def runs(
 
 @app.command()
 def stop(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
 ) -> None:
     """Stop a run that is at work, from any machine that sees its folder: a checkpoint, then it ends with code 3."""
@@ -602,7 +626,7 @@ def stop(
 
 @app.command()
 def logs(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
     attempt: Annotated[
         int | None, typer.Option(min=1, help="Of which start of the workers; without it the newest.")
@@ -617,7 +641,7 @@ def logs(
 
 @app.command()
 def stacks(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Print the stacks of this worker's threads; without it where each is.")
     ] = None,
@@ -630,7 +654,7 @@ def stacks(
 
 @app.command()
 def profile(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:
@@ -642,7 +666,7 @@ def profile(
 
 @app.command()
 def checkpoints(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     verify: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept.
@@ -657,7 +681,7 @@ def checkpoints(
 
 @app.command()
 def flush(
-    run: Annotated[Path, typer.Argument(help="A run's folder: OUTPUT/NAME of its configuration.")],
+    run: RunFolder,
     uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:
@@ -672,8 +696,10 @@ def compare(
     experiment: Annotated[list[str], typer.Argument(help="Names of MLflow experiments.")],
     uri: Annotated[str | None, typer.Option(help="MLflow server or store.", envvar="MLFLOW_TRACKING_URI")] = None,
     run: Annotated[list[str] | None, typer.Option(help="Only runs of this name or id.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the loss curves as PNG here.")] = None,
-    page: Annotated[Path | None, typer.Option(help="Write table, curves and samples as one HTML page here.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_local, help="Write the loss curves as PNG here.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=_local, help="Write table, curves and samples as one HTML page here.")
+    ] = None,
 ) -> None:
     """Compare the runs of experiments: a table, and curves against steps and device-hours."""
     _require_png("--plot", plot)
@@ -708,8 +734,8 @@ def ablate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write the diffusers pipeline.")],
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(callback=_local, help="Where to write the diffusers pipeline.")],
     stage: Annotated[str | None, typer.Option(help="A finished stage; without it the last finished one.")] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="A checkpoint's name or path, also of a stage half way, instead of a stage.")
@@ -736,8 +762,10 @@ def generate(
         list[str] | None,
         typer.Option(metavar="PICTURE[:SUBJECT[:DOMAIN]]", help="A reference: photo.jpg:0:human. Repeat for more."),
     ] = None,
-    cases: Annotated[Path | None, typer.Option(help="A JSONL of cases in the release's format.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the clips.")] = Path("generated"),
+    cases: Annotated[
+        Path | None, typer.Option(callback=_local, help="A JSONL of cases in the release's format.")
+    ] = None,
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for the clips.")] = Path("generated"),
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="1 makes a picture.")] = None,
@@ -785,12 +813,12 @@ def evaluate_models(
         typer.Option(help="The evaluation's YAML file, or one that ships: paper, opens2v or demo."),
     ] = None,
     set_: Set = None,
-    out: Annotated[Path, typer.Option(help="Folder of the evaluation; one that is there goes on.")] = Path(
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder of the evaluation; one that is there goes on.")] = Path(
         "evaluation"
     ),
     run: Annotated[
         Path | None,
-        typer.Option(help="A run's folder: its held-out corpus is the test set, unless --cases is given, and the "
+        typer.Option(callback=_local, help="A run's folder: its held-out corpus is the test set, unless --cases is given, and the "
                      "results are logged to its MLflow run."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Try once more what failed before.")] = False,
@@ -810,7 +838,7 @@ def evaluate_models(
 
 @evaluation.command("report")
 def evaluate_report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation.")] = Path("evaluation"),
+    folder: Annotated[Path, typer.Argument(callback=_local, help="Folder of an evaluation.")] = Path("evaluation"),
 ) -> None:
     """Write the report of an evaluation again, from what is there; nothing is made or measured."""
     from domainshuttle.platform.evaluation.evaluate import publish, read_results
@@ -820,11 +848,12 @@ def evaluate_report(
 
 @evaluation.command("rate")
 def evaluate_rate(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation with two models or more.")] = Path(
-        "evaluation"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(callback=_local, help="Folder of an evaluation with two models or more.")
+    ] = Path("evaluation"),
     answers: Annotated[
-        list[Path] | None, typer.Option(help="A JSONL that the page saved: add it, and write the report again.")
+        list[Path] | None,
+        typer.Option(callback=_local, help="A JSONL that the page saved: add it, and write the report again."),
     ] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Only so many pairs; without it all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the order of pairs and sides.")] = 0,
