@@ -88,10 +88,12 @@ def _local(value: Any) -> Any:
     A Path has already made one slash of two.
     """
     for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(one)) and not one.exists():
+        found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):(/.*)", str(one)) if isinstance(one, Path) else None
+        if found is not None and not one.exists():
             from domainshuttle.platform.config.schema import ConfigError
 
-            raise ConfigError(f"{str(one).replace(':/', '://', 1)} is an address, and a local or shared path is needed")
+            given = f"{found[1]}:{'//' if found[1] == 'file' else '/'}{found[2]}"
+            raise ConfigError(f"{given} is an address, and a local or shared path is needed")
     return value
 
 
@@ -813,13 +815,13 @@ def evaluate_models(
         typer.Option(help="The evaluation's YAML file, or one that ships: paper, opens2v or demo."),
     ] = None,
     set_: Set = None,
-    out: Annotated[Path, typer.Option(callback=_local, help="Folder of the evaluation; one that is there goes on.")] = Path(
-        "evaluation"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=_local, help="Folder of the evaluation; one that is there goes on.")
+    ] = Path("evaluation"),
     run: Annotated[
         Path | None,
-        typer.Option(callback=_local, help="A run's folder: its held-out corpus is the test set, unless --cases is given, and the "
-                     "results are logged to its MLflow run."),
+        typer.Option(callback=_local, help="A run's folder: its held-out corpus is the test set, unless --cases is "
+                     "given, and the results are logged to its MLflow run."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Try once more what failed before.")] = False,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
