@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.pipelines.errors import mask_secrets, without_user
 from domainshuttle.pipelines.storage.uri import absolute
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_resumable
 from domainshuttle.platform.checkpoint.store import CheckpointStore
@@ -215,9 +215,10 @@ def other_tracking(config: RunConfig) -> str | None:
     named = os.environ.get("MLFLOW_TRACKING_URI", "").strip().rstrip("/")
     if not named or named == config.tracking_uri.rstrip("/"):
         return None
+    shown = without_user(named)
     return (
-        f"This run is tracked at {mask_secrets(config.tracking_uri)}; MLFLOW_TRACKING_URI={mask_secrets(named)} in the "
-        'environment is left aside. To use it: --set tracking.uri="$MLFLOW_TRACKING_URI"'
+        f"This run is tracked at {mask_secrets(config.tracking_uri)}; MLFLOW_TRACKING_URI={shown} in the environment "
+        f"is left aside. To use it: --set tracking.uri={shlex.quote(shown)}"
     )
 
 
