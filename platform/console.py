@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from domainshuttle.platform.report.text import visible
 
+for _name in ("COLUMNS", "LINES"):
+    if os.environ.get(_name) == "0":  # set so by programs that know no width: nothing at all would be shown
+        del os.environ[_name]
 for _stream in (sys.stdout, sys.stderr):
     if isinstance(_stream, io.TextIOWrapper):  # a name that the terminal's encoding does not have ends no command
         _stream.reconfigure(errors="backslashreplace")

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/platform/test_cli.py
 """
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -48,3 +49,13 @@ def test_a_mistake_ends_with_one_message_and_code_2() -> None:
     assert "did you mean 'cluster'" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stdout.strip() == "[]", "it was not answered at once"
+
+
+def test_a_terminal_without_a_known_width_shows_everything() -> None:
+    """As `COLUMNS=0` in the shells of some containers and editors."""
+    code = "from domainshuttle.platform.console import console, errors; console.print('shown'); errors.print('said')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"COLUMNS": "0", "LINES": "0"},
+    )  # fmt: skip
+    assert (run.stdout, run.stderr) == ("shown\n", "said\n")
