@@ -29,7 +29,7 @@ test-nightly: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m nightly --timeout=1200
 	@# apart, since diffusers imports PEFT wherever it is installed: seconds of every start
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peft peft==0.21.2
-	PYTHONPATH="$(CURDIR)/build/peft" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/model/test_transformer.py -k lora
+	PYTHONPATH="$(CURDIR)/build/peft" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/model/test_transformer.py tests/model/test_lora.py -k lora
 
 # one run of the demo's size under 20 random faults, and its accounts
 chaos: $(VENV)/installed

@@ -113,6 +113,16 @@ class HeadSection(Section):
     instance: Text | None = Field(None, description="machine type of a cloud, for VMs")
 
 
+class ReliabilitySection(Section):
+    """How often devices fail, and what a failure costs beside the steps that are done again."""
+
+    device_hours: Real = Field(
+        8_090.0, gt=0, le=1e9, description="of a device between failures: 8,090 is one every 7.9 h of 1,024 devices"
+    )
+    detect_seconds: Real = Field(30.0, ge=0, le=1e5, description="until a failure ends the workers")
+    start_seconds: Real = Field(180.0, ge=0, le=1e5, description="of a start of the workers, to their first step")
+
+
 class LinksSection(Section):
     """What connects the nodes of trainers."""
 
@@ -230,6 +240,16 @@ class VmSection(Section):
         return self
 
 
+class PostgresSection(Section):
+    """A PostgreSQL of the cluster's own for MLflow, of one pod: for those who have no managed one."""
+
+    image: Text = Field("postgres:17", description="container image, by digest: postgres@sha256:...")
+    storage_gib: Count = Field(50, description="of its volume")
+    storage_class: Name | None = Field(None, description="StorageClass of its volume; none: the cluster's default")
+    memory_gib: Count = 4
+    cpus: Cpus = Field(2.0, gt=0)
+
+
 class MlflowSection(Section):
     """The tracking server that is rendered beside the jobs."""
 
@@ -237,6 +257,9 @@ class MlflowSection(Section):
     image: Text | None = Field(None, description="none: the jobs' image, which has MLflow")
     artifacts: Text = Field(description="where files go: s3://bucket/mlflow")
     database_secret: Name = Field("mlflow-database", description="Secret whose key `uri` is the PostgreSQL URI")
+    postgres: PostgresSection | None = Field(
+        None, description="a PostgreSQL beside the server; none: that of database_secret's uri exists already"
+    )
     auth_secret: Name | None = Field(
         None, description="Secret with MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY; none: no login"
     )
@@ -275,6 +298,7 @@ class ClusterSpec(Section):
     evaluators: Pool | None = Field(None, description="cheaper nodes that evaluate; none: the trainers' nodes do")
     head: HeadSection = HeadSection()
     links: LinksSection = LinksSection()
+    reliability: ReliabilitySection = ReliabilitySection()
     storage: StorageSection = StorageSection()
     image: Text = Field("domainshuttle:latest", description="container image, by digest: REPOSITORY@sha256:...")
     kubernetes: KubernetesSection = KubernetesSection()

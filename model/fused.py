@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from domainshuttle.model.lora import LoraLinear
 from domainshuttle.model.modulation import Rows
 from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, JointAttention
 
@@ -259,6 +260,8 @@ class _RMSRotary(torch.autograd.Function):
 def project(attn: JointAttention, x: Tensor, num_reference_tokens: int) -> tuple[Tensor, ...]:
     """Query, key and value [b, n, d]: each product of a single sample is written to its place at once."""
     if attn.reference_projections == "shared" or x.shape[0] > 1:
+        return attn.project(x, num_reference_tokens)
+    if any(isinstance(layer, LoraLinear) for layer in attn.children()):
         return attn.project(x, num_reference_tokens)
     layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_q_ref, attn.to_k_ref, attn.to_v_ref)
     parameters = [one for layer in layers for one in (layer.weight, layer.bias)]

@@ -4,10 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+"""Ends of the names of an adapter's parameters, as in PEFT: A [rank, in] and B [out, rank]."""
+
+
+def lora_layer(name: str) -> str | None:
+    """The layer of which ``name`` is a parameter of the adapter; None: it is none."""
+    layer, _, last = name.rpartition(".lora_")
+    return layer if layer and f"lora_{last}" in (LORA_A, LORA_B) else None
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters of the linear layers that the patterns name."""
+
+    rank: int
+    targets: tuple[str, ...]
+    """Patterns of layers' names, or of their ends, as PEFT takes them: ``to_q``, ``attn1.*``, ``blocks.0.*``."""
+    scale: float = 1.0
+    """With which what an adapter adds is multiplied: alpha / rank."""
+
+    def selects(self, layer: str) -> bool:
+        """Whether the layer of this name gets an adapter."""
+        return any(_names(pattern, layer) for pattern in self.targets)
+
+    def unused(self, layers: Iterable[str]) -> list[str]:
+        """The patterns that name none of these layers."""
+        names = list(layers)
+        return [pattern for pattern in self.targets if not any(_names(pattern, layer) for layer in names)]
+
+
+def _names(pattern: str, layer: str) -> bool:
+    return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +73,8 @@ class ModelSpec:
     num_experts: int = 1
     boundary: float | None = None
     """Timestep t' at which the high-noise expert hands over to the low-noise one; None with one expert."""
+    lora: LoraSpec | None = None
+    """Adapters that a stage trains: no part of the network's own description."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -83,7 +118,7 @@ class ModelSpec:
     def transformer_config(self) -> dict[str, Any]:
         """Keyword arguments of ``DomainShuttleTransformer3DModel``."""
         config = asdict(self)
-        del config["num_experts"]
+        del config["num_experts"], config["lora"]
         return config
 
     def tokens(self, latent_size: tuple[int, int, int]) -> int:
@@ -94,14 +129,26 @@ class ModelSpec:
         """Tokens of one reference image beside a video of ``latent_size``."""
         return self.tokens((self.patch_size[0], *latent_size[1:]))
 
+    def linear_layers(self) -> list[str]:
+        """Names of the linear layers, which may have adapters."""
+        shapes = replace(self, lora=None).parameter_shapes()
+        layers = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
+        return [name for name in layers if name != "domain_embedding_ref"]
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of one expert, by name, in the network's names."""
+        """Shape of every parameter of one expert, by name, in the network's names; of adapters too."""
+        return dict(_shapes(self))
+
+    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         d, shapes = self.dim, {}
 
         def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> None:
             shapes[f"{name}.weight"] = (n_out, n_in)
             if bias:
                 shapes[f"{name}.bias"] = (n_out,)
+            if self.lora is not None and self.lora.selects(name):
+                shapes[f"{name}.{LORA_A}"] = (self.lora.rank, n_in)
+                shapes[f"{name}.{LORA_B}"] = (n_out, self.lora.rank)
 
         own = ["", "_ref"] if self.reference_projections == "own" else [""]
         shapes["scale_shift_table"] = (1, 2, d)
@@ -219,7 +266,13 @@ class ModelSpec:
         modulated = 1.0 if everywhere else reference_share * any(part in name for name in names for part in _DOMAIN)
         per_width = _BLOCK_BYTES + 2 * sum(kept) + 12 * modulated
         per_hidden = 2 + 2 * trains("ffn.net.2")
-        return int(rows * (per_width * self.dim + per_hidden * self.ffn_dim + 8 * self.num_attention_heads))
+        # what comes out of each A, which B's gradient needs
+        low_rank = (
+            2 * sum(self.lora.rank for name in names if name.startswith("blocks.0.") and name.endswith(LORA_B))
+            if self.lora
+            else 0
+        )
+        return int(rows * (per_width * self.dim + per_hidden * self.ffn_dim + 8 * self.num_attention_heads + low_rank))
 
     def activation_bytes(
         self,
@@ -243,7 +296,7 @@ class ModelSpec:
 
 
 _HINTS = get_type_hints(ModelSpec)
-SPEC_FIELDS = frozenset(field.name for field in fields(ModelSpec))
+SPEC_FIELDS = frozenset(field.name for field in fields(ModelSpec) if field.name != "lora")
 _SIZES = [field.name for field in fields(ModelSpec) if _HINTS[field.name] is int]
 _CHOICES = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
 _KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
@@ -301,7 +354,18 @@ class _Tally:
         flops = 2 * rows * math.prod(self._shapes[weight])
         self.forward += flops
         self.backward += flops * (needs + self.trains(weight))
-        return needs or self.trains(weight, f"{name}.bias")
+        out = needs or self.trains(weight, f"{name}.bias")
+        if f"{name}.{LORA_A}" in self._shapes:  # the same of A, and then of B
+            out = self._adapter(name, rows, needs) or out
+        return out
+
+    def _adapter(self, name: str, rows: int, needs: bool) -> bool:
+        for weight in (f"{name}.{LORA_A}", f"{name}.{LORA_B}"):
+            flops = 2 * rows * math.prod(self._shapes[weight])
+            self.forward += flops
+            self.backward += flops * (needs + self.trains(weight))
+            needs = needs or self.trains(weight)
+        return needs
 
     def attention(self, queries: int, keys: int, width: int, needs: tuple[bool, bool, bool]) -> bool:
         """Attention of all heads; ``needs`` of query, key and value."""
@@ -313,6 +377,11 @@ class _Tally:
         self.attention_forward += 2 * flops
         self.attention_backward += backward
         return q or k or v
+
+
+@lru_cache(maxsize=64)
+def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    return spec._parameter_shapes()
 
 
 @lru_cache(maxsize=64)

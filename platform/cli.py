@@ -743,15 +743,28 @@ def export(
         str | None, typer.Option(help="A checkpoint's name or path, also of a stage half way, instead of a stage.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline that is there.")] = False,
+    lora: Annotated[
+        bool,
+        typer.Option(
+            "--lora", help="The adapters alone, for load_lora_weights of diffusers, of a stage that trains them."
+        ),
+    ] = False,
 ) -> None:
     """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler.
 
-    Another run can begin with it: **--set model.base=FOLDER**. Needs no cluster.
+    Another run can begin with it: **--set model.base=FOLDER**. Adapters of stages with **trained.lora** are merged into
+    the weights, and lie in its folder **lora** too. Needs no cluster.
     """
     from domainshuttle.platform.console import console
-    from domainshuttle.platform.generation.export import export_run
+    from domainshuttle.platform.generation.export import export_lora, export_run
     from domainshuttle.platform.run.folder import find_run
 
+    if lora:
+        console.print(
+            f"Exported {export_lora(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)}"
+        )
+        console.print(f"Next, in Python: pipeline.load_lora_weights({str(folder)!r})")
+        return
     exported = export_run(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)
     console.print(f"Exported {exported} to {folder}. Next: domainshuttle generate {folder} --help")
 

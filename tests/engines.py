@@ -66,7 +66,7 @@ def stage(**changes: Any) -> Any:
     return StageSection(**values | changes)
 
 
-def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any:
+def design(trained: Any, seed: int = 3, origin: Path | None = None) -> Any:
     """A blueprint of the tiny model, or of `origin`, with its trained parameters selected.
 
     The new model's weights are moved a little: with its output of zeros only the last layer would have gradients.
@@ -88,7 +88,7 @@ def design(trained: list[str], seed: int = 3, origin: Path | None = None) -> Any
     return made if origin else Blueprint(made.outline, moved)
 
 
-def engine(trained: list[str], accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
+def engine(trained: Any, accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
     from domainshuttle.platform.config.schema import EngineSection
     from domainshuttle.platform.engine.zero3 import Engine
 

@@ -1,7 +1,7 @@
 """MLflow's server on PostgreSQL and an object store, for Kubernetes.
 
-The database exists already, or is the cluster's own; its URI is in a Secret. Keys of the object store stay with the
-server, which hands files on (`--artifacts-destination`).
+The database exists already, or is rendered too; its URI, and of a rendered one the password, are in a Secret. Keys of
+the object store stay with the server, which hands files on (`--artifacts-destination`).
 """
 
 from typing import Any
@@ -42,11 +42,16 @@ def mlflow_manifests(spec: ClusterSpec) -> list[Manifest]:
         "livenessProbe": {**probe, "failureThreshold": 6},
     }
     return [
+        *_postgres(spec, mlflow),
         {
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": _metadata(spec, f"{mlflow.name}-db-upgrade", labels),
-            "spec": {"backoffLimit": 3, "ttlSecondsAfterFinished": 86400, "template": {"spec": upgrade}},
+            "spec": {
+                "backoffLimit": 3,
+                "ttlSecondsAfterFinished": 86400,
+                "template": {"metadata": {"labels": labels}, "spec": upgrade},
+            },
         },
         {
             "apiVersion": "apps/v1",
@@ -63,6 +68,96 @@ def mlflow_manifests(spec: ClusterSpec) -> list[Manifest]:
             "kind": "Service",
             "metadata": _metadata(spec, mlflow.name, labels),
             "spec": {"selector": labels, "ports": [{"name": "http", "port": PORT, "targetPort": PORT}]},
+        },
+    ]
+
+
+DATABASE_PORT = 5432
+_DATABASE_UID = 999
+"""PostgreSQL's user in its image."""
+
+
+def database_name(mlflow: MlflowSection) -> str:
+    """What the rendered PostgreSQL is called: the host in the Secret's `uri`."""
+    return f"{mlflow.name}-postgres"
+
+
+def _postgres(spec: ClusterSpec, mlflow: MlflowSection) -> list[Manifest]:
+    """PostgreSQL of one pod, which the server's pods alone reach."""
+    postgres = mlflow.postgres
+    if postgres is None:
+        return []
+    name, labels = database_name(mlflow), {"app.kubernetes.io/name": database_name(mlflow)}
+    probe = {"exec": {"command": ["pg_isready", "-U", "mlflow", "-d", "mlflow"]}, "periodSeconds": 10}
+    resources = {"cpu": f"{postgres.cpus:g}", "memory": f"{postgres.memory_gib}Gi"}
+    container = {
+        "name": "postgres",
+        "image": postgres.image,
+        "env": [
+            {"name": "POSTGRES_USER", "value": "mlflow"},
+            {"name": "POSTGRES_DB", "value": "mlflow"},
+            {"name": "POSTGRES_PASSWORD",
+             "valueFrom": {"secretKeyRef": {"name": mlflow.database_secret, "key": "password"}}},
+            # below the volume's root, where file systems keep what is theirs
+            {"name": "PGDATA", "value": "/var/lib/postgresql/data/pgdata"},
+        ],
+        "ports": [{"name": "postgres", "containerPort": DATABASE_PORT}],
+        "startupProbe": {**probe, "failureThreshold": 30},
+        "readinessProbe": probe,
+        "livenessProbe": {**probe, "failureThreshold": 6},
+        "resources": {"limits": {"memory": resources["memory"]}, "requests": resources},
+        "volumeMounts": [{"name": "data", "mountPath": "/var/lib/postgresql/data"}],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }  # fmt: skip
+    pod = {
+        "containers": [container],
+        "automountServiceAccountToken": False,
+        # ends its connections and writes its log before it is killed
+        "terminationGracePeriodSeconds": 120,
+        "securityContext": {
+            "runAsNonRoot": True, "runAsUser": _DATABASE_UID, "runAsGroup": _DATABASE_UID, "fsGroup": _DATABASE_UID,
+            "fsGroupChangePolicy": "OnRootMismatch", "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }  # fmt: skip
+    claim: dict[str, Any] = {
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": f"{postgres.storage_gib}Gi"}},
+    }
+    if postgres.storage_class:
+        claim["storageClassName"] = postgres.storage_class
+    clients = [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": mlflow.name}}}]
+    port = {"protocol": "TCP", "port": DATABASE_PORT}
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": _metadata(spec, name, labels),
+            "spec": {
+                "serviceName": name,
+                "replicas": 1,
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod},
+                "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": claim}],
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": _metadata(spec, name, labels),
+            "spec": {
+                "selector": labels,
+                "ports": [{"name": "postgres", "port": DATABASE_PORT, "targetPort": DATABASE_PORT}],
+            },
+        },
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": _metadata(spec, name, labels),
+            "spec": {
+                "podSelector": {"matchLabels": labels},
+                "policyTypes": ["Ingress"],
+                "ingress": [{"from": clients, "ports": [port]}],
+            },
         },
     ]
 

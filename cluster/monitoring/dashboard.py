@@ -105,6 +105,9 @@ _ROWS: dict[str, list[tuple[Any, ...]]] = {
         ("Device-hours", "h", _line("gpu_hours"), _line("gpu_hours_budget", what="budget")),
         ("Goodput", "percentunit", _line("goodput")),
     ],
+    "Evaluation": [
+        ("Scores of generated clips", "short", _line("evaluation_score", "segment", "metric")),
+    ],
     "Trouble": [
         ("Workers", "short", _line("workers")),
         ("Restarts", "short", _line("restarts")),

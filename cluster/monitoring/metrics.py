@@ -20,7 +20,7 @@ class Metric:
     """Beside `run`."""
 
 
-_SEGMENT, _RANK, _RUN = ("segment",), ("segment", "rank"), ()
+_SEGMENT, _RANK, _RUN, _SCORE = ("segment",), ("segment", "rank"), (), ("segment", "metric")
 
 METRICS: dict[str, Metric] = {
     # of rank 0, for all ranks
@@ -52,6 +52,7 @@ METRICS: dict[str, Metric] = {
     "goodput": Metric("Share of the device-hours that went into steps that count.", _RUN),
     "outbox_bytes": Metric("Bytes of metrics and files that wait for MLflow.", _RUN),
     "quarantined_samples": Metric("Samples that could not be read.", _RUN),
+    "evaluation_score": Metric("Newest mean of a metric of generated clips, by the name that MLflow has.", _SCORE),
 }
 
 

@@ -150,9 +150,11 @@ def require_fit(
             "with --fresh"
         )
     if trained and state.trained and state.trained != trained:
+        stage = segment.stage
+        wanted = f"which trains {stage.described_trained}" if stage.lora else f"whose patterns are {stage.trained}"
         raise IncompatibleError(
-            f"checkpoint {name} has other trained parameters than segment {segment.name}, whose patterns are "
-            f"{segment.stage.trained}: restore `trained` and the model of the run that wrote it"
+            f"checkpoint {name} has other trained parameters than segment {segment.name}, {wanted}: restore `trained` "
+            "and the model of the run that wrote it"
         )
     if state.step > segment.stage.duration.planned_steps:
         raise IncompatibleError(

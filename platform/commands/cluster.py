@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from domainshuttle.cluster.kuberay.pods import POOL_LABEL
 from domainshuttle.cluster.kuberay.rules import faults, manifests_of
 from domainshuttle.cluster.render import render
 from domainshuttle.cluster.spec import ClusterSpec
@@ -28,6 +29,10 @@ def workload_of(config: RunConfig, spec: ClusterSpec, options: tuple[str, ...] =
             f"and two steps and a save take {drain:g} s: use other nodes, or set kubernetes.drain_seconds"
         )
     cluster = config.cluster
+    if (spec.encoders or spec.evaluators) and not cluster.node_labels:
+        # the other pools have devices too, which workers must not take
+        cluster = cluster.model_copy(update={"node_labels": {POOL_LABEL: "trainers"}})
+        config = config.model_copy(update={"cluster": cluster})
     return Workload(
         name=config.name,
         config_yaml=config.to_yaml(),

@@ -70,8 +70,8 @@ def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSp
     if plans:
         console.print(_buckets(run, plans))
     if cluster is None and config.cluster.gpus_per_worker:
-        cluster = load_cluster(_ASSUMED)
-        console.print(Prose(f"Assumed: the cluster {_ASSUMED}, {_title(cluster)}; --cluster names yours"))
+        cluster = _assumed(config)
+        console.print(Prose(f"Assumed: the cluster {cluster.name}, {_title(cluster)}; --cluster names yours"))
     elif cluster is not None:
         console.print(Prose(f"Cluster {cluster.name}: {_title(cluster)}"))
     print_prediction(config, run.segments(), steps, cluster)
@@ -81,7 +81,14 @@ def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSp
     console.print(Prose(f"Next: domainshuttle train; the run's folder will be {run.folder}"))
 
 
-_ASSUMED = "h100-64"
+_ASSUMED = ("h100-1", "h100-8", "h100-64")
+
+
+def _assumed(config: RunConfig) -> ClusterSpec:
+    """The least of the clusters that ship which has a device for each worker, or else the largest."""
+    clusters = [load_cluster(name) for name in _ASSUMED]
+    enough = (one for one in clusters if one.most_devices >= config.cluster.most_workers)
+    return next(enough, clusters[-1])
 
 
 def _title(cluster: ClusterSpec) -> str:

@@ -7,6 +7,7 @@ from domainshuttle.pipelines.plan.step_plan import StepPlan
 from domainshuttle.platform.config.schema import RunConfig, StageSection
 from domainshuttle.platform.console import console
 from domainshuttle.platform.engine.model_size import model_size
+from domainshuttle.platform.engine.trained_parameters import with_adapters
 from domainshuttle.platform.planning.data import assumed_steps, known_steps
 from domainshuttle.platform.planning.forecast import Forecast, Layout, Work, layouts
 from domainshuttle.platform.planning.memory import Policy, best_policy
@@ -45,7 +46,8 @@ def print_prediction(
 
 def forecast(config: RunConfig, segment: Segment, plan: StepPlan | None, cluster: ClusterSpec | None) -> Forecast:
     """A segment as the configuration lays it out, with the most of its workers that the cluster has devices for."""
-    stage, spec = segment.stage, model_size(config.model_of(segment.expert))
+    stage = segment.stage
+    spec = with_adapters(model_size(config.model_of(segment.expert)), stage.trained)
     data = (
         known_steps(plan, stage.references, stage.reference_dropout)
         if plan is not None
@@ -55,7 +57,8 @@ def forecast(config: RunConfig, segment: Segment, plan: StepPlan | None, cluster
     fitting = [size for size in sizes if cluster is None or size <= cluster.most_devices]
     ranks = (fitting or sizes)[-1]
     work = Work(spec, stage, config.engine, data, config.encoders.text_len)
-    return Forecast(work, Layout(ranks, stage.micro_batch, Policy.of(config.engine, spec)), cluster)
+    sharing = config.engine.sequence_parallel
+    return Forecast(work, Layout(ranks, stage.micro_batch, Policy.of(config.engine, spec), sharing), cluster)
 
 
 def _gb(size: float) -> str:
@@ -84,7 +87,7 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
         return
     for name, one in forecasts.items():
         work, layout = one.work, one.layout
-        tokens = work.largest.tokens(work.spec)
+        tokens = -(-work.largest.tokens(work.spec) // layout.sharing)
         best = best_policy(
             work.spec, work.stage, one.states, tokens, layout.micro_batch, cluster.device.memory,
             work.engine.precision, work.largest.reference_share(work.spec),
@@ -137,11 +140,11 @@ def _print_times(forecasts: dict[str, Forecast], cluster: ClusterSpec) -> None:
         data = one.work.data
         loading = sum(data.share(bucket) * one.work.sample_bytes(bucket) for bucket in data.buckets)
         rate = loading * stage.global_batch / seconds
-        saved = 4 * one.states.trained * (4 if one.work.engine.ema is not None else 3)
+        saved = one.checkpoint_bytes
         rows.append(
             [
                 name,
-                f"{ranks} x {one.layout.micro_batch} x {one.layout.accumulation(stage.global_batch)}",
+                f"{one.layout} x {one.layout.accumulation(stage.global_batch)}",
                 f"{seconds:.2f} s",
                 f"{one.mfu:.1%}",
                 f"{one.balance:.3f}",
@@ -161,7 +164,8 @@ def _print_times(forecasts: dict[str, Forecast], cluster: ClusterSpec) -> None:
 
 
 def _messages(micro: StepTime, bus: float) -> str:
-    return f"{micro.messages:.2f} s at {bus / 1e9:.0f} GB/s, {micro.exposed:.2f} s not hidden"
+    exchanged = f"; {micro.exchanges:.2f} s of exchanged tokens" if micro.exchanges else ""
+    return f"{micro.messages:.2f} s at {bus / 1e9:.0f} GB/s, {micro.exposed:.2f} s not hidden{exchanged}"
 
 
 def _steps_of(stage: StageSection, one: Forecast) -> float:
@@ -175,16 +179,29 @@ def _print_hours(
     config: RunConfig, segments: Sequence[Segment], forecasts: dict[str, Forecast], cluster: ClusterSpec
 ) -> None:
     rows, total, days = [], 0.0, 0.0
+    every = config.checkpoint.every
     price = cluster.trainers.device_hour_usd
     for segment in segments:
         one = forecasts[segment.name]
-        hours = one.hours(_steps_of(segment.stage, one))
-        total, days = total + hours, days + hours / one.layout.ranks / 24
-        rows.append([segment.name, f"{hours:,.0f}", f"{hours / one.layout.ranks / 24:.2f}", _cost(hours, price)])
-    rows.append(["all", f"{total:,.0f}", f"{days:.2f}", _cost(total, price)])
-    fields = ("stage", f"{cluster.device.name}-hours", "days", "US$")
+        hours, share, known = one.hours(_steps_of(segment.stage, one)), one.goodput(every), one.reliability
+        best = known.best_interval() / one.step_seconds()
+        with_failures = hours / share
+        total, days = total + with_failures, days + with_failures / one.layout.ranks / 24
+        rows.append(
+            [
+                segment.name, f"{hours:,.0f}", f"{known.between_failures / 3600:,.0f} h", f"{share:.1%}",
+                f"{every}, best {max(1, round(best)):,}", f"{with_failures:,.0f}",
+                f"{with_failures / one.layout.ranks / 24:.2f}", _cost(with_failures, price),
+            ]
+        )  # fmt: skip
+    rows.append(["all", "", "", "", "", f"{total:,.0f}", f"{days:.2f}", _cost(total, price)])
+    fields = (
+        "stage", f"{cluster.device.name}-hours", "a failure every", "goodput", "checkpoint every (steps)",
+        "hours with failures", "days", "US$",
+    )  # fmt: skip
     note = "" if price is not None else "; no price: set trainers.device_hour_usd of the cluster"
-    console.print(Records(fields, rows, f"Hours, without starts, faults and evaluation{note}", numeric=fields[1:]))
+    title = f"Hours, and with failures at the cluster's reliability; without evaluation{note}"
+    console.print(Records(fields, rows, title, numeric=fields[1:]))
     spec = forecasts[segments[0].name].work.spec
     if (spec.dim, spec.num_layers) == (5120, 40):
         console.print(Prose(_PAPERS_HOURS))
@@ -216,7 +233,7 @@ def _print_layouts(segments: Sequence[Segment], forecasts: dict[str, Forecast], 
             rows.append(
                 [
                     stage.name,
-                    f"{ranks} x {other.layout.micro_batch} x {other.layout.accumulation(stage.global_batch)}",
+                    f"{other.layout} x {other.layout.accumulation(stage.global_batch)}",
                     str(other.layout.policy),
                     _gb(other.memory(other.work.largest).total),
                     f"{other.step_seconds():.2f}",

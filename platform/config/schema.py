@@ -29,6 +29,7 @@ from typing_extensions import TypedDict
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.encoder_sources import TILE_ABOVE
+from domainshuttle.model.spec import LORA_A, LORA_B, LoraSpec
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
 from domainshuttle.pipelines.curation.labels.config import LabelConfig
@@ -244,6 +245,39 @@ class Duration:
 HORIZON = 1_000_000
 
 
+class LoraSection(Section):
+    """Low-rank adapters, as PEFT's LoraConfig has them."""
+
+    rank: Whole = Field(ge=1, le=4096)
+    alpha: Real | None = Field(
+        None, gt=0, le=1e6, description="what adapters add is multiplied by alpha / rank; none: by 1"
+    )
+    targets: list[str] = Field(
+        min_length=1, description="patterns of linear layers' names, or of their ends, such as attn1.to_q or 'ffn.*'"
+    )
+
+    @property
+    def spec(self) -> LoraSpec:
+        return LoraSpec(self.rank, tuple(self.targets), 1.0 if self.alpha is None else self.alpha / self.rank)
+
+
+class AdapterTraining(Section):
+    """What a stage trains instead of the weights themselves: adapters, and beside them whole parameters."""
+
+    lora: LoraSection
+    parameters: list[str] = Field(
+        default_factory=list, description="patterns of parameters that are trained themselves, beside the adapters"
+    )
+
+
+Trained = list[str] | AdapterTraining
+"""What a stage trains: parameters by patterns of their names, or adapters."""
+
+
+def _adapters_or_patterns(value: Any) -> str:
+    return ONE if isinstance(value, dict | AdapterTraining) else SEVERAL
+
+
 class StageSection(Section):
     """A segment of the schedule."""
 
@@ -273,12 +307,35 @@ class StageSection(Section):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Real = Field(0.0, ge=0, le=1e6)
     gradient_clipping: Real = Field(1.0, ge=1e-6, le=1e20)
-    trained: list[str] = Field(min_length=1, description="patterns of parameter names, such as 'blocks.*.attn1.*'")
+    trained: Annotated[
+        Annotated[list[str], Field(min_length=1), Tag(SEVERAL)] | Annotated[AdapterTraining, Tag(ONE)],
+        Discriminator(_adapters_or_patterns),
+    ] = Field(
+        description="patterns of parameter names, such as 'blocks.*.attn1.*'; or {lora: {rank, targets}} for adapters"
+    )
     references: Whole = Field(5, ge=0, le=5, description="most reference pictures of a sample; 0: text to video")
     reference_dropout: Share = Field(0.0, description="share of samples without their references")
     text_dropout: Share = Field(0.0, description="share of samples without their caption")
     flow: FlowSection = FlowSection()
     loss: LossSection = LossSection()
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """The adapters that are trained; None: weights themselves are."""
+        return adapters_of(self.trained)
+
+    @property
+    def patterns(self) -> list[str]:
+        """Patterns of the trained parameters' names, adapters' included."""
+        return patterns_of(self.trained)
+
+    @property
+    def described_trained(self) -> str:
+        """What is trained, in a line."""
+        if isinstance(self.trained, list):
+            return ", ".join(self.trained)
+        lora = self.trained.lora
+        return ", ".join([f"LoRA of rank {lora.rank} of {', '.join(lora.targets)}", *self.trained.parameters])
 
     @property
     def weights(self) -> dict[str, float]:
@@ -341,6 +398,16 @@ class StageSection(Section):
             for text in self.where.values():
                 RowFilter.columns(text)
         return self
+
+
+def adapters_of(trained: Trained) -> LoraSpec | None:
+    """The adapters among what is trained."""
+    return None if isinstance(trained, list) else trained.lora.spec
+
+
+def patterns_of(trained: Trained) -> list[str]:
+    """Patterns of the names of what is trained, in a network that has the adapters."""
+    return trained if isinstance(trained, list) else [f"*.{LORA_A}", f"*.{LORA_B}", *trained.parameters]
 
 
 class ExpertSection(Section):
@@ -417,6 +484,9 @@ class ClusterSection(Section):
     )
     cpus_per_worker: Cpus = Field(1.0, gt=0, description="what Ray reserves; data tasks need the rest")
     gpus_per_worker: Whole = Field(0, ge=0, le=1)
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="labels of the Ray nodes that workers are placed on; none: any nodes"
+    )
     encoding: EncodingSection = EncodingSection()
     max_failures: Whole = Field(
         3, ge=0, le=MOST_COUNT, description="faults in a row, without a newer checkpoint between, to survive"

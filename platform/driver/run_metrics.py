@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from domainshuttle.cluster.monitoring.metrics import RunMetrics
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.workers import attempts, read_workers
 
@@ -18,6 +19,7 @@ class DriverMetrics:
         self._run, self._clock, self._ledger = run, clock, Ledger(run.ledger_path)
         self._began, self._next = clock(), 0.0
         self._metrics = RunMetrics(run=run.config.name)
+        self._scores, self._read = Journal(run.scores_path), 0
 
     def update(self) -> None:
         """Reads the run's folder, at most every few seconds."""
@@ -42,5 +44,9 @@ class DriverMetrics:
                 "quarantined_samples": run.quarantined(),
             }
         )
+        lines, self._read = self._scores.read(self._read)
+        for line in lines:
+            for name, value in line["values"].items():
+                self._metrics.set({"evaluation_score": value}, segment=line["segment"], metric=name)
         if state:
             self._metrics.set({"step": state["step"], "planned_steps": state["steps"]}, segment=state["segment"])

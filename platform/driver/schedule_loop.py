@@ -59,7 +59,8 @@ class Schedule:
     """What is left of a run's schedule, or of one stage.
 
     `watch` is called about twice a second while workers train; `echo` shows a line, or a table, to people; `tell` is
-    told of what the run's hooks may listen to (tracking/hooks.py).
+    told of what the run's hooks may listen to (tracking/hooks.py). `workers` starts a worker group, and `clock` is what
+    device-hours are counted by: a simulation has its own (benchmarks/simulation.py).
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class Schedule:
         watch: Callable[[], None],
         echo: Callable[[Any], None],
         tell: Callable[[Sequence[HookEvent], str], None] = lambda events, text: None,
+        workers: Callable[[Run, WorkerJob, int], WorkerGroup] = WorkerGroup,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._tell = tell
+        self._tell, self._workers, self._clock = tell, workers, clock
         self.run, self._tracker, self._watch, self._echo = run, tracker, watch, echo
         self._config, self._digest = run.config, run.config.digest()
-        self._ledger, self._store = Ledger(run.ledger_path), CheckpointStore.of(run.config)
+        self._ledger, self._store = Ledger(run.ledger_path, clock), CheckpointStore.of(run.config)
         self._notices = Notices(run.notices_path, echo)
         self._origins = resolve_all(run)
         self._faults: dict[str, FaultsInARow] = {}
@@ -128,9 +131,9 @@ class Schedule:
             starts=starts,
             origins=self._origins,
             mlflow=self._tracker.ids.to_dict(),
-            times={"command": psutil.Process().create_time(), "asked": time.time()},
+            times={"command": psutil.Process().create_time(), "asked": self._clock()},
         )
-        group = WorkerGroup(self.run, job, size)
+        group = self._workers(self.run, job, size)
         self._echo(
             f"Stage {first.name}: "
             + (f"goes on after step {start.first_step}" if start.checkpoint else "begins")
@@ -231,10 +234,10 @@ class Schedule:
         sizes = self._config.worker_sizes(segment.stage)
         if len(sizes) == 1:
             return sizes[0]  # Ray Train waits until there is room
-        need = self._config.worker_resources()
+        need, labels = self._config.worker_resources(), self._config.cluster.node_labels
         if not held:
-            return settled_size(sizes, need, self._leaving, self._watch)
-        return group_size(sizes, need, self._leaving, held)
+            return settled_size(sizes, need, self._leaving, self._watch, labels=labels)
+        return group_size(sizes, need, self._leaving, held, labels)
 
     def _follow(self, group: WorkerGroup, segment: Segment) -> None:
         """Follows the workers to their end, segment after segment, and asks them to end when more would fit."""
@@ -395,7 +398,7 @@ class SegmentParams:
             steps=stage.duration.planned_steps,
             global_batch=stage.global_batch,
             learning_rate=stage.learning_rate,
-            trained=", ".join(stage.trained),
+            trained=stage.described_trained,
             mixture=stage.described_mixture,
             where=", ".join(f"{name}: {text}" for name, text in stage.where.items()),
             cross_pair_weight=stage.loss.cross_pair_weight,

@@ -61,7 +61,10 @@ def ray_trainer(
             "nccl" if cluster.gpus_per_worker else "gloo", timeout_seconds=int(timeout_seconds), room=str(room)
         ),
         scaling_config=ScalingConfig(
-            num_workers=size, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=config.worker_resources()
+            num_workers=size,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=config.worker_resources(),
+            label_selector=cluster.node_labels or None,  # type: ignore[call-arg]  # of Ray Train's version 2
         ),
         run_config=ray.train.RunConfig(
             name=name,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from domainshuttle.model.spec import ModelSpec
-from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection
+from domainshuttle.platform.config.schema import EngineSection, RunConfig, StageSection, Trained
 from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import trained_of
 
@@ -34,9 +34,9 @@ class BlockSize:
         return cls(*(max(sizes) for sizes in zip(*blocks.values(), strict=True)))
 
     @classmethod
-    def planned(cls, spec: ModelSpec, patterns: list[str]) -> "BlockSize":
+    def planned(cls, spec: ModelSpec, trained: Trained) -> "BlockSize":
         """Of a model that is not built."""
-        selected = trained_of(spec, patterns)
+        selected = trained_of(spec, trained)
         named = ((selected.trained, True), (selected.frozen, False))
         return cls.of((name, size, trained) for sizes, trained in named for name, size in sizes.items())
 

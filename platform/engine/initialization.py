@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainshuttle.model.convert import stream_transformer
+from domainshuttle.model.lora import initial_value
+from domainshuttle.model.spec import lora_layer
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.config.schema import ModelSection
 from domainshuttle.platform.engine.hub import require_as_downloaded, weights_folder
@@ -24,11 +26,24 @@ class Blueprint:
     """On the meta device."""
     weights: Callable[[], Iterator[tuple[str, Tensor]]]
     """Name and value of every parameter, in the order of `outline.named_parameters()`, each made when it is asked for;
-    in the type of its source. What is built from it has them in float32 or bf16."""
+    in the type of its source. What is built from it has them in float32 or bf16. Of adapters that the outline was given
+    none: they begin with values of `seed`."""
+    seed: int = 0
+
+    def source(self) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+        """`weights`, with those of the adapters that the outline has now. Later, its parameters may be divided."""
+        shapes = {name: tuple(one.shape) for name, one in self.outline.named_parameters()}
+
+        def values() -> Iterator[tuple[str, Tensor]]:
+            own = self.weights()
+            for name, shape in shapes.items():
+                yield (name, initial_value(name, shape, self.seed)) if lora_layer(name) else next(own)
+
+        return values
 
     def build(self) -> DomainShuttleTransformer3DModel:
         """The whole model on this CPU, float32. The outline becomes it."""
-        for name, value in self.weights():
+        for name, value in self.source()():
             owner, _, short = name.rpartition(".")
             wanted = self.outline.get_parameter(name).requires_grad
             setattr(self.outline.get_submodule(owner), short, nn.Parameter(value.float(), requires_grad=wanted))
@@ -45,7 +60,7 @@ def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
     if origin.kind == "new":
         with torch.device("meta"):
             outline = _construct(section)
-        return Blueprint(outline, lambda: _new_weights(section, origin.seed))
+        return Blueprint(outline, lambda: _new_weights(section, origin.seed), origin.seed)
     # of a Wan these are ours to choose; a model that was trained with references knows its own
     overrides: dict[str, Any] = section.choices if origin.place == section.base else {}
     folder = weights_folder(origin)
@@ -57,7 +72,7 @@ def blueprint(section: ModelSection, origin: WeightsOrigin) -> Blueprint:
             require_as_downloaded(folder)
         return stream()
 
-    return Blueprint(outline, weights)
+    return Blueprint(outline, weights, origin.seed)
 
 
 def build_model(section: ModelSection, origin: WeightsOrigin) -> DomainShuttleTransformer3DModel:

@@ -1,13 +1,13 @@
-"""Which parameters a stage trains, by patterns of their names."""
+"""Which parameters a stage trains: by patterns of their names, or adapters of linear layers."""
 
 import fnmatch
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from domainshuttle.model.spec import ModelSpec
-from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.model.spec import LoraSpec, ModelSpec, lora_layer
+from domainshuttle.platform.config.schema import ConfigError, Trained, adapters_of, patterns_of
 from domainshuttle.platform.report.text import Records
 
 if TYPE_CHECKING:
@@ -38,21 +38,52 @@ class TrainedParameters:
         return sum(self.frozen.values())
 
 
-def trained_of(spec: ModelSpec, patterns: list[str]) -> TrainedParameters:
-    """Which parameters of a model of this size the patterns name; raises as `match_parameters`."""
-    return match_parameters({name: math.prod(shape) for name, shape in spec.parameter_shapes().items()}, patterns)
+def trained_of(spec: ModelSpec, trained: Trained) -> TrainedParameters:
+    """Which parameters of a model of this size a stage's `trained` means; raises as `match_parameters`, and ConfigError
+    for adapters of layers that the model has not."""
+    adapted = with_adapters(spec, trained)
+    return match_parameters({name: math.prod(shape) for name, shape in adapted.parameter_shapes().items()}, trained)
 
 
-def select_trained(model: "nn.Module", patterns: list[str]) -> TrainedParameters:
-    """Freezes what no pattern names; raises as `match_parameters`."""
-    selected = match_parameters({name: one.numel() for name, one in model.named_parameters()}, patterns)
+def with_adapters(spec: ModelSpec, trained: Trained) -> ModelSpec:
+    """The size of the network that a stage trains, which may have adapters. Raises ConfigError for those of layers that
+    it has not."""
+    lora = adapters_of(trained)
+    if lora is not None:
+        _require_layers(lora, spec.linear_layers())
+    return replace(spec, lora=lora)
+
+
+def select_trained(model: "nn.Module", trained: Trained) -> TrainedParameters:
+    """Gives the model the adapters, without values, and freezes what is not trained; raises as `trained_of`."""
+    lora = adapters_of(trained)
+    if lora is not None:
+        from torch import nn
+
+        from domainshuttle.model.lora import adapt
+
+        _require_layers(lora, [name for name, one in model.named_modules() if isinstance(one, nn.Linear)])
+        adapt(model, lora)
+    selected = match_parameters({name: one.numel() for name, one in model.named_parameters()}, trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in selected.trained)
     return selected
 
 
-def match_parameters(sizes: Mapping[str, int], patterns: list[str]) -> TrainedParameters:
-    """Which parameters, of these sizes by name, the patterns name. Raises ConfigError for a pattern that names none."""
+def _require_layers(lora: LoraSpec, layers: Iterable[str]) -> None:
+    layers = list(layers)
+    if unused := lora.unused(layers):
+        raise ConfigError(
+            f"trained.lora.targets: {unused} name no linear layer; the model has: "
+            f"{', '.join(sorted({group_name(name) for name in layers}))} (write * for a block's number, or the "
+            "end of a name alone)"
+        )
+
+
+def match_parameters(sizes: Mapping[str, int], wanted: Trained) -> TrainedParameters:
+    """Which parameters, of these sizes by name, are meant. Raises ConfigError for a pattern that names none, and for
+    one of weights that have adapters."""
+    patterns = patterns_of(wanted)
     trained: dict[str, int] = {}
     frozen: dict[str, int] = {}
     used: set[str] = set()
@@ -64,6 +95,12 @@ def match_parameters(sizes: Mapping[str, int], patterns: list[str]) -> TrainedPa
         groups = sorted({group_name(name) for name in sizes})
         raise ConfigError(
             f"trained: {unused} name no parameter; the model has: {', '.join(groups)} (write * for a block's number)"
+        )
+    adapted = {layer for name in sizes if (layer := lora_layer(name))}
+    if both := sorted({group_name(name) for name in trained if name.rpartition(".")[0] in adapted}):
+        raise ConfigError(
+            f"trained.parameters names {', '.join(both)}, whose layers get adapters: train either, and narrow "
+            "`parameters` or `lora.targets`"
         )
     return TrainedParameters(trained, frozen)
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from domainshuttle.model import fused
 from domainshuttle.model.convert import MAX_SHARD_BYTES
 from domainshuttle.model.float8 import use_float8
+from domainshuttle.model.lora import LORA_FOLDER, LoraWeights
 from domainshuttle.model.mot import DomainMoTBlock
+from domainshuttle.model.spec import lora_layer
 from domainshuttle.model.token_groups import TokenGroup
 from domainshuttle.model.weight_files import write_shards
 from domainshuttle.platform.config.schema import EngineSection, StageSection
@@ -72,7 +74,7 @@ class Engine:
         self.stage, self._decay = stage, section.ema
         self._accumulation, self._pending = accumulation, 0
         model: Any = blueprint.outline
-        self._source = blueprint.weights
+        self._source = blueprint.source()
         device = _materialise(blueprint, self.config)
         checkpoint_blocks(model, section.activations)
         self.attention = _choose_attention(model, section, device)
@@ -213,8 +215,7 @@ class Engine:
 
     def _gathered(self, ema: bool) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole on all ranks, on the CPU: a trained one's master or average, a frozen one as held."""
-        if ema and self._decay is None:
-            raise RuntimeError("no moving average is kept: set engine.ema, such as 0.9999")
+        self._require_average(ema)
         deepspeed = _deepspeed()
         for name, parameter in self._engine.module.named_parameters():
             if name in self._partition.parts:
@@ -223,6 +224,10 @@ class Engine:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     held = parameter.detach().cpu()
                 yield name, held
+
+    def _require_average(self, ema: bool) -> None:
+        if ema and self._decay is None:
+            raise RuntimeError("no moving average is kept: set engine.ema, such as 0.9999")
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the frozen parameters, where they came from."""
@@ -249,17 +254,28 @@ class Engine:
     def export(self, folder: Path, ema: bool = False) -> None:
         """Writes the whole model as a diffusers folder, float32; rank 0 writes, all ranks must call.
 
-        Frozen parameters are bit for bit those that the engine was built with. Raises OSError, on every rank, when the
+        Frozen parameters are bit for bit those that the engine was built with, but where adapters are trained: those
+        are added to their layers' weights, and lie in the folder `lora` too. Raises OSError, on every rank, when the
         folder can't be written or the source of frozen parameters can't be read or has changed.
         """
+        adapters = self._adapters(ema)
         gathered = self._gathered(ema)
         faults: list[str | None] = [None]
         if dist.get_rank() == 0:
             module, source = self._engine.module, self._frozen()
-            order = [(name, tuple(p.ds_shape), torch.float32) for name, p in module.named_parameters()]
+            named = [(name, tuple(p.ds_shape)) for name, p in module.named_parameters()]
+            order = [(name, shape, torch.float32) for name, shape in named if not lora_layer(name)]
+            own = ((name, held) for name, held in gathered if not lora_layer(name))
+
+            def value(name: str) -> Tensor:
+                exact = self._exact(*next(own), source)
+                return exact if adapters is None else adapters.merged(name, exact)
+
             try:
-                write_shards(folder, order, lambda _: self._exact(*next(gathered), source), MAX_SHARD_BYTES)
+                write_shards(folder, order, value, MAX_SHARD_BYTES)
                 module.save_config(folder)
+                if adapters is not None:
+                    adapters.save(folder / LORA_FOLDER)
             except (OSError, ValueError) as error:
                 faults = [str(error)]
         for _ in gathered:  # on rank 0 what a fault left: the others wait for it in every gathering
@@ -267,6 +283,16 @@ class Engine:
         dist.broadcast_object_list(faults)
         if faults[0] is not None:
             raise OSError(f"the weights could not be written to {folder}: {faults[0]}")
+
+    def _adapters(self, ema: bool) -> LoraWeights | None:
+        """The adapters that are trained, or their averages, on rank 0; all ranks must call."""
+        self._require_average(ema)
+        lora = self.stage.lora
+        if lora is None:
+            return None
+        kind = AVERAGE if ema else MASTER
+        whole = {name: self._partition.gather(name, kind).cpu() for name in self._partition.parts if lora_layer(name)}
+        return LoraWeights.of(whole, lora.scale) if dist.get_rank() == 0 else None
 
 
 def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -320,7 +346,7 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> torch.device:
         deepspeed.init_distributed()
         device = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype).local_device
     outline = blueprint.outline
-    weights = blueprint.weights() if dist.get_rank() == 0 else None
+    weights = blueprint.source()() if dist.get_rank() == 0 else None
     for name, parameter in list(outline.named_parameters()):
         own = torch.float32 if parameter.requires_grad or outline.keeps_float32(name) else dtype
         whole = torch.empty(parameter.shape, dtype=own, device=device)

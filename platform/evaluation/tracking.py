@@ -39,6 +39,7 @@ def log_results(run: Run, out: Path, results: Results, identity: IdentityResult 
         values |= {f"evaluation/identity_{name}": value for name, value in parts.items() if value == value}
     steps = last.stage.duration.planned_steps
     tracker.log(values, steps, last.name)
+    run.note_scores(last.name, steps, {name: value for name, value in values.items() if value == value})
     # the schedule's run, which MLflow's charts show alone, has the means over all cases
     bounds = ("low", "high")
     means = {

@@ -11,6 +11,7 @@ from domainshuttle.model.spec import ModelSpec
 from domainshuttle.pipelines.buckets import Bucket
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.planning.data import StageData
+from domainshuttle.platform.planning.goodput import Reliability
 from domainshuttle.platform.planning.memory import Memory, Policy, States, best_policy, device_memory
 from domainshuttle.platform.planning.step_time import Sample, StepTime, bus_bandwidth, step_time
 
@@ -52,9 +53,20 @@ class Layout:
     ranks: int
     micro_batch: int
     policy: Policy
+    sharing: int = 1
+    """Ranks that compute a sample together (`engine.sequence_parallel`)."""
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that are given the same samples."""
+        return self.ranks // self.sharing
 
     def accumulation(self, global_batch: int) -> int:
-        return global_batch // (self.ranks * self.micro_batch)
+        return global_batch // (self.groups * self.micro_batch)
+
+    def __str__(self) -> str:
+        shared = f" ({self.sharing} share a sample)" if self.sharing > 1 else ""
+        return f"{self.ranks} x {self.micro_batch}{shared}"
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,10 @@ class Forecast:
 
     def memory(self, sample: Sample) -> Memory:
         """Of a rank whose micro-batches are of such samples."""
+        tokens = -(-sample.tokens(self.work.spec) // self.layout.sharing)
         return device_memory(
-            self.work.spec, self.work.stage, self.states, self.layout.policy, sample.tokens(self.work.spec),
-            self.layout.micro_batch, self.work.engine.precision, sample.reference_share(self.work.spec),
+            self.work.spec, self.work.stage, self.states, self.layout.policy, tokens, self.layout.micro_batch,
+            self.work.engine.precision, sample.reference_share(self.work.spec),
         )  # fmt: skip
 
     def micro_batch(self, sample: Sample) -> StepTime:
@@ -82,7 +95,8 @@ class Forecast:
         ranks, work = self.layout.ranks, self.work
         return step_time(
             work.spec, work.stage, work.engine, self.states, self.layout.policy, sample, self.layout.micro_batch,
-            self.cluster.device, ranks, bus_bandwidth(self.cluster, ranks),
+            self.cluster.device, ranks, bus_bandwidth(self.cluster, ranks), self.layout.sharing,
+            bus_bandwidth(self.cluster, self.layout.sharing),
         )  # fmt: skip
 
     @cached_property
@@ -97,11 +111,11 @@ class Forecast:
 
     def _steps(self, bucket: Bucket | None = None) -> Iterator[tuple[float, float, float]]:
         """Share of the steps, mean seconds over the ranks, and those of the longest, of steps that are alike."""
-        ranks, micro = self.layout.ranks, self.layout.micro_batch
+        groups, micro = self.layout.groups, self.layout.micro_batch
         for one in self.work.data.steps:
             if bucket in (None, one.bucket):
                 # slots of a micro-batch are as many as its fullest sample has
-                shown = np.array(one.counts).reshape(-1, ranks, micro, 2).max(2)
+                shown = np.array(one.counts).reshape(-1, groups, micro, 2).max(2)
                 times = np.array([[self._time(one.bucket, int(a), int(b)) for a, b in row] for row in shown])
                 yield one.share, float(times.mean(1).sum()), float(times.max(1).sum())
 
@@ -136,8 +150,30 @@ class Forecast:
         return self.cluster is None or self.memory(self.work.largest).fits(self.cluster.device.memory)
 
     def hours(self, steps: float) -> float:
-        """Device-hours of so many steps."""
+        """Device-hours of so many steps, without failures."""
         return steps * self.step_seconds() * self.layout.ranks / 3600
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Of a checkpoint, of all ranks: masters, both moments, and the moving average where one is kept."""
+        return 4 * self.states.trained * (4 if self.work.engine.ema is not None else 3)
+
+    @property
+    def reliability(self) -> Reliability:
+        """What failures cost: a rank's part of a checkpoint is copied to the host, and then written beside training."""
+        assert self.cluster is not None
+        known, ranks = self.cluster.reliability, self.layout.ranks
+        return Reliability(
+            between_failures=3600 * known.device_hours / ranks,
+            start=known.start_seconds,
+            detect=known.detect_seconds,
+            stall=self.checkpoint_bytes / ranks / _TO_HOST,
+            write=self.checkpoint_bytes / (1e9 * self.cluster.storage.write_gb_s),
+        )
+
+    def goodput(self, every: int) -> float:
+        """Share of the time that goes into steps that count, with a checkpoint every so many steps."""
+        return self.reliability.goodput(every * self.step_seconds())
 
 
 @lru_cache(maxsize=256)
@@ -149,35 +185,52 @@ def _states(work: Work, ranks: int, on_gpu: bool) -> States:
 def _flops(work: Work, bucket: Bucket, a: int, b: int) -> int:
     sample = work.sample(bucket, a, b)
     return work.spec.step_flops(
-        sample.latent, references=a, paired_references=sample.paired, text_tokens=work.text, trained=work.stage.trained
+        sample.latent, references=a, paired_references=sample.paired, text_tokens=work.text, trained=work.stage.patterns
     ).model
 
 
 def layouts(work: Work, cluster: ClusterSpec, most_ranks: int) -> list[Forecast]:
-    """The layouts that fit, each with the policy that fits best, the one of the fewest device-hours first."""
-    found = []
+    """The layouts that fit, each with the policy that fits best, the one of the fewest device-hours first.
+
+    Ranks share samples where the engine is told so, and where nothing fits as many ranks otherwise.
+    """
+    found: list[Forecast] = []
     node = cluster.trainers.devices
-    tokens = work.largest.tokens(work.spec)
     for ranks in range(1, most_ranks + 1):
-        if (ranks > node and ranks % node) or work.stage.global_batch % ranks:
+        if ranks > node and ranks % node:
             continue
-        states = _states(work, ranks, True)
-        share = work.stage.global_batch // ranks
-        for micro in (size for size in range(1, min(share, _MOST_MICRO) + 1) if share % size == 0):
-            policy = best_policy(
-                work.spec,
-                work.stage,
-                states,
-                tokens,
-                micro,
-                cluster.device.memory,
-                work.engine.precision,
-                work.largest.reference_share(work.spec),
-            )
-            if policy is not None:
-                found.append(Forecast(work, Layout(ranks, micro, policy), cluster))
+        of_ranks: list[Forecast] = []
+        for sharing in _sharings(work, min(node, ranks)):
+            groups, rest = divmod(ranks, sharing)
+            if rest or work.stage.global_batch % groups or (of_ranks and sharing != work.engine.sequence_parallel):
+                continue
+            of_ranks += _fitting(work, cluster, ranks, sharing)
+        found += of_ranks
     return sorted(found, key=lambda one: one.hours(1))
 
 
+def _sharings(work: Work, most: int) -> list[int]:
+    """By how many ranks a sample's tokens and heads can be shared: 1, powers of two, and what the engine is told."""
+    sizes = {1, 2, 4, 8, work.engine.sequence_parallel}
+    whole = {work.spec.num_attention_heads, *(bucket.reference_tokens for bucket in work.data.buckets)}
+    return sorted(size for size in sizes if size <= most and not any(count % size for count in whole))
+
+
+def _fitting(work: Work, cluster: ClusterSpec, ranks: int, sharing: int) -> list[Forecast]:
+    found, states = [], _states(work, ranks, True)
+    tokens = -(-work.largest.tokens(work.spec) // sharing)
+    share = work.stage.global_batch * sharing // ranks
+    for micro in (size for size in range(1, min(share, _MOST_MICRO) + 1) if share % size == 0):
+        policy = best_policy(
+            work.spec, work.stage, states, tokens, micro, cluster.device.memory, work.engine.precision,
+            work.largest.reference_share(work.spec),
+        )  # fmt: skip
+        if policy is not None:
+            found.append(Forecast(work, Layout(ranks, micro, policy, sharing), cluster))
+    return found
+
+
+_TO_HOST = 20e9
+"""Bytes/s of a copy into pinned memory of the host; half of what PCIe 4 gives, as ranks share a node's memory."""
 _MOST_MICRO = 64
 """Samples of a micro-batch that are tried at most."""

@@ -109,7 +109,7 @@ class States:
         block = block_elements = block_trained = pass_bytes = 0.0
         for name, shape in spec.parameter_shapes().items():
             size = math.prod(shape)
-            trains = any(fnmatchcase(name, pattern) for pattern in stage.trained)
+            trains = any(fnmatchcase(name, pattern) for pattern in stage.patterns)
             exact = trains or any(part in _FLOAT32_KEPT for part in name.split("."))
             width = 4 if exact else short
             pass_bytes += size * width
@@ -159,7 +159,7 @@ def device_memory(
     are of references."""
     width = _SHORT[precision] / 2
     rows = batch * tokens
-    block = spec.block_kept_bytes(tokens, stage.trained, batch, reference_share) * (1 if width == 1 else 1.6)
+    block = spec.block_kept_bytes(tokens, stage.patterns, batch, reference_share) * (1 if width == 1 else 1.6)
     kept = sum(count * spec.product_bytes(tokens, batch)[product] * width for product, count in policy.kept.items())
     work = _WORK * rows * spec.dim
     activations = {

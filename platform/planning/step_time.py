@@ -26,6 +26,8 @@ _UPDATE_BYTES = 72
 """That norm, clipping, AdamW and the reduction's copies move for each trained parameter of a rank."""
 _LINK = 0.75
 """Of a link's rate in one direction that a gather within a node reaches."""
+_EXCHANGED = 4
+"""Tensors of a block's attention that ranks exchange where they share a sample: queries, keys, values, the output."""
 _PREFETCHED = 50_000_000
 """Elements that DeepSpeed gathers ahead, unless it is told otherwise."""
 
@@ -42,6 +44,8 @@ class StepTime:
     """Gathers and reductions, hidden or not."""
     exposed: float
     """Of these, what nothing hides."""
+    exchanges: float = 0.0
+    """Of tokens between the ranks that share a sample, which nothing hides."""
 
     @property
     def computing(self) -> float:
@@ -50,7 +54,7 @@ class StepTime:
     @property
     def micro_batch(self) -> float:
         """Seconds of a micro-batch."""
-        return max(self.computing + self.exposed, self.messages)
+        return max(self.computing + self.exposed, self.messages) + self.exchanges
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,14 @@ def step_time(
     device: Device,
     ranks: int = 1,
     bus: float = 0.0,
+    sharing: int = 1,
+    exchange_bus: float = 0.0,
 ) -> StepTime:
-    """Of a micro-batch of `batch` samples on one of `ranks` devices that gather at `bus` bytes/s."""
+    """Of a micro-batch of `batch` samples on one of `ranks` devices that gather at `bus` bytes/s, and of which each
+    `sharing` share a sample's tokens, exchanged at `exchange_bus` bytes/s."""
     flops = spec.step_flops(
         sample.latent, batch=batch, references=sample.references, paired_references=sample.paired,
-        text_tokens=sample.text, trained=stage.trained, recompute=True,
+        text_tokens=sample.text, trained=stage.patterns, recompute=True,
     )  # fmt: skip
     layers = spec.num_layers
     tokens = spec.tokens(sample.latent) + sample.references * spec.reference_tokens(sample.latent)
@@ -134,11 +141,17 @@ def step_time(
         settings = deepspeed_config(stage, engine, 1, True)["zero_optimization"]
         ahead = min(1.0, settings.get("stage3_prefetch_bucket_size", _PREFETCHED) / states.gathered_elements)
         messages, exposed = gathered + reduced, gathered * (1 - ahead)
+    exchanges = 0.0
+    if sharing > 1:
+        # queries, keys, values and what comes out, in bf16: forward, again, backward, and those of the second set
+        passes = (2 + share) * rows + paired
+        exchanges = _EXCHANGED * 2 * layers * spec.dim * passes * (sharing - 1) / sharing**2 / exchange_bus
     return StepTime(
-        attention=attention,
-        products=(products + again_products) / (_PRODUCTS * peak),
-        elementwise=moved / memory,
+        attention=attention / sharing,
+        products=(products + again_products) / (_PRODUCTS * peak) / sharing,
+        elementwise=moved / memory / sharing,
         update=_UPDATE_BYTES * states.trained / ranks / memory,
         messages=messages,
         exposed=exposed,
+        exchanges=exchanges,
     )

@@ -140,6 +140,18 @@ class Run:
         """Checkpoints that could not be written, with the reason, a line each."""
         return self.folder / "failed_checkpoints.jsonl"
 
+    @property
+    def scores_path(self) -> Path:
+        """What generated clips scored, a line a measuring: segment, step, and means by metric."""
+        return self.folder / "scores.jsonl"
+
+    def note_scores(self, segment: str, step: int, values: Mapping[str, float]) -> None:
+        """Notes the means of a measuring, for the driver's metrics; their bounds and counts are MLflow's alone."""
+        means = {name: value for name, value in values.items() if name.rpartition("_")[2] not in _BESIDE_MEANS}
+        with contextlib.suppress(OSError):  # of a full disk: MLflow has them too
+            line = {"segment": segment, "step": step, "values": means, "time": time.time()}
+            Journal(self.scores_path).append([line])
+
     def plan_path(self, segment: str) -> Path:
         """What a segment's plan is made of: shares of sources and buckets, passes, tokens."""
         return self.folder / "plans" / f"{segment}.json"
@@ -405,6 +417,10 @@ def _moved(config: RunConfig, folder: Path) -> RunConfig:
 _SQLITE = "sqlite:///"
 _TAIL_BYTES = 1 << 18
 """Of a file of samples: the lines of many steps."""
+
+
+_BESIDE_MEANS = ("low", "high", "cases")
+"""Ends of names of a mean's bounds, and of how many cases it is of."""
 
 
 class ProgressFile:

@@ -1,7 +1,7 @@
 """How much of a device's arithmetic the model uses: FLOPs of the batches against what the device can do at most, and
 how evenly they are shared by the ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from domainshuttle.cluster.devices import device_shown_as
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.spec import ModelSpec
+from domainshuttle.platform.config.schema import Trained, patterns_of
+from domainshuttle.platform.engine.trained_parameters import with_adapters
 from domainshuttle.platform.training.collective_device import collective_device
 
 
@@ -27,11 +29,11 @@ class Utilization:
     """Counts the FLOPs that the mathematics of a rank's batches needs: recomputation is not work that was wanted."""
 
     def __init__(
-        self, config: Mapping[str, Any], trained: Sequence[str], peak: float | None = None, sharing: int = 1
+        self, config: Mapping[str, Any], trained: Trained, peak: float | None = None, sharing: int = 1
     ) -> None:
-        """`config` is the transformer's; `trained` are patterns of parameters; `peak` in FLOP/s, None: the device's;
-        `sharing` ranks compute a sample together."""
-        spec = ModelSpec.of(config)
+        """`config` is the transformer's; `trained` is the stage's; `peak` in FLOP/s, None: the device's; `sharing`
+        ranks compute a sample together."""
+        spec, patterns = with_adapters(ModelSpec.of(config), trained), patterns_of(trained)
         self._peak = peak_flops() if peak is None else peak
         self._flops = 0
         self._micro_batches: list[int] = []
@@ -41,7 +43,7 @@ class Utilization:
         def flops(size: tuple[int, int, int], b: int, references: int, paired: int | None, text: int) -> int:
             return (
                 spec.step_flops(
-                    size, batch=b, references=references, paired_references=paired, text_tokens=text, trained=trained
+                    size, batch=b, references=references, paired_references=paired, text_tokens=text, trained=patterns
                 ).model
                 // sharing
             )

@@ -39,7 +39,7 @@ class Sampler:
     def __init__(
         self, run: Run, segment: Segment, log: BackgroundLog | None, origins: Mapping[str, WeightsOrigin]
     ) -> None:
-        self.config, self.segment, self._log, self._origins = run.config, segment, log, origins
+        self._run, self.config, self.segment, self._log, self._origins = run, run.config, segment, log, origins
         self.folder = run.folder / "samples" / segment.name
         self.skipped = self.failed = 0
         self._flight: _Flight | None = None
@@ -178,6 +178,7 @@ class Sampler:
 
             if values := read_metrics(self._out(step)):
                 self._log.log(step, values)
+                self._run.note_scores(self.segment.name, step, values)
         # references, what is generated and the real clip, side by side
         self._log.picture(self._out(step) / "grid.png", f"newest_samples/{self.segment.name}", step)
 

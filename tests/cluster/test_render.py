@@ -25,6 +25,7 @@ SPECS: dict[str, list[str]] = {
     "EFA, scratch of a class": [
         "links={nics: 32, nic_gbit: 100, resource: vpc.amazonaws.com/efa}", "storage.scratch_class=nvme",
     ],
+    "a PostgreSQL of its own": ["mlflow.postgres={storage_gib: 20, storage_class: fast, image: 'postgres:17'}"],
     "no claim, no sidecar, a login for MLflow": [
         "storage.claim=null", "kubernetes.log_sidecar=false", "mlflow.auth_secret=mlflow-login",
         "kubernetes.image_pull_secret=registry", "kubernetes.deadline_hours=700", "kubernetes.service_account=trainer",
@@ -55,6 +56,26 @@ def test_the_validator_finds_a_field_that_is_none_and_a_rule_that_is_broken() ->
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
     found = "\n".join(schema_faults(job))
     assert "backofLimit" in found and "managedBy field value" in found and "imagePulPolicy" in found
+
+
+def test_a_rendered_postgresql_keeps_its_files_and_lets_only_mlflow_in() -> None:
+    manifests = rendered("mlflow", shipped("mlflow.postgres={}"))
+    by_kind = {(one["kind"], one["metadata"]["name"]): one for one in manifests}
+    assert len(by_kind) == len(manifests) == len(rendered("mlflow", shipped())) + 3
+    database = by_kind["StatefulSet", "mlflow-postgres"]["spec"]
+    pod = database["template"]["spec"]
+    variables = {one["name"]: one for one in pod["containers"][0]["env"]}
+    assert variables["POSTGRES_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "mlflow-database", "key": "password"}
+    mount = pod["containers"][0]["volumeMounts"][0]
+    assert mount["name"] == database["volumeClaimTemplates"][0]["metadata"]["name"]
+    assert variables["PGDATA"]["value"].startswith(mount["mountPath"] + "/") and pod["securityContext"]["runAsNonRoot"]
+    (rule,) = by_kind["NetworkPolicy", "mlflow-postgres"]["spec"]["ingress"]
+    clients = rule["from"][0]["podSelector"]["matchLabels"]
+    for name in ("mlflow", "mlflow-db-upgrade"):  # both reach it
+        kind = "Deployment" if name == "mlflow" else "Job"
+        labels = by_kind[kind, name]["spec"]["template"]["metadata"]["labels"]
+        assert clients.items() <= labels.items()
+        assert not clients.items() <= database["template"]["metadata"]["labels"].items()
 
 
 def job_of(spec: ClusterSpec, **changes: Any) -> dict[str, Any]:
@@ -179,6 +200,11 @@ def test_the_command_writes_and_checks(tmp_path: Path) -> None:
     assert checked.returncode == 1 and "Kueue" in checked.stdout
     config = next(yaml.safe_load_all(path.read_text()))
     assert config["kind"] == "ConfigMap" and "name: wan2.1-t2v-14b" in config["data"]["run.yaml"]
+    # the cluster has other pools with GPUs: workers go to the trainers' nodes, which have this label of Ray
+    labels = yaml.safe_load(config["data"]["run.yaml"])["cluster"]["node_labels"]
+    job = next(one for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "RayJob")
+    groups = {one["groupName"]: one["labels"] for one in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    assert labels.items() <= groups["trainers"].items() and not labels.items() <= groups["encoders"].items()
 
 
 def test_each_target_has_files() -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from domainshuttle.model import attention
-from domainshuttle.model.spec import ModelSpec
+from domainshuttle.model.lora import adapt
+from domainshuttle.model.spec import LoraSpec, ModelSpec
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 
 SMALL = ModelSpec(num_attention_heads=2, ffn_dim=512, text_dim=64, text_len=16, freq_dim=64)
@@ -37,6 +38,8 @@ def kept(spec: ModelSpec, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     """Bytes that autograd keeps of a forward pass as the engine makes it, and its tokens."""
     with torch.device("meta"):
         model = DomainShuttleTransformer3DModel(**spec.transformer_config())
+    if spec.lora is not None:
+        adapt(model, spec.lora)
     for name, old in list(model.named_parameters()):
         trains = any(fnmatchcase(name, pattern) for pattern in trained)
         dtype = torch.float32 if trains or model.keeps_float32(name) else torch.bfloat16
@@ -95,3 +98,13 @@ def test_what_a_block_keeps_is_what_the_specification_says(
         expected = spec.block_kept_bytes(tokens, trained, reference_share=2 / 6)
         beside = 4 * tokens * 2 / 6 * spec.dim if "*_ref*" in trained else 0
         assert expected - beside == pytest.approx((deep - flat) / 2, rel=0.03)
+
+
+@pytest.mark.usefixtures("torchs_linear")
+def test_what_a_block_keeps_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = ("*.lora_A.weight", "*.lora_B.weight")
+    lora = LoraSpec(16, ("attn1.to_*", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2"))
+    spec = replace(SMALL, lora=lora)
+    (deep, tokens), (flat, _) = (kept(replace(spec, num_layers=n), adapters, monkeypatch) for n in (5, 3))
+    expected = spec.block_kept_bytes(tokens, adapters, reference_share=2 / 6)
+    assert expected == pytest.approx((deep - flat) / 2, rel=0.03)

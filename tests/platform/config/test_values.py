@@ -77,7 +77,8 @@ stages:
      final_learning_rate: 1e-5, warmup_steps: 1, betas: [0.9, 0.99], weight_decay: 0.1, gradient_clipping: 1,
      trained: ["*"], references: 2, reference_dropout: 0.1, text_dropout: 0.1,
      flow: {shift: 3, low: 0, high: 1}, loss: {cross_pair_weight: 0.1}}
-  - {name: two, mixture: {clips: 1}, samples: 16, global_batch: 8, micro_batch: 2, trained: ["*"]}
+  - {name: two, mixture: {clips: 1}, samples: 16, global_batch: 8, micro_batch: 2,
+     trained: {lora: {rank: 2, alpha: 4, targets: [to_q]}}}
 budget_gpu_hours: 5
 loader: {most_bad: 0.1, read_ahead: 1000, threads: 2}
 guard: {spike_factor: 5, window: 3, rollback_after: 2, most_rollbacks: 2, hang_seconds: 1000}

@@ -349,6 +349,20 @@ def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
     assert group_size([4, 8, 16], {"CPU": 2.0}, {"leaving"}) == size
 
 
+def test_only_nodes_of_the_labels_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(name: str, labels: dict[str, str]) -> dict[str, Any]:
+        return {"Alive": True, "NodeID": name, "Resources": {"GPU": 8.0}, "Labels": {"zone": "a", **labels}}
+
+    nodes = [node("one", {"pool": "trainers"}), node("two", {"pool": "encoders"}), node("three", {})]
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"GPU": 24.0})
+    need = {"GPU": 1.0}
+    assert group_size([8, 16, 24], need) == 24
+    assert group_size([4, 8, 16, 24], need, labels={"pool": "trainers"}) == 8
+    assert settled_size([4, 8, 16], need, (), lambda: None, labels={"pool": "trainers", "zone": "a"}) == 8
+    assert group_size([4, 8], need, labels={"pool": "none"}) == 4
+
+
 def test_what_an_ended_group_still_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([0.0, 1.0, 2.0])
     node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 2.0}}

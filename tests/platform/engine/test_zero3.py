@@ -28,6 +28,7 @@ from domainshuttle.platform.cli import app
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import (
     ActivationSection,
+    AdapterTraining,
     ConfigError,
     EngineSection,
     ModelSection,
@@ -36,9 +37,9 @@ from domainshuttle.platform.config.schema import (
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
 from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_config
 from domainshuttle.platform.engine.hub import resolve
-from domainshuttle.platform.engine.initialization import blueprint, build_model
+from domainshuttle.platform.engine.initialization import Blueprint, blueprint, build_model
 from domainshuttle.platform.engine.model_size import model_size
-from domainshuttle.platform.engine.trained_parameters import select_trained
+from domainshuttle.platform.engine.trained_parameters import select_trained, trained_of
 from domainshuttle.platform.run.segments import learning_rate
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
@@ -76,6 +77,43 @@ def test_a_pattern_that_names_nothing_is_an_error_with_the_names_there_are() -> 
         ConfigError, match=r"\['blocks.\*.self_attn'\] name no parameter.*blocks\.\*\.attn1\.to_q\.weight"
     ):
         select_trained(model(), ["*_ref*", "blocks.*.self_attn"])
+
+
+def test_adapters_are_what_trains_and_plan_and_engine_say_the_same() -> None:
+    lora = {"rank": 4, "targets": ["to_q", "blocks.*.attn1.to_*_ref", "ffn.net.2"]}
+    wanted = AdapterTraining.model_validate({"lora": lora, "parameters": ["domain_embedding_ref*"]})
+    network = model()
+    selected, planned = select_trained(network, wanted), trained_of(ModelSpec(**SIZE), wanted)
+    assert selected == planned
+    # of 2 blocks: two queries (both attentions), three projections of references, the FFN's second
+    per_block = 4 * ((2 + 3) * (24 + 24) + 48 + 24)
+    assert selected.trained_count == 2 * per_block + 5 * 24
+    assert {name for name, one in network.named_parameters() if one.requires_grad} == set(selected.trained)
+    assert all("lora_" in name or name.startswith("domain_embedding_ref") for name in selected.trained)
+    values = dict(Blueprint(network, blueprint(ModelSection(size=SIZE), WeightsOrigin(None, 1)).weights, 7).source()())
+    assert list(values) == [name for name, _ in network.named_parameters()]
+    assert all(not value.any() for name, value in values.items() if name.endswith("lora_B.weight"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (
+            {"lora": {"rank": 4, "targets": ["to_q", "self_attn.q"]}},
+            r"targets: \['self_attn.q'\].*blocks\.\*\.attn1\.to_q,",
+        ),
+        ({"lora": {"rank": 4, "targets": ["norm_q"]}}, r"\['norm_q'\] name no linear layer"),
+        ({"lora": {"rank": 4, "targets": ["to_q"]}, "parameters": ["nothing"]}, r"\['nothing'\] name no parameter"),
+        (
+            {"lora": {"rank": 4, "targets": ["attn1.*"]}, "parameters": ["*_ref*"]},
+            r"attn1\.to_k_ref\.bias.*get adapters",
+        ),
+    ],
+)
+def test_adapters_of_what_is_not_there_are_refused_with_what_is(wanted: dict[str, Any], message: str) -> None:
+    for select in (lambda one: select_trained(model(), one), lambda one: trained_of(ModelSpec(**SIZE), one)):
+        with pytest.raises(ConfigError, match=message):
+            select(AdapterTraining.model_validate(wanted))
 
 
 def test_selecting_again_frees_what_was_frozen() -> None:

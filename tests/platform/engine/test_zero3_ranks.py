@@ -503,6 +503,54 @@ def the_average_is_that_of_the_masters(folder: Path) -> None:
 
 
 @check
+def adapters_train_are_saved_alone_and_resume_bit_for_bit(folder: Path) -> None:
+    """Under ZeRO-3, beside parameters that are trained themselves, with an average; merged and alone where exported."""
+    from domainshuttle.model.lora import LORA_FOLDER, LoraWeights
+    from domainshuttle.platform.config.schema import AdapterTraining
+
+    wanted = AdapterTraining.model_validate(
+        {"lora": {"rank": 2, "alpha": 3, "targets": ["attn1.to_*", "ffn.*"]}, "parameters": ["*scale_shift_table_ref"]}
+    )
+    before = {name: value.detach().clone() for name, value in design(["*"]).build().named_parameters()}
+    model = engine(wanted, ema=0.9)
+    own = set(model._partition.parts)
+    assert all("lora_" in name or name.endswith("scale_shift_table_ref") for name in own)
+    assert {f"blocks.1.attn1.to_q_ref.lora_{kind}.weight" for kind in "AB"} <= own
+    train(model, 0, 3)
+    model.snapshot()(folder / "lora")
+    shard = load_file(folder / "lora" / "zero" / f"rank-{dist.get_rank():05d}-of-00002.safetensors")
+    assert {name.partition("/")[2] for name in shard} <= own
+    after = train(model, 3, 5)
+    final = everything(model)
+    fresh = engine(wanted, ema=0.9)
+    dist.barrier()
+    fresh.load(folder / "lora")
+    assert train(fresh, 3, 5) == after
+    same(everything(fresh), final)
+    for averaged in (False, True):
+        out = folder / f"lora-whole-{averaged}"
+        model.export(out, ema=averaged)
+        whole = load_file(out / "diffusion_pytorch_model.safetensors")
+        held = dict(model.full_parameters(ema=averaged))
+        adapters = LoraWeights.load(out / LORA_FOLDER)
+        assert whole.keys() == before.keys() and {f"{one}.lora_B.weight" for one in adapters.layers} <= own
+        for name, value in whole.items():
+            layer = name.removesuffix(".weight")
+            if name in own:
+                assert value.equal(held[name]) and not value.equal(before[name]), name
+            elif f"{layer}.lora_A.weight" in own:
+                # alpha / rank, in float64
+                added = 1.5 * held[f"{layer}.lora_B.weight"].double() @ held[f"{layer}.lora_A.weight"].double()
+                torch.testing.assert_close(value.double(), before[name].double() + added, rtol=1e-6, atol=1e-7)
+                # the last block's references are dropped behind its attention: their queries have no gradient
+                assert (added.abs().max() > 0) == (layer != "blocks.2.attn1.to_q_ref"), name
+            else:
+                assert value.equal(before[name]), name
+    with pytest.raises(RuntimeError, match="other parameters than are trained"):
+        engine(ATTENTION).load(folder / "lora")
+
+
+@check
 def a_step_that_is_not_finite_changes_nothing(folder: Path) -> None:
     def steps(model: Any, *pairs: tuple[int, int]) -> None:
         for pair in pairs:

@@ -17,12 +17,15 @@ from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.index.table import Index, IndexMetadata
 from domainshuttle.pipelines.plan.pairing import reference_profiles
 from domainshuttle.pipelines.plan.step_plan import PROFILE, StepPlan
-from domainshuttle.platform.config.loading import load_cluster
+from domainshuttle.platform.commands.prediction import forecast
+from domainshuttle.platform.config.loading import load_cluster, load_config
 from domainshuttle.platform.config.schema import EngineSection, StageSection
+from domainshuttle.platform.driver.preflight import selected_parameters
 from domainshuttle.platform.planning.data import StageData, Steps, known_steps
 from domainshuttle.platform.planning.forecast import Forecast, Layout, Work, layouts
 from domainshuttle.platform.planning.memory import PRODUCTS, Policy, States, best_policy, device_memory
 from domainshuttle.platform.planning.step_time import Sample, bus_bandwidth, step_time
+from domainshuttle.platform.run.folder import Run
 
 WAN = ModelSpec.preset("wan2.1-t2v-14b")
 STAGE = StageSection.model_validate(
@@ -207,6 +210,62 @@ def test_layouts_fit_and_are_sorted_by_cost() -> None:
         assert other.layout.ranks * other.layout.micro_batch * other.layout.accumulation(64) == 64
 
 
+def test_ranks_that_share_a_sample_hold_its_tokens_together() -> None:
+    """Half of the tokens each: half of what is kept of them, half of the FLOPs, and the exchanges in closed form."""
+    data = StageData((Steps(BUCKET, 1.0, ((5, 5),) * 64),), True)
+    alone, shared = (
+        Forecast(Work(WAN, STAGE, ENGINE, data, 512), Layout(8, 1, Policy(40, {}), sharing), load_cluster("h100-8"))
+        for sharing in (1, 2)
+    )
+    whole, half = (one.memory(CLIP) for one in (alone, shared))
+    for part in ("block inputs", "a block at work"):
+        assert half.parts[part] == pytest.approx(whole.parts[part] / 2, rel=1e-3)
+    assert half.parts["frozen weights"] == whole.parts["frozen weights"]
+    one, two = alone.micro_batch(CLIP), shared.micro_batch(CLIP)
+    assert two.computing == pytest.approx(one.computing / 2)
+    tokens = CLIP.tokens(WAN)
+    # queries, keys, values and the output in bf16: forward twice, backward, and forward of the second set; half stays
+    assert two.exchanges == pytest.approx(
+        4 * 40 * 4 * (tokens / 2) * 5120 * 2 * 0.5 / bus_bandwidth(load_cluster("h100-8"), 2)
+    )
+    assert shared.layout.accumulation(64) == 2 * alone.layout.accumulation(64) == 16
+    # each micro-batch is a sample of a group: twice as many of half the time
+    assert shared.step_seconds() == pytest.approx(alone.step_seconds(), rel=0.2)
+
+
+CONFIGS = [
+    ("wan2.1-t2v-1.3b-1gpu", "h100-1"), ("wan2.1-t2v-1.3b", "h100-8"), ("wan2.1-t2v-14b-lora", "h100-8"),
+    ("wan2.1-t2v-14b-720p", "h100-64"), ("wan2.1-t2v-14b", "h100-64"), ("wan2.2-t2v-a14b", "h100-64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "cluster"), CONFIGS)
+def test_the_configurations_fit_the_clusters_that_they_are_for(name: str, cluster: str, offline: None) -> None:
+    config, machines = load_config(name), load_cluster(cluster)
+    selected_parameters(config)
+    for segment in Run(config).segments():
+        found = forecast(config, segment, None, machines)
+        assert found.layout.ranks == config.worker_sizes(segment.stage)[-1] <= machines.most_devices
+        assert found.fits(), f"{segment.name}: {found.memory(found.work.largest).total / 1e9:.1f} GB"
+        assert segment.stage.global_batch == (
+            found.layout.groups * found.layout.micro_batch * found.layout.accumulation(segment.stage.global_batch)
+        )
+
+
+def test_adapters_cost_their_own_states_alone() -> None:
+    config = load_config("wan2.1-t2v-14b-lora")
+    found = forecast(config, Run(config).segments()[1], None, load_cluster("h100-8"))
+    # of a block the projections of both branches and the output, 7 adapters of rank 32; FiLM's two; and small ones
+    adapters = (40 * 7 + 2) * 32 * (5120 + 5120)
+    beside = 40 * 6 * 5120 + 5 * 5120 + 5120 * (16 * 4) + 5120
+    assert found.states.trained == adapters + beside
+    parts = found.memory(found.work.largest).parts
+    assert parts["trained weights"] + parts["moments"] + parts["gradients"] == pytest.approx(
+        16 * (adapters + beside) / 8
+    )
+    assert parts["frozen weights"] * 8 == pytest.approx(2 * WAN.parameters(), rel=0.01)
+
+
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: object, **__: object) -> None:
@@ -221,7 +280,6 @@ def test_plan_prints_at_eighty_columns_without_a_network(
     name: str, offline: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from domainshuttle.platform.commands.plan import print_plan
-    from domainshuttle.platform.config.loading import load_config
     from domainshuttle.platform.console import console
 
     monkeypatch.setattr(console, "width", 80)
