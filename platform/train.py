@@ -165,7 +165,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                 agreed = monitor.agree()
                 verdict = guard.judge(agreed.loss)
                 result = engine.step(step) if verdict == "good" else engine.drop(step)
-                if not result.skipped:
+                if not result.dropped:
                     guard.applied(agreed.loss)
                 else:
                     monitor.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)

@@ -406,7 +406,7 @@ def _skipped(model: Any) -> None:
     """A step whose gradients are not finite is counted, and changes nothing."""
     before = model._engine.skipped_steps
     model.backward(batch_loss(model, TrainingBatch.fake(2, height=4, width=4)))
-    assert model.drop(1).skipped and model._engine.skipped_steps == before + 1
+    assert model.drop(1).dropped and model._engine.skipped_steps == before + 1
 
 
 EXCEPTIONS = "ray.train.v2._internal.exceptions"

@@ -58,7 +58,7 @@ def _of_progress(monitoring: MonitoringSection) -> list[dict[str, Any]]:
             "Run {{ $labels.run }} has used {{ $value | humanizePercentage }} of its budget_gpu_hours",
         ),
         _rule(
-            "DomainShuttleSkippedSteps", f"{_grown('skipped_steps', '1h', 'segment')} >= 5", "0m", "warning",
+            "DomainShuttleDroppedSteps", f"{_grown('dropped_steps', '1h', 'segment')} >= 5", "0m", "warning",
             "{{ $value }} steps of run {{ $labels.run }} ({{ $labels.segment }}) were dropped for their loss within an "
             "hour",
         ),

@@ -80,7 +80,7 @@ _ROWS: dict[str, list[tuple[Any, ...]]] = {
         ("Loss", "short", _line("loss", "segment")),
         ("Gradient norm", "short", _line("grad_norm", "segment")),
         ("Learning rate", "sci", _line("learning_rate", "segment")),
-        ("Skipped steps", "short", _line("skipped_steps", "segment")),
+        ("Dropped steps", "short", _line("dropped_steps", "segment")),
     ],
     "Speed": [
         ("Step", "s", _line("step_seconds", "segment")),

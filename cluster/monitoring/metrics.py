@@ -33,7 +33,7 @@ METRICS: dict[str, Metric] = {
     "samples_per_second": Metric("Samples a second of all devices.", _SEGMENT),
     "data_wait_fraction": Metric("Share of rank 0's time that went into waiting for data.", _SEGMENT),
     "checkpoint_stall_seconds": Metric("Seconds in which a checkpoint held the last steps up.", _SEGMENT),
-    "skipped_steps": Metric("Steps of the segment whose gradients were thrown away.", _SEGMENT),
+    "dropped_steps": Metric("Steps of the segment whose gradients were dropped.", _SEGMENT),
     "failed_checkpoints": Metric("Checkpoints of the segment that did not become whole.", _SEGMENT),
     "checkpoint_time": Metric("When the newest checkpoint became whole, or the workers started; Unix time.", _SEGMENT),
     "checkpoint_every_steps": Metric("Steps between checkpoints.", _SEGMENT),

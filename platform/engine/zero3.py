@@ -51,8 +51,8 @@ class StepResult:
 
     grad_norm: float
     """Global norm before clipping."""
-    skipped: bool
-    """Whether the gradients were not finite, so that nothing was changed."""
+    dropped: bool
+    """Whether the gradients were not finite and were dropped: nothing was changed."""
 
 
 class Engine:
@@ -138,10 +138,10 @@ class Engine:
         before = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        skipped = self._engine.skipped_steps > before
-        if self._decay is not None and not skipped:
+        dropped = self._engine.skipped_steps > before
+        if self._decay is not None and not dropped:
             self._partition.update_average(self._decay)
-        return StepResult(float(norm if norm is not None else 0.0), skipped)
+        return StepResult(float(norm if norm is not None else 0.0), dropped)
 
     def drop(self, step: int) -> StepResult:
         """Throws the gradients of a step away, as if they had overflowed: nothing is changed.
@@ -155,7 +155,7 @@ class Engine:
             if parameter.requires_grad:
                 safe_set_local_grad(parameter, torch.full_like(safe_get_local_grad(parameter), float("nan")))
         result = self.step(step)
-        if not result.skipped:
+        if not result.dropped:
             raise RuntimeError(
                 f"step {step} was to be dropped, and DeepSpeed applied it: the weights in memory are spoilt, the last "
                 "checkpoint is not. Install the version of deepspeed that pyproject.toml names, and run again"

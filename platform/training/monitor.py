@@ -551,7 +551,7 @@ _EXPORTED = {
     "samples_per_second": "samples/s",
     "data_wait_fraction": "data_wait_fraction",
     "checkpoint_stall_seconds": "checkpoint_stall_seconds",
-    "skipped_steps": "dropped_steps",
+    "dropped_steps": "dropped_steps",
     "failed_checkpoints": "failed_checkpoints",
 }
 """Metrics for Prometheus (cluster/monitoring/metrics.py) and what they are called here."""

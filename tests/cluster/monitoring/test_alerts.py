@@ -101,7 +101,7 @@ CASES: dict[str, tuple[str, Series, Series, Series]] = {
     "CheckpointFailed": ("120m", {}, {"failed_checkpoints": always(1)}, {"failed_checkpoints": until(100, 1, 2)}),
     "Goodput": ("500m", {"begin_time": always(0)}, {"goodput": always(0.95)}, {"goodput": always(0.7)}),
     "Budget": ("10m", {"gpu_hours_budget": always(100)}, {"gpu_hours": always(50)}, {"gpu_hours": always(91)}),
-    "SkippedSteps": ("120m", {}, {"skipped_steps": until(100, 2, 4)}, {"skipped_steps": until(100, 2, 9)}),
+    "DroppedSteps": ("120m", {}, {"dropped_steps": until(100, 2, 4)}, {"dropped_steps": until(100, 2, 9)}),
     "MfuDrop": ("235m", {}, {"mfu": always(0.38)}, {"mfu": until(200, 0.38, 0.30)}),
     "DataWait": ("60m", {}, of_ranks("rank_wait_fraction", 0.001, 0.01), of_ranks("rank_wait_fraction", 0.001, 0.3)),
     "SlowRank": ("60m", {}, of_ranks("rank_matmul_flops", 5e14, 4.8e14), of_ranks("rank_matmul_flops", 5e14, 3.9e14)),

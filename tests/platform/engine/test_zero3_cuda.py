@@ -49,7 +49,7 @@ def a_step_is_that_of_plain_adamw_on_the_cpu(folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         result = model.step(step)
-        assert not result.skipped
+        assert not result.dropped
         assert abs(result.grad_norm / norm.item() - 1) < 1e-3
     start = dict(design(["*"]).build().named_parameters())
     moved = torch.cat([(v - start[n]).flatten() for n, v in model.full_parameters()])
@@ -122,7 +122,7 @@ def a_bad_step_changes_nothing(folder: Path) -> None:
     train(model, 0, 2)
     before = everything(model)
     model.backward(loss_of(model, 5) * float("nan"))
-    assert model.step(5).skipped
+    assert model.step(5).dropped
     model.backward(loss_of(model, 6))
     assert model.drop(6).skipped
     same(everything(model), before)
