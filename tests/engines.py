@@ -132,7 +132,7 @@ def train(model: Any, first: int, last: int, weight: float = 0.1) -> list[float]
     for step in range(first, last):
         loss = loss_of(model, step, weight=weight)
         model.backward(loss)
-        assert not model.step(step).skipped
+        assert not model.step(step).dropped
         losses.append(loss.item())
     return losses
 

@@ -170,7 +170,7 @@ def compare_step(patterns: list[str], precision: str, tolerance: float) -> None:
     for micro in range(2):
         model.backward(loss_of(model, 0, 2 * dist.get_rank() + micro))
     result = model.step(0)
-    assert not result.skipped
+    assert not result.dropped
     assert abs(result.grad_norm / norm.item() - 1) < tolerance
     for name, value in model.full_parameters():
         if name not in gradients:
@@ -556,7 +556,7 @@ def a_step_that_is_not_finite_changes_nothing(folder: Path) -> None:
         for pair in pairs:
             for micro in pair:
                 model.backward(loss_of(model, micro))
-            assert not model.step(2).skipped
+            assert not model.step(2).dropped
 
     for offload, precision in ((False, "bf16"), (True, "bf16"), (False, "float32")):
         model = engine(ATTENTION, accumulation=2, ema=0.9, offload_optimizer=offload, precision=precision)
@@ -566,7 +566,7 @@ def a_step_that_is_not_finite_changes_nothing(folder: Path) -> None:
             scale = bad if bad and dist.get_rank() == 1 else 1.0
             model.backward(loss_of(model, 10) * scale)
             model.backward(loss_of(model, 11))
-            assert (model.step(2) if bad else model.drop(2)).skipped
+            assert (model.step(2) if bad else model.drop(2)).dropped
         same(everything(model), before)
         assert model._partition.steps == count == 2
         steps(model, (12, 13))
@@ -604,7 +604,7 @@ def the_snapshot_target_stays(folder: Path) -> None:
     for step in range(3):
         loss = loss_of(model, step, snapshot=target)
         model.backward(loss)
-        assert not model.step(step).skipped
+        assert not model.step(step).dropped
     assert all(p.ds_tensor.equal(shard) for p, shard in zip(target.parameters(), shards, strict=True))
     assert loss_of(model, 0).item() != loss_of(model, 0, snapshot=target).item()
     # the reference: plain torch, no partitions
@@ -708,7 +708,7 @@ def a_block_is_gathered_twice_in_a_step(folder: Path) -> None:
                         total, gathered[:] = sum(gathered), []
                         # padded to the ranks; what lies outside of the blocks is needed in forward and backward too
                         assert 2 * 3 * block <= total < 2 * 3 * block + 2.2 * others, (mode, total, block, others)
-                assert not model.step(step).skipped
+                assert not model.step(step).dropped
                 gathered.clear()
         model.close()
 
