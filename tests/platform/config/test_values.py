@@ -210,7 +210,7 @@ def test_what_is_no_amount_is_refused_with_its_key(path: tuple[str | int, ...]) 
 def test_a_number_without_a_value_is_its_default_or_refused(path: tuple[str | int, ...]) -> None:
     """Where nothing is a choice of its own, as for a limit, it is that choice."""
     optional = {"steps", "gpu_hours", "final_learning_rate", "samples", "budget_gpu_hours", "spike_factor",
-                "dashboard_port", "ema", "keep_every", "boundary", "fps", "tile_above"}  # fmt: skip
+                "dashboard_port", "ema", "keep_every", "boundary", "fps", "tile_above", "alpha"}  # fmt: skip
     limits = [f"{asked}.{one}" for asked in ("corpora.edits.pair.quality", "labels.endpoint") for one in
               ("most_cost", "requests_per_minute", "tokens_per_minute")]  # fmt: skip
     optional_sections = ("cluster.encoding.actors", "cluster.encoding.gpus", *limits)
