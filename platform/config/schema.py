@@ -402,12 +402,12 @@ class StageSection(Section):
 
 def adapters_of(trained: Trained) -> LoraSpec | None:
     """The adapters among what is trained."""
-    return None if isinstance(trained, list) else trained.lora.spec
+    return trained.lora.spec if isinstance(trained, AdapterTraining) else None
 
 
 def patterns_of(trained: Trained) -> list[str]:
     """Patterns of the names of what is trained, in a network that has the adapters."""
-    return trained if isinstance(trained, list) else [f"*.{LORA_A}", f"*.{LORA_B}", *trained.parameters]
+    return [f"*.{LORA_A}", f"*.{LORA_B}", *trained.parameters] if isinstance(trained, AdapterTraining) else trained
 
 
 class ExpertSection(Section):
