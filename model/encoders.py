@@ -11,11 +11,11 @@ import html
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ftfy
 import torch
-from diffusers import AutoencoderKLWan, ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 from transformers import (
@@ -37,6 +37,9 @@ from domainshuttle.model.encoder_sources import (
     deciding_options,
 )
 from domainshuttle.model.file_mode import UmaskMode
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE, LATENT_CHANNELS = 4, 8, 16
 
@@ -177,7 +180,7 @@ class WanVideoEncoder:
     holds what it needs of the frames before.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, identity: str, tile_above: int | None = TILE_ABOVE) -> None:
+    def __init__(self, vae: "AutoencoderKLWan", identity: str, tile_above: int | None = TILE_ABOVE) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.identity = identity
         self.tile_above = tile_above
@@ -267,6 +270,8 @@ def load_video_encoder(
     """
     if source == BLOCK_DCT:
         return BlockDCTCodec().to(device)
+    from diffusers import AutoencoderKLWan  # here, since it brings all of diffusers' models along, which takes seconds
+
     folder, options = _locate(source, "vae")
     config = AutoencoderKLWan.load_config(folder, **options)
     if config.get("_class_name") == "BlockDCTCodec":
