@@ -4,11 +4,12 @@ Run: python -m pytest tests/test_architecture.py
 """
 
 import ast
+import functools
+import json
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,15 +54,17 @@ def sources() -> list[Path]:
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
-def imports(path: Path) -> Iterator[str]:
+@functools.cache
+def imports(path: Path) -> tuple[str, ...]:
     """Every module that a file names in an import, also inside functions."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(found)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -117,22 +120,36 @@ def test_model_knows_no_ray_and_spec_no_torch() -> None:
     assert "torch" not in {name.split(".")[0] for name in imports(ROOT / "model" / "spec.py")}
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "pipelines.loading.ray_source",
-        "platform.config.loading",
-        "platform.driver.driver",
-        "platform.driver.schedule_loop",
-        "platform.commands.plan",
-        "platform.engine.trained_parameters",
-    ],
+WITHOUT_TORCH = (
+    "pipelines.loading.ray_source",
+    "platform.config.loading",
+    "platform.driver.driver",
+    "platform.driver.schedule_loop",
+    "platform.commands.plan",
+    "platform.engine.trained_parameters",
 )
-def test_controllers_and_what_checks_a_configuration_bring_no_torch(module: str) -> None:
-    """It would cost each of Ray's processes seconds at every start of the workers, and the driver its first answer."""
-    code = f"import sys, domainshuttle.{module}; print({{'torch', 'deepspeed', 'mlflow'}} & {{*sys.modules}})"
+
+
+@pytest.fixture(scope="module")
+def brought() -> dict[str, list[str]]:
+    """Of one process that imports these modules one after the other: the heavy libraries that came with each."""
+    code = f"""
+import importlib, json, sys
+came = {{}}
+for module in {WITHOUT_TORCH}:
+    before = {{*sys.modules}}
+    importlib.import_module(f"domainshuttle.{{module}}")
+    came[module] = sorted({{"torch", "deepspeed", "mlflow"}} & {{*sys.modules}} - before)
+print(json.dumps(came))"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout.strip() == "set()"
+    found: dict[str, list[str]] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_controllers_and_what_checks_a_configuration_bring_no_torch(module: str, brought: dict[str, list[str]]) -> None:
+    """It would cost each of Ray's processes seconds at every start of the workers, and the driver its first answer."""
+    assert brought[module] == []
 
 
 def test_the_driver_imports_ray_after_its_settings() -> None:

@@ -13,7 +13,7 @@ from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 
 MakeModel = Callable[..., DomainShuttleTransformer3DModel]
 # latent frames, height, width, references
-BUCKETS = [(3, 4, 6, 4), (5, 4, 6, 4), (5, 6, 4, 2)]
+BUCKETS = [(3, 4, 6, 4), (5, 6, 4, 2)]
 KINDS = 2  # blocks, and the last block
 
 
