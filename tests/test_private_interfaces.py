@@ -68,7 +68,7 @@ USES: dict[str, tuple[str, ...]] = {
     "_topology": (SOURCE,),
     "_in_task_output_backpressure": (SOURCE,),
     # Ray Train's trainer without torch, which its public module is of its first version
-    TRAINER: ("platform/cluster_checks/group.py", "platform/driver/worker_group.py"),
+    TRAINER: ("platform/driver/worker_group.py",),
     # Ray's errors and processes, by name
     "health_check_failure": (RESTARTS,),
     "WorkerGroupStartupTimeoutError": (RESTARTS,),

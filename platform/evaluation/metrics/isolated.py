@@ -114,16 +114,17 @@ def installed(packages: tuple[str, ...]) -> Path:
 def _install(packages: tuple[str, ...], folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet"]
     try:
-        subprocess.run(
-            [*command, "--target", str(folder), *packages],
-            check=True, capture_output=True, text=True, timeout=_INSTALL_SECONDS,
-        )  # fmt: skip
+        done = subprocess.run(
+            [*command, "--target", str(folder), *packages], capture_output=True, text=True, timeout=_INSTALL_SECONDS
+        )
+        fault = _last_line(done.stderr) if done.returncode else ""
     except (subprocess.SubprocessError, OSError) as error:
-        told = getattr(error, "stderr", None) or str(error)
+        fault = _last_line(str(error))
+    if fault:
         raise DataError(
-            f"its own packages ({', '.join(packages)}) can't be installed: {_last_line(told)}. Give the node a network "
-            "or a package index (PIP_INDEX_URL) and evaluate again with --again, or leave the metric out"
-        ) from error
+            f"its own packages ({', '.join(packages)}) can't be installed: {fault}. Give the node a network or a "
+            "package index (PIP_INDEX_URL) and evaluate again with --again, or leave the metric out"
+        )
 
 
 def _path_with(folder: str) -> str:
