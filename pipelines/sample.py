@@ -164,6 +164,11 @@ class SampleInfo(_Model):
             raise ValueError(f"an image with {self.frames} frames: expected frames = 1, or kind = 'video'")
         return self
 
+    @property
+    def caption_length(self) -> int:
+        """Characters of the caption; 0 for a blank one."""
+        return len(self.caption) if self.caption.strip() else 0
+
     def to_json(self) -> bytes:
         """The bytes of `key.json`: UTF-8, keys in a fixed order, the same bytes for equal contents."""
         # most samples have none, and those that were built before there were any keep their bytes

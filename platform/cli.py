@@ -120,9 +120,10 @@ Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these c
 def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad: MostBad = MOST_BAD_IN_CORPUS) -> None:
     """Build the raw corpora of a configuration: WebDataset shards and a Parquet index. Goes on after a stop."""
     settings = _load_corpora(config, set_)
-    from domainshuttle.platform.commands.data import build_corpora
+    from domainshuttle.platform.commands.data import build_corpora, check_sources
     from domainshuttle.platform.driver.ray_cluster import connected
 
+    check_sources(settings, corpus)  # before a cluster is asked for anything
     with connected(settings, cpus=1):
         build_corpora(settings, corpus, most_bad)
 

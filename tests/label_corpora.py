@@ -96,21 +96,27 @@ def endpoint(url: str, **changes: Any) -> LabelConfig:
     return LabelConfig.model_validate({"labeller": "endpoint", "endpoint": settings, "most_failed": 1, **changes})
 
 
+def inline(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
+    """The steps of a stage in this process, part by part: as `pass_through`."""
+    ready = [step.make(*step.arguments) for step in steps]
+    index = Index.load(job.raw.index)
+    for part in missing:
+        works = [(number, Work(row, read_info(row))) for number, row in enumerate(job.rows(index, part))]
+        passing = Passing(works, [], Counter())
+        for step in ready:
+            passing.call(step)
+        yield job.write(part, passing)
+
+
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps of a labelling in this process, part by part; returns the parts that were made."""
+    """A labelling in this process; returns the parts that were made."""
     made: list[int] = []
 
-    def inline(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
-        ready = [step.make(*step.arguments) for step in steps]
-        index = Index.load(job.raw.index)
-        for part in missing:
-            works = [(number, Work(row, read_info(row))) for number, row in enumerate(job.rows(index, part))]
-            passing = Passing(works, [], Counter())
-            for step in ready:
-                passing.call(step)
+    def noted(job: PartsJob, missing: Sequence[int], steps: Sequence[Step]) -> Iterable[int]:
+        for part, done in zip(missing, inline(job, missing, steps), strict=True):
             made.append(part)
-            yield job.write(part, passing)
+            yield done
 
-    monkeypatch.setattr(labelling, "pass_through", inline)
+    monkeypatch.setattr(labelling, "pass_through", noted)
     return made

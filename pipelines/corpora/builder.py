@@ -6,7 +6,7 @@ bytes that it would have had without the stop.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.registry import CorpusConfig, make_source
-from domainshuttle.pipelines.corpora.source import LeftOut, Notes
+from domainshuttle.pipelines.corpora.source import SAMPLES, LeftOut, Notes
 from domainshuttle.pipelines.corpora.survey import Rows, Survey, check_forms, open_survey
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.parts import REPORT_NAME, WORK_NAME, Parts
@@ -28,6 +28,14 @@ from domainshuttle.pipelines.storage.files import write_bytes
 
 _RECIPE_VERSION = 2
 """Of what builders make of the same configuration and files; a change makes all corpora anew."""
+
+
+_REPAIR = (
+    "Where files are missing, complete the download and extract its archives, or name only the descriptions of the "
+    "part that you have; else change the corpus's `build` or `buckets`. Then run the command again"
+)
+UNCAPTIONED = "samples without a caption"
+"""What the report calls samples that were kept for `data label`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
             except DataError as error:
                 bad.append(BadSample(sample.info.source, "", sample.key, f"no bucket: {error}"))
                 continue
+            if not sample.info.caption:
+                notes.add(UNCAPTIONED)
             writer.write(sample.key, sample.members())
             infos[sample.key] = sample.info, bucket
     if came != len(rows):
@@ -106,7 +116,7 @@ def build_corpus(
     of which nothing can be selected, and when more than `most_bad` of the samples are bad.
     """
     source = make_source(config, corpus)
-    recipe = f"{_RECIPE_VERSION} {config.model_dump_json(exclude={'folder'})}"
+    recipe = f"{_RECIPE_VERSION} {_decisive(config)}"
     survey = open_survey(folder / WORK_NAME, source, recipe)
     left = survey.missing()
     surveying(len(survey.pieces) - len(left), len(survey.pieces))
@@ -121,7 +131,7 @@ def build_corpus(
     check_forms(tally, found, most_bad)
     if not len(rows):
         counted = ", ".join(f"{kind} {count}" for kind, count in tally.counts.most_common()) or "it has no records"
-        raise DataError(f"corpus {corpus}: its source has nothing to select: {counted}")
+        raise DataError(f"corpus {corpus}: its source has nothing to select: {counted}{keep_hint(tally.counts)}")
     survey.write_tables()
 
     cut = parts_of(rows, samples_per_part, {n for n, piece in enumerate(survey.pieces) if piece.in_order})
@@ -136,7 +146,11 @@ def build_corpus(
             raise _died(f"part {work[1]} of {corpus}", result)
         done += len(work[3])
         progress(done, len(rows))
-    metadata, bad = parts.merge(job.metadata, most_bad)
+    metadata, bad = parts.merge(job.metadata, most_bad, _REPAIR)
+    notes = parts.notes()
+    for role in sorted({piece.role for piece in survey.pieces} - {SAMPLES}):
+        for kind, count in survey.tally(role).counts.items():
+            notes[f"{role} left out: {kind}"] += count
     report = {
         "corpus": corpus,
         "build": config.model_dump(mode="json"),
@@ -147,12 +161,28 @@ def build_corpus(
         "not_drawn": found - len(rows),
         "samples": len(rows) - bad,
         "in_quarantine": bad,
-        "notes": dict(parts.notes().most_common()),
+        "notes": dict(notes.most_common()),
         "examples": tally.examples,
         "digest": metadata.digest,
     }
     write_bytes(folder / REPORT_NAME, json.dumps(report, indent=1, ensure_ascii=False).encode())
     return Built(metadata, report)
+
+
+def keep_hint(left_out: Mapping[str, int]) -> str:
+    """What can be done about records that were left out for want of a caption; '' where none were."""
+    if not any(kind in left_out for kind in ("empty caption", "empty instruction")):
+        return ""
+    return ". Records without a caption are kept for `data label` with `empty_captions: keep` in the corpus's `build`"
+
+
+def _decisive(config: CorpusConfig) -> str:
+    """What of a source's settings decides what is built. What was added to them counts where it is used, so that
+    corpora of before need not be built again."""
+    content = config.model_dump(exclude={"folder"}, mode="json")
+    if content.get("empty_captions") == "leave_out":
+        del content["empty_captions"]
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
 def _survey_piece(survey: Survey, number: int, config: CorpusConfig, corpus: str) -> int:

@@ -6,7 +6,7 @@ of it (`curation/pairs`), of subjects that labels name. Only the source has a ca
 """
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import Field
@@ -16,6 +16,7 @@ from domainshuttle.pipelines.corpora.files import Shown, clip_of, drawn_picture,
 from domainshuttle.pipelines.corpora.json_records import json_records
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -23,6 +24,7 @@ from domainshuttle.pipelines.corpora.source import (
     RecordSource,
     SourceConfig,
     Tables,
+    uncaptioned,
 )
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FANTASY, FROM_WORDS
 from domainshuttle.pipelines.errors import DataError
@@ -53,20 +55,12 @@ class DittoConfig(SourceConfig):
     )
 
 
-class DittoSource(RecordSource):
+class DittoSource(FolderSource[DittoConfig], RecordSource):
     """See `source.Source`."""
-
-    def __init__(self, config: DittoConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, [self.config.metadata], "metadata files")
-        videos = media_folder(self.root, self.config.videos)
-        for folder in sorted(videos.iterdir()):
-            if folder.is_dir():
-                media_folder(videos, folder.name)  # its archives may not be extracted
+        media_folder(self.root, self.config.videos)
         captions = (
             [] if self.config.captions is None else found_files(self.root, [self.config.captions], "caption files")
         )
@@ -81,14 +75,15 @@ class DittoSource(RecordSource):
             try:
                 fields = Fields(located.parse(where), where)
                 if piece.role == _CAPTIONS:
-                    yield Record(PurePosixPath(fields.text("path")).stem, {"caption": fields.text("caption").strip()})
+                    yield Record(PurePosixPath(fields.text("path")).stem, {"caption": fields.caption("caption")})
                     continue
                 source, edited = fields.text("source_path"), fields.text("edited_path")
-                content = {"source": source, "edited": edited, "instruction": fields.text("instruction").strip()}
+                instruction = fields.caption("instruction")
             except DataError as error:
                 yield LeftOut(where, fault_reason(error))
                 continue
-            yield Record(edited, content) if content["instruction"] else LeftOut(edited, "empty instruction")
+            content = {"source": source, "edited": edited, "instruction": instruction}
+            yield Record(edited, content, uncaptioned=uncaptioned(instruction, "instruction"))
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         content, videos = record.payload, self.root / self.config.videos
@@ -100,7 +95,9 @@ class DittoSource(RecordSource):
         found = tables.find(_CAPTIONS, PurePosixPath(content["source"]).stem)
         if found is None and self.config.captions is not None:
             notes.add("source clips without a caption")
-        caption = " ".join(text for text in (found.payload["caption"] if found else "", content["instruction"]) if text)
+        before, instruction = found.payload["caption"] if found else "", content["instruction"]
+        # without the command the source's caption is one of another clip
+        caption = " ".join(text for text in (before, instruction) if text) if instruction else ""
         kind = content["edited"].partition("/")[0]
         fantasy = kind.startswith(("global_style", "global_freeform"))
         return sample_of(

@@ -1,5 +1,6 @@
 """What downloads look like when something is wrong with them, and what to do about it."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,26 +64,38 @@ def check_folder(root: Path) -> None:
 
 
 def media_folder(root: Path, name: str) -> Path:
-    """A folder of pictures or clips. Raises DataError where it is missing, or holds archives that are not extracted, of
-    which a piece may be missing."""
+    """A folder of pictures or clips. Raises DataError where it is missing, or where it or a folder in it holds nothing
+    but archives, which are not extracted, and of which a piece may be missing."""
     folder = root / name if name else root
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; {root} has {_listing(root)}. {_remedy(root)}")
-    entries = sorted(folder.iterdir())
-    archives = [
-        path for path in entries if path.is_file() and (_ARCHIVE.fullmatch(path.name) or _SPLIT.fullmatch(path.name))
-    ]
-    if archives and len(archives) == len([path for path in entries if not path.name.startswith(".")]):
-        raise DataError(_extract(folder, archives))
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.path for entry in entries if entry.is_dir())
+    for place in (folder, *map(Path, inner)):
+        if archives := _only_archives(place):
+            raise DataError(_extract(place, archives))
     return folder
 
 
+def _only_archives(folder: Path) -> list[Path]:
+    """The archives of a folder that has nothing else; none where it has, which is seen at its first other entry."""
+    archives = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_file() or not _is_archive(entry.name):
+                return []
+            archives.append(folder / entry.name)
+    return sorted(archives)
+
+
+def _is_archive(name: str) -> bool:
+    return bool(_ARCHIVE.fullmatch(name) or _SPLIT.fullmatch(name))
+
+
 def _remedy(root: Path) -> str:
-    archives = sorted(
-        path
-        for path in root.glob("*")
-        if path.is_file() and (_ARCHIVE.fullmatch(path.name) or _SPLIT.fullmatch(path.name))
-    )
+    archives = sorted(path for path in root.glob("*") if path.is_file() and _is_archive(path.name))
     return (
         _extract(root, archives) if archives else "Is `folder` the source's own folder, and is its download complete?"
     )

@@ -20,6 +20,7 @@ from domainshuttle.pipelines.corpora.json_records import jsonl_records
 from domainshuttle.pipelines.corpora.parquet_rows import parquet_rows, picture_bytes, require_columns
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -27,6 +28,7 @@ from domainshuttle.pipelines.corpora.source import (
     SourceConfig,
     Tables,
     surveyed,
+    uncaptioned,
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, domain_of
@@ -51,13 +53,8 @@ class Echo4oConfig(SourceConfig):
     files: list[str] = Field(["**/*.jsonl", "**/*.parquet"], min_length=1, description="below `folder`")
 
 
-class Echo4oSource:
+class Echo4oSource(FolderSource[Echo4oConfig]):
     """See `source.Source`."""
-
-    def __init__(self, config: Echo4oConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         check_folder(self.root)
@@ -76,10 +73,9 @@ class Echo4oSource:
                 except DataError as error:
                     yield LeftOut(id_, fault_reason(error))
                     continue
-                if not texts or not texts[0].strip():
-                    yield LeftOut(id_, "empty instruction")
-                    continue
-                yield Record(id_, {"file": piece.name, "row": number, "caption": texts[0].strip()})
+                caption = texts[0].strip() if texts else ""
+                content = {"file": piece.name, "row": number, "caption": caption}
+                yield Record(id_, content, uncaptioned=uncaptioned(caption, "instruction"))
             return
         yield from surveyed(piece, jsonl_records(self.root / piece.name), lambda fields: self._record(fields, piece))
 
@@ -87,12 +83,11 @@ class Echo4oSource:
         output = fields.text("output_image")
         id_ = f"{piece.name}+{output}"
         inputs = fields.texts("input_images") if fields.content.get("input_images") else []
-        caption = fields.text("instruction").strip() if fields.content.get("instruction") != "" else ""
+        caption = fields.caption("instruction")
         if not inputs:
             return LeftOut(id_, "no references: a record of another part")
-        if not caption:
-            return LeftOut(id_, "empty instruction")
-        return Record(id_, {"file": piece.name, "inputs": inputs, "output": output, "caption": caption})
+        content = {"file": piece.name, "inputs": inputs, "output": output, "caption": caption}
+        return Record(id_, content, uncaptioned=uncaptioned(caption, "instruction"))
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
         """See `source.Source`."""

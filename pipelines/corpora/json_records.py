@@ -5,6 +5,7 @@ numpy finds quotes and brackets faster than a parser makes objects of them, and 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,15 +38,36 @@ class Located:
 
 
 def parse(data: bytes, where: str) -> Any:
-    """A JSON value. Raises DataError, that names `where`, for what is none; NaN and infinity are none."""
+    """A JSON value. Raises DataError, that names `where`, for what is none; NaN and infinity are none, nor are numbers
+    beyond a float's, halves of surrogate pairs, which no UTF-8 can hold, and keys that come twice, as where two records
+    run together."""
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        value = json.loads(data, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: not valid JSON: a text with half of a surrogate pair") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        again = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {again[:40]!r} comes twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is beyond a float's")
+    return number
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:

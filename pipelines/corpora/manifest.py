@@ -21,6 +21,7 @@ from domainshuttle.pipelines.corpora.json_records import jsonl_records, parse
 from domainshuttle.pipelines.corpora.parquet_rows import parquet_rows
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -28,6 +29,7 @@ from domainshuttle.pipelines.corpora.source import (
     RecordSource,
     SourceConfig,
     Tables,
+    uncaptioned,
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
@@ -48,16 +50,10 @@ class ManifestConfig(SourceConfig):
     manifests: list[str] = Field(
         default_factory=list, description="JSONL, CSV or Parquet files below `folder`; none: all media below it"
     )
-    empty_captions: Literal["leave_out", "keep"] = Field("leave_out", description="keep: `data label` writes them")
 
 
-class ManifestSource(RecordSource):
+class ManifestSource(FolderSource[ManifestConfig], RecordSource):
     """See `source.Source`."""
-
-    def __init__(self, config: ManifestConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         check_folder(self.root)
@@ -124,8 +120,6 @@ class ManifestSource(RecordSource):
         target = self._below(fields.text(*TARGETS))
         id_ = fields.text("id", "key") if "id" in fields or "key" in fields else target
         caption = fields.text(*CAPTIONS).strip() if any(fields.content.get(name) for name in CAPTIONS) else ""
-        if not caption and self.config.empty_captions == "leave_out":
-            return LeftOut(id_, "empty caption")
         references = fields.items("references") if "references" in fields else []
         subjects = self._subjects(fields, len(references))
         shown = [self._reference(one, number, subjects, fields) for number, one in enumerate(references)]
@@ -140,6 +134,7 @@ class ManifestSource(RecordSource):
                 "scores": {name: scores.number(name) for name in scores.content},
                 "video": fields.text("source_video") if "source_video" in fields else None,
             },
+            uncaptioned=uncaptioned(caption),
         )
 
     def _subjects(self, fields: Fields, references: int) -> list[list[Any]]:

@@ -1,7 +1,6 @@
 """MUSAR-Gen: generated pictures of two objects, each of which has a picture of its own. Format: docs/datasets.md."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,12 +10,14 @@ from domainshuttle.pipelines.corpora.files import Shown, picture_of, sample_of
 from domainshuttle.pipelines.corpora.parquet_rows import parquet_rows, picture_bytes, require_columns
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
     Record,
     SourceConfig,
     Tables,
+    uncaptioned,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of, head_noun
 from domainshuttle.pipelines.errors import DataError
@@ -36,13 +37,8 @@ class MusarGenConfig(SourceConfig):
     files: str = Field("**/*.parquet", description="below `folder`")
 
 
-class MusarGenSource:
+class MusarGenSource(FolderSource[MusarGenConfig]):
     """See `source.Source`."""
-
-    def __init__(self, config: MusarGenConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, [self.config.files], "Parquet files")
@@ -55,15 +51,13 @@ class MusarGenSource:
             id_ = f"{piece.name} row {number}"
             try:
                 fields = Fields(row, id_)
-                caption = fields.text("prompt").removeprefix(_FIXED).strip()
+                caption = fields.caption("prompt").removeprefix(_FIXED).strip()
                 words = [head_noun(fields.text(f"cond_prompt_{side}")) or "object" for side in (0, 1)]
             except DataError as error:
                 yield LeftOut(id_, fault_reason(error))
                 continue
-            if not caption:
-                yield LeftOut(id_, "empty caption")
-                continue
-            yield Record(id_, {"file": piece.name, "row": number, "caption": caption, "words": words})
+            content = {"file": piece.name, "row": number, "caption": caption, "words": words}
+            yield Record(id_, content, uncaptioned=uncaptioned(caption))
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
         """See `source.Source`."""

@@ -16,6 +16,7 @@ from domainshuttle.pipelines.corpora.json_records import jsonl_records
 from domainshuttle.pipelines.corpora.source import (
     SAMPLES,
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -25,6 +26,7 @@ from domainshuttle.pipelines.corpora.source import (
     Tables,
     draw,
     surveyed,
+    uncaptioned,
 )
 from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_WORDS, domain_of
 from domainshuttle.pipelines.errors import DataError
@@ -46,14 +48,13 @@ class NanoConsistentConfig(SourceConfig):
     )
 
 
-class NanoConsistentSource(RecordSource):
+class NanoConsistentSource(FolderSource[NanoConsistentConfig], RecordSource):
     """See `source.Source`."""
 
     def __init__(self, config: NanoConsistentConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        folder = Path(config.folder)
-        self.root = folder / _PREFIX if (folder / _PREFIX).is_dir() else folder
+        super().__init__(config, corpus)
+        if (self.root / _PREFIX).is_dir():
+            self.root = self.root / _PREFIX
 
     def pieces(self) -> list[Piece]:
         check_folder(Path(self.config.folder))
@@ -67,15 +68,12 @@ class NanoConsistentSource(RecordSource):
     def _record(self, fields: Fields) -> Record | LeftOut:
         inputs = [_below(path) for path in fields.texts("input_images")]
         output = _below(fields.text("output_image"))
-        instruction = fields.content.get("instruction")
-        if not isinstance(instruction, str):
-            instruction = fields.text("instruction")
-        if not instruction.strip():
-            return LeftOut(output, "empty instruction")
+        instruction = fields.caption("instruction")
         if not inputs:
             return LeftOut(output, "no input picture")
         person = _subject(inputs[0]) if len(inputs) == 1 else ""
-        return Record(output, {"inputs": inputs, "output": output, "caption": instruction.strip()}, person)
+        content = {"inputs": inputs, "output": output, "caption": instruction}
+        return Record(output, content, person, uncaptioned(instruction, "instruction"))
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         content = record.payload

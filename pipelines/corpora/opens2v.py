@@ -29,6 +29,7 @@ from domainshuttle.pipelines.corpora.masks import Candidate, covered_share, cut_
 from domainshuttle.pipelines.corpora.source import (
     SAMPLES,
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -36,6 +37,7 @@ from domainshuttle.pipelines.corpora.source import (
     RecordSource,
     SourceConfig,
     Tables,
+    uncaptioned,
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import BACKGROUND, FROM_WORDS, domain_of
@@ -73,13 +75,8 @@ class OpenS2VConfig(SourceConfig):
     )
 
 
-class OpenS2VSource(RecordSource):
+class OpenS2VSource(FolderSource[OpenS2VConfig], RecordSource):
     """See `source.Source`."""
-
-    def __init__(self, config: OpenS2VConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         config = self.config
@@ -115,7 +112,7 @@ class OpenS2VSource(RecordSource):
             except DataError as error:
                 yield LeftOut(id_, fault_reason(error))
                 continue
-            yield Record(id_, place, located.key)
+            yield Record(id_, place, located.key, uncaptioned(entry.caption))
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         entry = self._entry(record)
@@ -312,13 +309,9 @@ class _Entry:
 
 
 def _caption(metadata: Fields) -> str:
-    if any(name in metadata for name in _CAPTIONS):
-        caption = metadata.text(*_CAPTIONS)
-    else:
-        caption = next(iter(metadata.texts("cap")), "")  # of the older form
-    if not caption.strip():
-        raise SampleFault("empty caption", metadata.where)
-    return caption.strip()
+    if "cap" in metadata and not any(name in metadata for name in _CAPTIONS):
+        return next(iter(metadata.texts("cap")), "").strip()  # of the older form
+    return metadata.caption(*_CAPTIONS)
 
 
 def _target(whole: ClipFile, entry: _Entry, name: str) -> ClipFile:

@@ -19,10 +19,12 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int 
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(at_once, columns=list(columns) if columns is not None else None):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again"
-        ) from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last of texts that are no UTF-8
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again")
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -33,10 +35,8 @@ def parquet_columns(path: Path) -> list[str]:
     check_download(path)
     try:
         names: list[str] = pq.read_schema(path).names
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again"
-        ) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _not_whole(path, error) from error
     return names
 
 

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,6 +19,7 @@ from domainshuttle.pipelines.corpora.files import Picture, Shown, clip_of, drawn
 from domainshuttle.pipelines.corpora.parquet_rows import parquet_columns, parquet_rows, require_columns
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -27,6 +27,7 @@ from domainshuttle.pipelines.corpora.source import (
     RecordSource,
     SourceConfig,
     Tables,
+    uncaptioned,
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, HUMAN, domain_of
@@ -52,13 +53,8 @@ class PhantomDataConfig(SourceConfig):
     least_score: Real = Field(0.0, ge=0, le=1, description="of a reference")
 
 
-class PhantomDataSource(RecordSource):
+class PhantomDataSource(FolderSource[PhantomDataConfig], RecordSource):
     """See `source.Source`."""
-
-    def __init__(self, config: PhantomDataConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, [self.config.metadata], "Parquet files of pairs")
@@ -82,9 +78,7 @@ class PhantomDataSource(RecordSource):
 
     def _record(self, fields: Fields, named: str) -> Record | LeftOut:
         id_ = fields.text(named)
-        caption = fields.content.get("video_caption")
-        if not isinstance(caption, str) or not caption.strip():
-            return LeftOut(id_, "empty caption")
+        caption = fields.caption("video_caption")
         try:
             pairs = json.loads(fields.text("cross_pair"))
         except ValueError as error:
@@ -95,7 +89,7 @@ class PhantomDataSource(RecordSource):
         kept = [one for one in phrases if one["score"] is None or one["score"] >= self.config.least_score]
         if not kept:
             return LeftOut(id_, "low score" if phrases else "no subject")
-        return Record(id_, {"caption": caption.strip(), "phrases": kept})
+        return Record(id_, {"caption": caption, "phrases": kept}, uncaptioned=uncaptioned(caption))
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         target = self._clip(record.id)
@@ -212,12 +206,11 @@ def _box(fields: Fields, nested: bool) -> dict[str, Any]:
     box = fields.items("bbox_loc")
     if nested and len(box) == 1 and isinstance(box[0], list):
         box = box[0]
-    if len(box) != 4 or not all(isinstance(side, int | float) and not isinstance(side, bool) for side in box):
-        raise unknown_form(fields.where, f"bbox_loc is {json.dumps(box)[:80]}: expected x0, y0, x1, y1")
+    box = Fields({"bbox_loc": box}, fields.where).numbers("bbox_loc", 4)
     at = fields.content.get("frame_idx")
     try:
         at = float(at) if isinstance(at, str | int | float) and not isinstance(at, bool) else -1.0
-    except ValueError:
+    except (ValueError, OverflowError):
         at = -1.0
     if not 0 <= at <= 1:
         raise unknown_form(fields.where, f"frame_idx is {fields.content.get('frame_idx')!r}: expected 0 to 1")

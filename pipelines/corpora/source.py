@@ -7,12 +7,13 @@ pure function of the files and the configuration, so it can be done anywhere, st
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -42,6 +43,9 @@ class SourceConfig(Section):
     folder: Annotated[Text, AfterValidator(_folder)] = Field(description="where the source was downloaded to")
     samples: Count | None = Field(None, description="how many to take, drawn by `seed`; none: all")
     seed: Whole = Field(0, ge=0, le=MOST_COUNT, description="of the selection")
+    empty_captions: Literal["leave_out", "keep"] = Field(
+        "leave_out", description="what becomes of records without a caption; keep: `data label` writes it"
+    )
 
     def check_buckets(self, buckets: list[Bucket], fps: float | None) -> None:
         """Raises DataError where samples are known to fit no bucket."""
@@ -73,6 +77,9 @@ class Record:
     id: str
     payload: Mapping[str, Any]
     group: str = ""
+    uncaptioned: str = ""
+    """Why it has no caption, as 'kind: detail', where it has none: such records are left out of the survey unless the
+    source keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,8 @@ class Source(Protocol):
     wanted: int | None
     """How many records are selected; None for all."""
     seed: int
+    keeps_uncaptioned: bool
+    """Whether records without a caption are selected too."""
 
     def pieces(self) -> list[Piece]:
         """The pieces, in a fixed order. Raises DataError where the source is not laid out as it should be."""
@@ -131,6 +140,7 @@ class RecordSource(ABC):
 
     wanted: int | None = None
     seed = 0
+    keeps_uncaptioned = False
 
     @abstractmethod
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
@@ -147,6 +157,19 @@ class RecordSource(ABC):
                 yield LeftOut(record.id, fault_reason(error))
                 continue
             yield sample
+
+
+_Config = TypeVar("_Config", bound=SourceConfig)
+
+
+class FolderSource(Generic[_Config]):
+    """What a source that lies in a folder is told."""
+
+    def __init__(self, config: _Config, corpus: str) -> None:
+        self.config, self.corpus = config, corpus
+        self.root = Path(config.folder)
+        self.wanted, self.seed = config.samples, config.seed
+        self.keeps_uncaptioned = config.empty_captions == "keep"
 
 
 def surveyed(
@@ -178,9 +201,17 @@ class Fields:
         """The first of these fields that is there, a text."""
         return self._first(names, (str,), "a text")
 
+    def caption(self, *names: str) -> str:
+        """The first of these fields that is a text and not blank, without spaces around it; '' where there is none,
+        and yet one of the fields."""
+        found = [self.text(name).strip() for name in names if name in self]
+        if not found and not any(name in self.content for name in names):
+            return self.text(*names)  # which raises
+        return next((text for text in found if text), "")
+
     def number(self, *names: str) -> float:
         """The first of these fields that is there, a number."""
-        return float(self._first(names, (int, float), "a number"))
+        return self._finite(self._first(names, (int, float), "a number"), names[0])
 
     def whole(self, *names: str) -> int:
         """The first of these fields that is there, a whole number."""
@@ -198,7 +229,7 @@ class Fields:
         found = self._first((name,), (list,), f"{count} numbers")
         if len(found) != count or not all(_is(one, (int, float)) for one in found):
             raise unknown_form(self.where, f"{name} is {_shown(found)}: expected {count} numbers")
-        return [float(one) for one in found]
+        return [self._finite(one, name) for one in found]
 
     def items(self, name: str) -> list[Any]:
         """A list of anything."""
@@ -209,6 +240,16 @@ class Fields:
         """An object."""
         return Fields(self._first((name,), (dict,), "an object"), f"{self.where}: {name}")
 
+    def _finite(self, number: float, name: str) -> float:
+        """A float of a number: whole ones may be beyond them, and Parquet holds NaN and infinity."""
+        try:
+            value = float(number)
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value):
+            raise unknown_form(self.where, f"{name} is {str(number)[:40]}: expected a finite number")
+        return value
+
     def _first(self, names: Sequence[str], types: tuple[type, ...], what: str) -> Any:
         for name in names:
             if (value := self.content.get(name)) is not None:
@@ -217,6 +258,11 @@ class Fields:
                 return value
         asked = " or ".join(names)
         raise unknown_form(self.where, f"no {asked} ({what}); it has {sorted(self.content)[:20]}")
+
+
+def uncaptioned(caption: str, what: str = "caption") -> str:
+    """What `Record.uncaptioned` is of a record with this caption."""
+    return "" if caption else f"empty {what}"
 
 
 def draw(seed: int, name: str) -> int:

@@ -89,7 +89,7 @@ class Survey:
             pa.OSFile(str(aside), "wb") as sink,
             pa.ipc.new_file(sink, _SCHEMA) as writer,
         ):
-            for batch in _batches(source.survey(self.pieces[number]), tally):
+            for batch in _batches(source.survey(self.pieces[number]), tally, source.keeps_uncaptioned):
                 writer.write_batch(_as_arrow(batch, source.seed))
                 count += len(batch)
                 _check_form(self.pieces[number], tally, count)
@@ -225,9 +225,11 @@ def _check_form(piece: Piece, tally: Tally, good: int) -> None:
         )
 
 
-def _batches(found: Iterator[Record | LeftOut], tally: Tally) -> Iterator[list[Record]]:
+def _batches(found: Iterator[Record | LeftOut], tally: Tally, keeps_uncaptioned: bool) -> Iterator[list[Record]]:
     batch: list[Record] = []
     for seen, one in enumerate(found, 1):
+        if isinstance(one, Record) and one.uncaptioned and not keeps_uncaptioned:
+            one = LeftOut(one.id, one.uncaptioned)
         if isinstance(one, LeftOut):
             tally.add(one)
         else:

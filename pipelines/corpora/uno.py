@@ -1,7 +1,6 @@
 """UNO-1M: pairs of generated pictures of one subject in two scenes. Format: docs/datasets.md."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from domainshuttle.pipelines.corpora.files import Shown, read_picture, sample_of
 from domainshuttle.pipelines.corpora.json_records import json_records
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
@@ -19,6 +19,7 @@ from domainshuttle.pipelines.corpora.source import (
     SourceConfig,
     Tables,
     surveyed,
+    uncaptioned,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
 from domainshuttle.pipelines.sample import RawSample
@@ -38,13 +39,8 @@ class UnoConfig(SourceConfig):
     least_score: Real = Field(4.0, ge=0, le=_MOST_SCORE, description="of the authors' consistency filter")
 
 
-class UnoSource(RecordSource):
+class UnoSource(FolderSource[UnoConfig], RecordSource):
     """See `source.Source`."""
-
-    def __init__(self, config: UnoConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, [self.config.labels], "label files")
@@ -65,29 +61,28 @@ class UnoSource(RecordSource):
         filtered = fields.fields("vlm_filter_cot")
         score = filtered.number("score_final")
         parts = filtered.fields("score_part") if "score_part" in filtered else Fields({}, id_)
-        text, words = caption.text("img_path2").strip(), caption.texts("subject")
+        text, words = caption.caption("img_path2"), caption.texts("subject")
         for name, value in [("score_final", score), *((name, parts.number(name)) for name in parts.content)]:
             if not 0 <= value <= _MOST_SCORE:
                 return LeftOut(id_, f"impossible score: {name} is {value:g}, expected 0 to {_MOST_SCORE:g}")
         if score < self.config.least_score:
             return LeftOut(id_, "low score")
-        if not text or not words or not words[0].strip():
-            return LeftOut(id_, "empty caption" if not text else "no subject")
-        return Record(
-            id_,
-            {"references": [first], "target": second, "caption": text, "words": words[:1], "scores": {SCORE: score}},
-        )
+        if not words or not words[0].strip():
+            return LeftOut(id_, "no subject")
+        content = {"references": [first], "target": second, "words": words[:1], "scores": {SCORE: score}}
+        return Record(id_, {**content, "caption": text}, uncaptioned=uncaptioned(text))
 
     def _training_record(self, fields: Fields) -> Record | LeftOut:
         """A record in the form in which the authors' training reads them, filtered and without words."""
-        target, caption = fields.text("image_tgt_path"), fields.text("prompt").strip()
+        target, caption = fields.text("image_tgt_path"), fields.caption("prompt")
         paths = fields.texts("image_paths") if "image_paths" in fields else [fields.text("image_path")]
         id_ = f"{'+'.join(paths)}+{target}"
-        if not caption or not paths:
-            return LeftOut(id_, "empty caption" if not caption else "no subject")
+        if not paths:
+            return LeftOut(id_, "no subject")
         target, *paths = (path.removeprefix(f"{self.config.images}/") for path in (target, *paths))
         words = [f"subject {number}" for number in range(1, len(paths) + 1)] if len(paths) > 1 else ["subject"]
-        return Record(id_, {"references": paths, "target": target, "caption": caption, "words": words, "scores": {}})
+        content = {"references": paths, "target": target, "caption": caption, "words": words, "scores": {}}
+        return Record(id_, content, uncaptioned=uncaptioned(caption))
 
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         content, images = record.payload, self.root / self.config.images

@@ -5,7 +5,8 @@ are counted and left. References are made by a later stage.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,12 +17,14 @@ from domainshuttle.pipelines.corpora.files import clip_of, picture_of, sample_of
 from domainshuttle.pipelines.corpora.json_records import parse
 from domainshuttle.pipelines.corpora.source import (
     Fields,
+    FolderSource,
     LeftOut,
     Notes,
     Piece,
     Record,
     SourceConfig,
     Tables,
+    uncaptioned,
 )
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason, of_sample
@@ -45,19 +48,13 @@ class WebDatasetConfig(SourceConfig):
     captions: list[str] = Field(
         ["caption", "text", "prompt"], description="fields of key.json, where there is no key.txt"
     )
-    empty_captions: Literal["leave_out", "keep"] = Field("leave_out", description="keep: `data label` writes them")
     source_video: str | None = Field(
         None, description="field of key.json that names the video that a clip was cut out of, such as url"
     )
 
 
-class WebDatasetSource:
+class WebDatasetSource(FolderSource[WebDatasetConfig]):
     """See `source.Source`."""
-
-    def __init__(self, config: WebDatasetConfig, corpus: str) -> None:
-        self.config, self.corpus = config, corpus
-        self.wanted, self.seed = config.samples, config.seed
-        self.root = Path(config.folder)
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, self.config.shards, "shards")
@@ -98,13 +95,11 @@ class WebDatasetSource:
             raise SampleFault("unreadable caption", f"{id_}.txt is not UTF-8") from error
         if not caption and any(described.content.get(name) for name in self.config.captions):
             caption = described.text(*self.config.captions).strip()
-        if not caption and self.config.empty_captions == "leave_out":
-            return LeftOut(id_, "empty caption")
         extra = len(endings) - 1 - len(texts)
         named = self.config.source_video
         video = described.text(named).strip() or None if named is not None and named in described else None
         content = {"file": piece.name, "key": key, "target": target, "caption": caption, "extra": extra, "video": video}
-        return Record(id_, content)
+        return Record(id_, content, uncaptioned=uncaptioned(caption))
 
     def make(self, records: Sequence[Record], tables: Tables, notes: Notes) -> Iterator[RawSample | LeftOut]:
         """See `source.Source`."""
@@ -139,23 +134,40 @@ def _folded(name: str) -> str:
     return ".".join(_split(name))
 
 
-def _members(path: Path, wanted: Any) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of the members that are wanted, in order. Raises DataError for a shard that is cut or damaged."""
-    from webdataset.tariterators import tar_file_iterator  # which brings torch
-
     try:
         with contextlib.ExitStack() as opened:
-            stream = _Ended(_unpacked(path, opened))
-            for member in tar_file_iterator(stream, skip_meta=None, select_files=wanted):
-                yield member["fname"], member["data"]
-            stream.check()
+            stream: Any = _Counted(_unpacked(path, opened))  # of a file, tarfile only reads
+            # names that are no UTF-8 stay names
+            archive: Any = opened.enter_context(
+                tarfile.open(fileobj=stream, mode="r|", tarinfo=_Header, encoding="utf-8", errors="backslashreplace")
+            )
+            for member in archive:
+                if member.isreg() and wanted(member.name) and (file := archive.extractfile(member)) is not None:
+                    yield member.name, file.read()
+                archive.members = []  # of large shards, all headers would be held
+            stream.check_end(archive.offset)
     except DataError:
         raise
-    except Exception as error:  # of tarfile, the decompressors and webdataset, each with types of its own
+    except Exception as error:  # of tarfile and the decompressors, each with types of its own
         text = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path} is cut short or damaged ({type(error).__name__}: {text}): download it again"
         ) from error
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is damaged is an error: tarfile takes it for the end of the archive, and loses what follows."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Header":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if bytes(buf).strip(b"\0"):
+                raise ValueError(f"a header that is none: {error}") from error
+            raise  # the end
 
 
 def _unpacked(path: Path, opened: contextlib.ExitStack) -> IO[bytes]:
@@ -168,19 +180,25 @@ def _unpacked(path: Path, opened: contextlib.ExitStack) -> IO[bytes]:
     return stream
 
 
-class _Ended:
-    """A stream that knows whether the archive had an end: tarfile takes one that was cut between members for whole."""
+class _Counted:
+    """A stream that knows where its last byte is that is not zero: tarfile takes an archive that was cut between
+    members for whole, and does not see a second one that was joined to it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.last = stream, b""
+        self.stream, self.size, self.last = stream, 0, 0
 
     def read(self, size: int = -1) -> bytes:
         data = bytes(self.stream.read(size))
-        self.last = (self.last + data)[-512:] if len(data) < 512 else data[-512:]
+        if held := len(data.rstrip(b"\0")):
+            self.last = self.size + held
+        self.size += len(data)
         return data
 
-    def check(self) -> None:
+    def check_end(self, end: int) -> None:
+        """Raises ValueError where the archive's end, whose place this is, is not there, or more follows it."""
         while self.read(1 << 20):
             pass
-        if len(self.last) < 512 or self.last.strip(b"\0"):
+        if self.size < end + tarfile.BLOCKSIZE:
             raise ValueError("it has no end of archive")
+        if self.last > end:
+            raise ValueError("more follows the end of the archive, as where several were joined")

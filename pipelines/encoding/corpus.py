@@ -8,6 +8,7 @@ decoded or fitted go to the quarantine table with their reason.
 
 import ast
 import json
+import shlex
 import socket
 import tempfile
 import time
@@ -46,6 +47,7 @@ from domainshuttle.pipelines.encoding.units import (
 )
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.parts import CONVERTED_NAME, EMPTY_CAPTION_NAME, INDEX_NAME, WORK_NAME
+from domainshuttle.pipelines.index.selection import CAPTIONED, uncaptioned
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import (
     SCHEMA,
@@ -437,10 +439,13 @@ def encode(
     """Encodes what is missing of some corpora on the Ray cluster that is connected, with one pool of actors.
 
     `progress` is told of samples done, of all, and a note on the throughput. `grows`: the pool takes more actors than
-    `pool` says where the cluster gets room for them. Raises DataError for encoders that can't be loaded, where a whole
-    corpus, or much of it, would be removed unless it is to be (`overwrite`), and, when all others have their indexes,
-    for those of which more than `most_bad` of the samples are bad. Raises StorageError where a store or a node fails.
+    `pool` says where the cluster gets room for them. Raises DataError for samples without a caption, for encoders that
+    can't be loaded, where a whole corpus, or much of it, would be removed unless it is to be (`overwrite`), and, when
+    all others have their indexes, for those of which more than `most_bad` of the samples are bad. Raises StorageError
+    where a store or a node fails.
     """
+    for job in jobs:
+        _require_captions(job)
     pool = pool or ActorPool(actors=2)
     device, threads = "cuda" if pool.gpus else "cpu", max(1, int(pool.cpus))
     describe = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus)(_describe_encoders)
@@ -483,6 +488,18 @@ def encode(
     if faults:
         raise DataError("; ".join(faults))
     return finished
+
+
+def _require_captions(job: EncodingJob) -> None:
+    """Raises DataError where samples that are to be encoded have no caption."""
+    if not (mute := uncaptioned(job.raw.index, job.where)):
+        return
+    where = f"({job.where}) and {CAPTIONED}" if job.where else CAPTIONED
+    raise DataError(
+        f"corpus {job.raw.name!r}: {mute} of its samples have no caption, and training learns from captions. Let a "
+        "model write them: domainshuttle data label CONFIG with labels.labeller=endpoint or transformers "
+        f"(docs/datasets.md). Or leave them out: domainshuttle data encode CONFIG --where {shlex.quote(where)}"
+    )
 
 
 def _run(

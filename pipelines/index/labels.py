@@ -74,7 +74,7 @@ def labelled_row(row: IndexRow, info: SampleInfo, member: Member) -> IndexRow:
         members=(*row.members, member),
         subjects=tuple(subject.word for subject in info.subjects),
         domains=tuple(subject.domain for subject in info.subjects),
-        caption_length=len(info.caption),
+        caption_length=info.caption_length,
         scores=dict(info.scores),
         checksum=labelled_checksum(row.checksum, member_digest(LABELS_MEMBER, len(data), [data])),
     )

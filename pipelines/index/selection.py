@@ -36,6 +36,17 @@ def selected_rows(place: Location, where: str) -> np.ndarray:
     return mask
 
 
+CAPTIONED = "caption_length > 0"
+"""The filter that leaves samples with a caption."""
+
+
+def uncaptioned(place: Location, where: str | None) -> int:
+    """How many samples of an index file, or of those that a filter leaves, have no caption. Raises what `selected_rows`
+    does."""
+    empty = Index.load(place, ["caption_length"], verify=False).column("caption_length") == 0
+    return int(np.count_nonzero(empty & selected_rows(place, where) if where else empty))
+
+
 def selected_digest(part: IndexMetadata, where: str | None) -> str:
     """The digest of an index file's rows, or of those that a filter leaves."""
     return combined_digest("where", part.digest, where) if where else part.digest

@@ -126,7 +126,7 @@ class IndexRow:
             domains=tuple(subject.domain for subject in info.subjects),
             reference_subjects=tuple(reference.subject for reference in info.references),
             reference_origins=tuple(reference.origin for reference in info.references),
-            caption_length=len(info.caption),
+            caption_length=info.caption_length,
             scores=dict(info.scores),
             checksum=entry.checksum,
             text_tokens=text_tokens,

@@ -9,7 +9,8 @@ from typing import Any
 from rich.markup import escape
 
 from domainshuttle.cluster.local import quiet_ray
-from domainshuttle.pipelines.corpora.builder import REPORT_NAME, build_corpus
+from domainshuttle.pipelines.corpora.builder import REPORT_NAME, UNCAPTIONED, build_corpus, keep_hint
+from domainshuttle.pipelines.corpora.registry import make_source
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import read_skipped
@@ -32,6 +33,14 @@ from domainshuttle.platform.commands.data_index import (
 from domainshuttle.platform.commands.labels import LabelJob, label_corpora, print_kept_labels
 from domainshuttle.platform.config.schema import ConfigError, CorporaConfig, RunConfig
 from domainshuttle.platform.console import console, progress
+
+
+def check_sources(config: RunConfig | CorporaConfig, only: list[str] | None = None) -> None:
+    """Raises DataError for a source that is not laid out as it should be, such as a wrong folder or a download that is
+    not complete."""
+    for name in chosen_corpora(config, only):
+        if (build := config.corpora[name].build) is not None:
+            make_source(build, name).pieces()
 
 
 def build_corpora(
@@ -175,9 +184,12 @@ def _print_left_out(report: dict[str, Any], folder: Path) -> None:
     reasons = {**report["left_out"], **({"not drawn": report["not_drawn"]} if report["not_drawn"] else {})}
     if reasons:
         counted = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-        console.print(f"  of {report['records']} records left out: {counted}", markup=False)
+        hint = keep_hint(report["left_out"])
+        console.print(f"  of {report['records']} records left out: {counted}{hint}", markup=False)
     if report["wanted"] and report["selected"] < report["wanted"]:
         console.print(f"  {report['wanted']} were wanted: the source has no more", markup=False)
+    if mute := report["notes"].get(UNCAPTIONED):
+        console.print(f"  {mute} samples have no caption until `data label` writes it", markup=False)
     if reasons or report["notes"]:
         console.print(f"  counts, examples and settings: {folder / REPORT_NAME}", markup=False)
 

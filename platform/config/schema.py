@@ -976,8 +976,8 @@ class RunConfig(Section):
             corpus.pop("pair")  # as above
             if pair is not None:
                 corpus["pair"] = {**pair.finding(), **pair.choosing()}
-            for key, unused in (("source_clip", False), ("source_video", None)):
-                if corpus["build"] and corpus["build"].get(key, ...) is unused:
+            for key, unused in (("source_clip", False), ("source_video", None), ("empty_captions", "leave_out")):
+                if corpus["build"] and corpus["build"].get(key, ...) == unused:
                     del corpus["build"][key]
         return self._with_planned_steps(content)
 

@@ -8,7 +8,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import COMPANION, read_skipped
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
-from domainshuttle.pipelines.index.selection import selected_rows
+from domainshuttle.pipelines.index.selection import CAPTIONED, selected_rows, uncaptioned
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import Index, read_metadata
 from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
@@ -66,6 +66,26 @@ def require_as_configured(config: RunConfig) -> None:
         for name, where in stage.where.items():
             if name not in missing:
                 selected_rows(config.corpus(name).index, where)
+    _require_captions(config, missing)
+
+
+def _require_captions(config: RunConfig, missing: list[str]) -> None:
+    """Raises DataError where a stage would learn from samples without a caption. A run that began before this was asked
+    goes on as it is."""
+    if Run(config).config_path.exists():
+        return
+    for stage in config.stages:
+        for name in set(stage.mixture) - set(missing):
+            where = stage.where.get(name)
+            if not (mute := uncaptioned(config.corpus(name).index, where)):
+                continue
+            filtered = f"({where}) and {CAPTIONED}" if where else CAPTIONED
+            again = "" if config.trained_form == "raw" else ", then domainshuttle data encode CONFIG"
+            raise DataError(
+                f"corpus {name!r}: {mute} of the samples that stage {stage.name} takes have no caption. Let a model "
+                "write them: domainshuttle data label CONFIG with labels.labeller=endpoint or transformers"
+                f"{again} (docs/datasets.md). Or leave them out: stages.{stage.name}.where: {{{name}: {filtered!r}}}"
+            )
 
 
 def _require_as_configured(config: RunConfig, corpus: CorpusSpec) -> None:

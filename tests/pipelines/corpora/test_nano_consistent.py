@@ -1,42 +1,13 @@
 """Nano-Consistent-150K. Run: python -m pytest tests/pipelines/corpora/test_nano_consistent.py"""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from built import grey, jpeg, made, reasons
+from built import grey, made, reasons
+from sources.nano_consistent import record, source
 
 from domainshuttle.pipelines.corpora.nano_consistent import NanoConsistentConfig
 from domainshuttle.pipelines.errors import DataError
-
-
-def record(person: str, variant: str, **changes: Any) -> dict[str, Any]:
-    """A record in the form of the files."""
-    content = {
-        "task_type": "ic",
-        "instruction": f"Change the pose of the woman: {variant}.",
-        "input_images": [f"Nano-150k/Image/orignal/people/{person}.jpg"],
-        "output_image": f"Nano-150k/Image/output/action/{variant}/{person}.jpg",
-        "general_prompt": "The actions after being edited are: x",
-    }
-    return {**content, **changes}
-
-
-def source(root: Path, records: list[Any]) -> NanoConsistentConfig:
-    inner = root / "Nano-150k"
-    (inner / "json").mkdir(parents=True)
-    half = len(records) // 2
-    for name, part in (("action", records[:half]), ("hairstyle", records[half:])):
-        lines = "".join(json.dumps(one) + "\n" for one in part)
-        (inner / "json" / f"{name}_cleaned.jsonl").write_text(lines)
-    for person, shade in (("A_1", 20), ("B_1", 120)):
-        (inner / "Image" / "orignal" / "people").mkdir(parents=True, exist_ok=True)
-        (inner / "Image" / "orignal" / "people" / f"{person}.jpg").write_bytes(jpeg(shade))
-        for number, variant in enumerate(("sit", "run", "long_hair"), 1):
-            (inner / "Image" / "output" / "action" / variant).mkdir(parents=True, exist_ok=True)
-            (inner / "Image" / "output" / "action" / variant / f"{person}.jpg").write_bytes(jpeg(shade + number))
-    return NanoConsistentConfig(folder=str(root))
 
 
 def test_other_outputs_of_a_portrait_are_references_of_its_person(tmp_path: Path) -> None:

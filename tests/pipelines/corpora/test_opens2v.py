@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from built import MEDIA, encoded, made
+from built import MEDIA, made
+from sources.opens2v import clip, entry, source
 
 from domainshuttle.pipelines.corpora.opens2v import OpenS2VConfig
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.media.decode import decode_image, decode_video, encode_jpeg, encode_mp4
+from domainshuttle.pipelines.media.decode import decode_image, decode_video, encode_jpeg
 
 NEXUS = MEDIA / "opens2v_nexus" / "data_process" / "demo_result"
 OLDER = MEDIA / "opens2v_nexus_2025-05" / "data_process" / "demo_result"
@@ -73,52 +74,6 @@ def test_records_of_may_2025_have_pictures_by_gpt_image(tmp_path: Path) -> None:
 
 def sample_key(root: Path) -> str:
     return next(iter(json.loads((root / "jsons" / "dataset1.json").read_text())))
-
-
-def mask(top: int, bottom: int, left: int, right: int) -> dict[str, Any]:
-    drawn = np.zeros((64, 96), bool)
-    drawn[top:bottom, left:right] = True
-    return {"size": [64, 96], "counts": encoded(drawn), "score": [0.9]}
-
-
-def entry(**changes: Any) -> dict[str, Any]:
-    """An entry in the form of the files, of a clip of 12 frames of 112x72 of which 9 of 96x64 are wanted."""
-    words = ["person", "dog"]
-    masks = [mask(0, 40, 0, 40), mask(30, 64, 50, 96)]
-    content = {
-        "metadata": {
-            "path": "a.mp4", "cut": [0, 12], "face_cut": [2, 11], "crop": [8, 104, 4, 68], "fps": 8.0,
-            "num_frames": 9, "resolution": {"height": 64, "width": 96}, "tech": 2.0, "motion": 0.1,
-            "aesthetic": 5.0, "face_cap_qwen": "A person and a dog.",
-        },
-        "word_tags": {"background": [], "subject": ["person", "dog"], "object": [], "pre_define": ["person"]},
-        "annotation": {
-            "ann_frame_data": {
-                "ann_frame_idx": 2,
-                "annotations": [{"class_name": word, "bbox": [0.0, 0.0, 5.0, 5.0], "gme_score": 0.4, "aes_score": 5.0}
-                                for word in words],
-                "box_format": "xyxy", "img_width": 96, "img_height": 64,
-            },
-            "mask_map": {str(n): {"class_name": word} for n, word in enumerate(words, 1)},
-            "mask_annotation": {"2": {str(n): one for n, one in enumerate(masks, 1)}},
-        },
-    }  # fmt: skip
-    content["metadata"].update(changes)
-    return content
-
-
-def clip() -> np.ndarray:
-    y, x = np.mgrid[:72, :112]
-    frames = [np.stack([x * 2, y * 3, np.full_like(x, 20 * number)], -1) for number in range(12)]
-    return np.array(frames, np.uint8)
-
-
-def source(root: Path, entries: Any) -> OpenS2VConfig:
-    (root / "Jsons" / "mask_and_bbox_High-Quality").mkdir(parents=True)
-    (root / "Jsons" / "mask_and_bbox_High-Quality" / "total_part1.json").write_text(json.dumps(entries))
-    (root / "Videos" / "total_part1" / "deep").mkdir(parents=True)
-    (root / "Videos" / "total_part1" / "deep" / "a.mp4").write_bytes(encode_mp4(clip(), 8))
-    return OpenS2VConfig(folder=str(root))
 
 
 def test_a_clip_is_cut_in_time_and_in_its_frames(tmp_path: Path) -> None:
@@ -193,3 +148,18 @@ def test_pictures_of_wrong_folders_are_one_message(tmp_path: Path) -> None:
     (videos / "a.mp4").write_bytes(encode_jpeg(clip()[0]))
     (bad,) = made(config, tmp_path / "d").bad
     assert bad.reason.startswith("unreadable clip")
+
+
+def test_a_part_that_is_not_extracted_is_one_message_with_the_piece_that_is_missing(tmp_path: Path) -> None:
+    config = source(tmp_path / "root", {"a_part1": entry()})
+    part = tmp_path / "root" / "Videos" / "total_part2"
+    part.mkdir()
+    for number in (0, 1, 3):
+        (part / f"total_part2.tar.split.00{number}").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"of the split archive total_part2\.tar\.split the pieces 002 are"):
+        made(config, tmp_path / "survey")
+    (part / "total_part2.tar.split.002").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"run `cat total_part2\.tar\.split\* \| tar -x` in it"):
+        made(config, tmp_path / "survey")
+    (part / "b.mp4").write_bytes(b"x")  # extracted, and the archives are still there
+    assert len(made(config, tmp_path / "survey").samples) == 1

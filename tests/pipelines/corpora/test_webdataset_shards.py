@@ -1,44 +1,16 @@
 """WebDataset shards of others. Run: python -m pytest tests/pipelines/corpora/test_webdataset_shards.py"""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from built import grey, jpeg, made, mp4, reasons
+from built import grey, jpeg, made, reasons
+from sources.webdataset_shards import MEMBERS, tar
 
 from domainshuttle.pipelines.corpora.webdataset_shards import WebDatasetConfig
 from domainshuttle.pipelines.errors import DataError
-
-MEMBERS = {
-    "000000001.jpg": jpeg(30),
-    "000000001.txt": b"A cat.",
-    "000000001.json": json.dumps({"caption": "not this", "status": "success", "width": 56}).encode(),
-    "dir/clip one.mp4": mp4(),
-    "dir/clip one.json": json.dumps({"caption": "A clip."}).encode(),
-    "dir/clip one.m4a": b"sound",
-    "dir/clip one.JPG": jpeg(1),  # a picture of the clip
-    "failed.json": json.dumps({"caption": "x", "status": "failed_to_download"}).encode(),
-    "mute.png": jpeg(60),
-    "torn.jpg": jpeg(9)[:40],
-    "torn.txt": b"x",
-    "odd.jpg": jpeg(9),
-    "odd.json": b"[1]",
-    "__MACOSX/._x.jpg": b"",
-}
-
-
-def tar(members: dict[str, bytes], end: bool = True) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-        size = buffer.tell()
-    return buffer.getvalue() if end else buffer.getvalue()[:size]
 
 
 @pytest.mark.parametrize(("ending", "codec"), [("tar", None), ("tar.gz", "gzip"), ("tgz", "gzip"), ("tar.zst", "zstd")])
@@ -93,3 +65,35 @@ def test_captions_may_have_other_names(tmp_path: Path) -> None:
     config = WebDatasetConfig(folder=str(tmp_path), captions=["alt", "title"])
     assert [sample.info.caption for sample in made(config, tmp_path / "survey")] == ["T"]
     assert made(config, tmp_path / "survey").tally.counts == {"no picture or clip": 1}
+
+
+def test_a_damaged_header_and_joined_archives_lose_nothing_silently(tmp_path: Path) -> None:
+    members = {f"{number}.{ending}": data for number in range(4) for ending, data in (("jpg", jpeg(9)), ("txt", b"x"))}
+    data = tar(members)
+    (tmp_path / "a.tar").write_bytes(data)
+    assert len(made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "whole").samples) == 4
+    for number, name in enumerate(("2.jpg", "3.txt")):
+        torn = bytearray(data)
+        torn[data.index(name.encode()) + 100] ^= 0xFF  # of the header's mode, which its checksum covers
+        (tmp_path / "a.tar").write_bytes(torn)
+        with pytest.raises(DataError, match=r"a\.tar is cut short or damaged \(ValueError: a header that is none"):
+            made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / f"torn{number}")
+    (tmp_path / "a.tar").write_bytes(data + tar({"9.jpg": jpeg(9), "9.txt": b"x"}))
+    with pytest.raises(DataError, match="more follows the end of the archive, as where several were joined"):
+        made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "joined")
+
+
+def test_names_that_are_not_utf8_stay_names(tmp_path: Path) -> None:
+    data = tar({"caf_.jpg": jpeg(9), "caf_.txt": b"A cup."})
+    packed = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(data)) as old,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as new,
+    ):
+        for member in old:
+            content = old.extractfile(member)
+            member.name = member.name.replace("_", "é")
+            new.addfile(member, content)
+    (tmp_path / "a.tar").write_bytes(packed.getvalue())
+    (sample,) = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
+    assert "caf_xe9" in sample.key and sample.info.caption == "A cup."

@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domainshuttle.pipelines.buckets import Bucket, nearest_shareable
+from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.index.selection import uncaptioned
+from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.sample import sample_id
 from domainshuttle.pipelines.shards.tar import Member
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.driver.preflight import require_as_configured, require_shareable
+from domainshuttle.platform.driver.preflight import _require_captions, require_as_configured, require_shareable
+from domainshuttle.platform.run.folder import Run
 
 
 def test_an_index_of_another_corpus_is_refused_by_name(tiny_yaml: Path, tmp_path: Path) -> None:
@@ -38,6 +42,43 @@ def test_an_index_of_another_corpus_is_refused_by_name(tiny_yaml: Path, tmp_path
     write_index(Path(spec.index), [row], IndexMetadata(corpus="films", stage="raw", fps=spec.fps))
     with pytest.raises(DataError, match="corpus 'clips': the index in its folder is of corpus 'films'"):
         require_as_configured(config)
+
+
+def test_samples_without_a_caption_are_refused_with_a_filter_that_leaves_them_out(
+    tiny_yaml: Path, tmp_path: Path
+) -> None:
+    """By training on raw shards and by encoding alike; a run that began before goes on."""
+    settings = [f"data={tmp_path}", f"output={tmp_path}", "encoders.live={actors: 1}"]
+    config = load_config(str(tiny_yaml), settings)
+    for name in ("pictures", "clips"):
+        spec = config.corpus(name)
+        bucket = spec.buckets[0]
+        rows = [
+            IndexRow(
+                source="s", shard="s-0.tar", key=key, sample_id=sample_id(name, key), members=(Member("json", 0, 1),),
+                kind="image", frames=1, height=bucket.height, width=bucket.width, fps=None, bucket=str(bucket),
+                subjects=(), domains=(), reference_subjects=(), reference_origins=(), scores={}, checksum=1,
+                caption_length=length,
+            )
+            for key, length in (("k", 9), ("mute", 0), ("late", 5))
+        ]  # fmt: skip
+        Path(spec.folder).mkdir(parents=True)
+        write_index(Path(spec.index), rows if name == "clips" else rows[:1], IndexMetadata(corpus=name, stage="raw"))
+    place = config.corpus("clips").index
+    assert (uncaptioned(place, None), uncaptioned(place, "key == 'k'"), uncaptioned(place, "key != 'k'")) == (1, 0, 1)
+    raw = CorpusSpec("clips", "raw", config.corpus("clips").folder)
+    with pytest.raises(DataError, match=r"1 of its samples have no caption.* --where '\(frames > 0\) and caption_len"):
+        encode([EncodingJob(raw, raw, "frames > 0")], config.encoders.sources(), lambda *told: None)
+    with pytest.raises(DataError, match="1 of the samples that stage") as refused:
+        _require_captions(config, [])
+    match = re.search(r"stages\.(\w+)\.where: (\{.*\})", str(refused.value))
+    assert match is not None
+    stages = [stage.name for stage in config.stages]
+    filters = [f"stages.{number}.where={match[2]}" for number, name in enumerate(stages)
+               if "clips" in config.stages[number].mixture]  # fmt: skip
+    _require_captions(load_config(str(tiny_yaml), [*settings, *filters]), [])
+    Run.open(config)
+    _require_captions(config, [])
 
 
 def test_buckets_and_heads_that_can_not_be_shared_are_refused_with_what_can() -> None:
