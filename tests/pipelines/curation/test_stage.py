@@ -90,10 +90,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
 
 
-def test_samples_pass_the_steps_and_nothing_is_dropped_silently(tmp_path: Path) -> None:
-    raw, told = raw_corpus(tmp_path / "raw"), []
-    staged = run(raw, tmp_path / "out", steps(tmp_path / "log"), lambda *numbers: told.append(numbers))
-    index = Index.load(tmp_path / "out" / "index.parquet")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Path, Staged, list[tuple[int, ...]]]:
+    """A folder with a corpus (raw) and what the steps made of it without a stop (out), and what was told of it."""
+    folder, told = tmp_path_factory.mktemp("whole"), list[tuple[int, ...]]()
+    made = steps(folder / "log")
+    return folder, run(raw_corpus(folder / "raw"), folder / "out", made, lambda *now: told.append(now)), told
+
+
+def test_samples_pass_the_steps_and_nothing_is_dropped_silently(
+    whole: tuple[Path, Staged, list[tuple[int, ...]]],
+) -> None:
+    folder, staged, told = whole
+    index = Index.load(folder / "out" / "index.parquet")
     kept = [number for number in range(20) if number % 7 not in (3, 4)]
     assert [row.key for row in index.rows(range(len(index)))] == [f"s{number}" for number in kept]
     for number, row in zip(kept, index.rows(range(len(index))), strict=True):
@@ -101,20 +110,21 @@ def test_samples_pass_the_steps_and_nothing_is_dropped_silently(tmp_path: Path) 
         assert sample.info.caption == f"number {number}" and row.bucket == "1x32x32"
         assert sample.target == jpeg(number) and sample.files["ref0.jpg"] == jpeg(100 + number)
         assert [reference.file for reference in sample.info.references] == ["ref0.jpg", "ref1.jpg"]
-    bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    bad = [json.loads(line) for line in (folder / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [row["key"] for row in bad] == ["s3", "s4", "s10", "s11", "s17", "s18"]
     assert "a decoder's own error" in bad[0]["reason"] and bad[1]["reason"] == "too dark: as it is"
-    traces = [json.loads(line) for line in (tmp_path / "out" / TRACE_NAME).read_text().splitlines()]
+    traces = [json.loads(line) for line in (folder / "out" / TRACE_NAME).read_text().splitlines()]
     assert traces == [{"key": f"s{number}", "level": number} for number in range(20)]  # also of those left out
     assert staged.report["left_out"] == {"unreadable sample": 3, "too dark": 3} and staged.bad == 6
     assert staged.report["notes"] == {"references added": 14} and staged.report["samples"] == 14
-    assert json.loads((tmp_path / "out" / REPORT_NAME).read_text()) == staged.report
+    assert json.loads((folder / "out" / REPORT_NAME).read_text()) == staged.report
     assert told[0] == (0, 20) and told[-1] == (20, 20)
 
 
-def test_a_stage_that_stopped_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    raw = raw_corpus(tmp_path / "raw")
-    run(raw, tmp_path / "whole", steps(tmp_path / "log"))
+def test_a_stage_that_stopped_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, whole: tuple[Path, Staged, list[tuple[int, ...]]]
+) -> None:
+    raw = CorpusSpec("mine", "raw", str(whole[0] / "raw"))
     with pytest.raises(StorageError, match="the place is full"):
         run(raw, tmp_path / "out", steps(tmp_path / "first", breaks_at=17))
     assert not (tmp_path / "out" / "index.parquet").exists()
@@ -122,7 +132,7 @@ def test_a_stage_that_stopped_goes_on_and_gives_the_same_bytes(tmp_path: Path) -
     finished = {path.name for path in work.glob("*.done")}
     (tmp_path / "out" / "part-000004-000000.tar").write_bytes(b"torn")  # as where it was killed
     run(raw, tmp_path / "out", steps(again))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(whole[0] / "out")
     assert len(again.read_text().split()) == 5 - len(finished)
     run(raw, tmp_path / "out", steps(tmp_path / "third"))
     assert not (tmp_path / "third").exists()  # all is there

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -390,23 +391,19 @@ def tensors(batch: TrainingBatch) -> list[tuple[str, Tensor]]:
 
 def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path: Path, ray_cluster: None) -> None:
     """Ray Data from the plan to the ranks, with an actor that another rank may wait for and damaged samples."""
-    import ray
-
     before = reserved("LiveEncoder")
     one = feed(corpora, "damaged", "pictures", live=True, micro_batch=2)
     shards = plan_dataset(one, 1, 5, world_size=2, pool=ActorPool(actors=2, cpus=0.25), read_ahead=1 << 16)
 
-    @ray.remote(num_cpus=0)
-    def consume(shard: Any, rank: int) -> list[tuple[int, int, list[str], list[tuple[str, Tensor]]]]:
-        torch.set_num_threads(1)
-        loader = Loader(shard, one, rank, 2, tmp_path / f"q{rank}", most_bad=1.0)
-        # nothing of this module is named here, which workers could not import
+    def consume(rank: int) -> list[tuple[int, int, list[str], list[tuple[str, Tensor]]]]:
+        loader = Loader(shards[rank], one, rank, 2, tmp_path / f"q{rank}", most_bad=1.0)
         return [
-            (one.step, one.part, one.keys, [(n, t.clone()) for n, t in vars(one.batch).items() if torch.is_tensor(t)])
+            (one.step, one.part, one.keys, [(name, tensor.clone()) for name, tensor in tensors(one.batch)])
             for one in loader
         ]
 
-    got = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
+    with ThreadPoolExecutor(2) as ranks:  # both at once, as the ranks of a training ask
+        got = list(ranks.map(consume, range(2)))
     reader = RawReader(one, SOURCES, "cpu")
     bad = 0
     for rank, micros in enumerate(got):
@@ -424,20 +421,14 @@ def test_actors_feed_two_ranks_with_the_planned_batches(corpora: Path, tmp_path:
 
 def test_an_encoded_micro_batch_passes_through_the_object_store_once(tmp_path: Path, ray_cluster: None) -> None:
     """By the store's own count of what was ever made in it: neither pictures nor a second copy of the latents."""
-    import ray
-
     raw_corpus(tmp_path, "large", kind="video", frames=9, fitted="9x256x256")
     one = feed(tmp_path, "large", live=True, reference_dropout=0.0)
     (shard,) = plan_dataset(one, 0, 3, world_size=1, pool=ActorPool(cpus=0.25))
 
-    @ray.remote(num_cpus=0)
-    def consume() -> list[int]:
-        torch.set_num_threads(1)
-        loader = Loader(shard, one, 0, 1, tmp_path / "q")
-        return [sum(one.nbytes for one in vars(micro.batch).values() if torch.is_tensor(one)) for micro in loader]
-
     before = plasma_bytes()
-    sizes = ray.get(consume.remote())
+    sizes = [
+        sum(tensor.nbytes for _, tensor in tensors(micro.batch)) for micro in Loader(shard, one, 0, 1, tmp_path / "q")
+    ]
     made = plasma_bytes() - before
     assert len(sizes) == 6 and min(sizes) > 500_000
     assert sum(sizes) <= made < 1.2 * sum(sizes)
