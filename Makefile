@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# hundreds of short processes would compile the sources anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-nightly check chaos clean
 
@@ -17,12 +19,9 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/domainshuttle demo
 
-# two files at a time, each with its fixtures made once; then those that train, which need both cores. Both always run.
+# three processes, so that two cores have work while tests wait; what each of them runs is in tests/conftest.py
 test: $(VENV)/installed
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; failed=0; \
-	$(BIN)/python -m pytest -m "not slow and not nightly" -n 2 --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest -m "slow and not nightly" || failed=1; \
-	exit $$failed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 # whole trainings, for which a working day has no time
 test-nightly: $(VENV)/installed

@@ -1,5 +1,7 @@
 """Fixtures that several folders of tests share."""
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,41 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`: what one process runs, longest first.
+
+    The tests that train share one Ray cluster, one set of corpora and one finished run; all others that need Ray share
+    another cluster; the rest of a file stays together, for its fixtures.
+    """
+    if not getattr(config.option, "loadgroup", False):
+        return
+
+    def needs_ray(item: pytest.Item) -> bool:
+        return "ray_cluster" in getattr(item, "fixturenames", ())
+
+    often = [item for item in items if not item.get_closest_marker("nightly")]
+    of_ray = {item.path for item in often if needs_ray(item) and not item.get_closest_marker("slow")}
+    long = {item.path for item in often if item.get_closest_marker("slow") and not needs_ray(item)}
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        if item.get_closest_marker("slow") and needs_ray(item):
+            return 0, "training"
+        if item.path in of_ray:
+            return 1, "ray"
+        return 2 if item.path in long else 3, str(item.path.relative_to(ROOT / "tests").with_suffix(""))
+
+    places = {item: place(item) for item in items}
+    items.sort(key=lambda item: places[item][0])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(places[item][1]))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: it need not be looked through each time that garbage is collected, as engines do."""
+    gc.freeze()
+
+
 @pytest.fixture
 def torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own linear. A ZeRO-3 engine leaves DeepSpeed's in its process, which keeps and runs other things."""
@@ -35,11 +72,33 @@ def torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this machine, without dashboard, for the session."""
-    from domainshuttle.cluster.local import Connection
+    """A Ray cluster of this machine, without dashboard, for the session.
 
-    with Connection():
+    Ray gives its processes half a minute to start. Where other programs keep the machine from it, it's tried again.
+    """
+    from domainshuttle.cluster.local import ClusterError, Connection
+
+    with contextlib.ExitStack() as stack:
+        for more in (True, True, False):
+            try:
+                stack.enter_context(Connection())
+                break
+            except ClusterError:
+                import ray
+
+                ray.shutdown()
+                if not more:
+                    raise
         yield
+
+
+@pytest.fixture(scope="session")
+def cluster_variables(ray_cluster: None) -> dict[str, str]:
+    """The variables with which a command of its own process takes that cluster, and starts none."""
+    import ray
+
+    access = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+    return access | {"RAY_ADDRESS": str(ray.get_runtime_context().gcs_address)}
 
 
 TINY = """

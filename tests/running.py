@@ -39,9 +39,9 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"OMP_NUM_THREADS": "1", "PATH": path, "COLUMNS": "160"} | more
 
 
-def cli(*arguments: object, expect: int = 0) -> str:
+def cli(*arguments: object, expect: int = 0, **env: str) -> str:
     run = subprocess.run(
-        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=environment(), check=False
+        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=600, env=environment(**env), check=False
     )
     assert run.returncode == expect, f"{arguments}: {run.returncode}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     return run.stdout + run.stderr

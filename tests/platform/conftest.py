@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,9 @@ def tiny(tiny_yaml: Path, ray_cluster: None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unbroken(tiny: Path) -> tuple[RunConfig, str]:
-    """A run from beginning to end, and what it printed."""
-    printed = cli("train", tiny)
+def unbroken(tiny: Path, cluster_variables: dict[str, str]) -> tuple[RunConfig, str]:
+    """A run from beginning to end, on the cluster of the session, and what it printed."""
+    printed = cli("train", tiny, **cluster_variables)
     return load_config(str(tiny)), printed
 
 
@@ -50,10 +51,10 @@ def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     ray = Path(sys.executable).parent / "ray"
     log = (tmp_path / "ray.log").open("w")
     command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command.append(f"--dashboard-agent-listen-port={agent}")
-    command += [f"--temp-dir={tmp_path / 'r'}", "--disable-usage-stats"]
-    if len(str(tmp_path)) > 60:  # a socket's path has a limit of 107 characters
-        command.remove(f"--temp-dir={tmp_path / 'r'}")
+    # a folder of its own, so that no other program takes the cluster for that of this machine; a short one, since a
+    # socket's path has at most 107 characters
+    own = tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True)
+    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={own.name}", "--disable-usage-stats"]
     head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -75,3 +76,4 @@ def users_cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         for child in children:
             if child.is_running():
                 child.kill()
+        own.cleanup()

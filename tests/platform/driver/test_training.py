@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from running import CLI, cli, environment, in_process, losses, start, wait_for_step, weights, workers_of
 
@@ -27,7 +28,7 @@ from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import audit_samples
 from domainshuttle.platform.tracking.queries import list_artifacts, read_history, read_runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tuple[RunConfig, str]) -> None:
@@ -75,7 +76,9 @@ def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig,
     assert len(moved & trained) > 0.8 * len(trained)
 
 
-def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_stopped_and_a_killed_run_end_with_the_same_bits(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     whole, _ = unbroken
     other = ["--set", f"output={tiny.parent}/broken", "--set", "cluster.max_failures=2"]
     config = load_config(str(tiny), [f"output={tiny.parent}/broken"])
@@ -83,20 +86,20 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(tiny: Path, unbroken:
     # its stage 1 is the whole run's: only stage 2 is to be broken
     for part in ("weights", "consumed"):
         shutil.copytree(Run(whole).folder / part, run.folder / part, ignore=shutil.ignore_patterns("stage2*"))
-    # Ctrl-C in stage 2
+    # Ctrl-C in stage 2, in a cluster that the command starts and ends itself
     process = start(tiny, *other, log=tiny.parent / "broken.log")
     wait_for_step(process, run, "stage2", 2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 3
+    assert process.wait(timeout=300) == 3
     stopped = CheckpointStore(run.checkpoints).newest("stage2")
     assert stopped is not None
     assert 2 < stopped.state.step < 24
     runs_before = {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])}
-    # on again; a worker dies without a word
-    process = start(tiny, *other)
+    # on again, in the cluster of the session; a worker dies without a word
+    process = start(tiny, *other, **cluster_variables)
     wait_for_step(process, run, "stage2", stopped.state.step + 1)
-    workers_of(process)[0].kill()
-    assert process.wait(timeout=240) == 0
+    workers_of(psutil.Process())[0].kill()
+    assert process.wait(timeout=400) == 0
     ours, theirs = weights(config, "stage2"), weights(whole, "stage2")
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -157,8 +160,8 @@ def test_missing_corpora_are_named_with_the_commands(tiny: Path, tmp_path: Path)
     assert "Traceback" not in printed
 
 
-def test_too_few_cpus_are_answered_at_once(tiny: Path) -> None:
-    printed = cli("train", tiny, "--set", "cluster.cpus_per_worker=64", expect=2)
+def test_too_few_cpus_are_answered_at_once(tiny: Path, cluster_variables: dict[str, str]) -> None:
+    printed = cli("train", tiny, "--set", "cluster.cpus_per_worker=64", expect=2, **cluster_variables)
     assert "too few CPUs: this needs 129" in printed
     assert "Traceback" not in printed
 
