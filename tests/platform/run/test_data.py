@@ -32,7 +32,7 @@ def corpora(config: RunConfig, form: str, **encoders: str) -> None:
     for name, section in config.corpora.items():
         bucket = section.parsed_buckets[0]
         info = SampleInfo(
-            caption="", source=name, kind="image" if bucket.frames == 1 else "video", frames=bucket.frames,
+            caption="A dog.", source=name, kind="image" if bucket.frames == 1 else "video", frames=bucket.frames,
             size=(40, 64), fps=None if bucket.frames == 1 else 24.0, subjects=[], references=[],
         )  # fmt: skip
         row = IndexRow.of(ShardEntry("a.tar", "k", (Member("json", 512, 2),), 1), info, bucket)
