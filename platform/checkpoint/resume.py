@@ -91,6 +91,12 @@ def require_resumable(run: Run, store: CheckpointStore, resume: str, chosen: Seq
             f"{of_run} finished, so there is nothing to go on with: to train on from this checkpoint, give the run "
             f"that does a name of its own: --set name={run.next_name()} --resume {checkpoint.where}"
         )
+    names = [segment.name for segment in chosen]
+    if checkpoint.state.segment not in names:
+        raise CheckpointError(
+            f"--resume {resume}: it is a checkpoint of stage {checkpoint.state.segment}, and to be trained is "
+            f"{', '.join(names)}: name a checkpoint of that, or leave out --stage"
+        )
 
 
 def _stages(names: Sequence[str]) -> str:

@@ -216,6 +216,8 @@ def test_a_resume_of_which_nothing_would_come_is_refused_with_what_to_do(tmp_pat
     store = CheckpointStore.of(run.config)
     of_base, of_stage1 = save(run, base, 5), save(run, stage1, 4)
     require_resumable(run, store, of_stage1.name, run.segments())
+    with pytest.raises(CheckpointError, match=r"a checkpoint of stage stage1, and to be trained is base: .* --stage"):
+        require_resumable(run, store, of_stage1.name, [base])
     finish(base)
     for resume, chosen, message in (
         ("stage1-step00000099", run.segments(), "not a whole checkpoint: there is nothing at .* There are: base-step0"),
