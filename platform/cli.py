@@ -243,9 +243,10 @@ def data_label(
             label_corpora([folder_job(parent(corpus) if corpus.endswith(".parquet") else corpus)], labels, ask_again)
         return
     settings = _load_corpora(corpus, set_)
-    from domainshuttle.platform.commands.data import label_configured
+    from domainshuttle.platform.commands.data import chosen_corpora, label_configured
     from domainshuttle.platform.driver.ray_cluster import connected
 
+    chosen_corpora(settings, only)
     with connected(settings, cpus=1):
         label_configured(settings, only, ask_again)
 
@@ -267,9 +268,13 @@ def data_encode(
     After samples were added, changed or removed, only those are encoded; of new captions only the captions.
     """
     settings = _load_corpora(config, set_)
-    from domainshuttle.platform.commands.data import encode_corpora
+    from domainshuttle.pipelines.index.filter import RowFilter
+    from domainshuttle.platform.commands.data import chosen_corpora, encode_corpora
     from domainshuttle.platform.driver.ray_cluster import connected
 
+    chosen_corpora(settings, corpus)
+    if where is not None:
+        RowFilter.columns(where)
     with connected(settings, cpus=1):
         encode_corpora(settings, corpus, overwrite or anew, most_bad, where)
 
@@ -327,8 +332,9 @@ def data_verify(
 
     Every fault is a row of `verify.jsonl` beside the index. The exit code is 1 where there are any.
     """
-    from domainshuttle.platform.commands.data_index import verify_corpus
+    from domainshuttle.platform.commands.data_index import require_verifiable, verify_corpus
 
+    require_verifiable(index, decode, where)
     with _ray(address):
         whole = verify_corpus(index, checksums, decode, where)
     raise SystemExit(0 if whole else 1)

@@ -1,6 +1,7 @@
 """Indexing, verifying and looking at corpora: the commands' work and what they print."""
 
 import json
+import re
 import shlex
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.alterations import Alterations
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
+from domainshuttle.pipelines.index.filter import RowFilter
 from domainshuttle.pipelines.index.folder import COMPANION, SKIPPED_NAME, Skipped, beside, require_folder
 from domainshuttle.pipelines.index.parts import CONVERTED_NAME, INDEX_NAME
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata
@@ -24,7 +26,7 @@ from domainshuttle.pipelines.shards.scan import shown as printable
 from domainshuttle.pipelines.storage.files import exists, read_bytes
 from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, name_of, redacted
 from domainshuttle.platform.commands.labels import print_kept_labels
-from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.config.schema import CORPUS_NAME, ConfigError
 from domainshuttle.platform.console import console, progress
 
 _MOST_ROWS = 12
@@ -59,6 +61,8 @@ def described_as(folder: Location, corpus: str | None, fps: float | None, bucket
         raise ConfigError(
             f"which corpus is this? Give --corpus NAME, as a configuration's `corpora` names it ({redacted(folder)})"
         )
+    if not re.fullmatch(CORPUS_NAME, name):
+        raise ConfigError(f"--corpus {name}: no configuration can name it so: a corpus's name is also that of a folder")
     if known and known.stage == "encoded":
         if buckets or fps is not None:
             raise ConfigError(
@@ -136,14 +140,30 @@ def _report(made: Indexed, shards: str) -> None:
     console.print(f"Next: domainshuttle data verify {escape(shlex.quote(index))}, then domainshuttle {following}")
 
 
+def require_verifiable(path: Location, decode: str, where: str | None) -> None:
+    """Raises, before a cluster is asked for, DataError for what is no index and for a filter that is none, and
+    ConfigError for a number of samples that is none."""
+    _samples(decode)
+    read_metadata(index_location(path))
+    if where is not None:
+        RowFilter.columns(where)
+
+
+def _samples(decode: str) -> int | None:
+    """How many samples are decoded; None: all."""
+    if decode == "all":
+        return None
+    if not decode.isdecimal():
+        raise ConfigError(f"--decode {decode}: expected a number of samples, or all")
+    return int(decode)
+
+
 def verify_corpus(path: Location, checksums: bool, decode: str, where: str | None) -> bool:
     """Verifies a corpus on the connected Ray cluster and prints what was found; returns whether it is whole."""
-    path = index_location(path)
-    if decode != "all" and not decode.isdigit():
-        raise ConfigError(f"--decode {decode}: expected a number of samples, or all")
+    path, samples = index_location(path), _samples(decode)
     began = time.monotonic()
     with progress("Verifying", "samples") as show:
-        found = verify_index(path, show, checksums, None if decode == "all" else int(decode), where)
+        found = verify_index(path, show, checksums, samples, where)
     bytes_read = f"{found.read_bytes / 2**20:.1f} MiB read" + ("" if checksums else ", checksums left out")
     console.print(
         f"Verified {escape(redacted(path))}: {found.samples} samples in {found.shards} shards, {bytes_read}, "

@@ -215,7 +215,8 @@ class FlowSection(Section):
 
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 Workers = Annotated[Whole, Field(gt=0, le=MOST_BATCH)]
-CorpusName = Annotated[str, Field(pattern=r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$")]
+CORPUS_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
+CorpusName = Annotated[str, Field(pattern=CORPUS_NAME)]
 """Also the name of its folder, in `data`."""
 
 

@@ -1,8 +1,10 @@
 """`domainshuttle generate`: cases to clips on disk."""
 
+import contextlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,22 +146,23 @@ def generate_clips(
                 show(done + step + 1, total)
                 return {}
 
-            result: Any = pipeline(
-                prompt=case.prompt,
-                negative_prompt="",
-                references=_references(case) or None,
-                reference_subjects=list(case.subjects) or None,
-                reference_domains=list(case.domains) or None,
-                height=sampling.height,
-                width=sampling.width,
-                num_frames=sampling.frames,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                reference_guidance_scale=sampling.reference_guidance,
-                seed=seed,
-                output_type="np",
-                callback_on_step_end=stepped,
-            )
+            with _memory_explained(sampling):
+                result: Any = pipeline(
+                    prompt=case.prompt,
+                    negative_prompt="",
+                    references=_references(case) or None,
+                    reference_subjects=list(case.subjects) or None,
+                    reference_domains=list(case.domains) or None,
+                    height=sampling.height,
+                    width=sampling.width,
+                    num_frames=sampling.frames,
+                    num_inference_steps=sampling.steps,
+                    guidance_scale=sampling.guidance,
+                    reference_guidance_scale=sampling.reference_guidance,
+                    seed=seed,
+                    output_type="np",
+                    callback_on_step_end=stepped,
+                )
             path = out / f"{name}.{'mp4' if sampling.frames > 1 else 'png'}"
             save_clip(result.frames[0], path, sampling.fps)
             written.append(path)
@@ -170,6 +173,20 @@ def generate_clips(
         f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     return written
+
+
+@contextlib.contextmanager
+def _memory_explained(sampling: Sampling) -> Iterator[None]:
+    """Turns what torch raises where memory is not enough into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's error of a GPU is one
+        if not re.search(r"out of memory|allocate memory", str(error)):
+            raise
+        raise ConfigError(
+            f"{sampling}: the memory is not enough ({one_line(error)}): give fewer --frames, or a smaller --height and "
+            "--width"
+        ) from error
 
 
 def _references(case: GenerationCase) -> list[Image.Image]:

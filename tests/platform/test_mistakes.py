@@ -16,7 +16,7 @@ from PIL import Image
 from running import in_process
 from safetensors.torch import load_file
 
-from domainshuttle.cluster.local import ClusterError
+from domainshuttle.cluster.local import ClusterError, Connection
 from domainshuttle.model.file_mode import save_tensors
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.platform.checkpoint.async_writer import SavesFailedError
@@ -26,6 +26,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.driver.schedule_loop import DivergedError, WorkersFailedError
 from domainshuttle.platform.engine.initialization import build_model
+from domainshuttle.platform.generation import generate as generate_module
 from domainshuttle.platform.generation.export import export_run
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.lock import RunLockedError
@@ -196,6 +197,13 @@ MISTAKES = [
     (["compare", "x", "--uri", "foo://bar"], "foo://bar can't be read"),
     (["compare", "x", "--uri", "sqlite:///absent.db", "--plot", "curves.foo"], "ends with .png"),
     (["data", "index", "plain", "--corpus", "x", "--bucket", "1x32x32"], "plain is no folder"),
+    (["data", "index", "empty", "--corpus", "a/b", "--bucket", "1x32x32"], "no configuration can name it so"),
+    (["data", "verify", "plain"], "plain can't be read"),
+    (["data", "verify", "absent", "--decode", "some"], "expected a number of samples"),
+    (["data", "build", "demo", "--corpus", "x"], "no corpus ['x']"),
+    (["data", "encode", "demo", "--corpus", "x"], "no corpus ['x']"),
+    (["data", "encode", "demo", "--where", "frames >"], "can't be evaluated"),
+    (["data", "label", "demo", "--corpus", "x"], "no corpus ['x']"),
     (["data", "inspect", "index.parquet"], "index.parquet"),
     (["data", "inspect", "absent"], "absent"),
     (["data", "inspect", "absent", "--sheet", "sheet.foo"], "ends with .png"),
@@ -213,12 +221,23 @@ def test_a_mistake_is_answered_with_one_message(
     place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr(Connection, "__enter__", lambda _: pytest.fail("a cluster was asked for"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = {path.name for path in place.iterdir()}
     printed = in_process(*arguments, expect=2)
     assert message in printed
     assert "Error: " in printed and "Traceback" not in printed
     assert {path.name for path in place.iterdir()} - before <= {"made"}, "something was begun"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_clip_that_memory_is_not_enough_for_is_a_mistake(kind: type[Exception]) -> None:
+    sampling = generate_module.Sampling.of("absent")
+    message = "81 frames.*the memory is not enough .*: give fewer --frames"
+    with pytest.raises(ConfigError, match=message), generate_module._memory_explained(sampling):
+        raise kind("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nmore")
+    with pytest.raises(RuntimeError, match="another"), generate_module._memory_explained(sampling):
+        raise RuntimeError("another")
 
 
 def test_what_is_no_mistake_is_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
