@@ -130,9 +130,9 @@ def submit_training(
     Raises ClusterError, with the remedy, when the cluster does not answer or refuses, or a job trains this run already.
     """
     with contextlib.ExitStack() as stack:
-        client, by_token, named = stack.enter_context(_client(address))
+        client, by_token, named = stack.enter_context(_client(address, _SUBMITTING))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with _refusals(named):
+        with _refusals(named, _SUBMITTING):
             jobs = client.list_jobs()
         live = [job for job in jobs if _run_of(job) == name and not job.status.is_terminal()]
         for before in live:
@@ -144,7 +144,7 @@ def submit_training(
         (folder / "job").mkdir()
         (folder / "job/run.yaml").write_text(config_yaml)
         wheel = build_wheel(folder)
-        with _refusals(named):
+        with _refusals(named, _SUBMITTING):
             job_id = _submit(
                 client,
                 jobs,
@@ -183,7 +183,7 @@ class JobRecord:
 
 def list_jobs(address: str | None = None) -> list[JobRecord]:
     """The jobs of runs on a cluster, the newest first. Raises ClusterError as `submit_training`."""
-    with _client(address) as (client, _, named), _refusals(named, _ASKING):
+    with _client(address, _ASKING) as (client, _, named), _refusals(named, _ASKING):
         found = [
             JobRecord(
                 str(job.submission_id),
@@ -202,13 +202,14 @@ def list_jobs(address: str | None = None) -> list[JobRecord]:
 
 def find_job(job_id: str, address: str | None = None) -> Job:
     """A job that was submitted before. Raises ClusterError where the cluster has none of this id."""
-    with _client(address) as (client, by_token, named), _refusals(named, _ASKING):
+    with _client(address, _ASKING) as (client, by_token, named), _refusals(named, _ASKING):
         if job_id not in {job.submission_id for job in client.list_jobs()}:
             raise ClusterError(f"{named} has no job {job_id}: domainshuttle jobs lists those that it has")
         return Job(job_id, client, by_token)
 
 
-_ASKING = "no list of jobs came from"
+_SUBMITTING, _ASKING = "the job was not taken by", "no list of jobs came from"
+"""What was tried, before the name of the cluster that refused it."""
 
 
 def _run_of(job: Any) -> str | None:
@@ -216,23 +217,24 @@ def _run_of(job: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _client(address: str | None) -> Iterator[tuple[Any, bool, str]]:
-    """A client of a cluster, whether it was told to send a token, and what to call the cluster."""
+def _client(address: str | None, doing: str) -> Iterator[tuple[Any, bool, str]]:
+    """A client of a cluster, whether it was told to send a token, and what to call the cluster; `doing` begins what is
+    said where there is none."""
     quiet_ray()
-    if address is None and not any(os.environ.get(name) for name in _ADDRESSES):
+    if not address and not any(os.environ.get(name) for name in _ADDRESSES):
         address = _HERE
     named = address or " or ".join(f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name))
     with _token_mode() as by_token:
         # imported here, since Ray takes its mode when it is imported
         from ray.job_submission import JobSubmissionClient
 
-        with _refusals(named), _without_addresses() if address else contextlib.nullcontext():
+        with _refusals(named, doing), _without_addresses() if address else contextlib.nullcontext():
             client = JobSubmissionClient(_with_scheme(address) if address else None)
         yield client, by_token, named
 
 
 @contextlib.contextmanager
-def _refusals(named: str, doing: str = "the job was not taken by") -> Iterator[None]:
+def _refusals(named: str, doing: str) -> Iterator[None]:
     """Turns what Ray raises into one line with the remedy."""
     from ray.exceptions import RayError
 

@@ -213,6 +213,7 @@ MISTAKES = [
     (["plan", "empty"], "no configuration"),
     (["submit", "demo", "--address", "http://127.0.0.1:1"], "not taken by http://127.0.0.1:1"),
     (["submit", "demo", "--address", "foo://bar"], "not taken by foo://bar"),
+    (["jobs", "--address", "http://127.0.0.1:1"], "no list of jobs came from http://127.0.0.1:1"),
 ]
 
 
