@@ -122,10 +122,16 @@ class DomainShuttlePipeline(UmaskMode, DiffusionPipeline):
         Raises:
             ValueError: when the pipeline has no text encoder.
         """
+        return self._prompt_encoder().encode_padded(list(prompt)).to(self._execution_device)
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a whole prompt, of which the model reads at most its text_len. Raises as `encode_prompt`."""
+        return self._prompt_encoder().count_tokens(prompt)
+
+    def _prompt_encoder(self) -> TextEncoder:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text_encoder and tokenizer: load them, or pass prompt_embeds")
-        encoder = TextEncoder(self.text_encoder, self.tokenizer, "", self.transformer.config.text_len)
-        return encoder.encode_padded(list(prompt)).to(self._execution_device)
+        return TextEncoder(self.text_encoder, self.tokenizer, "", self.transformer.config.text_len)
 
     @torch.no_grad()
     def encode_references(

@@ -111,6 +111,8 @@ def read_named(
     Raises CheckpointError that lists those there are, of a segment or of all.
     """
     try:
+        if not name.strip("/"):
+            raise CheckpointError("it names nothing")
         return store.read(name, checksums)
     except CheckpointError as error:
         there = ", ".join(sorted(str(name) for name in store.names(segment))) or "none"

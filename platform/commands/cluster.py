@@ -72,7 +72,10 @@ _NEXT = {
 
 
 def check_manifests(paths: list[Path]) -> bool:
-    """Prints what KubeRay's operator would refuse of the RayJobs and RayClusters in files; whether there is nothing."""
+    """Prints what KubeRay's operator would refuse of the RayJobs and RayClusters in files; whether there is nothing.
+
+    Raises ConfigError where a file can't be read, and where no file has any of these.
+    """
     found, checked = [], 0
     for path in paths:
         try:
@@ -81,6 +84,8 @@ def check_manifests(paths: list[Path]) -> bool:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         checked += sum(manifest.get("kind") in ("RayJob", "RayCluster") for manifest in manifests)
         found += [f"{path}: {fault}" for manifest in manifests for fault in faults(manifest)]
+    if not checked:
+        raise ConfigError(f"{', '.join(map(str, paths))}: no RayJob and no RayCluster is there, so nothing was checked")
     for fault in found:
         console.print(Prose(fault))
     console.print(Prose(f"{checked} of KubeRay's resources checked, {len(found)} faults"))

@@ -683,8 +683,11 @@ def _server_or_store(uri: str) -> str:
             "sqlite:///FOLDER/mlflow.db"
         )
     found = absolute_uri(uri)
-    if (store := sqlite_file(found)) is not None and store.is_dir():
-        raise ValueError(f"is a folder: name the file of the store, such as {found.rstrip('/')}/mlflow.db")
+    if (store := sqlite_file(found)) is not None:
+        if store.is_dir():
+            raise ValueError(f"is a folder: name the file of the store, such as {found.rstrip('/')}/mlflow.db")
+        if (there := next(one for one in store.parents if one.exists())).is_file():
+            raise ValueError(f"lies in {there}, which is a file and no folder")
     return found
 
 

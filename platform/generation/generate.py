@@ -135,6 +135,7 @@ def generate_clips(
             )  # fmt: skip
         except InputError as error:
             raise ConfigError(f"{cases}, case {name}: {error}" if cases else str(error)) from error
+    _tell_cut_prompts(pipeline, {name: case.prompt for name, case, _ in todo})
     written = []
     console.print(f"{len(todo)} clip{'s' if len(todo) > 1 else ''} of {sampling}")
     with progress("Generating", "steps") as show:
@@ -173,6 +174,18 @@ def generate_clips(
         f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     return written
+
+
+def _tell_cut_prompts(pipeline: Any, prompts: dict[str, str]) -> None:
+    """Says which prompts are longer than what the model reads of them."""
+    most = pipeline.transformer.config.text_len
+    tokens = {name: pipeline.count_tokens(prompt) for name, prompt in prompts.items()}
+    if cut := {name: count for name, count in tokens.items() if count > most}:
+        longest = max(cut, key=lambda name: cut[name])
+        console.print(
+            f"{len(cut)} of {len(prompts)} prompts are cut to the {most} tokens that the model reads: that of "
+            f"{longest} has {cut[longest]}"
+        )
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Run: python -m pytest tests/platform/test_mistakes.py
 import errno
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ MISTAKES = [
     (["compare", "x", "--uri", "sqlite:///damaged.db"], "damaged.db can't be read"),
     (["compare", "x", "--uri", "sqlite:///absent.db"], "there is no store"),
     (["compare", "x", "--uri", "sqlite:///empty"], "that is a folder"),
+    (["plan", "demo", "--set", "tracking.uri=sqlite:///plain/m.db"], "plain, which is a file and no folder"),
     (["plan", "demo", "--set", "tracking.uri=sqlite:///empty"], "name the file of the store, such as sqlite:///"),
     (["compare", "x", "--uri", "foo://bar"], "foo://bar can't be read"),
     (["compare", "x", "--uri", "sqlite:///absent.db", "--plot", "curves.foo"], "ends with .png"),
@@ -210,6 +212,7 @@ MISTAKES = [
     (["plan", "demo", "--set", "model={base: empty}"], "base"),
     (["plan", "demo", "--set", "model={base: cut-model}"], "cut-model"),
     (["plan", "plain.yaml"], "no configuration"),
+    (["cluster", "check", "none.jsonl", "plain"], "nothing was checked"),
     (["plan", "empty"], "no configuration"),
     (["submit", "demo", "--address", "http://127.0.0.1:1"], "not taken by http://127.0.0.1:1"),
     (["submit", "demo", "--address", "foo://bar"], "not taken by foo://bar"),
@@ -245,6 +248,10 @@ def test_what_is_no_mistake_is_done(place: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(place)
     in_process(*generate(reference="good.png:0:human", seed=2**40, out="done"))
     assert [path.name for path in (place / "done").iterdir()] == ["clip.mp4"]
+    printed = in_process(*generate(prompt="many words " * 200, out="done"))
+    assert re.search(
+        r"1 of 1 prompts are cut to the \d+ tokens that the model reads: that of clip has 2\d\d\d", printed
+    )
     (place / "one.jsonl").write_text(json.dumps({"prompt": "a", "image_path": "good.png"}))
     in_process(*generate(cases="one.jsonl", prompt=None, out="done"))
     assert (place / "done" / "one-0001.mp4").stat().st_size > 0

@@ -222,6 +222,7 @@ def test_a_resume_of_which_nothing_would_come_is_refused_with_what_to_do(tmp_pat
     for resume, chosen, message in (
         ("stage1-step00000099", run.segments(), "not a whole checkpoint: there is nothing at .* There are: base-step0"),
         (str(tmp_path / "nowhere" / "stage1-step00000001"), run.segments(), "there is nothing at"),
+        ("", run.segments(), "it names nothing"),
         (of_base.name, run.segments(), "stage base is|stage base of run demo"),
         (of_stage1.name, [base], "stage base"),
         ("none", [base], "--resume none: stage base is of run demo"),
