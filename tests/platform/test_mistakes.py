@@ -236,7 +236,7 @@ def test_a_mistake_is_answered_with_one_message(
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
 def test_a_clip_that_memory_is_not_enough_for_is_a_mistake(kind: type[Exception]) -> None:
-    sampling = generate_module.Sampling.of("absent")
+    sampling = generate_module.Sampling.of("absent", seed=0)
     message = "81 frames.*the memory is not enough .*: give fewer --frames"
     with pytest.raises(ConfigError, match=message), generate_module._memory_explained(sampling):
         raise kind("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nmore")
