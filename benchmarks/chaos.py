@@ -46,6 +46,9 @@ from domainshuttle.platform.run.sample_audit import audit_samples
 CLI = [sys.executable, "-m", "domainshuttle.platform.cli"]
 PATIENCE = 300.0
 """Seconds in which a run must get on after a fault."""
+MANY_STEPS = 20
+PLAN_HANDED_OUT = "SIGKILL of Ray Data's coordinator"
+"""It hands out the plan, hundreds of steps ahead: after the whole of it nothing misses it, and the workers go on."""
 console = Console()
 
 
@@ -120,7 +123,7 @@ class Chaos:
             "SIGKILL of a worker, and of another while they start again": self.kill_in_start,
             "SIGKILL of a worker while a checkpoint is written": self.kill_in_write,
             "SIGKILL of Ray Train's controller": lambda: self.kill("TrainController"),
-            "SIGKILL of Ray Data's coordinator": lambda: self.kill("SplitCoordinator"),
+            PLAN_HANDED_OUT: lambda: self.kill("SplitCoordinator"),
             "SIGKILL of Ray Data's statistics, then of a worker": lambda: (
                 self.kill("_StatsActor") and self.kill_worker()
             ),
@@ -154,13 +157,19 @@ class Chaos:
     def finished(self) -> bool:
         return all(segment.finished for segment in self.run.segments())
 
-    def wait_for_step(self, attempt_after: int, steps: int = 1) -> None:
-        """Waits until an attempt later than `attempt_after` has made some steps, or the run is finished."""
-        deadline = time.monotonic() + PATIENCE
+    def wait_for_step(self, attempt_after: int, steps: int = 1, may_go_on: bool = False) -> None:
+        """Waits until an attempt later than `attempt_after` has made some steps, or the run is finished.
+
+        With `may_go_on` also until that attempt itself has made many more: what died may have done its work before.
+        """
+        deadline, before = time.monotonic() + PATIENCE, self.run.read_progress()
         while time.monotonic() < deadline:
             state = self.run.read_progress()
             new = state and state["attempt"] > attempt_after and state["step"] >= state["first_step"] + steps
-            if self.finished() or new:
+            goes_on = may_go_on and state["attempt"] == attempt_after and (
+                state["segment"] != before["segment"] or state["step"] >= before["step"] + MANY_STEPS
+            )  # fmt: skip
+            if self.finished() or new or goes_on:
                 return
             if self.driver and self.driver.poll() not in (None, 0):
                 self.start()
@@ -377,7 +386,7 @@ def main() -> None:
                 console.print("     that did not come: again later")
                 left.append(fault)
                 continue
-            chaos.wait_for_step(before["attempt"])
+            chaos.wait_for_step(before["attempt"], may_go_on=fault == PLAN_HANDED_OUT)
             entries.append(Entry(fault, before["segment"], before["step"], time.monotonic() - chaos.given))
         server.hang(False)
         if not server.process:
