@@ -65,6 +65,19 @@ class CheckpointDir:
                     sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
         return sizes
 
+    def top(self) -> set[str]:
+        """What lies directly under the root: files, and folders with something in them. Of a file system nothing else
+        is looked at, however many files checkpoints of many ranks have."""
+        if self.remote:
+            return {file.partition("/")[0] for file in self.listing()}
+        found = set()
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # taken away since the folder was read
+                    if not entry.is_dir() or any(os.scandir(entry.path)):
+                        found.add(entry.name)
+        return found
+
     def read(self, name: str) -> bytes:
         return storage.read_bytes(self.where(name))
 

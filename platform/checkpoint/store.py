@@ -167,7 +167,7 @@ class CheckpointStore:
 
     def names(self, segment: str | None = None) -> set[Name]:
         """The folders there are, whole or not."""
-        parsed = {Name.parse(folder) for folder in {file.split("/")[0] for file in self.place.listing()}}
+        parsed = {Name.parse(folder) for folder in self.place.top()}
         return {name for name in parsed if name and segment in (None, name.segment)}
 
     def fetch(self, checkpoint: Checkpoint, ranks: Collection[int] | None = None) -> Path:
@@ -233,7 +233,7 @@ class CheckpointStore:
     def lines(self, segment: str) -> Sequence[Line]:
         """The lines of a segment (names.py), the newest last. Raises CheckpointError when their file is damaged."""
         name = f"{segment}-lines.json"
-        if name not in self.place.listing():
+        if name not in self.place.top():
             return lines_from(None)
         try:
             return lines_from(json.loads(self.place.read(name)))
