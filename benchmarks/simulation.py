@@ -214,7 +214,7 @@ class Simulation:
     def __init__(self, config: RunConfig, world: World, tracked: bool = False) -> None:
         """`tracked`: with MLflow, of an sqlite store in the run's folder."""
         self.world, self.clock, self.costs = world, Clock(), Costs()
-        self.random = np.random.default_rng(world.seed)
+        self.random = np.random.default_rng([world.seed, world.ranks])
         self.failures = self.starts = self.unfinished = 0
         self.run = Run.open(config)
         self.history = {one.name: [-1] * one.last_step for one in self.run.segments()}
