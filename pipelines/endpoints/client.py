@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -138,16 +139,22 @@ class ChatClient:
 
     def ask_all(self, questions: Iterable[Question]) -> Iterator[Answer]:
         """Their answers in order, `at_once` at a time."""
-        with ThreadPoolExecutor(self.config.at_once, "ask") as pool:
+        with self.threads() as pool:
             yield from pool.map(self.ask, questions)
+
+    def threads(self) -> ThreadPoolExecutor:
+        """Threads to ask from: more than are answered at once, so that the endpoint has its next question at hand
+        while another is made ready or its answer is looked at."""
+        return ThreadPoolExecutor(self.config.at_once + self.config.at_once // 4 + 2, "ask")
 
     def _guarded(self, question: Question, key: str, number: int) -> dict[str, Any]:
         """One fault ends all threads' waiting."""
+        body = self._body(question, number)
         with self._at_once:
             if self._stop.is_set():
                 raise self._fault or _Stopped()
             try:
-                return self._request(question, key, number)
+                return self._request(question, key, body)
             except _Stopped:
                 raise (self._fault or EndpointError(f"{self.config.url}: stopped")) from None
             except Exception as error:
@@ -155,8 +162,7 @@ class ChatClient:
                 self._stop.set()
                 raise
 
-    def _request(self, question: Question, key: str, number: int) -> dict[str, Any]:
-        body = self._body(question, number)
+    def _request(self, question: Question, key: str, body: bytes) -> dict[str, Any]:
         tokens_in = (len(question.system) + len(question.text)) // 3 + _PICTURE_TOKENS * len(question.pictures) + 200
         most = self.config.cost(tokens_in, self.config.answer_tokens)
         self.limits.reserve(most, self._stop.is_set)
@@ -279,7 +285,7 @@ class ChatClient:
         asked = {
             **self._parameters(question, number),
             "prompt": question.prompt, "system": question.system, "text": question.text,
-            "form": question.form.model_json_schema(), "try": number, "json_form": self.config.json_form,
+            "form": _schema(question.form), "try": number, "json_form": self.config.json_form,
             "pictures": [hashlib.blake2b(data, digest_size=16).hexdigest() for data in question.pictures],
             **({"repeat": question.repeat} if question.repeat else {}),
         }  # fmt: skip
@@ -296,7 +302,7 @@ class ChatClient:
             messages: list[dict[str, Any]] = [*system_text, {"role": "user", "content": content}]
             picture = {**self._parameters(question, number), "messages": messages, "modalities": ["image", "text"]}
             return json.dumps(picture).encode()
-        schema = question.form.model_json_schema()
+        schema = _schema(question.form)
         system = f"{question.system}\nAnswer with one JSON object of this schema and nothing else: {json.dumps(schema)}"
         body = {
             **self._parameters(question, number),
@@ -308,6 +314,11 @@ class ChatClient:
         elif self.config.json_form == "object":
             body["response_format"] = {"type": "json_object"}
         return json.dumps(body).encode()
+
+
+@lru_cache(maxsize=256)
+def _schema(form: type[BaseModel]) -> dict[str, Any]:
+    return form.model_json_schema()
 
 
 def judged(question: Question, key: str, content: dict[str, Any], cached: bool = False) -> Answer:

@@ -123,6 +123,8 @@ def _drawn(cell: Cell | None, side: int) -> Image.Image:
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: int) -> None:
     """One line of text, cut where it does not fit."""
     font = ImageFont.load_default(12)
-    while text and pen.textlength(text, font=font) > room:
+    shown = text
+    while text and pen.textlength(shown, font=font) > room:
         text = text[: -max(1, len(text) // 20)]
-    pen.text(place, text, fill=_INK, font=font)
+        shown = f"{text.rstrip()} …"
+    pen.text(place, shown, fill=_INK, font=font)

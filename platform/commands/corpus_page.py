@@ -21,7 +21,7 @@ from domainshuttle.platform.commands.pair_pictures import PairReport, paired_sam
 from domainshuttle.platform.report.page import write_page
 
 _MOST_BARS = 14
-_COLOUR, _TAKEN, _REJECTED = "#1f77b4", "#2c8c4c", "#c0392b"
+_TAKEN, _REJECTED = "#2c8c4c", "#c0392b"
 
 
 def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -> Path:
@@ -34,12 +34,12 @@ def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -
         reasons[fault_kind(reason)] = reasons.get(fault_kind(reason), 0) + 1
     found = read_pair_report(place)
     counted = {
-        "bucket": summary["bucket"],
-        "domain of subjects": summary["domains"],
-        "subjects a sample": summary["subjects"],
-        "references a sample": summary["references"],
-        "origin of references": summary["origins"],
-        "left out, by reason": reasons,
+        "samples, by bucket": summary["bucket"],
+        "subjects, by domain": summary["domains"],
+        "samples, by how many subjects they have": summary["subjects"],
+        "samples, by how many references they have": summary["references"],
+        "references, by origin": summary["origins"],
+        "samples left out, by reason": reasons,
         **({"candidates rejected, by reason": found.rejected} if found else {}),
     }
     sheet: bytes | str
@@ -51,9 +51,9 @@ def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -
     return write_page(
         path,
         "corpus.html",
-        title=f"{', '.join(summary['corpora'])} ({summary['stage']})",
+        title=f"{', '.join(summary['corpora'])} ({'paired' if found else summary['stage']})",
         facts=_facts(place, index, summary, found),
-        counts=_bars({title: counts for title, counts in counted.items() if counts}),
+        counts=[(heading, _bars(counts)) for heading, counts in counted.items() if counts],
         similar=_similar(found) if found else None,
         sheet=sheet,
         paired=paired,
@@ -99,32 +99,14 @@ def _paired(found: PairReport, index: Index, samples: int, left_out: Mapping[str
     return paired_samples(found, index, keys, left_out)
 
 
-def _bars(counted: Mapping[str, Mapping[Any, int]]) -> bytes:
-    """A bar chart of each, as one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = 2
-    rows = -(-len(counted) // columns)
-    most = max(min(len(counts), _MOST_BARS) for counts in counted.values())
-    figure = Figure(figsize=(12, rows * (0.9 + 0.26 * most)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, (title, counts) in enumerate(counted.items(), 1):
-        axes = figure.add_subplot(rows, columns, number)
-        named = [*counts.items()]
-        if len(named) > _MOST_BARS:
-            rest = sum(count for _, count in named[_MOST_BARS - 1 :])
-            named = [*named[: _MOST_BARS - 1], (f"{len(named) - _MOST_BARS + 1} more", rest)]
-        names = [str(name) if len(str(name)) <= 34 else f"{str(name)[:33]}…" for name, _ in named]
-        bars = axes.barh(range(len(named)), [count for _, count in named], color=_COLOUR, height=0.7)
-        axes.bar_label(bars, [f"{count:,}" for _, count in named], padding=3, fontsize=9)
-        axes.set_yticks(range(len(named)), names, fontsize=9)
-        axes.set_title(title, fontsize=11, loc="left")
-        axes.set_ylim(most - 0.4, -0.6)  # bars of one height, from above
-        axes.margins(x=0.12)
-        axes.xaxis.set_visible(False)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-    return _drawn(figure)
+def _bars(counts: Mapping[Any, int]) -> list[tuple[str, int, str]]:
+    """Name, length in percent of the longest bar, and count of each; of many the last ones as one."""
+    named = [(str(name), count) for name, count in counts.items()]
+    if len(named) > _MOST_BARS:
+        rest = named[_MOST_BARS - 1 :]
+        named = [*named[: _MOST_BARS - 1], (f"{len(rest)} more", sum(count for _, count in rest))]
+    longest = max(count for _, count in named)
+    return [(name, round(100 * count / longest) if longest else 0, f"{count:,}") for name, count in named]
 
 
 def _similar(found: PairReport) -> bytes | None:

@@ -6,6 +6,7 @@ there any more is said instead of drawn.
 
 import io
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ COLOURS = (
 _FRAME, _CUT = 520, 150
 """Pixels of the longer side of a frame and of what was cut out, on the page."""
 _MOST_FRAMES, _MOST_REJECTED = 6, 12
+_MOST_CAPTION = 400
+"""Characters, on the page."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def paired_samples(
                 sample = read_raw_sample(row)
         except DataError as error:
             fault = str(error)
-        caption = " ".join(sample.info.caption.split()) if sample else ""
+        caption = textwrap.shorten(sample.info.caption, _MOST_CAPTION, placeholder=" …") if sample else ""
         one = PairedSample(key, caption, left_out.get(key, ""), missing=fault)
         _fill(one, traces.get(key, {}).get("candidates", []), candidates, sample)
         shown.append(one)

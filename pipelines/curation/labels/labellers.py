@@ -6,7 +6,6 @@ Answers are kept by a hash of all that was asked, so that nothing is asked twice
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -106,7 +105,7 @@ class EndpointModel:
         assert config.endpoint is not None
         self.name = config.endpoint.model
         self.client = ChatClient(config.endpoint, Path(answers))
-        self.pool = ThreadPoolExecutor(config.endpoint.at_once, "ask")  # of all parts that are asked at a time
+        self.pool = self.client.threads()  # of all parts that are asked at a time
 
     def answers(self, questions: Sequence[Question]) -> Iterable[Answer]:
         return self.pool.map(self.client.ask, questions)
