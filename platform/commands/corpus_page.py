@@ -99,14 +99,14 @@ def _paired(found: PairReport, index: Index, samples: int, left_out: Mapping[str
     return paired_samples(found, index, keys, left_out)
 
 
-def _bars(counts: Mapping[Any, int]) -> list[tuple[str, int, str]]:
-    """Name, length in percent of the longest bar, and count of each; of many the last ones as one."""
+def _bars(counts: Mapping[Any, int]) -> list[tuple[str, float, str]]:
+    """Name, share of the longest bar, and count of each; of many the last ones as one."""
     named = [(str(name), count) for name, count in counts.items()]
     if len(named) > _MOST_BARS:
         rest = named[_MOST_BARS - 1 :]
         named = [*named[: _MOST_BARS - 1], (f"{len(rest)} more", sum(count for _, count in rest))]
     longest = max(count for _, count in named)
-    return [(name, round(100 * count / longest) if longest else 0, f"{count:,}") for name, count in named]
+    return [(name, round(count / longest, 3) if longest else 0.0, f"{count:,}") for name, count in named]
 
 
 def _similar(found: PairReport) -> bytes | None:

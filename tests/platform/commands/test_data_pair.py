@@ -126,7 +126,7 @@ def test_the_page_shows_what_was_found_taken_and_rejected(tmp_path: Path) -> Non
         assert len(re.findall(r"<b>another subject: DINOv2 0\.20", section)) == 1
         assert len(re.findall("<b>one more of its word", section)) == 1
     assert "<h4>samples, by bucket</h4>" in page
-    assert '<span>5x32x48</span><i style="width: 100%"></i><b>1</b>' in page
+    assert '<span>5x32x48</span><i style="--share: 1.0"></i><b>1</b>' in page
     assert page.count("<h3>") == 2 and "Left out</b>: no subject" in page
     shutil.rmtree(folder / STORE_NAME)
     shutil.rmtree(raw)
