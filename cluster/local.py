@@ -4,6 +4,7 @@ import http.client
 import logging
 import os
 import socket
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from types import TracebackType
@@ -58,7 +59,9 @@ class Connection:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if self.address:
+                require_own_address(self.address)
                 check_reachable(self.address)
+                require_no_dashboard(self.address)
                 context = ray.init(address=self.address, **options)
             else:
                 if self.dashboard_port is not None:
@@ -71,6 +74,8 @@ class Connection:
                     dashboard_port=self.dashboard_port,
                     **options,
                 )
+        except ClusterError:
+            raise
         except Exception as error:  # Ray raises bare ones, such as for a node that did not come up in time
             raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
         self.dashboard_url = context.dashboard_url or None
@@ -114,6 +119,37 @@ def check_reachable(address: str, timeout: float = 3.0) -> None:
     if host and port.isdigit():
         with socket.create_connection((host, int(port)), timeout):
             pass
+
+
+def require_own_address(address: str) -> None:
+    """Raises ClusterError for the address of a dashboard where Ray's own is expected."""
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(_NOT_RAYS.format(address=address))
+
+
+def require_no_dashboard(address: str) -> None:
+    """Raises ClusterError where a web server, as a dashboard is, listens at `HOST:PORT`: Ray's own port is none."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address and speaks_http(f"http://{address}"):
+        raise ClusterError(_NOT_RAYS.format(address=address))
+
+
+_NOT_RAYS = (
+    "{address} is the address of a dashboard, which `domainshuttle submit --dashboard` takes. Expected here "
+    "(--address, cluster.address, RAY_ADDRESS): Ray's own address, HOST:6379, as `ray start --head` prints it"
+)
+
+
+def speaks_http(url: str, timeout: float = 3.0) -> bool:
+    """Whether what listens at a URL's host and port answers as a web server does, also with a refusal."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url.rstrip('/')}/api/version", timeout=timeout):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
 
 
 def open_warning(dashboard: str, timeout: float = 5.0) -> str | None:
@@ -167,7 +203,13 @@ def quiet_ray() -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     # deaths of workers are explained by the driver (platform/driver/restarts.py), with Ray's report in a file
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed|running low on memory")
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+    quiet_loggers()
+
+
+def quiet_loggers() -> None:
+    """Leaves only warnings of Ray's loggers, of those too that were set to more when a module of Ray was imported."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("ray.")]
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", *names):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

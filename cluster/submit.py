@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import shlex
+import socket
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from domainshuttle.cluster.local import ClusterError, open_warning, quiet_ray
+from domainshuttle.cluster.local import ClusterError, open_warning, quiet_loggers, quiet_ray, speaks_http
 from domainshuttle.cluster.wheel import build_wheel
 
 
@@ -221,6 +223,8 @@ def _client(address: str | None, doing: str) -> Iterator[tuple[Any, bool, str]]:
     """A client of a cluster, whether it was told to send a token, and what to call the cluster; `doing` begins what is
     said where there is none."""
     quiet_ray()
+    if address:
+        _require_dashboard(address)
     if not address and not any(os.environ.get(name) for name in _ADDRESSES):
         address = _HERE
     named = address or " or ".join(f"{name}={os.environ[name]}" for name in _ADDRESSES if os.environ.get(name))
@@ -228,6 +232,7 @@ def _client(address: str | None, doing: str) -> Iterator[tuple[Any, bool, str]]:
         # imported here, since Ray takes its mode when it is imported
         from ray.job_submission import JobSubmissionClient
 
+        quiet_loggers()
         with _refusals(named, doing), _without_addresses() if address else contextlib.nullcontext():
             client = JobSubmissionClient(_with_scheme(address) if address else None)
         yield client, by_token, named
@@ -279,7 +284,7 @@ def overriding_address(address: str | None) -> str | None:
     if not named:
         return None
     if address:
-        return f"This talks to {address}, as --address says; {' and '.join(named)} is left aside."
+        return f"This talks to {address}, as --dashboard says; {' and '.join(named)} is left aside."
     return f"This talks to the cluster of {named[0]} in the environment."
 
 
@@ -291,6 +296,23 @@ def _without_addresses() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def _require_dashboard(address: str) -> None:
+    """Raises ClusterError for Ray's own address, or for what is none, where a dashboard's is expected."""
+    url = urlsplit(_with_scheme(address))
+    wrong = url.scheme not in ("http", "https") or not url.hostname or url.hostname == "auto"
+    if not wrong and url.scheme == "http" and not speaks_http(f"http://{url.netloc}"):
+        try:
+            with socket.create_connection((url.hostname, url.port or 80), 3.0):
+                wrong = True  # somebody listens, and is no web server
+        except (OSError, ValueError):
+            pass  # nobody does: said when it is asked
+    if wrong:
+        raise ClusterError(
+            f"{address} is not the address of a dashboard. Expected here: http://HOST:8265, as `ray start --head` "
+            "prints it; Ray's own address (HOST:6379) is for --address of other commands and cluster.address"
+        )
 
 
 def _with_scheme(address: str) -> str:

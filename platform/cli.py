@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
+from domainshuttle.platform import output
 
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
@@ -32,7 +33,7 @@ app = typer.Typer(
         "and **generate** use the result. **demo** does all of it at desk size.\n\n"
         "Exit codes: 0 done; 1 a check failed or damage was found, or a fault of this program; 2 a mistake in what was "
         "asked for, or a fault of the environment; 3 training was stopped, or its budget is spent, and the same "
-        "command goes on; 130 stopped by Ctrl-C."
+        "command goes on; 130 stopped by Ctrl-C; 141 nobody reads the output any more (`| head`)."
     ),
 )
 
@@ -110,9 +111,31 @@ Set = Annotated[
 Fresh = Annotated[bool, typer.Option(help="Remove what a run of this name has made, and start anew.")]
 Stage = Annotated[str | None, typer.Option(help="Only this stage, or this segment of it.")]
 Resume = Annotated[
-    str, typer.Option(help="auto: the newest whole checkpoint. A checkpoint's name or path; none: its beginning.")
+    str,
+    typer.Option(
+        metavar="auto|NAME|PATH|none",
+        help="Where to go on: auto, the newest whole checkpoint; one by its name or path; none, the stage's beginning.",
+    ),
 ]
-MostBad = Annotated[float, typer.Option(min=0, max=1, help="Share of bad samples or shards to accept.")]
+MostBad = Annotated[float, typer.Option(min=0, max=1, help="Largest share of bad samples or shards that is accepted.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Ray's own address of a running cluster, port 6379. Without it RAY_ADDRESS; else one is started here.",
+    ),
+]
+Dashboard = Annotated[
+    str | None,
+    typer.Option(
+        "--dashboard",
+        metavar="URL",
+        help="The cluster's dashboard, http://HOST:8265. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else that of "
+        "this machine.",
+    ),
+]
+FormerDashboard = Annotated[str | None, typer.Option("--address", hidden=True)]  # its name until November 2026
 Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these corpora; without it all of the file.")]
 
 
@@ -141,12 +164,10 @@ def data_pair(
     corpus: Corpus = None,
     to: Annotated[
         Path | None,
-        typer.Option(callback=_local, help="Of a corpus: the folder of its pairs; without it `paired` beside its own."),
+        typer.Option(callback=_local, help="For one CORPUS: the folder for its pairs, without it `paired` beside it."),
     ] = None,
     most_bad: MostBad = MOST_BAD_IN_CORPUS,
-    address: Annotated[
-        str | None, typer.Option(help="Of a corpus: a running Ray cluster; without it, one is started here.")
-    ] = None,
+    address: RayAddress = None,
 ) -> None:
     """Cut the subjects of raw corpora out of other frames and other clips, so that each has several pictures.
 
@@ -203,9 +224,7 @@ def data_label(
     ask_again: Annotated[
         bool, typer.Option("--ask-again", help="Ask a model again where it refused or gave no proper answer.")
     ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="Of a corpus: a running Ray cluster; without it, one is started here.")
-    ] = None,
+    address: RayAddress = None,
 ) -> None:
     """Label raw corpora: captions, subjects' words, and each subject's domain in the target. Goes on after a stop.
 
@@ -287,7 +306,9 @@ def data_index(
         list[str] | None, typer.Option(help="frames x height x width to fit samples to; repeat for more.")
     ] = None,
     resolution: Annotated[str | None, typer.Option(help="All shapes of a class, with --frames: 480p or 720p.")] = None,
-    frames: Annotated[list[int] | None, typer.Option(help="Lengths for --resolution; 1 is for images.")] = None,
+    frames: Annotated[
+        list[int] | None, typer.Option(help="Number of frames, for --resolution: 1 for images; repeat for more.")
+    ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Rate at which clips are sampled; without it each clip's own.")
     ] = None,
@@ -297,7 +318,7 @@ def data_index(
     merge: Annotated[
         list[str] | None, typer.Option(help="Join these indexes of the folder, by name, instead of reading shards.")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+    address: RayAddress = None,
 ) -> None:
     """Index shards that exist already, a Ray task a shard; again after changes: only new and changed ones are read.
 
@@ -326,7 +347,7 @@ def data_verify(
     checksums: Annotated[bool, typer.Option(help="Read every byte and compare it with the index's checksum.")] = True,
     decode: Annotated[str, typer.Option(metavar="N|all", help="Samples to decode, evenly spread.")] = "100",
     where: Annotated[str | None, typer.Option(help="Only samples for which a filter holds: references >= 2")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+    address: RayAddress = None,
 ) -> None:
     """Check a corpus against its index: bytes, members, descriptions, pictures, clips and latents.
 
@@ -456,7 +477,7 @@ def train(
         typer.Option(
             min=0,
             max=255,
-            help="Exit code of a run that was stopped, or whose budget is spent: 0 where a failed job is tried again.",
+            help="Exit code after a stop, or when the budget is spent. Give 0 where failed jobs are started again.",
         ),
     ] = 3,
     preflight: Annotated[
@@ -480,7 +501,7 @@ def train(
 
 
 class CheckedPart(StrEnum):
-    """Of a preflight."""
+    """A part of a preflight."""
 
     NODES = "nodes"
     STORAGE = "storage"
@@ -522,12 +543,8 @@ def submit(
     fresh: Fresh = False,
     stage: Stage = None,
     resume: Resume = "auto",
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="The cluster's dashboard. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265."
-        ),
-    ] = None,
+    dashboard: Dashboard = None,
+    address: FormerDashboard = None,
     wait: Annotated[bool, typer.Option(help="Follow the job's log until it ends, and end with its exit code.")] = False,
     preflight: Annotated[bool, typer.Option(help="Check the cluster first, as `preflight` does.")] = True,
 ) -> None:  # fmt: skip
@@ -543,11 +560,12 @@ def submit(
     settings = _load_run(config, set_)
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
     options += ["--preflight"] if preflight else []
-    if told := overriding_address(address):
+    dashboard = dashboard or address
+    if told := overriding_address(dashboard):
         errors.print(Prose(told))
     about = {"output": settings.output, "config": settings.digest()}
     grace = math.ceil(settings.grace_seconds)
-    job = submit_training(settings.to_yaml(), settings.name, address, options, grace, about)
+    job = submit_training(settings.to_yaml(), settings.name, dashboard, options, grace, about)
     if warning := job.open_warning():
         errors.print(Prose(warning))
     console.print(Prose(f"Submitted job {job.id} to {job.address}."))
@@ -567,12 +585,8 @@ def _follow(job: "Job") -> int:
 
 @app.command()
 def jobs(
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="The cluster's dashboard. Without it RAY_API_SERVER_ADDRESS, RAY_ADDRESS or http://127.0.0.1:8265."
-        ),
-    ] = None,
+    dashboard: Dashboard = None,
+    address: FormerDashboard = None,
     follow: Annotated[
         str | None, typer.Option(metavar="JOB", help="Follow this job's log until it ends; end with its exit code.")
     ] = None,
@@ -584,11 +598,12 @@ def jobs(
     from domainshuttle.platform.console import errors
     from domainshuttle.platform.report.text import Prose
 
-    if told := overriding_address(address):
+    dashboard = dashboard or address
+    if told := overriding_address(dashboard):
         errors.print(Prose(told))
     if follow:
-        raise SystemExit(_follow(find_job(follow, address)))
-    print_jobs(list_jobs(address), json_)
+        raise SystemExit(_follow(find_job(follow, dashboard)))
+    print_jobs(list_jobs(dashboard), json_)
 
 
 @app.command()
@@ -636,9 +651,10 @@ def stop(
 @app.command()
 def logs(
     run: RunFolder,
-    rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The worker's rank.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="Of which start of the workers; without it the newest.")
+        int | None,
+        typer.Option(min=1, help="The start of the workers, as `status` counts them; without it the last."),
     ] = None,
     follow: Annotated[bool, typer.Option(help="Go on printing what comes, until the run ends.")] = False,
 ) -> None:
@@ -664,7 +680,7 @@ def stacks(
 @app.command()
 def profile(
     run: RunFolder,
-    rank: Annotated[int, typer.Option(min=0, help="Of which worker.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The worker's rank.")] = 0,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
 ) -> None:
     """Profile the next step of a worker of a run at work with torch's profiler, without stopping it."""
@@ -703,7 +719,12 @@ def flush(
 @app.command()
 def compare(
     experiment: Annotated[list[str], typer.Argument(help="Names of MLflow experiments.")],
-    uri: Annotated[str | None, typer.Option(help="MLflow server or store.", envvar="MLFLOW_TRACKING_URI")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="MLflow server or store: http://HOST:5000, sqlite:///runs/mlflow.db.", envvar="MLFLOW_TRACKING_URI"
+        ),
+    ] = None,
     run: Annotated[list[str] | None, typer.Option(help="Only runs of this name or id.")] = None,
     plot: Annotated[Path | None, typer.Option(callback=_local, help="Write the loss curves as PNG here.")] = None,
     page: Annotated[
@@ -788,16 +809,16 @@ def generate(
         Path | None, typer.Option(callback=_local, help="A JSONL of cases in the release's format.")
     ] = None,
     out: Annotated[Path, typer.Option(callback=_local, help="Folder for the clips.")] = Path("generated"),
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    frames: Annotated[int | None, typer.Option(help="1 makes a picture.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of denoising.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How far to move away from the clip without prompt.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames; 1 makes a picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the prompt; 1: none.")] = None,
     reference_guidance: Annotated[
-        float | None, typer.Option(help="Also move away from the clip without references.")
+        float | None, typer.Option(help="Guidance scale of the references; without it none of their own.")
     ] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
-    seed: int = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
 ) -> None:
     """Generate clips with an exported model, from a prompt and reference pictures, or from a file of cases.
 
@@ -844,7 +865,7 @@ def evaluate_models(
                      "given, and the results are logged to its MLflow run."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Try once more what failed before.")] = False,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; without it, one is started here.")] = None,
+    address: RayAddress = None,
 ) -> None:  # fmt: skip
     """Make the clips of a test set, measure them, and write a report. Goes on after a stop."""
     from domainshuttle.platform.evaluation.evaluate import chosen_config, run_evaluation
@@ -878,7 +899,7 @@ def evaluate_rate(
         typer.Option(callback=_local, help="A JSONL that the page saved: add it, and write the report again."),
     ] = None,
     pairs: Annotated[int | None, typer.Option(min=1, help="Only so many pairs; without it all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of pairs and sides.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of pairs and sides.")] = 0,
 ) -> None:
     """Make a page of blind pairs for people, or add their answers: how much do they and the metrics agree?"""
     from domainshuttle.platform.evaluation.evaluate import publish, rate, read_results
@@ -959,26 +980,50 @@ def _nearest_store() -> str:
 
 
 def main() -> Any:
-    """The entry point: mistakes and faults of the place end with one message and code 2, Ctrl-C with code 130."""
+    """The entry point: mistakes and faults of the place end with one message and code 2, Ctrl-C with code 130, a reader
+    that goes away (`domainshuttle status RUN | head`) with code 141 and without a word."""
     # a shell may start us with SIGINT ignored; Ctrl-C from another program and SIGTERM must stop us all the same
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     # imported by a library of a library, it warns on every start that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    output.watch_readers()
+    code = 1  # of a fault of ours, which has a traceback
+    try:
+        code = _run()
+    except KeyboardInterrupt:  # while the message of an error was printed
+        code = _INTERRUPTED
+    finally:
+        output.flush()
+        if output.reader_gone() and code in (0, _INTERRUPTED):
+            raise SystemExit(output.CLOSED) from None
+    raise SystemExit(code)
+
+
+_INTERRUPTED = 130
+
+
+def _run() -> int:
+    """Does what the command line says; the exit code."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        from domainshuttle.platform.console import errors
+        return 0
+    except (SystemExit, KeyboardInterrupt) as end:
+        code = _INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
+        if code == _INTERRUPTED and not output.reader_gone():  # typer has made a code of Ctrl-C
+            from domainshuttle.platform.console import errors
 
-        errors.print("Stopped. The same command goes on where it was.")
-        raise SystemExit(130) from None
+            errors.print("Stopped. The same command goes on where it was.")
+        if code is not None and not isinstance(code, int):
+            raise  # a text, which Python prints
+        return code or 0
     except Exception as error:
         message = _message(error)
         if message is None:
             raise  # a fault of ours: a traceback and code 1
         from domainshuttle.platform.console import fail
 
-        raise fail(message) from None
+        return fail(message)
 
 
 def _message(error: BaseException | None) -> str | None:

@@ -66,8 +66,8 @@ def progress(what: str, unit: str, log_every: float = 10.0) -> Iterator[Callable
     sys.stdout.flush()
 
 
-def fail(message: str, code: int = 2) -> "SystemExit":
-    """Prints a mistake of the user's as one message without a traceback. Returns what to raise."""
+def fail(message: str) -> int:
+    """Prints a mistake of the user's as one message without a traceback. Returns the exit code."""
     text = escape(visible(message, but="\n"))
     errors.print(f"[bold red]Error:[/] {text}")
-    return SystemExit(code)
+    return 2

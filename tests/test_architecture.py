@@ -29,8 +29,9 @@ MAY_IMPORT = {
 }  # fmt: skip
 ORDER = {
     "platform": [
-        {"report"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"}, {"generation", "planning"},
-        {"evaluation"}, {"training"}, {"train"}, {"driver"}, {"cluster_checks"}, {"commands"}, {"cli"},
+        {"report", "output"}, {"console"}, {"config"}, {"run"}, {"engine", "checkpoint", "tracking"},
+        {"generation", "planning"}, {"evaluation"}, {"training"}, {"train"}, {"driver"}, {"cluster_checks"},
+        {"commands"}, {"cli"},
     ],
     "pipelines": [
         {"errors"}, {"sample"}, {"values"}, {"buckets", "quarantine", "ray_tasks"}, {"storage"},

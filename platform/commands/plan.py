@@ -78,7 +78,7 @@ def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSp
     _print_encoding(config, samples)
     if message := no_data(config):
         console.print(Prose(f"No data yet: {message}"))
-    console.print(Prose(f"Next: domainshuttle train; the run's folder will be {run.folder}"))
+    console.print(Prose(f"Next: domainshuttle train CONFIG; the run's folder will be {run.folder}"))
 
 
 _ASSUMED = ("h100-1", "h100-8", "h100-64")

@@ -28,6 +28,7 @@ from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.driver.run_metrics import DriverMetrics
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
+from domainshuttle.platform.output import reader_gone
 from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger, LedgerSummary
@@ -364,4 +365,5 @@ class _StopOnSignal:
         if self.run.stop_path.exists():
             raise KeyboardInterrupt
         self.run.stop_path.touch()
-        say("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")
+        if not reader_gone():
+            say("Stopping: workers that are at work write a checkpoint after this step. Again to stop at once.")

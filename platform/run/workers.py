@@ -270,3 +270,8 @@ def nodes_load(run: Run, attempt: int) -> dict[str, float]:
         for worker in read_workers(run, attempt)
         for name, value in worker.load.items()
     }
+
+
+def node_names(run: Run, attempt: int) -> dict[str, str]:
+    """Tags that say which machine each node of `nodes_load` is: `node.1: host7 (Ray's node 3f2a9c01)`."""
+    return {f"node.{one.node_rank}": f"{one.host} (Ray's node {one.node[:8]})" for one in read_workers(run, attempt)}

@@ -28,7 +28,7 @@ from domainshuttle.platform.run.folder import ProgressFile, Run
 from domainshuttle.platform.run.journal import Journal, JournalWriter
 from domainshuttle.platform.run.ledger import Attempt, Ledger
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob, learning_rate
-from domainshuttle.platform.run.workers import nodes_load
+from domainshuttle.platform.run.workers import node_names, nodes_load
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
 from domainshuttle.platform.tracking.outbox import tell_error
 from domainshuttle.platform.training.collective_device import collective_device
@@ -133,6 +133,7 @@ class Monitor:
         self._named_slow: set[int] = set()
         self._profiler = StepProfiler(run, segment.name, self.rank, profile_wanted)
         self._due = config.tracking.every
+        self._group = job.attempt
         self._steps = 0
         self.last: dict[str, float] = {}
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
@@ -176,6 +177,8 @@ class Monitor:
         """Notes that the model is built and restored: the time until here was starting."""
         self._start["restore"] = time.time()
         logger.info("segment %s: built and restored, goes on after step %d", self.segment.name, self.done)
+        if self.logger is not None:  # by now every worker has said where it is
+            self.logger.tag(node_names(self.run, self._group))
         self._timeline.switch("productive")  # what is neither waiting nor writing is the work itself
         self._restart_interval()
         self.watchdog.alive()

@@ -1,6 +1,7 @@
 """A job goes to the cluster that was asked for: python -m pytest tests/cluster/test_submit.py"""
 
 import os
+import socketserver
 import subprocess
 import sys
 import threading
@@ -53,6 +54,9 @@ for given in sys.argv[1:]:
     try: submit_training("name: x", "x", given or None)
     except ClusterError as error: print(error)
     assert [os.environ.get(n) for n in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")] == before
+import logging
+of_ray = [logging.getLogger(n) for n in logging.root.manager.loggerDict if n.startswith("ray")]
+assert len(of_ray) > 2 and not [one for one in of_ray if one.getEffectiveLevel() < logging.WARNING]
 """
 
 
@@ -77,6 +81,41 @@ def test_the_address_that_is_given_is_called_whatever_the_environment_says() -> 
         )  # fmt: skip
         assert len(others[0][1]) >= 1
         assert "not taken by RAY_API_SERVER_ADDRESS=http://" in run.stdout
+
+
+@contextmanager
+def no_web_server() -> Iterator[str]:
+    """A server that answers as Ray's own port does: not in HTTP/1."""
+    server = socketserver.TCPServer(("127.0.0.1", 0), _Binary)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+class _Binary(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00")
+
+
+def test_an_address_of_the_other_kind_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    with dashboard() as (web, _):
+        for address in (web, f"http://{web}", "https://head.example.com"):
+            with (
+                pytest.raises(ClusterError, match=r"of a dashboard.*--address.*HOST:6379"),
+                Connection(address),
+            ):
+                pass
+        monkeypatch.setenv("RAY_ADDRESS", f"http://{web}")
+        with pytest.raises(ClusterError, match=r"address of a dashboard.*RAY_ADDRESS"), Connection():
+            pass
+    with no_web_server() as own:
+        for address in (own, f"http://{own}", "ray://head:10001", "auto", "domainshuttle://head"):
+            with pytest.raises(ClusterError, match=r"not the address of a dashboard.*http://HOST:8265"):
+                submit.list_jobs(address)
 
 
 def test_the_command_that_follows_a_job_goes_to_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from domainshuttle.platform.run.workers import (
     attempts,
     beat_seconds,
     innermost,
+    node_names,
     nodes_load,
     read_workers,
     training_stack,
@@ -144,3 +146,5 @@ def test_the_load_of_every_node_is_told_by_its_first_worker(run: Run) -> None:
     assert nodes_load(run, 1) == {
         "system/node_0/cpu_utilization_percentage": 10.0, "system/node_1/cpu_utilization_percentage": 30.0
     }  # fmt: skip
+    machine = f"{socket.gethostname()} (Ray's node node)"
+    assert node_names(run, 1) == {"node.0": machine, "node.1": machine}
