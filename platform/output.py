@@ -23,7 +23,7 @@ class _Stream(io.FileIO):
     SIGPIPE would end it before training has a checkpoint, and also for a connection that breaks.
     """
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
