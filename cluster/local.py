@@ -40,10 +40,10 @@ class Connection:
     ) -> None:
         around = os.environ.get("RAY_ADDRESS")
         # which Ray sets in a job; elsewhere it may be left from other work
-        self.address = around if around and (_IN_JOB in os.environ or not address) else address
+        self.address = around if around and (in_job() or not address) else address
         self.note: str | None = None
         """What to tell people where the environment names a cluster and they may not think of it."""
-        if around and _IN_JOB not in os.environ and around != address:
+        if around and not in_job() and around != address:
             self.note = f"This runs on the cluster at {self.address}, as RAY_ADDRESS in the environment says."
             if address:
                 self.note = f"This runs on the cluster at {address}, as was asked; RAY_ADDRESS={around} is left aside."
@@ -97,6 +97,11 @@ class Connection:
         ray.shutdown()
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # that is of a task's own code
             raise ClusterError(f"the Ray cluster failed meanwhile: {_first_line(error)}") from error
+
+
+def in_job() -> bool:
+    """Whether this process is the command of a Ray job, or was started by it."""
+    return _IN_JOB in os.environ
 
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -99,14 +99,28 @@ class Job:
                 time.sleep(_PAUSE)
 
     def exit_code(self) -> int:
-        """The command's own exit code, once the job has ended; 1 where it has none, such as when it was killed."""
+        """The command's own exit code, once the job has ended; 1 where it has none, such as when it was killed.
+
+        Of a job that was stopped Ray keeps no code: there it is the one that the command printed (`exit_line`).
+        """
         while not self._ended():
             time.sleep(_PAUSE)
         info = self.client.get_job_info(self.id)
         if info.driver_exit_code is not None and info.driver_exit_code >= 0:
             return int(info.driver_exit_code)
+        if str(info.status) == "STOPPED":
+            with contextlib.suppress(*_BROKEN):
+                if said := _EXIT_LINE.findall(self.client.get_job_logs(self.id)):
+                    return int(said[-1])
         return 0 if str(info.status) == "SUCCEEDED" else 1
 
+
+def exit_line(code: int, why: str) -> str:
+    """What a command prints last in a job, so that its exit code is known where Ray does not keep it."""
+    return f"Exit code {code}: {why}"
+
+
+_EXIT_LINE = re.compile(r"^Exit code (\d+): ", re.MULTILINE)
 
 _BROKEN = (OSError, RuntimeError, aiohttp.ClientError)
 """What a connection to a dashboard raises that breaks, or is not there for a while."""

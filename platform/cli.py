@@ -497,7 +497,15 @@ def train(
 
         require_preflight(settings)
     code = train_run(settings, fresh, stage, resume)
-    raise SystemExit(stopped_code if code == STOPPED else code)
+    if code == STOPPED:
+        code = stopped_code
+        from domainshuttle.cluster.local import in_job
+
+        if in_job():
+            from domainshuttle.cluster.submit import exit_line
+
+            sys.stdout.write(exit_line(code, "stopped") + "\n")
+    raise SystemExit(code)
 
 
 class CheckedPart(StrEnum):

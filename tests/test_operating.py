@@ -53,5 +53,7 @@ def test_the_night_goes_as_the_page_says(tmp_path_factory: pytest.TempPathFactor
     assert not wrong, json.dumps(wrong, indent=1)
     apart = [line for line in lines for run in ("night", "wild") if not line.get(run, {"agree": True}).get("agree")]
     assert not apart, json.dumps(apart, indent=1)
+    stopped = next(line["text"] for line in lines if "tail -4 job.log" in line["command"])
+    assert "Exit code 3: stopped" in stopped and stopped.endswith("code 3"), stopped
     told = (folder / "pager.txt").read_text()
     assert "hung: night: " in told and "restarted: night: " in told and "diverged: wild: " in told

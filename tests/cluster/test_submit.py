@@ -17,7 +17,7 @@ from aiohttp import ClientPayloadError
 
 from domainshuttle.cluster import submit
 from domainshuttle.cluster.local import ClusterError, Connection, open_warning
-from domainshuttle.cluster.submit import Job
+from domainshuttle.cluster.submit import Job, exit_line
 
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -201,7 +201,11 @@ class BrokenStreams:
             [(5, 30, ClientPayloadError("cut")), (7, 61, None), (3, 61, OSError("reset")), (50, 999, None)]
         )
         self.answers = iter([RuntimeError("502"), False, OSError("refused"), False, False])
+        status, _, self.last_line = status.partition(" ")
         self.info = SimpleNamespace(driver_exit_code=code, status=status)
+
+    def get_job_logs(self, job: str) -> str:
+        return f"{LOG}{self.last_line}\nmore\n"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         size, stop, error = next(self.streams)
@@ -251,6 +255,8 @@ def test_a_cluster_that_answers_no_more_ends_the_wait(monkeypatch: pytest.Monkey
         (2, "FAILED", 2),
         (0, "SUCCEEDED", 0),
         (None, "STOPPED", 1),
+        (None, f"STOPPED {exit_line(3, 'stopped')}", 3),
+        (None, f"STOPPED {exit_line(0, 'stopped')}", 0),
         (None, "SUCCEEDED", 0),
         (-9, "FAILED", 1),
     ],
