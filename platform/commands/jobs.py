@@ -33,5 +33,5 @@ def print_jobs(jobs: Sequence[JobRecord], as_json: bool) -> None:
         ]
         for job in jobs
     ]
-    fields = ("job", "run", "status", "began", "for", "exit code", "message")
+    fields = ("job", "run", "status", "began", "duration", "exit code", "message")
     console.print(Records(fields, rows, "Jobs", ["exit code"]))

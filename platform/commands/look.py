@@ -42,7 +42,7 @@ def print_stacks(folder: Path, rank: int | None = None) -> bool:
     if rank is not None and rank in files:
         console.print(files[rank].read_text(), markup=False)
     rows = [[str(one.rank), one.host, str(one.pid), _place(files.get(one.rank)), one.place] for one in workers]
-    console.print(Records(("rank", "machine", "process", "in", "doing"), rows, "", ["rank", "process"]))
+    console.print(Records(("rank", "machine", "process", "at", "doing"), rows, "", ["rank", "process"]))
     for worker in workers:
         if worker.rank not in files:
             withdraw(run, "stacks", worker.rank)

@@ -36,7 +36,8 @@ class Records:
     styles: Mapping[str, str] = field(default_factory=dict)
     """Colours of values that are words of ours, such as `failed`."""
     heads: int = 1
-    """How many of the first fields name a record: they are the heading of its block."""
+    """How many of the first fields name a record: they are the heading of its block, with their names but for the first
+    where that is no number."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.rows:
@@ -74,7 +75,8 @@ class Records:
         for number, row in enumerate(rows):
             if number and apart:
                 yield Text()
-            heading = ", ".join([row[0], *(f"{names[place]} {row[place]}" for place in range(1, self.heads))])
+            first = f"{names[0]} {row[0]}" if self.fields[0] in self.numeric else row[0]  # a number says nothing
+            heading = ", ".join([first, *(f"{names[place]} {row[place]}" for place in range(1, self.heads))])
             yield from _wrapped(Text(heading, "bold"), room)
             for line in lines[tuple(cell for cell in shared if row[cell.place])]:
                 text = Text()

@@ -90,6 +90,8 @@ def test_records_are_rows_where_they_fit_and_else_blocks_in_columns() -> None:
         "           takes a line to tell",
     ]
     assert printed(Records(("a", "b"), [], "nothing"), 80) == [""]
+    workers = Records(("rank", "doing"), [["0", "word " * 20], ["1", "waits"]], numeric=["rank"])
+    assert [line for line in printed(workers, 60) if line[:1].strip()] == ["rank 0", "rank 1"]
 
 
 def test_without_a_terminal_a_value_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
