@@ -585,10 +585,18 @@ def submit(
 
 def _follow(job: "Job") -> int:
     """Prints a job's log until it ends; its exit code."""
-    for text in job.follow():
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    return job.exit_code()
+    try:
+        for text in job.follow():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        return job.exit_code()
+    except KeyboardInterrupt:
+        if not output.reader_gone():
+            from domainshuttle.platform.console import errors
+            from domainshuttle.platform.report.text import Advice
+
+            errors.print(Advice("The job goes on. Follow it:", job.log_command()))
+        raise
 
 
 @app.command()
@@ -1009,6 +1017,8 @@ def main() -> Any:
 
 
 _INTERRUPTED = 130
+_GOING_ON = ("data", "train", "demo", "ablate", "evaluate")
+"""Commands whose work goes on when they are called again."""
 
 
 def _run() -> int:
@@ -1018,7 +1028,8 @@ def _run() -> int:
         return 0
     except (SystemExit, KeyboardInterrupt) as end:
         code = _INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
-        if code == _INTERRUPTED and not output.reader_gone():  # typer has made a code of Ctrl-C
+        goes_on = sys.argv[1:2] and sys.argv[1] in _GOING_ON
+        if code == _INTERRUPTED and goes_on and not output.reader_gone():  # typer has made a code of Ctrl-C
             from domainshuttle.platform.console import errors
 
             errors.print("Stopped. The same command goes on where it was.")
