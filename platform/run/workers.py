@@ -272,6 +272,7 @@ def nodes_load(run: Run, attempt: int) -> dict[str, float]:
     }
 
 
-def node_names(run: Run, attempt: int) -> dict[str, str]:
-    """Tags that say which machine each node of `nodes_load` is: `node.1: host7 (Ray's node 3f2a9c01)`."""
-    return {f"node.{one.node_rank}": f"{one.host} (Ray's node {one.node[:8]})" for one in read_workers(run, attempt)}
+def node_names(run: Run, attempt: int) -> str:
+    """Which machine each node of `nodes_load` is: `0: host7 (Ray's node 3f2a9c01), 1: host8 (Ray's node 77aa0b1c)`."""
+    nodes = {one.node_rank: f"{one.host} (Ray's node {one.node[:8]})" for one in read_workers(run, attempt)}
+    return ", ".join(f"{number}: {name}" for number, name in sorted(nodes.items()))

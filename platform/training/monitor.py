@@ -178,7 +178,7 @@ class Monitor:
         self._start["restore"] = time.time()
         logger.info("segment %s: built and restored, goes on after step %d", self.segment.name, self.done)
         if self.logger is not None:  # by now every worker has said where it is
-            self.logger.tag(node_names(self.run, self._group))
+            self.logger.tag({f"nodes.{self._group}": node_names(self.run, self._group)})
         self._timeline.switch("productive")  # what is neither waiting nor writing is the work itself
         self._restart_interval()
         self.watchdog.alive()

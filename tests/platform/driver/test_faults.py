@@ -36,6 +36,7 @@ from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import audit_samples, read_consumed
+from domainshuttle.platform.tracking.queries import read_runs
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -316,6 +317,11 @@ def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, unbroken: tuple[Ru
     consumed, _ = read_consumed(run, "stage2")
     ranks = {step: {r for s, _, r in consumed if s == step} for step in (0, 59)}
     assert ranks == {0: {0, 1}, 59: {0}}  # two workers at first, one at the end, the same batches
+    tracked = {one.name: one for one in read_runs(config.tracking_uri, [config.tracking.experiment])}
+    loads = {f"system/node_{number}/cpu_utilization_percentage" for number in (0, 1)}
+    assert loads <= set(tracked["lost-node"].metrics)  # of the schedule's page
+    names = {name: text for name, text in tracked["stage2"].tags.items() if name.startswith("nodes.")}
+    assert set(names) == {"nodes.1", "nodes.2"} and [text.count("Ray's") for _, text in sorted(names.items())] == [2, 1]
 
 
 def test_a_node_that_is_about_to_go_gets_a_checkpoint_in_time(
