@@ -145,16 +145,21 @@ _NOT_RAYS = (
 )
 
 
-def speaks_http(url: str, timeout: float = 3.0) -> bool:
-    """Whether what listens at a URL's host and port answers as a web server does, also with a refusal."""
+def speaks_http(url: str, timeout: float = 3.0) -> bool | None:
+    """Whether what listens at a URL's host and port answers as a web server does, also with a refusal; None: nobody
+    answers in time."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"{url.rstrip('/')}/api/version", timeout=timeout):
             return True
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError, http.client.HTTPException):
+    except (urllib.error.URLError, TimeoutError):
+        return None
+    except (http.client.HTTPException, ConnectionError):
         return False
+    except (OSError, ValueError):
+        return None
 
 
 def open_warning(dashboard: str, timeout: float = 5.0) -> str | None:

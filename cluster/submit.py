@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shlex
-import socket
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -316,13 +315,7 @@ def _require_dashboard(address: str) -> None:
     """Raises ClusterError for Ray's own address, or for what is none, where a dashboard's is expected."""
     url = urlsplit(_with_scheme(address))
     wrong = url.scheme not in ("http", "https") or not url.hostname or url.hostname == "auto"
-    if not wrong and url.scheme == "http" and not speaks_http(f"http://{url.netloc}"):
-        try:
-            with socket.create_connection((url.hostname, url.port or 80), 3.0):
-                wrong = True  # somebody listens, and is no web server
-        except (OSError, ValueError):
-            pass  # nobody does: said when it is asked
-    if wrong:
+    if wrong or (url.scheme == "http" and speaks_http(f"http://{url.netloc}") is False):
         raise ClusterError(
             f"{address} is not the address of a dashboard. Expected here: http://HOST:8265, as `ray start --head` "
             "prints it; Ray's own address (HOST:6379) is for --address of other commands and cluster.address"

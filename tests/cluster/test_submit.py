@@ -96,6 +96,7 @@ def no_web_server() -> Iterator[str]:
 
 class _Binary(socketserver.BaseRequestHandler):
     def handle(self) -> None:
+        self.request.recv(1 << 16)
         self.request.sendall(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00")
 
 
