@@ -32,7 +32,8 @@ def test_two_nodes_pass_and_what_is_broken_is_named(
     tiny: Path, two_nodes: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     address, access = two_nodes
-    common = ["--set", f"cluster.address={address}", "--json"]
+    # a node has one CPU: so each takes one of the two workers
+    common = ["--set", "cluster.cpus_per_worker=0.6", "--set", f"cluster.address={address}", "--json"]
     found = json.loads(cli("preflight", tiny, *common, **access))
     by_check = {one["check"]: one for one in found}
     assert {one["verdict"] for one in found} <= {"pass", "warn"}, found
@@ -51,5 +52,5 @@ def test_two_nodes_pass_and_what_is_broken_is_named(
     assert wrong["corpora"]["verdict"] == "fail" and "shards of its index are missing" in wrong["corpora"]["what"]
     assert wrong["tracking"]["verdict"] == "warn" and "does not answer" in wrong["tracking"]["what"]
     assert "left out" in wrong["trial steps"]["what"]
-    refused = cli("train", tiny, "--preflight", *common[:2], *more, "--set", "name=refused", expect=2, **access)
+    refused = cli("train", tiny, "--preflight", *common[:4], *more, "--set", "name=refused", expect=2, **access)
     assert "does not pass 1 checks" in refused
