@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in the type of ``x`` [..., in]; the gradients of W and b have their own types."""
-    if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
+    """x W^T + b in the type of ``x`` [..., in]; the gradients of W and b have their own types.
+
+    For the backward pass the parameter W itself is held, no view or rounded copy of it, so that ZeRO-3 can free what
+    it gathered; and of ``x`` only what is needed, nothing where W is frozen.
+    """
     y: Tensor = _Linear.apply(x, weight, bias)
     return y
 
@@ -57,23 +60,36 @@ def mix_precision(model: nn.Module) -> None:
 
 
 class _Linear(torch.autograd.Function):
-    """Saves the parameter and not its rounded copy, so that ZeRO-3 can free what it gathered after the forward."""
+    """Where the types agree, torch's own product and gradients, bit for bit.
+
+    The weight is no saved tensor: where it is frozen nothing is saved at all, and activation checkpointing, which runs
+    a block again up to the last tensor that was saved, does not run this product for itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.weight = weight if wants_x else None
+        ctx.types = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if wants_weight else None)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (gradient,) = gradients
-        x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        of_weight, of_bias = ctx.types
         rows = gradient.flatten(0, -2)
+        for_weight = None
+        if wants_weight:
+            (x,) = ctx.saved_tensors
+            x = x.flatten(0, -2)
+            for_weight = rows.t() @ x if of_weight == x.dtype else _product(rows, x).to(of_weight)
         return (
-            gradient @ weight.to(gradient.dtype) if wants_x else None,
-            _product(rows, x.flatten(0, -2)).to(weight.dtype) if wants_weight else None,
-            rows.sum(0, dtype=torch.float32) if wants_bias else None,
+            (rows @ ctx.weight.to(rows.dtype)).view(*gradient.shape[:-1], -1) if wants_x else None,
+            for_weight,
+            rows.sum(0, dtype=of_bias) if wants_bias else None,
         )
 
 

@@ -62,14 +62,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture
-def torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own linear. A ZeRO-3 engine leaves DeepSpeed's in its process, which keeps and runs other things."""
-    import torch
-
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of this machine, without dashboard, for the session.

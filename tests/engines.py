@@ -66,7 +66,7 @@ def stage(**changes: Any) -> Any:
     return StageSection(**values | changes)
 
 
-def design(trained: Any, seed: int = 3, origin: Path | None = None) -> Any:
+def design(trained: Any, seed: int = 3, origin: Path | None = None, size: dict[str, Any] | None = None) -> Any:
     """A blueprint of the tiny model, or of `origin`, with its trained parameters selected.
 
     The new model's weights are moved a little: with its output of zeros only the last layer would have gradients.
@@ -76,7 +76,7 @@ def design(trained: Any, seed: int = 3, origin: Path | None = None) -> Any:
     from domainshuttle.platform.engine.trained_parameters import select_trained
     from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
-    section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE)
+    section = ModelSection(base=str(origin)) if origin else ModelSection(size=SIZE | (size or {}))
     made = blueprint(section, WeightsOrigin(section.base, seed))
 
     def moved() -> Iterator[tuple[str, Tensor]]:
@@ -88,12 +88,14 @@ def design(trained: Any, seed: int = 3, origin: Path | None = None) -> Any:
     return made if origin else Blueprint(made.outline, moved)
 
 
-def engine(trained: Any, accumulation: int = 1, seed: int = 3, **section: Any) -> Any:
+def engine(
+    trained: Any, accumulation: int = 1, seed: int = 3, size: dict[str, Any] | None = None, **section: Any
+) -> Any:
     from domainshuttle.platform.config.schema import EngineSection
     from domainshuttle.platform.engine.zero3 import Engine
 
     settings = EngineSection(**{"persistent_parameters": 0} | section)
-    return Engine(design(trained, seed), stage(trained=trained), settings, accumulation)
+    return Engine(design(trained, seed, size=size), stage(trained=trained), settings, accumulation)
 
 
 def loss_of(model: Any, step: int, share: int | None = None, snapshot: Any = None, weight: float = 0.1) -> Tensor:

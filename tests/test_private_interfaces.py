@@ -387,9 +387,11 @@ def _operators(_: Any) -> None:
 def _device(model: Any) -> None:
     import deepspeed
 
-    made = deepspeed.zero.Init(torch.nn.ParameterList([]), mem_efficient_linear=False, config_dict_or_path=model.config)
+    made = deepspeed.zero.Init(torch.nn.ParameterList([]), config_dict_or_path=model.config)
     assert torch.device(made.local_device) == model.device
     assert "module" in inspect.signature(deepspeed.zero.Init.__init__).parameters
+    # `memory_efficient_linear` of its configuration: its own product is in no one's place
+    assert torch.nn.functional.linear is torch._C._nn.linear
 
 
 def _events(model: Any) -> None:

@@ -70,6 +70,9 @@ def deepspeed_config(
             "stage3_param_persistence_threshold": engine.persistent_parameters,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            # it would put its own product in the place of torch's in the whole process, which keeps every input; the
+            # model's layers (mixed_precision.py) let gathered weights go as well
+            "memory_efficient_linear": False,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

@@ -324,7 +324,11 @@ def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": section.precision == "bf16"},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": section.persistent_parameters},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": section.persistent_parameters,
+            "memory_efficient_linear": False,
+        },
     }
     _choose_attention(model, section, _materialise(blueprint, config))
     _share_tokens(model, section)
@@ -360,9 +364,7 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> torch.device:
         setattr(outline.get_submodule(owner), short, real)
         with _quiet():
             # sends rank 0's to all, and keeps this rank's part
-            deepspeed.zero.Init(
-                nn.ParameterList([real]), mem_efficient_linear=False, config_dict_or_path=config, dtype=dtype
-            )
+            deepspeed.zero.Init(nn.ParameterList([real]), config_dict_or_path=config, dtype=dtype)
     outline.compute_in(dtype)
     return torch.device(device)
 

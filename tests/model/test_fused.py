@@ -219,7 +219,6 @@ def bytes_of(fuse: bool) -> tuple[float, float]:
     return counted[0] / units, counted[1] / units
 
 
-@pytest.mark.usefixtures("torchs_linear")
 def test_bytes_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read and written between the products, a token and channel. Of the reference's norms the meta device
     shows more steps than a GPU's kernels have, so it is only compared."""

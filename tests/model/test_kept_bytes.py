@@ -75,7 +75,6 @@ def kept(spec: ModelSpec, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPa
     return sum(storage.nbytes() for storage in storages.values()), (frames + references) * (side // 2) ** 2
 
 
-@pytest.mark.usefixtures("torchs_linear")
 @pytest.mark.parametrize(
     "trained",
     [

@@ -266,11 +266,9 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.usefixtures("torchs_linear")
 @pytest.mark.parametrize(("trained", "again"), [(["blocks.*.attn1.*", "*_ref*"], 0), (["*"], 2)])
 def test_the_second_product_of_the_feed_forward_is_not_run_again(trained: list[str], again: int) -> None:
-    """With torch's own linear (DeepSpeed's, which ZeRO-3 puts in its place, saves its input only after it has run). On
-    meta tensors; with what stage 2 trains, and with everything, where its weight's gradient needs no output
+    """On meta tensors; with what stage 2 trains, and with everything, where its weight's gradient needs no output
     either, but the gate of the video does."""
     width, hidden, tokens = 24, 52, 4 * 4
     batch = TrainingBatch.fake(1, height=4, width=4, text_dim=SIZE["text_dim"], text_tokens=3)
@@ -278,6 +276,7 @@ def test_the_second_product_of_the_feed_forward_is_not_run_again(trained: list[s
     labels = [one.to("meta") for one in (batch.reference_subjects, batch.reference_domains)]
     with torch.device("meta"):
         network = DomainShuttleTransformer3DModel(**SIZE | {"num_layers": 3, "ffn_dim": hidden})
+    network.compute_in(torch.float32)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in trained))
     checkpoint_blocks(network, ActivationSection(mode="full"))

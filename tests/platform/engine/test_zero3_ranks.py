@@ -36,6 +36,7 @@ from engines import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainshuttle.model.batch import TrainingBatch
 
@@ -128,7 +129,7 @@ def no_worker_holds_the_model_whole(folder: Path) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
     }
     _materialise(warm, config)  # the buffers of the collectives, which stay
     allocator = ctypes.CDLL(None)  # frees at once what it frees, so that what is measured is what is used
@@ -619,6 +620,77 @@ def the_snapshot_target_stays(folder: Path) -> None:
 
 
 @check
+def linear_layers_hold_no_gathered_weight_and_keep_what_they_need(folder: Path) -> None:
+    """DeepSpeed's own linear is not at work: gradients are torch's bit for bit, weights that were gathered are gone
+    after the forward pass, what is kept is what the specification says, and the FFN's second product runs once."""
+    from deepspeed.runtime.zero import partition_parameters
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from domainshuttle.model import mixed_precision
+    from domainshuttle.model.spec import ModelSpec
+
+    original, ours = partition_parameters._dist_allgather_fn, mixed_precision.linear
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias) if x.dtype == weight.dtype else ours(x, weight, bias)
+
+    for section in ({"precision": "float32"}, {"activations": {"mode": "full"}}):
+        found = []
+        for linear in (ours, torchs):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mixed_precision, "linear", linear)
+                model = engine(ATTENTION, **section)
+                found.append({"losses": torch.tensor(train(model, 0, 2)), **everything(model)})
+                model.close()
+        same(*found)
+
+    size = {"attention_head_dim": 128, "ffn_dim": 512}
+    batch = TrainingBatch.fake(1, frames=4, height=16, width=16, references=2)
+    tokens, width = 6 * 64, 256
+    kept, wholes, products = [], [], Products()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def note(shard: Tensor, whole: Tensor, *rest: Any) -> Any:
+            wholes.append(StorageWeakRef(whole.untyped_storage()))
+            return original(shard, whole, *rest)
+
+        patch.setattr(partition_parameters, "_dist_allgather_fn", note)
+        for layers in (3, 5):
+            model = released_at_once(size=size | {"num_layers": layers}, attention_backend="native")
+            wholes.clear()
+            held: dict[int, Any] = {}
+
+            def pack(tensor: Tensor, held: dict[int, Any] = held) -> Tensor:
+                storage = tensor.untyped_storage()
+                if not isinstance(tensor, torch.nn.Parameter):
+                    held[storage._cdata] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = batch_loss(model, batch, weight=0.0)
+            assert len(wholes) > layers  # each block at once, and what lies around them
+            assert all(whole.expired() for whole in wholes)
+            kept.append(sum(held.values()))
+            del loss
+            model.close()
+        spec = ModelSpec(**SIZE | size)
+        expected = spec.block_kept_bytes(tokens, tuple(ATTENTION), reference_share=2 / 6)
+        expected -= 4 * tokens * 2 // 6 * width  # what is gated of references is kept beside autograd's tensors
+        assert abs((kept[1] - kept[0]) / 2 / expected - 1) < 0.03, (kept, expected)
+
+        model = released_at_once(size=size | {"num_layers": 3}, activations={"mode": "full"})
+        loss = batch_loss(model, batch, weight=0.0)
+        with products:
+            model.backward(loss)
+        # the gradient of the first product has the same sizes, and the last block has no references
+        assert products.sizes.count((tokens, 512, width)) == 2
+        assert products.sizes.count((tokens, width, 512)) == 2 + 2
+        model.step(0)
+        model.close()
+    assert torch.nn.functional.linear is torch._C._nn.linear
+
+
+@check
 def compiled_blocks_train_alike(folder: Path) -> None:
     """With all of torch.compile but the last stage, the code generator, which takes minutes here."""
     from torch._dynamo.utils import counters
@@ -674,20 +746,9 @@ def a_block_is_gathered_twice_in_a_step(folder: Path) -> None:
     recorded, which it prefetches by, holds from step to step, over micro-batches, buckets and numbers of references."""
     from deepspeed.runtime.zero import partition_parameters
 
-    from domainshuttle.platform.engine import zero3
-
-    original, derived = partition_parameters._dist_allgather_fn, zero3.deepspeed_config
-
-    def released_at_once(*given: Any) -> dict[str, Any]:
-        """As of a large model: what is small enough is kept for its next use."""
-        config = derived(*given)
-        config["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
-        return config
-
+    original = partition_parameters._dist_allgather_fn
     for mode in ("none", "full", "attention"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(zero3, "deepspeed_config", released_at_once)
-            model = engine(ATTENTION, accumulation=2, activations={"mode": mode})
+        model = released_at_once(accumulation=2, activations={"mode": mode})
         coordinator = model._optimizer.parameter_offload.get_param_coordinator()
         block = sum(one.ds_numel for one in model._engine.module.blocks[0].parameters())
         others = sum(one.ds_numel for one in model._engine.module.parameters()) - 3 * block
@@ -712,6 +773,36 @@ def a_block_is_gathered_twice_in_a_step(folder: Path) -> None:
                 assert not model.step(step).dropped
                 gathered.clear()
         model.close()
+
+
+def released_at_once(**section: Any) -> Any:
+    """An engine that lets go of small weights at once, too: it would keep them for their next use."""
+    from domainshuttle.platform.engine import zero3
+
+    derived = zero3.deepspeed_config
+
+    def config(*given: Any) -> dict[str, Any]:
+        made = derived(*given)
+        made["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero3, "deepspeed_config", config)
+        return engine(ATTENTION, **section)
+
+
+class Products(TorchDispatchMode):
+    """Notes the sizes of the matrix products that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.sizes.append((left.shape[0], left.shape[1], right.shape[1]))
+        return func(*args, **kwargs or {})
 
 
 def run_pair(folder: Path) -> dict[str, str]:
