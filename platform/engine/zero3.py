@@ -34,6 +34,7 @@ from domainshuttle.model.weight_files import write_shards
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
 from domainshuttle.platform.engine.attention_kernels import AttentionKernels
+from domainshuttle.platform.engine.compilation import compile_blocks
 from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_config
 from domainshuttle.platform.engine.initialization import Blueprint
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
@@ -85,9 +86,7 @@ class Engine:
         if section.kernels == "triton":
             fused.fuse(model)
         if section.compile is not None:
-            for block in model.blocks:
-                # ZeRO-3's hooks, which gather the weights around the block, stay outside
-                block.transform = torch.compile(block.transform, backend=section.compile)
+            compile_blocks(model, section.compile)
         _gather_whole_blocks(model)
         names = {parameter: name for name, parameter in model.named_parameters()}
         trained = [parameter for parameter in names if parameter.requires_grad]
