@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,16 +44,20 @@ def synchronise() -> None:
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, run in turn after one warm-up of all."""
+    """Median seconds of each function, run in turn after one warm-up of all.
+
+    On a CPU of processor time, which changes less with what else the machine does.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
             synchronise()
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronise()
             if i:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -90,6 +95,7 @@ def compare(arguments: argparse.Namespace) -> None:
     shared = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "freq_dim")
     wan = WanTransformer3DModel(**{name: getattr(spec, name) for name in shared})
     ours = from_wan(wan).to(device, dtype)
+    ours.compute_in(dtype)  # with the layers that training has
     wan = wan.to(device, dtype)
     batch = TrainingBatch.fake(
         arguments.batch,
@@ -117,12 +123,14 @@ def compare(arguments: argparse.Namespace) -> None:
     both = measure({name: with_backward(run) for name, run in forwards.items()}, arguments.rounds)
     flops = arguments.batch * 3 * spec.step_flops((frames, height, width), references=arguments.references).forward
     peak = peak_tflops()
-    print(f"{device}, {dtype}, dim {spec.dim}, {spec.num_layers} layers, {tokens} tokens")
-    print(f"{'':22}{'forward ms':>12}{'+ backward ms':>15}{'tokens/s':>12}{'of Wan':>9}{'MFU':>8}")
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"{device}, {dtype}, dim {spec.dim}, {spec.num_layers} layers, {tokens} tokens; load of the machine {load}")
+    print(f"{'':22}{'forward ms':>12}{'of Wan':>9}{'+ backward ms':>15}{'tokens/s':>12}{'of Wan':>9}{'MFU':>8}")
     for name in networks:
         ratio = both[name] / both["diffusers Wan"]
         share = f"{flops / both[name] / 1e12 / peak:8.1%}" if peak else f"{'-':>8}"
-        times = f"{forward[name] * 1e3:12.1f}{both[name] * 1e3:15.1f}"
+        of_forward = forward[name] / forward["diffusers Wan"]
+        times = f"{forward[name] * 1e3:12.1f}{of_forward:9.2f}{both[name] * 1e3:15.1f}"
         print(f"{name:22}{times}{tokens / both[name]:12.0f}{ratio:9.2f}{share}")
 
 
