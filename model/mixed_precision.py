@@ -86,8 +86,9 @@ class _Linear(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             x = x.flatten(0, -2)
             for_weight = rows.t() @ x if of_weight == x.dtype else _product(rows, x).to(of_weight)
+        for_x = rows @ ctx.weight.to(rows.dtype) if wants_x else None
         return (
-            (rows @ ctx.weight.to(rows.dtype)).view(*gradient.shape[:-1], -1) if wants_x else None,
+            None if for_x is None else for_x.unflatten(0, gradient.shape[:-1]),
             for_weight,
             rows.sum(0, dtype=of_bias) if wants_bias else None,
         )

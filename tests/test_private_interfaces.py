@@ -82,6 +82,8 @@ USES: dict[str, tuple[str, ...]] = {
     "_ray_pkg_": ("platform/config/loading.py",),
     # torch
     "torch.utils._python_dispatch.TorchDispatchMode": ("platform/engine/initialization.py", KERNELS),
+    "torch._dynamo.exc.TorchDynamoException": ("platform/engine/compilation.py",),
+    "torch._dynamo.exc.FailOnRecompileLimitHit": ("platform/engine/compilation.py",),
     "OutOfMemoryError": ("pipelines/quarantine.py",),
     "AcceleratorError": ("pipelines/quarantine.py",),
     # diffusers
@@ -432,6 +434,13 @@ def _backend(_: Any) -> None:
         attention_dispatch.dispatch_attention_fn(*given, attn_mask=torch.ones(1, 1, 1, 3), backend="_native_flash")
 
 
+def of_dynamo(_: Any) -> None:
+    """What torch.compile raises with `fullgraph`."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    assert issubclass(FailOnRecompileLimitHit, Exception) and issubclass(TorchDynamoException, RuntimeError)
+
+
 CHECKS: dict[str, Callable[[Any], None]] = {
     **{name: of_engine(name) for name in ("get_global_grad_norm", "destroy", "optimizer", "module", "device",
                                           "backward", "step", "eval")},
@@ -454,6 +463,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "_StatsActor": of_ray("ray.data._internal.stats", "_StatsActor"),
     "AutoscalingRequester": of_ray("ray.data._internal.execution.autoscaling_requester", "AutoscalingRequester"),
     "torch.utils._python_dispatch.TorchDispatchMode": _dispatch,
+    **{name: of_dynamo for name in USES if name.startswith("torch._dynamo.exc.")},
     "OutOfMemoryError": of_torch("OutOfMemoryError"), "AcceleratorError": of_torch("AcceleratorError"),
     "_execution_device": _pipeline, "_gradient_checkpointing_func": _recomputation,
     **dict.fromkeys(("_flash_3", "_flash_3_hub", "_native_flash"), _backend),

@@ -99,7 +99,6 @@ def test_what_a_block_keeps_is_what_the_specification_says(
         assert expected - beside == pytest.approx((deep - flat) / 2, rel=0.03)
 
 
-@pytest.mark.usefixtures("torchs_linear")
 def test_what_a_block_keeps_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = ("*.lora_A.weight", "*.lora_B.weight")
     lora = LoraSpec(16, ("attn1.to_*", "attn2.to_q", "ffn.net.0.proj", "ffn.net.2"))
