@@ -215,7 +215,7 @@ MISTAKES = [
     (["cluster", "check", "none.jsonl", "plain"], "nothing was checked"),
     (["plan", "empty"], "no configuration"),
     (["submit", "demo", "--address", "http://127.0.0.1:1"], "not taken by http://127.0.0.1:1"),
-    (["submit", "demo", "--address", "foo://bar"], "not taken by foo://bar"),
+    (["submit", "demo", "--address", "foo://bar"], "foo://bar is not the address of a dashboard"),
     (["jobs", "--address", "http://127.0.0.1:1"], "no list of jobs came from http://127.0.0.1:1"),
 ]
 

@@ -235,7 +235,7 @@ def test_a_filter_is_counted_and_removes_nothing_unasked(tmp_path: Path, ran: Ra
     assert run(tmp_path).encoded == 10 - count
     with pytest.raises(DataError, match=rf"{10 - count} samples that are encoded would be removed.*--overwrite"):
         run(tmp_path, where=where)
-    with pytest.raises(DataError, match="leaves none of its 10 samples"):
+    with pytest.raises(DataError, match="leaves none of the 10 samples"):
         run(tmp_path, where="frames > 1")
 
 

@@ -6,7 +6,7 @@ Run: python -m pytest tests/pipelines/media/test_noted_conversions.py
 import io
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from PIL import Image
 from domainshuttle.model.encoders import load_text_encoder, load_video_encoder
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.encoding.sample_encoder import encode_rows
-from domainshuttle.pipelines.index.parts import CONVERTED_NAME, Parts
-from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
+from domainshuttle.pipelines.index.parts import CONVERTED_NAME
+from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.media import conversions as done
 from domainshuttle.pipelines.media.conversions import note, noted_conversions
 from domainshuttle.pipelines.media.decode import decode_image, decode_video
@@ -124,17 +124,12 @@ def test_encoding_lists_and_counts_them(tmp_path: Path, capsys: pytest.CaptureFi
     encoded = list(encode_rows(rows, load_video_encoder("block-dct"), load_text_encoder("byte-umt5", 48)))
     found = {row.key: sample.converted for row, sample in encoded if not isinstance(sample, Exception)}
     assert found == {"plain": (), "turned": (done.PROFILE, done.TURNED), "profile": (done.PROFILE,)}
-    parts = Parts(tmp_path / "made", 1, "recipe")
-    parts.begin()
     lines = [BadSample("s", "a.tar", key, one) for key, of_key in found.items() for one in of_key]
-    metadata = IndexMetadata(corpus="c", stage="encoded")
-    parts.finish(0, rows, [], metadata, lines)
-    parts.merge(metadata)
-    table = (parts.folder / CONVERTED_NAME).read_text().splitlines()
-    assert [(one["key"], one["reason"]) for one in map(json.loads, table)] == [(one.key, one.reason) for one in lines]
-    print_converted(parts.index_path)
+    index = tmp_path / "index.parquet"
+    index.with_name(CONVERTED_NAME).write_text("".join(json.dumps(asdict(one)) + "\n" for one in lines))
+    print_converted(index)
     said = " ".join(capsys.readouterr().out.split())
     assert said.endswith(f"2 {done.PROFILE}, 1 {done.TURNED}")
-    parts.finish(0, rows, [], metadata)
-    parts.merge(metadata)
-    assert not (parts.folder / CONVERTED_NAME).exists()
+    index.with_name(CONVERTED_NAME).unlink()
+    print_converted(index)
+    assert not capsys.readouterr().out

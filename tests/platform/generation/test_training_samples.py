@@ -187,7 +187,7 @@ def test_a_failure_is_a_tag_and_the_training_goes_on(
     how, expected, options = {
         "full disk": (full, "OSError: No space left", {}),
         "damaged snapshot": (damaged, "ConfigError: the weights in", {}),
-        "timeout": (weights, "TimeoutError: given up", {"timeout": 0.05}),
+        "timeout": (weights, "TimeoutError: timed out", {"timeout": 0.05}),
         "between steps": (weights, "TimeoutError: the samples took more than", {"timeout": 0.05, "cpus": 10_000}),
     }[fault]
     training = Training(config, fault.replace(" ", "-"), **options)

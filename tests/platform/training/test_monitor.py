@@ -77,6 +77,9 @@ class Log:
     def artifact(self, path: Path, to: str) -> None:
         self.files.append((path, to))
 
+    def tag(self, tags: dict[str, Any]) -> None:
+        pass
+
     def finish(self, status: str, timeout: float = 0.0) -> bool:
         self.ended = status
         return True
