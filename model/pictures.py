@@ -12,9 +12,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms
+from PIL.JpegImagePlugin import JpegImageFile
 
 Pixels = NDArray[np.uint8]
 
+_ICC = b"ICC_PROFILE\0"
 _WHITE = (255, 255, 255)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,8 +77,26 @@ def as_shown(image: Image.Image, convert: Callable[[Image.Image], Image.Image] |
     """
     image.load()  # a PNG may say its orientation after its pixels
     colours, opacity = _split(image)
-    shown = to_srgb(colours, image.info.get("icc_profile")) if convert is None else convert(colours)
+    shown = to_srgb(colours, profile_of(image)) if convert is None else convert(colours)
     return upright_on_white(shown, opacity, upright_turn(image))
+
+
+def profile_of(image: Image.Image) -> bytes | None:
+    """A picture's ICC profile, wherever before the pixels it stands; None for none.
+
+    Raises:
+        ValueError: for one of which a part is missing or can't be read, which Pillow takes for none.
+    """
+    notes = image.applist if isinstance(image, JpegImageFile) else []
+    if parts := [content for name, content in notes if name == "APP2" and content[:12] == _ICC]:
+        parts.sort(key=lambda part: part[12])
+        if [part[12] for part in parts] != [*range(1, parts[0][13] + 1)]:
+            raise ValueError(f"of its ICC profile the parts {[part[12] for part in parts]} of {parts[0][13]} are there")
+        return b"".join(part[14:] for part in parts)
+    profile: bytes | None = image.info.get("icc_profile")
+    if profile is None and "icc_profile" in image.info:
+        raise ValueError("its ICC profile is damaged")
+    return profile
 
 
 def upright_on_white(image: Image.Image, opacity: Image.Image | None, turn: Image.Transpose | None) -> Image.Image:

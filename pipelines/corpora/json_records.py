@@ -37,12 +37,13 @@ class Located:
         return parse(self.data, where)
 
 
-def parse(data: bytes, where: str) -> Any:
+def parse(data: bytes, where: str, nan_is_null: bool = False) -> Any:
     """A JSON value. Raises DataError, that names `where`, for what is none; NaN and infinity are none, nor are numbers
     beyond a float's, halves of surrogate pairs, which no UTF-8 can hold, and keys that come twice, as where two records
-    run together."""
+    run together. `nan_is_null` reads NaN as null, of writers that mean it so."""
     try:
-        value = json.loads(data, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
+        constant = _nan_as_null if nan_is_null else _no_constant
+        value = json.loads(data, parse_constant=constant, parse_float=_finite, object_pairs_hook=_once)
         if b"\\ud" in data or b"\\uD" in data:
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -54,6 +55,10 @@ def parse(data: bytes, where: str) -> Any:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no JSON number")
+
+
+def _nan_as_null(text: str) -> Any:
+    return None if text == "NaN" else _no_constant(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from domainshuttle.model.domains import DOMAINS, domain_id
 from domainshuttle.pipelines.corpora.downloads import check_folder, found_files
 from domainshuttle.pipelines.corpora.files import Shown, clip_of, picture_of, read_media, read_picture, sample_of
 from domainshuttle.pipelines.corpora.json_records import jsonl_records, parse
-from domainshuttle.pipelines.corpora.parquet_rows import parquet_rows
+from domainshuttle.pipelines.corpora.parquet_rows import parquet_columns, parquet_rows
 from domainshuttle.pipelines.corpora.source import (
     Fields,
     FolderSource,
@@ -34,12 +34,15 @@ from domainshuttle.pipelines.corpora.source import (
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.quarantine import fault_reason
+from domainshuttle.pipelines.quarantine import SampleFault, fault_reason
 from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, ORIGINS, VIDEO_EXTENSIONS, RawSample
 from domainshuttle.pipelines.shards.companions import companion
 
 TARGETS = ("clip", "video", "image", "target", "path", "file")
 CAPTIONS = ("caption", "text", "prompt")
+_IDS = ("id", "key")
+_FIELDS = {*TARGETS, *CAPTIONS, *_IDS, "references", "subjects", "domains", "scores", "source_video"}
+_MOST_UNREAD = 20  # fields of a row that are named where they are not read
 _REFERENCE = re.compile(r"(?P<stem>.+)\.ref(?P<number>\d+)")
 
 
@@ -62,15 +65,18 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
             if odd := [path.name for path in found if path.suffix.lower() not in (".jsonl", ".csv", ".parquet")]:
                 raise DataError(f"{self.root}: {odd[:5]}: manifests end with .jsonl, .csv or .parquet")
             return [Piece.of(path, self.root) for path in found]
-        folders = sorted({path.parent for path in _media(self.root)})
-        if not folders:
+        if not any(_is_media(path) for path in _found(self.root)):
             raise DataError(f"{self.root} has no pictures or clips: {_endings()}")
+        folders = sorted({path.parent for path in _found(self.root)})
         return [Piece(folder.relative_to(self.root).as_posix(), _stamp(folder)) for folder in folders]
 
     def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
         rows = self._rows(self.root / piece.name) if self.config.manifests else self._files(self.root / piece.name)
         for number, (where, row) in enumerate(rows):
             where = f"{piece.name}: {where}" if where else f"{piece.name} row {number + 1}"
+            if isinstance(row, str):
+                yield LeftOut(where, row)
+                continue
             try:
                 fields = Fields(row() if callable(row) else row, where)
                 yield self._record(fields)
@@ -78,31 +84,47 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
                 yield LeftOut(where, fault_reason(error))
 
     def _rows(self, path: Path) -> Iterator[tuple[str, Any]]:
-        """The rows of a manifest: where each is, and the row, or what parses it."""
+        """The rows of a manifest: where each is, and the row, or what parses it, or why it is none."""
         if path.suffix.lower() == ".jsonl":
             for located in jsonl_records(path):
                 where = f"byte {located.offset}"
                 yield where, lambda located=located, where=where: located.parse(where)
         elif path.suffix.lower() == ".parquet":
-            for row in parquet_rows(path):
-                yield "", {name: value for name, value in row.items() if value is not None}
+            names = parquet_columns(path)
+            unread = dict.fromkeys((name for name in names if name not in _FIELDS), "")
+            for row in parquet_rows(path, [name for name in names if name in _FIELDS]):
+                yield "", {**{name: value for name, value in row.items() if value is not None}, **unread}
         else:
             try:
                 with path.open(encoding="utf-8-sig", newline="") as file:
-                    for row in csv.DictReader(file, strict=True):
+                    reader = csv.DictReader(file, strict=True)
+                    names = [name.strip() for name in reader.fieldnames or ()]
+                    if again := sorted({name for name in names if names.count(name) > 1}):
+                        raise DataError(
+                            f"{path} has columns of one name, {', '.join(again)}: give them names of theirs"
+                        )
+                    for row in reader:
                         yield "", lambda row=row: _of_csv(row)
             except (csv.Error, UnicodeDecodeError) as error:
                 raise DataError(f"{path} is no CSV in UTF-8: {error}") from error
 
     def _files(self, folder: Path) -> Iterator[tuple[str, Any]]:
-        """The media of a folder as rows: with `name.json`, `name.txt` and `name.ref0.jpg` beside them."""
-        media = sorted(path for path in _media(folder, deep=False))
+        """The media of a folder as rows: with `name.json`, `name.txt` and `name.ref0.jpg` beside them; and the files
+        that belong to none."""
+        every = sorted(_found(folder, deep=False))
+        media = [path for path in every if _is_media(path)]
+        stems = {path.stem for path in media if not _REFERENCE.fullmatch(path.stem)}
+        for path in every:
+            match = _REFERENCE.fullmatch(path.stem)
+            beside = path.suffix in (".txt", ".json") and path.stem in stems
+            if not (beside or (_is_media(path) and (match is None or match["stem"] in stems))):
+                yield path.name, f"other file: no picture or clip, nor what belongs to one; {_endings()}"
         references: dict[str, list[tuple[int, Path]]] = {}
         for path in media:
             if match := _REFERENCE.fullmatch(path.stem):
                 references.setdefault(match["stem"], []).append((int(match["number"]), path))
         for path in media:
-            if not _REFERENCE.fullmatch(path.stem):
+            if path.stem in stems:
                 yield path.name, lambda path=path: self._beside(path, references.get(path.stem, []))
 
     def _beside(self, path: Path, references: list[tuple[int, Path]]) -> dict[str, Any]:
@@ -110,7 +132,10 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
         if (described := path.with_name(f"{path.stem}.json")).is_file():
             row = dict(Fields(parse(described.read_bytes(), described.name), described.name).content)
         if (text := path.with_name(f"{path.stem}.txt")).is_file() and not any(name in row for name in CAPTIONS):
-            row["caption"] = text.read_text(encoding="utf-8-sig", errors="replace")
+            try:
+                row["caption"] = text.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise SampleFault("unreadable caption", f"{text.name} is not UTF-8") from error
         row["target"] = path.relative_to(self.root).as_posix()
         if references and "references" not in row:
             row["references"] = [one.relative_to(self.root).as_posix() for _, one in sorted(references)]
@@ -118,8 +143,8 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
 
     def _record(self, fields: Fields) -> Record | LeftOut:
         target = self._below(fields.text(*TARGETS))
-        id_ = fields.text("id", "key") if "id" in fields or "key" in fields else target
-        caption = fields.text(*CAPTIONS).strip() if any(fields.content.get(name) for name in CAPTIONS) else ""
+        id_ = self._name(fields) or target
+        caption = fields.caption(*CAPTIONS) if any(name in fields for name in CAPTIONS) else ""
         references = fields.items("references") if "references" in fields else []
         subjects = self._subjects(fields, len(references))
         shown = [self._reference(one, number, subjects, fields) for number, one in enumerate(references)]
@@ -131,11 +156,20 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
                 "caption": caption,
                 "subjects": subjects,
                 "references": shown,
-                "scores": {name: scores.number(name) for name in scores.content},
+                "scores": {name: scores.number(name) for name in scores.content if name in scores},
                 "video": fields.text("source_video") if "source_video" in fields else None,
+                **({"unread": unread} if (unread := sorted({*fields.content} - _FIELDS)[:_MOST_UNREAD]) else {}),
             },
             uncaptioned=uncaptioned(caption),
         )
+
+    def _name(self, fields: Fields) -> str:
+        """What the row calls its sample, a text or a number; '' for nothing."""
+        named = next((name for name in _IDS if name in fields), None)
+        if named is None:
+            return ""
+        value = fields.content[named]
+        return str(fields.whole(named)) if isinstance(value, int) else fields.text(named)
 
     def _subjects(self, fields: Fields, references: int) -> list[list[Any]]:
         """[word, domain] of each subject; a domain that is not given is None."""
@@ -147,7 +181,8 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
         for one, domain in zip(given, domains, strict=True):
             if isinstance(one, dict):
                 inner = Fields(one, f"{fields.where}: subjects")
-                one, domain = inner.text("word", "name"), inner.content.get("domain", domain)
+                one, given_domain = inner.text("word", "name"), inner.content.get("domain")
+                domain = domain if given_domain is None else given_domain
             if not isinstance(one, str) or not one.strip():
                 raise unknown_form(fields.where, f"subject {one!r}: expected a word, or an object with word and domain")
             subjects.append([one.strip(), None if domain is None else _domain(domain, fields.where)])
@@ -161,7 +196,7 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
             path, which, origin = (
                 inner.text("path", "image", "file"),
                 inner.content.get("subject"),
-                inner.content.get("origin", "photo"),
+                inner.content.get("origin") or "photo",
             )
         else:
             path, which = one, None
@@ -192,6 +227,8 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         content = record.payload
         target = content["target"]
+        for name in content.get("unread", ()):
+            notes.add(f"field {name[:40]!r} is not read")
         data = read_media(self.root, target, "target")
         clip = Path(target).suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS
         guessed = [word for word, domain in content["subjects"] if domain is None]
@@ -233,11 +270,15 @@ def _of_csv(row: dict[Any, Any]) -> dict[str, Any]:
     return found
 
 
-def _media(folder: Path, deep: bool = True) -> Iterator[Path]:
+def _found(folder: Path, deep: bool = True) -> Iterator[Path]:
+    """The files in a folder, or also below it, but for what systems leave."""
     for path in folder.rglob("*") if deep else folder.iterdir():
-        known = path.suffix.lower().removeprefix(".") in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
-        if known and path.is_file() and not companion(path.relative_to(folder).as_posix()):
+        if path.is_file() and not companion(path.relative_to(folder).as_posix()):
             yield path
+
+
+def _is_media(path: Path) -> bool:
+    return path.suffix.lower().removeprefix(".") in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 
 
 def _stamp(folder: Path) -> str:

@@ -18,8 +18,8 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int 
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(at_once, columns=list(columns) if columns is not None else None):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:  # the last of texts that are no UTF-8
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # of texts that are no UTF-8, keys that repeat
         raise _not_whole(path, error) from error
 
 
@@ -37,7 +37,13 @@ def parquet_columns(path: Path) -> list[str]:
         names: list[str] = pq.read_schema(path).names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _not_whole(path, error) from error
+    if len(set(names)) != len(names):
+        raise DataError(f"{path} has columns of one name, {_repeated(names)}: rename them")
     return names
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(sorted({name for name in names if list(names).count(name) > 1}))
 
 
 def require_columns(path: Path, wanted: Sequence[str]) -> None:

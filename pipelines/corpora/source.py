@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from domainshuttle.pipelines.values import MOST_COUNT, Count, Section, Text, Who
 
 UNKNOWN_FORM = "unknown form"
 """The kind of fault of a record that no known variant of the source's format explains."""
+_NUMBERS = (int, float, Decimal)  # the last of Parquet
 SAMPLES = "samples"
 """The role of pieces whose records become samples; records of other roles are looked up by name."""
 
@@ -204,14 +206,13 @@ class Fields:
     def caption(self, *names: str) -> str:
         """The first of these fields that is a text and not blank, without spaces around it; '' where there is none,
         and yet one of the fields."""
-        found = [self.text(name).strip() for name in names if name in self]
-        if not found and not any(name in self.content for name in names):
+        if not any(name in self.content for name in names):
             return self.text(*names)  # which raises
-        return next((text for text in found if text), "")
+        return next((text for name in names if name in self and (text := self.text(name).strip())), "")
 
     def number(self, *names: str) -> float:
         """The first of these fields that is there, a number."""
-        return self._finite(self._first(names, (int, float), "a number"), names[0])
+        return self._finite(self._first(names, _NUMBERS, "a number"), names[0])
 
     def whole(self, *names: str) -> int:
         """The first of these fields that is there, a whole number."""
@@ -227,7 +228,7 @@ class Fields:
     def numbers(self, name: str, count: int) -> list[float]:
         """A list of `count` numbers."""
         found = self._first((name,), (list,), f"{count} numbers")
-        if len(found) != count or not all(_is(one, (int, float)) for one in found):
+        if len(found) != count or not all(_is(one, _NUMBERS) for one in found):
             raise unknown_form(self.where, f"{name} is {_shown(found)}: expected {count} numbers")
         return [self._finite(one, name) for one in found]
 
@@ -240,7 +241,7 @@ class Fields:
         """An object."""
         return Fields(self._first((name,), (dict,), "an object"), f"{self.where}: {name}")
 
-    def _finite(self, number: float, name: str) -> float:
+    def _finite(self, number: float | Decimal, name: str) -> float:
         """A float of a number: whole ones may be beyond them, and Parquet holds NaN and infinity."""
         try:
             value = float(number)
@@ -290,4 +291,4 @@ def _type_of(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:80]
+    return json.dumps(value, ensure_ascii=False, default=repr)[:80]  # Parquet has dates and bytes

@@ -62,17 +62,28 @@ class WebDatasetSource(FolderSource[WebDatasetConfig]):
 
     def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
         names: dict[str, list[str]] = {}
+        again: dict[str, list[str]] = {}
+        odd: list[str] = []
 
         def wanted(name: str) -> bool:
             key, ending = _split(name)
-            if not companion(name):
-                names.setdefault(key, []).append(ending)
+            if companion(name):
+                return False
+            held = names.setdefault(key, [])
+            if key in again or ending in held:  # whose caption would come to whose picture?
+                again.setdefault(key, []).append(ending)
+                return False
+            held.append(ending)
             return ending in ("txt", "json")
 
         texts: dict[str, dict[str, bytes]] = {}
-        for name, data in _members(self.root / piece.name, wanted):
+        for name, data in _members(self.root / piece.name, wanted, odd):
             key, ending = _split(name)
             texts.setdefault(key, {})[ending] = data[:_MOST_TEXT]
+        for name in odd:
+            yield LeftOut(f"{piece.name}/{name}", "not a file: a link or a device, which tar holds without its content")
+        for key, endings in again.items():
+            yield LeftOut(f"{piece.name}/{key}", f"duplicate key: it comes again, with {endings[:8]}; the first stays")
         for key, endings in names.items():
             id_ = f"{piece.name}/{key}"
             try:
@@ -84,7 +95,9 @@ class WebDatasetSource(FolderSource[WebDatasetConfig]):
         self, id_: str, key: str, endings: list[str], texts: dict[str, bytes], piece: Piece
     ) -> Record | LeftOut:
         target = next((ending for ending in _TARGETS if ending in endings), None)
-        described = Fields(parse(texts["json"], f"{id_}.json"), f"{id_}.json") if "json" in texts else Fields({}, id_)
+        described = Fields({}, id_)
+        if "json" in texts:  # img2dataset writes what a table has no value for as NaN
+            described = Fields(parse(texts["json"], f"{id_}.json", nan_is_null=True), f"{id_}.json")
         if described.content.get("status", "success") != "success":
             return LeftOut(id_, f"not downloaded: {described.content['status']}")
         if target is None:
@@ -94,7 +107,7 @@ class WebDatasetSource(FolderSource[WebDatasetConfig]):
         except UnicodeDecodeError as error:
             raise SampleFault("unreadable caption", f"{id_}.txt is not UTF-8") from error
         if not caption and any(described.content.get(name) for name in self.config.captions):
-            caption = described.text(*self.config.captions).strip()
+            caption = described.caption(*self.config.captions)
         extra = len(endings) - 1 - len(texts)
         named = self.config.source_video
         video = described.text(named).strip() or None if named is not None and named in described else None
@@ -134,8 +147,9 @@ def _folded(name: str) -> str:
     return ".".join(_split(name))
 
 
-def _members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of the members that are wanted, in order. Raises DataError for a shard that is cut or damaged."""
+def _members(path: Path, wanted: Callable[[str], bool], odd: list[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of the members that are wanted, in order; the names of those that are neither files nor folders
+    are added to `odd`. Raises DataError for a shard that is cut or damaged."""
     try:
         with contextlib.ExitStack() as opened:
             stream: Any = _Counted(_unpacked(path, opened))  # of a file, tarfile only reads
@@ -146,6 +160,8 @@ def _members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
             for member in archive:
                 if member.isreg() and wanted(member.name) and (file := archive.extractfile(member)) is not None:
                     yield member.name, file.read()
+                elif odd is not None and not member.isreg() and not member.isdir():
+                    odd.append(member.name)
                 archive.members = []  # of large shards, all headers would be held
             stream.check_end(archive.offset)
     except DataError:

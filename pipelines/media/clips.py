@@ -12,6 +12,7 @@ import av
 import av.filter
 import av.logging
 import numpy as np
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
@@ -37,6 +38,8 @@ _FAST = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 _PRECISE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 _HARMLESS = ("SEI type", "unable to decode APP fields")
 """What decoders call errors though no picture is touched: messages beside the frames that they can't read."""
+_OF_HDR = {SideData.MASTERING_DISPLAY_METADATA, SideData.CONTENT_LIGHT_LEVEL, SideData.DYNAMIC_HDR_PLUS}
+_BT2020, _HDR_TRANSFERS = 9, (16, 18)
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _SWSCALE_WHITE = 65283
 """What swscale makes white of other than RGB of 16 bits when it goes to 16 bits."""
@@ -96,6 +99,8 @@ class Clip:
     stamps: list[int | None] = field(default_factory=list)
     """When the frames of the packets that were read begin, in ticks of the stream."""
     _frames: int = 0
+    _shape: Fraction | None = None
+    """Of a pixel, as the decoder says it."""
     _notes: dict[SideData, bytes] | None = None
     _rotation: int = 0
     _reformatter: VideoReformatter = field(default_factory=VideoReformatter)
@@ -109,6 +114,8 @@ class Clip:
         stream = chosen_stream(container, name)
         stream.thread_type = "NONE"
         stream.thread_count = 1
+        # else what a conformance window cuts at the left is shown where the rest would lie unaligned in memory
+        stream.codec_context.flags |= Flags.unaligned
         stream.codec_context.options = {"err_detect": "crccheck"}
         if kind == "mov":
             tags = mp4_tags(data, stream.id)
@@ -116,6 +123,8 @@ class Clip:
             tags = matroska_tags(data, container.streams.video.index(stream))
         if tags.other_speed:
             raise DataError(f"{name}: its edit list plays a part at another speed, which is not done here")
+        if tags.several_shapes:
+            raise DataError(f"{name}: parts of its track have other crops or other shapes of pixels")
         if tags.dolby_vision is not None:
             raise DataError(
                 f"{name}: Dolby Vision of profile {tags.dolby_vision}, whose colours only its own decoders know"
@@ -147,10 +156,18 @@ class Clip:
                 if frame.interlaced_frame and self.stream.codec_context.name == "hevc":
                     raise DataError(f"{self.name}: H.265 whose frames are single fields, which are not put together")
                 self._check_said()
+                self._check_shape(decoder)
                 yield frame
             self._check_said()
         if self._frames != len(self.stamps):
             self.lasts = None  # some packets are no frame, or half of one
+
+    def _check_shape(self, decoder: av.VideoStream | VideoCodecContext) -> None:
+        context = decoder.codec_context if isinstance(decoder, av.VideoStream) else decoder
+        shape = context.sample_aspect_ratio or Fraction(1)
+        if self._shape not in (None, shape):
+            raise DataError(f"{self.name}: its pixels change their shape, from {self._shape} to {shape} times as wide")
+        self._shape = shape
 
     def read_rest(self) -> None:
         """Reads the packets that are left, of which nothing is decoded, for their `stamps`."""
@@ -177,6 +194,8 @@ class Clip:
         decoder = VideoCodecContext.create(_ALPHA_DECODERS[self.stream.codec_context.name], "r")
         assert isinstance(decoder, VideoCodecContext)
         decoder.thread_count = 1
+        for colour in ("color_primaries", "color_trc", "colorspace", "color_range"):  # of the container
+            setattr(decoder, colour, getattr(self.stream.codec_context, colour))
         return decoder
 
     def show(self, frame: av.VideoFrame) -> tuple[Pixels, Fraction]:
@@ -217,6 +236,8 @@ class Clip:
             raise DataError(f"{self.name}: its container and its stream say different turns or mirrorings")
         if SideData.SPHERICAL in notes:
             raise DataError(f"{self.name}: a spherical clip: what of it is seen is not said")
+        if _OF_HDR & notes.keys() and frame.color_trc == _UNSPECIFIED:
+            raise DataError(f"{self.name}: it has HDR's metadata, and names no transfer function, such as PQ: tag it")
         stereo = notes.get(SideData.STEREO3D)
         if stereo and 0 < struct.unpack_from("i", stereo)[0] < 8:  # 8 is unspecified
             raise DataError(f"{self.name}: a stereoscopic clip: each frame holds the views of two eyes")
@@ -262,6 +283,12 @@ class _Look:
                 raise DataError(f"{name}: RGB in limited range, which FFmpeg takes as full")
         elif not grey and not mono and matrix not in _MATRICES:
             raise DataError(f"{name}: colour matrix {matrix} of H.273 is not read")
+        elif (
+            not grey
+            and matrix == _UNSPECIFIED
+            and (frame.color_primaries == _BT2020 or frame.color_trc in _HDR_TRANSFERS)
+        ):
+            raise DataError(f"{name}: it names wide or HDR's colours, and no matrix, which is not guessed: tag it")
         if grey and frame.color_range not in (ColorRange.MPEG, ColorRange.JPEG):
             raise DataError(f"{name}: grey frames that do not say whether their range is full or limited")
         space = colours.named(frame.color_primaries, frame.color_trc, name)

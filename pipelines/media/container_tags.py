@@ -46,6 +46,8 @@ class ContainerTags:
     """Whether an edit plays a part at another speed, or stands still."""
     dolby_vision: int | None = None
     """The profile, where decoders that do not know Dolby Vision show its pictures in wrong colours."""
+    several_shapes: bool = False
+    """Whether the track has parts with another crop, or another shape of pixels."""
 
 
 def mp4_tags(data: Buffer, track: int) -> ContainerTags:
@@ -56,8 +58,10 @@ def mp4_tags(data: Buffer, track: int) -> ContainerTags:
         if not headers or _track_number(headers[0]) != track:
             continue
         aperture, aspect, profile = None, None, None
+        shapes = set()
         for entry in _sample_entries(trak):
             inner = list(_boxes(entry[78:]))
+            shapes.add(tuple(sorted((kind, bytes(content)) for kind, content in inner if kind in (b"clap", b"pasp"))))
             for kind, content in inner:
                 if kind == b"clap" and len(content) >= 32:
                     aperture = _clean_aperture(content)
@@ -66,7 +70,7 @@ def mp4_tags(data: Buffer, track: int) -> ContainerTags:
             if aperture and all(kind != b"pasp" for kind, _ in inner):
                 aspect = _aspect_of_track(headers[0], aperture, struct.unpack_from(">HH", entry, 24))
         other_speed = any(rate != 1 << 16 for edits in _inside(trak, (b"edts", b"elst")) for rate in _edit_rates(edits))
-        return ContainerTags(aperture, aspect, other_speed, profile)
+        return ContainerTags(aperture, aspect, other_speed, profile, len(shapes) > 1)
     return ContainerTags()
 
 

@@ -48,7 +48,7 @@ __all__ = [
 
 RULES = (
     "as shown: upright, square pixels, sRGB, on white; target: cover and centre crop, sampled by time; references, "
-    "single ones with a view: contain on white; v5"
+    "single ones with a view: contain on white; v6"
 )
 """What is done to pixels before they are encoded."""
 
@@ -170,7 +170,7 @@ def _only_noted(data: Buffer, name: str) -> bool:
     """Whether what a JPEG has beside its pixels, as cameras' have, leaves them as they are."""
     with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
         _check_size(picture.width, picture.height, name)
-        if "icc_profile" in picture.info or pictures.upright_turn(picture) is not None:
+        if pictures.profile_of(picture) is not None or pictures.upright_turn(picture) is not None:
             return False
         return picture.mode in ("L", "RGB") and getattr(picture, "n_frames", 1) == 1
 
@@ -210,12 +210,12 @@ def _decode_jpeg_levels(data: Buffer, picture: Image.Image) -> Pixels:
     if form == "CMYK":
         return np.asarray(pictures.as_shown(picture))
     image = Image.fromarray(levels[..., 0] if form == "GRAY" else levels)
-    image = pictures.to_srgb(image, picture.info.get("icc_profile"))
+    image = pictures.to_srgb(image, pictures.profile_of(picture))
     return np.asarray(pictures.upright_on_white(image, None, pictures.upright_turn(picture)))
 
 
 def _note_conversions(picture: Image.Image, tags: PngTags | None) -> None:
-    profile = "icc_profile" in picture.info and not (tags and tags.coded)
+    profile = not (tags and tags.coded) and pictures.profile_of(picture) is not None
     space = tags.space if tags else None
     for conversion, done in (
         (conversions.TURNED, pictures.upright_turn(picture) is not None),
@@ -242,7 +242,7 @@ def _decode_png_levels(data: Buffer, picture: Image.Image, tags: PngTags) -> Pix
     levels: NDArray[Any] = VideoReformatter().reformat(frame, format="rgba64le", threads=1).to_ndarray()
     colour = levels[..., :3]
     shown = (colour >> 8).astype(np.uint8) if tags.space is None else colours.to_srgb(colour, tags.space)
-    image = pictures.to_srgb(Image.fromarray(shown), None if tags.space else picture.info.get("icc_profile"))
+    image = pictures.to_srgb(Image.fromarray(shown), None if tags.space else pictures.profile_of(picture))
     opacity = Image.fromarray((levels[..., 3] >> 8).astype(np.uint8))
     return np.asarray(pictures.upright_on_white(image, opacity, pictures.upright_turn(picture)))
 

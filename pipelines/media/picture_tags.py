@@ -23,18 +23,20 @@ def jpeg_is_plain(data: Buffer, name: str) -> bool:
 
     Raises DataError for pixels that are not square.
     """
-    view, position = memoryview(data).cast("B"), 2
+    view, position, common = memoryview(data).cast("B"), 2, False
     while position + 4 <= len(view) and view[position] == 0xFF:
         marker, size = view[position + 1], int.from_bytes(view[position + 2 : position + 4], "big")
         if marker == 0xFF:  # a fill byte
             position += 1
             continue
         content = view[position + 4 : position + 2 + size]
-        if marker in _START_OF_FRAME:
-            return len(content) > 5 and content[0] == 8 and content[5] in (1, 3)
+        if marker in _START_OF_FRAME:  # after which, too, notes may stand
+            common = len(content) > 5 and content[0] == 8 and content[5] in (1, 3)
         if marker == 0xE0 and bytes(content[:5]) == b"JFIF\0" and len(content) >= 12:
             _check_square(name, *struct.unpack_from(">HH", content, 8))
-        if marker == 0xDA or size < 2 or marker == 0xE1:
+        if marker == 0xDA:
+            return common
+        if size < 2 or marker == 0xE1:
             return False
         if marker == 0xE2 and bytes(content[:11]).startswith((b"ICC_PROFILE", b"MPF\0")):
             return False

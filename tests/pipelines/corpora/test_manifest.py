@@ -2,6 +2,7 @@
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,88 @@ def test_dirty_rows_and_wrong_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no pictures or clips"):
         made(ManifestConfig(folder=str(tmp_path / "empty")), tmp_path / "c")
+
+
+COLUMNS = {
+    "id": pa.array([7, 8], pa.int64()),
+    "clip": pa.array(["a.mp4", "b.jpg"]).dictionary_encode(),
+    "caption": pa.array(["", "A dog."], pa.large_string()),
+    "text": pa.array(["A man.", None]),
+    "subjects": pa.array([["man"], ["dog"]], pa.large_list(pa.large_string())),
+    "references": pa.array(
+        [[{"path": "refs/0.jpg", "subject": None, "origin": None}], []],
+        pa.list_(pa.struct([("path", pa.string()), ("subject", pa.int8()), ("origin", pa.string())])),
+    ),
+    "scores": pa.array(
+        [{"quality": Decimal("4.50"), "motion": None}, {"quality": None, "motion": 1}],
+        pa.struct([("quality", pa.decimal128(5, 2)), ("motion", pa.int8())]),
+    ),
+    "added": pa.array([1, 2], pa.timestamp("ns")),
+}
+
+
+@pytest.mark.parametrize("scores", ["struct", "map"])
+def test_columns_of_every_type_are_read_as_they_are_meant(tmp_path: Path, scores: str) -> None:
+    root, columns = media(tmp_path / "root"), dict(COLUMNS)
+    if scores == "map":
+        kind = pa.map_(pa.string(), pa.float32())
+        columns["scores"] = pa.array([[("quality", 4.5)], [("motion", 1.0)]], kind)
+    pq.write_table(pa.table(columns), root / "m.parquet")
+    result = made(ManifestConfig(folder=str(root), manifests=["m.parquet"]), tmp_path / "survey")
+    clip, picture = result
+    assert (clip.key, clip.info.caption, picture.info.caption) == ("7", "A man.", "A dog.")
+    assert [(one.subject, one.origin) for one in clip.info.references] == [(0, "photo")]
+    assert clip.info.scores == {"quality": 4.5, "domains_from_words": 1.0}
+    assert picture.info.scores == {"motion": 1.0, "domains_from_words": 1.0}
+    assert result.notes.counts == {"field 'added' is not read": 2}
+
+
+@pytest.mark.parametrize("value", [pa.array([1], pa.timestamp("us")), pa.array([b"x"]), pa.array([Decimal("1.5")])])
+def test_columns_of_another_type_are_an_unknown_form(tmp_path: Path, value: pa.Array) -> None:
+    root = media(tmp_path / "root")
+    pq.write_table(pa.table({"clip": ["a.mp4"], "caption": value}), root / "m.parquet")
+    result = made(ManifestConfig(folder=str(root), manifests=["m.parquet"]), tmp_path / "survey")
+    assert result.tally.counts == {"unknown form": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip,caption,caption\na.mp4,x,y\n", "columns of one name, caption"),
+        ("clip, clip\na.mp4,b.mp4\n", "columns of one name, clip"),
+        ("clip;caption\na.mp4;x\n", ""),
+        ("Clip,Caption\na.mp4,x\n", ""),
+        ('clip,caption\n"a.mp4,x\n', "is no CSV"),
+        ("clip,caption\na.mp4\n", ""),
+    ],
+)
+def test_a_csv_that_is_read_in_two_ways_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    root = media(tmp_path / "root")
+    (root / "m.csv").write_text(text)
+    config = ManifestConfig(folder=str(root), manifests=["m.csv"])
+    if message:
+        with pytest.raises(DataError, match=message):
+            made(config, tmp_path / "survey")
+    else:
+        assert made(config, tmp_path / "survey").tally.counts == {"unknown form": 1}
+
+
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    said = '\ufeffclip,caption,Rating\r\na.mp4,"A ""red"" cup, and\r\na man.",5\r\n\r\nb.jpg,,\r\n'
+    (root / "m.csv").write_text(said, newline="")
+    result = made(ManifestConfig(folder=str(root), manifests=["m.csv"]), tmp_path / "survey")
+    assert [sample.info.caption for sample in result] == ['A "red" cup, and\r\na man.']
+    assert result.tally.counts == {"empty caption": 1} and result.notes.counts == {"field 'Rating' is not read": 1}
+
+
+def test_what_a_folder_has_beside_its_media_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    pictures = dict.fromkeys(("a.jpg", "b.jpg", "e.ref0.jpg"), jpeg(3))
+    others = dict.fromkeys(("c.heic", "d.txt", "sub/f.avi", "sub/.DS_Store"), b"x")
+    for name, data in {**pictures, **others, "a.txt": "Ä".encode("latin-1"), "b.txt": b"B."}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    result = made(ManifestConfig(folder=str(root)), tmp_path / "survey")
+    assert [sample.info.caption for sample in result] == ["B."]
+    assert result.tally.counts == {"other file": 4, "unreadable caption": 1}

@@ -97,3 +97,33 @@ def test_names_that_are_not_utf8_stay_names(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(packed.getvalue())
     (sample,) = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
     assert "caf_xe9" in sample.key and sample.info.caption == "A cup."
+
+
+def test_no_picture_gets_the_caption_of_another_of_the_same_key(tmp_path: Path) -> None:
+    """Webdataset refuses such a tar, or takes what comes last."""
+    data = tar({"a.jpg": jpeg(10), "a.txt": b"First.", "b.jpg": jpeg(30), "b.txt": b"B."}, end=False)
+    data += tar({"a.JPG": jpeg(20), "a.txt": b"Second.", "b.txt": b"Not B."})
+    (tmp_path / "0.tar").write_bytes(data)
+    result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
+    assert [(one.info.caption, grey(one.target)) for one in result] == [("First.", 10), ("B.", 30)]
+    assert result.tally.counts == {"duplicate key": 2}
+
+
+def test_links_are_counted_and_nan_is_a_missing_value(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data, linked in (
+            ("a.jpg", jpeg(10), ""),
+            ("a.json", b'{"caption": "A.", "similarity": NaN}', ""),
+            ("b.jpg", b"", "a.jpg"),
+            ("c.jpg", jpeg(5), ""),
+            ("c.json", b'{"caption": "C.", "similarity": Infinity}', ""),
+        ):
+            header = tarfile.TarInfo(name)
+            header.size, header.linkname = len(data), linked
+            header.type = tarfile.LNKTYPE if linked else tarfile.REGTYPE
+            archive.addfile(header, io.BytesIO(data))
+    (tmp_path / "0.tar").write_bytes(file.getvalue())
+    result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
+    assert [one.info.caption for one in result] == ["A."]
+    assert result.tally.counts == {"not a file": 1, "unreadable sample": 1}

@@ -5,13 +5,16 @@ Run: python -m pytest tests/pipelines/media/test_container_tags.py
 """
 
 import io
+import shutil
 import struct
+import subprocess
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from media_files import ALPHA, CODECS, MIRRORED, TURNED, Traits, clip, scene
+from media_files import ALPHA, CODECS, MIRRORED, TURNED, Codec, Traits, clip, scene
 from PIL import Image
 
 from domainshuttle.pipelines.errors import DataError
@@ -220,3 +223,85 @@ def test_pictures_in_mp4s_boxes_are_named_and_no_clips(brand: str, what: str) ->
     for decode in (lambda: decode_video(data, 2), lambda: decode_image(data)):
         with pytest.raises(DataError, match=f"it is .*{what}"):
             decode()
+
+
+def copied(data: bytes, folder: Path, *options: str, kind: str = "mp4") -> bytes:
+    """A clip through the FFmpeg program, which copies its packets."""
+    if not shutil.which("ffmpeg"):
+        pytest.skip("needs the FFmpeg program")
+    (folder / "in").write_bytes(data)
+    command = ["ffmpeg", "-v", "error", "-y", "-r", "8", "-i", "in", "-c", "copy", *options, "-f", kind, "out"]
+    subprocess.run(command, cwd=folder, check=True)
+    return (folder / "out").read_bytes()
+
+
+@pytest.mark.parametrize("codec", [CODECS[0], CODECS[2], CODECS[3], CODECS[6]], ids=lambda codec: codec.label)
+@pytest.mark.parametrize(("left", "right", "top", "bottom"), [(2, 0, 0, 0), (4, 6, 2, 8), (34, 2, 16, 2)])
+def test_a_window_of_the_stream_shows_no_more_than_itself(
+    codec: Codec, left: int, right: int, top: int, bottom: int, tmp_path: Path
+) -> None:
+    """Also where what is cut at the left is no multiple of 64 bytes, of which FFmpeg's library shows the rest."""
+    sides = f"crop_left={left}:crop_right={right}:crop_top={top}:crop_bottom={bottom}"
+    whole = clip(codec, Traits(matrix=1, full=False), FRAMES)
+    window = copied(whole, tmp_path, "-bsf:v", f"{'hevc' if codec.name == 'libx265' else 'h264'}_metadata={sides}")
+    expected = decode_video(whole, 2)[:, top : 64 - bottom, left : 96 - right]
+    found = decode_video(window, 2)
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 0.1  # 10 bits are dithered by their place
+
+
+@pytest.mark.parametrize("shapes", [(1, 2), (Fraction(4, 3), 1)])
+def test_pixels_that_change_their_shape_are_refused(shapes: tuple[Fraction, Fraction], tmp_path: Path) -> None:
+    streams = [
+        copied(clip(CODECS[0], Traits(aspect=Fraction(one), matrix=1, full=False), FRAMES), tmp_path, kind="h264")
+        for one in shapes
+    ]
+    joined = copied(b"".join(streams), tmp_path)
+    for data in (joined, joined.replace(b"pasp", b"free")):
+        with pytest.raises(DataError, match="change their shape"):
+            decode_video(data, 6)
+
+
+def test_parts_of_a_track_that_say_other_crops_are_refused() -> None:
+    data, aperture = (
+        bytearray(with_entry(BASE, APERTURE, True)),
+        box(b"clap", struct.pack(">8i", *[40, 1] * 2, *[0, 1] * 2)),
+    )
+    at = data.rindex(b"stsd") - 4
+    size = int.from_bytes(data[at : at + 4], "big")
+    entry = bytes(data[at + 16 : at + size])
+    other = entry.replace(APERTURE, aperture)
+    data[at + 12 : at + 16] = (2).to_bytes(4, "big")
+    data[at + size : at + size] = other
+    for kind in (b"stsd", b"stbl", b"minf", b"mdia", b"trak", b"moov"):
+        start = data.rindex(kind) - 4
+        data[start : start + 4] = (int.from_bytes(data[start : start + 4], "big") + len(other)).to_bytes(4, "big")
+    with pytest.raises(DataError, match="parts of its track have other crops"):
+        decode_video(bytes(data), 4)
+
+
+HDR10 = "master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1):max-cll=1000,400"
+
+
+@pytest.mark.parametrize(
+    ("said", "light", "refused"),
+    [
+        ((9, 16, 9), "", ""),
+        ((9, 16, 9), HDR10, ""),
+        ((1, 1, 1), HDR10, ""),  # what a tool that tone-maps leaves
+        ((2, 2, 1), HDR10, "names no transfer function"),
+        ((9, 16, 2), "", "no matrix"),
+        ((9, 14, 2), "", "no matrix"),
+        ((2, 18, 2), "", "no matrix"),
+    ],
+)
+def test_hdr_that_is_named_in_part_is_not_guessed(said: tuple[int, int, int], light: str, refused: str) -> None:
+    primaries, transfer, matrix = said
+    parameters = f"log-level=none:pools=none:colorprim={primaries}:transfer={transfer}:colormatrix={matrix}:{light}"
+    codec = Codec("libx265", "yuv420p10le", "matroska", {"crf": "4", "x265-params": parameters})
+    data = clip(codec, Traits(matrix=matrix), FRAMES[:1])
+    if refused:
+        with pytest.raises(DataError, match=refused):
+            decode_video(data, 1)
+    else:
+        assert decode_video(data, 1).shape == (1, 64, 96, 3)

@@ -23,6 +23,7 @@ from domainshuttle.pipelines.media.container_tags import Crop, matroska_tags
 from domainshuttle.pipelines.media.decode import Pixels, decode_image, decode_video, fit_reference
 
 RNG = np.random.default_rng(0)
+WIDE = profile(colours.ColourSpace(colours._OTHERS[12], 1.8))
 SCENE = np.asarray(
     Image.fromarray(RNG.integers(0, 256, (5, 6, 3), np.uint8)).resize((96, 64), Image.Resampling.BICUBIC)
 )
@@ -242,6 +243,49 @@ def test_profiles_that_can_not_be_used_are_refused() -> None:
         Image.fromarray(SCENE).save(data, "PNG", icc_profile=icc)
         with pytest.raises(DataError, match="its ICC profile"):
             decode_image(data.getvalue())
+
+
+def moved_behind_frame(jpeg: bytes) -> bytes:
+    """A JPEG whose EXIF, XMP and ICC profile stand between the frame's header and the pixels, which is as good."""
+    at, segments = 2, []
+    while jpeg[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        segments.append(jpeg[at:end])
+        at = end
+    segments.sort(key=lambda segment: segment[1] in (0xE1, 0xE2))
+    return jpeg[:2] + b"".join(segments) + jpeg[at:]
+
+
+def with_profile_parts(jpeg: bytes, *parts: tuple[int, int, bytes]) -> bytes:
+    """A JPEG with parts of an ICC profile: the number of each, how many there are, and its bytes."""
+    noted = (b"ICC_PROFILE\0" + bytes([number, count]) + content for number, count, content in parts)
+    return jpeg[:20] + b"".join(b"\xff\xe2" + (len(one) + 2).to_bytes(2, "big") + one for one in noted) + jpeg[20:]
+
+
+def test_notes_of_a_jpeg_hold_wherever_they_stand_before_its_pixels() -> None:
+    exif, data, plain = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(SCENE).save(data, "JPEG", quality=95, exif=exif, icc_profile=WIDE)
+    assert np.array_equal(decode_image(moved_behind_frame(data.getvalue())), decode_image(data.getvalue()))
+    Image.fromarray(SCENE).save(plain, "JPEG", quality=95)
+    swapped = with_profile_parts(plain.getvalue(), (2, 2, WIDE[200:]), (1, 2, WIDE[:200]))
+    upright = decode_image(data.getvalue()).swapaxes(0, 1)[:, ::-1]
+    assert np.array_equal(decode_image(swapped), upright[::-1, ::-1])
+
+
+@pytest.mark.parametrize("parts", [[1], [2], [1, 1], [1, 2, 2]])
+def test_a_profile_of_which_a_part_is_missing_is_refused(parts: list[int]) -> None:
+    data = io.BytesIO()
+    Image.fromarray(SCENE).save(data, "JPEG", quality=95)
+    cut = with_profile_parts(data.getvalue(), *((number, 2, WIDE[:200]) for number in parts))
+    with pytest.raises(DataError, match="of its ICC profile the parts"):
+        decode_image(cut)
+
+
+@pytest.mark.parametrize("content", [b"none" * 30, zlib.compress(b"")])
+def test_a_pngs_profile_that_can_not_be_unpacked_is_refused(content: bytes) -> None:
+    with pytest.raises(DataError, match="its ICC profile"):
+        decode_image(png(SCENE.astype(int), 8, 2, (b"iCCP", b"x\0\0" + content)))
 
 
 def test_cmyk_is_what_pillow_makes_of_it() -> None:

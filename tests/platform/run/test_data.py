@@ -90,7 +90,7 @@ def test_other_rules_are_refused_and_other_versions_are_told(
 ) -> None:
     config = load_config(str(tiny_yaml), [f"data={tmp_path}/data", f"output={tmp_path}/runs"])
     encoders = {"video": "block-dct:1", "text": "byte-umt5:3:48"}
-    for transform in ("", "target: cover; v3", RULES.replace("v5", "v4") + "; av 18.1.0"):
+    for transform in ("", "target: cover; v3", RULES.replace("v6", "v5") + "; av 18.1.0"):
         corpora(config, "encoded", **encoders, transform=transform)
         with pytest.raises(DataError, match=r"other rules for pixels .*`domainshuttle data encode CONFIG --overwrite`"):
             require_as_configured(config)
