@@ -22,6 +22,16 @@ class BlockSize:
     elements: int
     trained: int
 
+    @property
+    def prefetch_bucket(self) -> int:
+        """Elements that are gathered ahead: the next block, while one is computed."""
+        return self.elements
+
+    @property
+    def reduce_bucket(self) -> int:
+        """Elements of gradients that are summed over the ranks at once: a block's, as it is left."""
+        return max(self.trained, LEAST_BUCKET)
+
     @classmethod
     def of(cls, parameters: Iterable[tuple[str, int, bool]]) -> "BlockSize":
         """Of a model's parameters: name, elements, and whether each is trained."""
@@ -42,9 +52,9 @@ class BlockSize:
 
 
 def deepspeed_config(
-    stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool, block: BlockSize | None = None
+    stage: StageSection, engine: EngineSection, accumulation: int, on_gpu: bool, block: BlockSize
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given for a stage; without the size of a block, DeepSpeed's own buckets."""
+    """What `deepspeed.initialize` is given for a stage; `block` is that of the model which it trains."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -73,17 +83,13 @@ def deepspeed_config(
             # it would put its own product in the place of torch's in the whole process, which keeps every input; the
             # model's layers (mixed_precision.py) let gathered weights go as well
             "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": block.prefetch_bucket,
+            "stage3_max_live_parameters": max(3 * block.elements, LIVE_PARAMETERS),
+            "reduce_bucket_size": block.reduce_bucket,
         },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if block is not None:
-        config["zero_optimization"] |= {
-            # the next block is gathered while one is computed, and a block's gradients are summed as it is left
-            "stage3_prefetch_bucket_size": block.elements,
-            "stage3_max_live_parameters": max(3 * block.elements, LIVE_PARAMETERS),
-            "reduce_bucket_size": max(block.trained, LEAST_BUCKET),
-        }
     if engine.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return config

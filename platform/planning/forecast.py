@@ -79,7 +79,7 @@ class Forecast:
 
     @cached_property
     def states(self) -> States:
-        return _states(self.work, self.layout.ranks, self.cluster is not None)
+        return _states(self.work, self.layout.ranks)
 
     def memory(self, sample: Sample) -> Memory:
         """Of a rank whose micro-batches are of such samples."""
@@ -94,7 +94,7 @@ class Forecast:
         assert self.cluster is not None
         ranks, work = self.layout.ranks, self.work
         return step_time(
-            work.spec, work.stage, work.engine, self.states, self.layout.policy, sample, self.layout.micro_batch,
+            work.spec, work.stage, self.states, self.layout.policy, sample, self.layout.micro_batch,
             self.cluster.device, ranks, bus_bandwidth(self.cluster, ranks), self.layout.sharing,
             bus_bandwidth(self.cluster, self.layout.sharing),
         )  # fmt: skip
@@ -177,8 +177,8 @@ class Forecast:
 
 
 @lru_cache(maxsize=256)
-def _states(work: Work, ranks: int, on_gpu: bool) -> States:
-    return States.of(work.spec, work.stage, work.engine, ranks, on_gpu)
+def _states(work: Work, ranks: int) -> States:
+    return States.of(work.spec, work.stage, work.engine, ranks)
 
 
 @lru_cache(maxsize=8192)
@@ -217,7 +217,7 @@ def _sharings(work: Work, most: int) -> list[int]:
 
 
 def _fitting(work: Work, cluster: ClusterSpec, ranks: int, sharing: int) -> list[Forecast]:
-    found, states = [], _states(work, ranks, True)
+    found, states = [], _states(work, ranks)
     tokens = -(-work.largest.tokens(work.spec) // sharing)
     share = work.stage.global_batch * sharing // ranks
     for micro in (size for size in range(1, min(share, _MOST_MICRO) + 1) if share % size == 0):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from domainshuttle.model.spec import ModelSpec, Product
 from domainshuttle.platform.config.schema import EngineSection, StageSection
-from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
+from domainshuttle.platform.engine.deepspeed_config import BlockSize
 
 PRODUCTS: tuple[Product, ...] = ("attention", "qkv", "ffn")
 """By the FLOPs that a kept byte saves: attention 80,000 at 40,560 tokens, the others as many as the width."""
@@ -20,8 +20,6 @@ _WORK = 16
 """Bytes for each token and channel that a block's backward pass holds beside what was kept: four float32 tensors."""
 _STEP_AT_ONCE = 1_000_000_000
 """Parameters that DeepSpeed steps at once (`sub_group_size`), with a float32 copy of their gradients."""
-_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at once, unless it is told otherwise."""
 _FLOAT32_KEPT = ("time_embedder", "scale_shift_table", "scale_shift_table_ref", "norm1", "norm2", "norm3")
 """Parts of names of parameters that are float32 in a model of any type."""
 _SHORT = {"bf16": 2, "float32": 4}
@@ -93,18 +91,18 @@ class States:
     """What the optimiser's step takes instead of activations."""
     gathered_elements: float
     """Parameters of a block."""
+    prefetched_elements: float
+    """Parameters that the engine gathers ahead."""
     pass_bytes: float
     """Bytes of all weights in the types in which they are gathered."""
     trained: float
     """Parameters that are trained, of all ranks together."""
 
     @classmethod
-    def of(
-        cls, spec: ModelSpec, stage: StageSection, engine: EngineSection, ranks: int, on_gpu: bool = True
-    ) -> "States":
+    def of(cls, spec: ModelSpec, stage: StageSection, engine: EngineSection, ranks: int) -> "States":
         """Of a stage on so many ranks."""
         short = _SHORT[engine.precision]
-        settings = deepspeed_config(stage, engine, 1, on_gpu)["zero_optimization"]
+        buckets = BlockSize.planned(spec, stage.trained)
         frozen = trained = whole = 0.0
         block = block_elements = block_trained = pass_bytes = 0.0
         for name, shape in spec.parameter_shapes().items():
@@ -140,9 +138,16 @@ class States:
             ),
             "gathered blocks": (2 if ranks > 1 else 1) * block,
             "a block's gradients": 4 * block_trained,
-            "reduction bucket": 4.0 * settings.get("reduce_bucket_size", _BUCKET),
+            "reduction bucket": 4.0 * buckets.reduce_bucket,
         }
-        return cls(parts, 4.0 * min(_STEP_AT_ONCE, held), block_elements, pass_bytes, trained)
+        return cls(
+            parts,
+            stepping=4.0 * min(_STEP_AT_ONCE, held),
+            gathered_elements=block_elements,
+            prefetched_elements=buckets.prefetch_bucket,
+            pass_bytes=pass_bytes,
+            trained=trained,
+        )
 
 
 def device_memory(

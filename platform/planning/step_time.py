@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from domainshuttle.cluster.devices import Device
 from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.model.spec import ModelSpec
-from domainshuttle.platform.config.schema import EngineSection, StageSection
-from domainshuttle.platform.engine.deepspeed_config import deepspeed_config
+from domainshuttle.platform.config.schema import StageSection
 from domainshuttle.platform.planning.memory import Policy, States
 
 _ATTENTION_FORWARD, _ATTENTION_BACKWARD, _PRODUCTS = 0.60, 0.52, 0.71
@@ -28,8 +27,6 @@ _LINK = 0.75
 """Of a link's rate in one direction that a gather within a node reaches."""
 _EXCHANGED = 4
 """Tensors of a block's attention that ranks exchange where they share a sample: queries, keys, values, the output."""
-_PREFETCHED = 50_000_000
-"""Elements that DeepSpeed gathers ahead, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,6 @@ def gathers(stage: StageSection) -> int:
 def step_time(
     spec: ModelSpec,
     stage: StageSection,
-    engine: EngineSection,
     states: States,
     policy: Policy,
     sample: Sample,
@@ -138,8 +134,7 @@ def step_time(
         apart = (ranks - 1) / ranks / bus
         gathered = gathers(stage) * states.pass_bytes * apart
         reduced = 4 * states.trained * apart  # in float32
-        settings = deepspeed_config(stage, engine, 1, True)["zero_optimization"]
-        ahead = min(1.0, settings.get("stage3_prefetch_bucket_size", _PREFETCHED) / states.gathered_elements)
+        ahead = min(1.0, states.prefetched_elements / states.gathered_elements)
         messages, exposed = gathered + reduced, gathered * (1 - ahead)
     exchanges = 0.0
     if sharing > 1:

@@ -132,8 +132,8 @@ def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
 
 
 def test_deepspeed_is_told_what_the_stage_says() -> None:
-    one = stage(micro_batch=4, gradient_clipping=0.7, betas=(0.8, 0.95), weight_decay=0.02)
-    config = deepspeed_config(one, EngineSection(persistent_parameters=0), accumulation=3, on_gpu=False)
+    one, block = stage(micro_batch=4, gradient_clipping=0.7, betas=(0.8, 0.95), weight_decay=0.02), BlockSize(8, 2)
+    config = deepspeed_config(one, EngineSection(persistent_parameters=0), accumulation=3, on_gpu=False, block=block)
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 3
     assert config["gradient_clipping"] == 0.7
@@ -144,7 +144,7 @@ def test_deepspeed_is_told_what_the_stage_says() -> None:
     assert config["bf16"] == {"enabled": True}
     assert "offload_optimizer" not in config["zero_optimization"]
     assert config["optimizer"]["params"]["torch_adam"] and not config["optimizer"]["params"]["fused"]
-    offloaded = deepspeed_config(one, EngineSection(offload_optimizer=True), accumulation=3, on_gpu=True)
+    offloaded = deepspeed_config(one, EngineSection(offload_optimizer=True), accumulation=3, on_gpu=True, block=block)
     assert offloaded["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert offloaded["zero_optimization"]["overlap_comm"]
     # no kernel of DeepSpeed's, which a node without CUDA's compiler could not build

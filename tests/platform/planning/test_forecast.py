@@ -5,6 +5,7 @@ Run: python -m pytest tests/platform/planning/test_forecast.py
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from domainshuttle.platform.commands.prediction import forecast
 from domainshuttle.platform.config.loading import load_cluster, load_config
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.driver.preflight import selected_parameters
+from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 from domainshuttle.platform.planning.data import StageData, Steps, known_steps
 from domainshuttle.platform.planning.forecast import Forecast, Layout, Work, layouts
 from domainshuttle.platform.planning.memory import PRODUCTS, Policy, States, best_policy, device_memory
@@ -55,7 +57,7 @@ def test_the_rows_that_were_measured_on_an_h100(size: str, layers: int, seconds:
     memory = device_memory(spec, STAGE, states, policy, tokens, 1, reference_share=share)
     more = 1e9 - memory.parts["reduction bucket"] + (16 - 12 * share) * tokens * spec.dim
     assert (memory.tensors + more) / 1e9 == pytest.approx(peak, rel=0.05)
-    time = step_time(spec, STAGE, ENGINE, states, policy, CLIP, 1, H100)
+    time = step_time(spec, STAGE, states, policy, CLIP, 1, H100)
     again = layers * spec.product_flops(tokens)["ffn"] / (0.71 * H100.flops)
     assert time.micro_batch + time.update + again == pytest.approx(seconds, rel=0.05)
     assert time.messages == 0
@@ -115,13 +117,13 @@ def test_the_best_policy_fits_and_no_more_would() -> None:
 def test_keeping_products_saves_their_time() -> None:
     states = States.of(WAN, STAGE, ENGINE, 8)
     times = [
-        step_time(WAN, STAGE, ENGINE, states, policy, CLIP, 1, H100)
+        step_time(WAN, STAGE, states, policy, CLIP, 1, H100)
         for policy in (Policy(40, {}), Policy(40, {"attention": 40}), Policy(40, {"attention": 40, "qkv": 10}))
     ]
     flops = WAN.product_flops(CLIP.tokens(WAN))
     assert times[0].attention - times[1].attention == pytest.approx(40 * flops["attention"] / (0.6 * H100.flops))
     assert times[1].products - times[2].products == pytest.approx(10 * flops["qkv"] / (0.71 * H100.flops))
-    none = step_time(WAN, STAGE, ENGINE, states, Policy(0, {}, 40), CLIP, 1, H100)
+    none = step_time(WAN, STAGE, states, Policy(0, {}, 40), CLIP, 1, H100)
     full = WAN.step_flops(CLIP.latent, references=5, paired_references=5, trained=STAGE.trained)
     products = full.model - full.attention_forward - full.attention_backward - full.attention_frozen
     assert none.products == pytest.approx(products / (0.71 * H100.flops))
@@ -143,11 +145,11 @@ def test_messages_are_gathers_and_a_reduction_over_the_bus() -> None:
     states = States.of(WAN, STAGE, ENGINE, 64)
     # two bytes of a frozen parameter, four of a trained one, and few frozen ones in float32
     assert states.pass_bytes == pytest.approx(2 * (WAN.parameters() - trained) + 4 * trained, rel=0.01)
-    time = step_time(WAN, STAGE, ENGINE, states, Policy(40, {}), CLIP, 1, H100, 64, 100e9)
+    time = step_time(WAN, STAGE, states, Policy(40, {}), CLIP, 1, H100, 64, 100e9)
     expected = (3 * states.pass_bytes + 4 * trained) * 63 / 64 / 100e9
     assert time.messages == pytest.approx(expected)
     assert 0 <= time.exposed <= time.messages
-    crawling = step_time(WAN, STAGE, ENGINE, states, Policy(40, {}), CLIP, 1, H100, 64, 1e9)
+    crawling = step_time(WAN, STAGE, states, Policy(40, {}), CLIP, 1, H100, 64, 1e9)
     assert crawling.micro_batch == pytest.approx(100 * expected)  # nothing hides so much
 
 
@@ -250,6 +252,24 @@ def test_the_configurations_fit_the_clusters_that_they_are_for(name: str, cluste
         assert segment.stage.global_batch == (
             found.layout.groups * found.layout.micro_batch * found.layout.accumulation(segment.stage.global_batch)
         )
+
+
+@pytest.mark.parametrize("name", ["demo", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-t2v-14b-lora"])
+def test_the_reduction_bucket_is_the_one_that_the_engine_asks_deepspeed_for(name: str, offline: None) -> None:
+    """In float32: of a block's trained parameters, which the names and shapes of the network give, at least 4 MB."""
+    config = load_config(name)
+    asked = deepspeed_configs(config)
+    for segment in Run(config).segments():
+        found = forecast(config, segment, None, load_cluster("h100-8"))
+        stage, shapes = segment.stage, found.work.spec.parameter_shapes()
+        block = sum(
+            int(np.prod(shape)) for name, shape in shapes.items()
+            if name.startswith("blocks.0.") and any(fnmatchcase(name, pattern) for pattern in stage.patterns)
+        )  # fmt: skip
+        assert found.states.parts["reduction bucket"] == 4 * max(block, 1_000_000)
+        zero = asked[stage.name]["zero_optimization"]
+        assert found.states.parts["reduction bucket"] == 4 * zero["reduce_bucket_size"]
+        assert found.states.prefetched_elements == zero["stage3_prefetch_bucket_size"]
 
 
 def test_adapters_cost_their_own_states_alone() -> None:
