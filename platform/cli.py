@@ -800,7 +800,8 @@ def export(
     the weights, and lie in its folder **lora** too. Needs no cluster.
     """
     from domainshuttle.platform.console import console
-    from domainshuttle.platform.generation.export import export_lora, export_run
+    from domainshuttle.platform.generation.adapters import export_lora
+    from domainshuttle.platform.generation.export import export_run
     from domainshuttle.platform.run.folder import find_run
 
     if lora:

@@ -28,8 +28,9 @@ from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.cases import EvaluationCase, ReferencePicture
 from domainshuttle.platform.evaluation.config import GenerationSettings
+from domainshuttle.platform.generation.assemble import UNREADABLE
 from domainshuttle.platform.generation.cases import NotFiniteError, as_pixels
-from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
+from domainshuttle.platform.generation.export import SETTINGS_NAME
 from domainshuttle.platform.generation.generate import Sampling, load_pipeline
 
 

@@ -24,8 +24,9 @@ from domainshuttle.pipelines.errors import DataError, one_line
 from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
+from domainshuttle.platform.generation.assemble import UNREADABLE
 from domainshuttle.platform.generation.cases import as_pixels, case_seed, read_cases
-from domainshuttle.platform.generation.export import SETTINGS_NAME, UNREADABLE
+from domainshuttle.platform.generation.export import SETTINGS_NAME
 
 
 @dataclass(frozen=True)

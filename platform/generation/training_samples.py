@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from domainshuttle.pipelines.index.parts import INDEX_NAME
@@ -23,8 +22,6 @@ from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.platform.config.schema import RunConfig, SamplingSection
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.run.weights_digest import verified_digest
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
 if TYPE_CHECKING:
@@ -50,54 +47,6 @@ def sample_cases(config: RunConfig) -> "list[Case]":
     return load_cases(Index.load(join(folder, INDEX_NAME)), section.cases, spread=True)
 
 
-def networks_beside(
-    run: Run, segment: Segment, weights: Path, origins: Mapping[str, WeightsOrigin]
-) -> tuple[list[Path], float | None]:
-    """The folders of the networks to generate with, the one for high noise first, and the time that divides two.
-
-    `weights` are a segment's, `origins` what each segment of the run begins with. Of two experts the other one takes
-    part as it is: with its newest finished stage's weights or, before it has one, with those that it begins with, which
-    are written beside the samples once. Raises ChangedError where they are not those that were trained.
-    """
-    others = [other for other in run.segments() if other.expert not in (None, segment.expert)]
-    if len({other.expert for other in others}) != 1:
-        return [weights], None
-    partner = next((other for other in reversed(others) if other.finished), None)
-    if partner is None:
-        folder = _begun_with(run, others[0], origins[others[0].name])
-    else:
-        folder = partner.averaged_weights if partner.averaged_weights.exists() else partner.weights
-        verified_digest(folder, run.fingerprints)
-    by_low = {segment.flow.low: weights, others[0].flow.low: folder}
-    return [by_low[low] for low in sorted(by_low, reverse=True)], max(by_low)
-
-
-def _begun_with(run: Run, segment: Segment, origin: WeightsOrigin) -> Path:
-    """The weights that a segment begins with, as a folder of ours; it appears whole or not at all, and is made anew
-    where it has those of another origin."""
-    from domainshuttle.model.convert import MAX_SHARD_BYTES
-    from domainshuttle.model.weight_files import write_shards
-    from domainshuttle.platform.engine.initialization import blueprint
-
-    folder = run.folder / "samples" / f"begins-{segment.name}"
-    identity = origin.identified(run.fingerprints).identity
-    noted = folder / _ORIGIN_NAME
-    if not noted.exists() or noted.read_text() != identity:
-        design = blueprint(run.config.model_of(segment.expert), origin)
-        dtype = torch.bfloat16 if run.config.engine.precision == "bf16" else torch.float32
-        order = [(name, tuple(p.shape), dtype) for name, p in design.outline.named_parameters()]
-        stream = design.weights()
-        with atomic_folder(folder) as aside:
-            write_shards(aside, order, lambda _: next(stream)[1].to(dtype), MAX_SHARD_BYTES)
-            design.outline.save_config(aside)
-            (aside / _ORIGIN_NAME).write_text(identity)
-    return folder
-
-
-_ORIGIN_NAME = "origin.txt"
-"""The identity of the weights that a copy of them was made of."""
-
-
 def generate_samples(
     config: RunConfig,
     segment: str,
@@ -113,17 +62,17 @@ def generate_samples(
     It gets grid.png and grid.mp4, and of each case a still and a clip; beside it the picture over steps is drawn again.
     Cases without a target have the size of the stage's largest bucket. Raises TimeoutError after `timeout` seconds.
     """
+    from domainshuttle.platform.generation.assemble import assemble_pipeline
     from domainshuttle.platform.generation.cases import generate_cases
-    from domainshuttle.platform.generation.export import assemble_pipeline
     from domainshuttle.platform.generation.grid import GridRow, write_grid
+    from domainshuttle.platform.generation.networks import networks_beside
 
     deadline = time.monotonic() + timeout
     cases, sampling = sample_cases(config), config.generation
     run = Run(config)
     stage = run.segment(segment).stage
-    pipeline: Any = assemble_pipeline(
-        config, *networks_beside(run, run.segment(segment), weights, origins), device=device
-    )
+    networks = networks_beside(run, run.segment(segment), weights, origins)
+    pipeline: Any = assemble_pipeline(config, networks.folders, networks.boundary, device)
     pipeline.set_progress_bar_config(disable=True)
 
     def in_time(_: int) -> None:

@@ -27,7 +27,7 @@ from domainshuttle.platform.engine.hub import resolve, resolve_all, weights_fold
 from domainshuttle.platform.engine.initialization import blueprint, build_model
 from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import trained_of
-from domainshuttle.platform.generation.training_samples import networks_beside
+from domainshuttle.platform.generation.networks import networks_beside
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
@@ -115,7 +115,7 @@ def test_the_other_expert_is_loaded_at_the_runs_commit(hub: Hub, tmp_path: Path)
     high = run.segment("base-high")
 
     def loaded(origins: dict[str, WeightsOrigin]) -> dict[str, torch.Tensor]:
-        (_, other), _ = networks_beside(run, high, tmp_path / "snapshot", origins)
+        _, other = networks_beside(run, high, tmp_path / "snapshot", origins).folders
         return load_file(other / "diffusion_pytorch_model.safetensors")
 
     found = loaded(origins)

@@ -16,8 +16,8 @@ from domainshuttle.pipelines.encoding.sample_encoder import SampleEncoder, load_
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.engine.initialization import build_model
-from domainshuttle.platform.generation import export, generate
-from domainshuttle.platform.generation.export import assemble_pipeline
+from domainshuttle.platform.generation import assemble, generate
+from domainshuttle.platform.generation.assemble import assemble_pipeline
 from domainshuttle.platform.generation.generate import load_pipeline
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 
@@ -42,7 +42,7 @@ def test_clips_in_bf16_keep_what_wan_keeps_in_float32(tmp_path: Path, monkeypatc
     exact: Any = assemble_pipeline(config, [tmp_path / "weights"])
     exact.save_pretrained(tmp_path / "pipeline")
     expected = clip(exact)
-    for module in (export, generate):
+    for module in (assemble, generate):
         monkeypatch.setattr(module, "network_dtype", as_on_a_gpu)
     for pipeline in (assemble_pipeline(config, [tmp_path / "weights"]), load_pipeline(tmp_path / "pipeline")):
         found: Any = pipeline

@@ -18,7 +18,8 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, ExpertSection, RunConfig
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.initialization import build_model
-from domainshuttle.platform.generation.training_samples import generate_samples, networks_beside, sample_cases
+from domainshuttle.platform.generation.networks import Network, Networks, networks_beside
+from domainshuttle.platform.generation.training_samples import generate_samples, sample_cases
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.tracking.mlflow import MetricLogger, open_schedule
@@ -84,27 +85,29 @@ def test_of_two_experts_both_generate(config: RunConfig, weights: Callable[[Path
     high, low, _, low2 = run.segments()
     assert (high.name, low.name, low2.name) == ("stage1-high", "stage1-low", "stage2-low")
     weights(snapshot := tmp_path / "snapshot")
-    (first, second), boundary = networks_beside(run, high, snapshot, resolve_all(run))
-    assert (first, boundary) == (snapshot, 0.4)
+    both = networks_beside(run, high, snapshot, resolve_all(run))
+    first, second = both.folders
+    assert (first, both.boundary) == (snapshot, 0.4)
     begun = build_model(run.config.model, WeightsOrigin(None, low.seed))
     loaded = DomainShuttleTransformer3DModel.from_pretrained(second)
     for (name, one), other in zip(loaded.named_parameters(), begun.parameters(), strict=True):
         torch.testing.assert_close(one, other.bfloat16().float(), msg=name)
-    assert networks_beside(run, low, snapshot, resolve_all(run)) == (
-        [run.folder / "samples" / "begins-stage1-high", snapshot],
-        0.4,
-    )
+    begins = Network(run.folder / "samples" / "begins-stage1-high", None)
+    assert networks_beside(run, low, snapshot, resolve_all(run)) == Networks((begins, Network(snapshot, low)), 0.4)
     weights(high.weights)
     high.finish(4)
-    assert networks_beside(run, low, snapshot, resolve_all(run)) == ([high.weights, snapshot], 0.4)
+    finished = Network(high.weights, high)
+    assert networks_beside(run, low, snapshot, resolve_all(run)) == Networks((finished, Network(snapshot, low)), 0.4)
     shutil.copytree(high.weights, high.averaged_weights)
-    assert networks_beside(run, low2, snapshot, resolve_all(run)) == ([high.averaged_weights, snapshot], 0.4)
+    averaged = Network(high.averaged_weights, high)
+    assert networks_beside(run, low2, snapshot, resolve_all(run)) == Networks((averaged, Network(snapshot, low2)), 0.4)
     out = run.folder / "samples" / "stage2-low" / "step-000002"
     out.parent.mkdir(parents=True)
     generate_samples(run.config, "stage2-low", snapshot, out, "cpu", 120, resolve_all(run))
     assert (out / "grid.png").exists()
     alone = run.config.model_copy(update={"experts": []})
-    assert networks_beside(Run(alone), Run(alone).segments()[0], snapshot, {}) == ([snapshot], None)
+    only = Run(alone).segments()[0]
+    assert networks_beside(Run(alone), only, snapshot, {}) == Networks((Network(snapshot, only),), None)
 
 
 def test_samples_are_made_beside_the_training_and_reach_mlflow(

@@ -23,7 +23,7 @@ from domainshuttle.platform.checkpoint.store import CheckpointStore, TrainingSta
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.generation.export import export_run
-from domainshuttle.platform.generation.training_samples import networks_beside
+from domainshuttle.platform.generation.networks import networks_beside
 from domainshuttle.platform.run import weights_digest
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_digest import ChangedError, Fingerprints, folder_digest, verified_digest
