@@ -78,6 +78,8 @@ USES: dict[str, tuple[str, ...]] = {
     "SplitCoordinator": (RESTARTS,),
     "_StatsActor": (RESTARTS,),
     "AutoscalingRequester": (RESTARTS,),
+    # what is free on each node; the public function sums over all
+    "ray._private.state.available_resources_per_node": ("platform/driver/group_size.py",),
     # and how the folder of a job's working directory begins
     "_ray_pkg_": ("platform/config/loading.py",),
     # torch
@@ -456,6 +458,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "health_check_failure": _health,
     **{name: of_ray(EXCEPTIONS, name) for name in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError",
                                                    "InsufficientClusterResourcesError")},
+    "ray._private.state.available_resources_per_node": of_ray("ray._private.state", "available_resources_per_node"),
     "_ray_pkg_": _job_folder,
     "TrainController": of_ray("ray.train.v2._internal.execution.controller.controller", "TrainController"),
     "SplitCoordinator": of_ray("ray.data._internal.iterator.stream_split_iterator", "SplitCoordinator"),

@@ -54,7 +54,7 @@ def _good(check: str, nodes: Sequence[NodeFacts]) -> str:
     if check == "versions":
         return ", ".join(f"{name} {version}" for name, version in nodes[0].versions.items())
     if check == "GPUs":
-        return f"{len(gpus)} on {len(nodes)} nodes"
+        return f"{len(gpus)} on {sum(bool(node.gpus) for node in nodes)} nodes"
     if check == "GPU rate":
         return f"{median(gpu.flops for gpu in gpus) / 1e12:.0f} TFLOP/s in bf16, all within 5%"
     if check == "/dev/shm":

@@ -52,10 +52,11 @@ def _check_nodes(config: RunConfig, spec: ClusterSpec | None, nodes: Nodes) -> l
     folders = [config.output, *([config.checkpoint.scratch] if config.checkpoint.scratch else [])]
     hosts = sorted({host for host in map(_host, (config.tracking_uri, os.environ.get("AWS_ENDPOINT_URL"))) if host})
     wanted = config.cluster.gpus_per_worker > 0
+    # GPUs of other pools are not this run's, and may be at work for another
+    trainers = nodes.labelled(config.cluster.node_labels) if wanted else []
     before = time.time()
-    arguments = {node: (folders, hosts, nodes.gpus(node) if wanted else 0) for node in nodes.ids}
-    answers = nodes.each(node_facts, arguments, gpus=wanted)
-    facts = list(answers.values())
+    arguments = {node: (folders, hosts, nodes.gpus(node) if node in trainers else 0) for node in nodes.ids}
+    facts = list(nodes.each(node_facts, arguments, trainers).values())
     findings = judged(facts, versions(), (before, time.time()), spec.trainers.devices if spec and wanted else 0)
     if wanted and not any(node.gpus for node in facts):
         findings.append(failure("GPUs", "no node has one", "", "add some, or --set cluster.gpus_per_worker=0"))

@@ -1,6 +1,6 @@
 """A Ray task on each node of the connected cluster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from domainshuttle.platform.cluster_checks.findings import PreflightError
@@ -24,6 +24,10 @@ class Nodes:
 
     def gpus(self, node: str) -> int:
         return int(self._all[node]["Resources"].get("GPU", 0))
+
+    def labelled(self, labels: Mapping[str, str]) -> list[str]:
+        """Those of these labels."""
+        return [node for node in self.ids if labels.items() <= self._all[node].get("Labels", {}).items()]
 
     def start(self, function: Callable[..., Any], node: str, *arguments: Any, gpus: int = 0) -> Any:
         """Starts a function there; returns what `result` takes."""
@@ -50,10 +54,12 @@ class Nodes:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
             raise PreflightError(f"{self.named(node)} failed: {reason}") from error
 
-    def each(self, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]], gpus: bool = False) -> Any:
-        """What a function returns on each node, all at once, by the node; with `gpus` it holds all GPUs of its node."""
+    def each(
+        self, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]], holding: Collection[str] = ()
+    ) -> Any:
+        """What a function returns on each node, all at once, by the node; on nodes of `holding` it has all GPUs."""
         started = {
-            node: self.start(function, node, *mine, gpus=self.gpus(node) if gpus else 0)
+            node: self.start(function, node, *mine, gpus=self.gpus(node) if node in holding else 0)
             for node, mine in arguments.items()
         }
         return {node: self.result(one, node) for node, one in started.items()}

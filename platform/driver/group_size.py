@@ -2,8 +2,13 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
+
+from domainshuttle.cluster.local import ClusterError
+from domainshuttle.platform.config.schema import RunConfig
 
 _ROUNDING = 1e-6
 """0.3 / 0.1 is below 3."""
@@ -21,7 +26,8 @@ def group_size(
     `need` are the resources of a worker, `without` the ids of nodes that are about to go, `held` the number of workers
     that run now, `labels` those of the nodes that workers are placed on.
     """
-    room = min(_whole(need, without, labels or {}), held + _free(need))
+    nodes = _nodes(labels or {}, without)
+    room = min(_whole(nodes, need), held + _free(nodes, need))
     return max((size for size in sizes if size <= room), default=min(sizes))
 
 
@@ -34,7 +40,8 @@ def settled_size(
     labels: Mapping[str, str] | None = None,
 ) -> int:
     """The same at a start: for so long it waits for what a group that has just ended still holds."""
-    whole = max((size for size in sizes if size <= _whole(need, without, labels or {})), default=min(sizes))
+    there = _whole(_nodes(labels or {}, without), need)
+    whole = max((size for size in sizes if size <= there), default=min(sizes))
     until = time.monotonic() + seconds
     while (size := group_size(sizes, need, without, labels=labels)) < whole and time.monotonic() < until:
         watch()
@@ -42,19 +49,66 @@ def settled_size(
     return size
 
 
-def _whole(need: Mapping[str, float], without: Collection[str], labels: Mapping[str, str]) -> int:
-    """Workers that fit on the living nodes of these labels when nothing else runs."""
-    nodes = [
+def require_room(config: RunConfig) -> None:
+    """Raises ClusterError where the least workers would not fit the nodes of their labels, even if nothing else ran
+    there: Ray would wait for such nodes without a word."""
+    cluster, need = config.cluster, config.worker_resources()
+    if (fit := _whole(_nodes(cluster.node_labels), need)) >= cluster.least_workers:
+        return
+    worker = f"{_amounts(need)} for each of {cluster.least_workers} workers"
+    if not cluster.node_labels:
+        raise ClusterError(
+            f"the nodes have room for {fit} workers, and this needs {worker}, each on one node: add nodes, or lower "
+            "cluster.workers or cluster.cpus_per_worker"
+        )
+    found = {
+        f"{key}={value}" for node in _nodes({}) for key, value in node.get("Labels", {}).items()
+        if key in cluster.node_labels
+    }  # fmt: skip
+    raise ClusterError(
+        f"nodes of the labels {labels_text(cluster.node_labels)} (cluster.node_labels) have room for {fit} workers, "
+        f"and this needs {worker}; of these labels the living nodes have {', '.join(sorted(found)) or 'none'}. Start "
+        "such nodes (ray start --labels), or correct cluster.node_labels"
+    )
+
+
+def free_text(config: RunConfig) -> str:
+    """What a worker needs, and what is free on the nodes where it may be, for people."""
+    need, labels = config.worker_resources(), config.cluster.node_labels
+    by_node = available_resources_per_node()
+    there = [by_node.get(node["NodeID"], {}) for node in _nodes(labels)]
+    free = {name: sum(one.get(name, 0.0) for one in there) for name in need}
+    of = f"nodes of the labels {labels_text(labels)} have" if labels else "the cluster has"
+    return f"each with {_amounts(need)}; {of} {_amounts(free)} free"
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    """Labels for people, as `ray start --labels` takes them."""
+    return ",".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
+
+
+def _nodes(labels: Mapping[str, str], without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The living nodes of these labels."""
+    return [
         node
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in without and labels.items() <= node.get("Labels", {}).items()
     ]
+
+
+def _whole(nodes: Collection[Mapping[str, Any]], need: Mapping[str, float]) -> int:
+    """Workers that fit on nodes when nothing else runs there."""
     return sum(_fit(node["Resources"], need) for node in nodes)
 
 
-def _free(need: Mapping[str, float]) -> int:
-    """Workers that fit in what nobody uses."""
-    return _fit(ray.available_resources(), need)
+def _free(nodes: Collection[Mapping[str, Any]], need: Mapping[str, float]) -> int:
+    """Workers that fit in what nobody uses of them: each is on one node."""
+    by_node = available_resources_per_node()
+    return sum(_fit(by_node.get(node["NodeID"], {}), need) for node in nodes)
 
 
 def _fit(there: Mapping[str, float], need: Mapping[str, float]) -> int:

@@ -14,6 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.driver.group_size import free_text
 from domainshuttle.platform.driver.process_group import ProcessGroup, free_room
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
@@ -127,7 +128,4 @@ class WorkerGroup:
 
     def waits_for(self) -> str:
         """What the workers need that is not there, for people."""
-        free, need = ray.available_resources(), self._run.config.worker_resources()
-        asked = " and ".join(f"{amount:g} {name}s" for name, amount in need.items())
-        there = " and ".join(f"{free.get(name, 0.0):g} {name}s" for name in need)
-        return f"waiting for room for {self.size} workers, each with {asked}; the cluster has {there} free"
+        return f"waiting for room for {self.size} workers, {free_text(self._run.config)}"

@@ -22,6 +22,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from domainshuttle.cluster.local import ClusterError
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.errors import TooManyBadError
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow, write_index
@@ -337,6 +338,12 @@ def test_a_restart_says_which_checkpoint_it_skips(run: Run, schedule: Schedule, 
     assert tracker.seen == [({"checkpoints.skipped": shown[0]}, "base")]
 
 
+def everywhere_free(monkeypatch: pytest.MonkeyPatch, resources: dict[str, float]) -> None:
+    """Nobody uses these of each node."""
+    names = [node["NodeID"] for node in sizes_module.ray.nodes()]
+    monkeypatch.setattr(sizes_module, "available_resources_per_node", lambda: dict.fromkeys(names, resources))
+
+
 @pytest.mark.parametrize(("room", "size"), [(9, 8), (8, 8), (7, 4), (4, 4), (3, 4), (100, 16)])
 def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
     room: int, size: int, monkeypatch: pytest.MonkeyPatch
@@ -345,7 +352,7 @@ def test_an_elastic_group_takes_the_largest_size_that_shares_the_batch(
     gone = {"Alive": False, "NodeID": "gone", "Resources": {"CPU": 300.0}}
     leaving = {"Alive": True, "NodeID": "leaving", "Resources": {"CPU": 300.0}}
     monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [*nodes, gone, leaving])
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 1000.0})
+    everywhere_free(monkeypatch, {"CPU": 3.0})
     assert group_size([4, 8, 16], {"CPU": 2.0}, {"leaving"}) == size
 
 
@@ -355,32 +362,60 @@ def test_only_nodes_of_the_labels_have_room(monkeypatch: pytest.MonkeyPatch) -> 
 
     nodes = [node("one", {"pool": "trainers"}), node("two", {"pool": "encoders"}), node("three", {})]
     monkeypatch.setattr(sizes_module.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"GPU": 24.0})
+    everywhere_free(monkeypatch, {"GPU": 8.0})
     need = {"GPU": 1.0}
     assert group_size([8, 16, 24], need) == 24
     assert group_size([4, 8, 16, 24], need, labels={"pool": "trainers"}) == 8
     assert settled_size([4, 8, 16], need, (), lambda: None, labels={"pool": "trainers", "zone": "a"}) == 8
     assert group_size([4, 8], need, labels={"pool": "none"}) == 4
+    # what is free elsewhere, or only in pieces that no worker fits, is no room
+    free = {"one": {"GPU": 3.0}, "two": {"GPU": 8.0}, "three": {"GPU": 8.0}}
+    monkeypatch.setattr(sizes_module, "available_resources_per_node", lambda: free)
+    assert group_size(range(1, 25), need, labels={"pool": "trainers"}) == 3
+    assert group_size(range(1, 25), need, held=2, labels={"pool": "trainers"}) == 5
+    assert group_size(range(1, 25), {"GPU": 2.0}) == 1 + 4 + 4
+    assert group_size(range(1, 25), need, {"three"}) == 3 + 8
+
+
+def test_labels_that_no_node_has_are_refused_and_those_there_are_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 8.0}, "Labels": {"pool": "trainers", "zone": "a"}}
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node])
+
+    def asks(**more: Any) -> Any:
+        return run.config.model_copy(update={"cluster": run.config.cluster.model_copy(update=more)})
+
+    sizes_module.require_room(asks())
+    sizes_module.require_room(asks(node_labels={"pool": "trainers"}))
+    with pytest.raises(ClusterError, match=r"labels pool=trainer \(.* room for 0 workers.* nodes have pool=trainers\."):
+        sizes_module.require_room(asks(node_labels={"pool": "trainer"}))
+    with pytest.raises(ClusterError, match="of these labels the living nodes have none"):
+        sizes_module.require_room(asks(node_labels={"tier": "a"}))
+    # 16 CPUs are there, and no node has 9
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node, {**node, "NodeID": "two"}])
+    with pytest.raises(ClusterError, match="room for 0 workers, and this needs 9 CPUs for each of 2 workers"):
+        sizes_module.require_room(asks(cpus_per_worker=9.0))
 
 
 def test_what_an_ended_group_still_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([0.0, 1.0, 2.0])
     node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 2.0}}
     monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node])
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": next(free)})
+    monkeypatch.setattr(sizes_module, "available_resources_per_node", lambda: {"one": {"CPU": next(free)}})
     assert settled_size([1, 2], {"CPU": 1.0}, (), lambda: None) == 2
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 1.0})
+    everywhere_free(monkeypatch, {"CPU": 1.0})
     assert settled_size([1, 2], {"CPU": 1.0}, (), lambda: None, seconds=0.0) == 1
 
 
 def test_what_others_use_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     node = {"Alive": True, "NodeID": "one", "Resources": {"CPU": 16.0, "GPU": 8.0}}
     monkeypatch.setattr(sizes_module.ray, "nodes", lambda: [node])
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 12.0, "GPU": 2.0})
+    everywhere_free(monkeypatch, {"CPU": 12.0, "GPU": 2.0})
     need = {"CPU": 0.1, "GPU": 1.0}
     assert group_size(range(1, 9), need) == 2
     assert group_size(range(1, 9), need, held=4) == 6
-    monkeypatch.setattr(sizes_module.ray, "available_resources", lambda: {"CPU": 0.3})
+    everywhere_free(monkeypatch, {"CPU": 0.3})
     assert group_size(range(1, 9), {"CPU": 0.1}) == 3  # in floating point 0.3 / 0.1 is below it
 
 
