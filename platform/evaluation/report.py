@@ -139,7 +139,7 @@ def _figure(results: Results, stratum: str, metric: str, column: str) -> dict[st
         "high": None if one.high != one.high else one.high,
         "missing": one.missing,
         "bounds": (one.worst, one.best) if many and one.cases else None,
-        "beside": results.beside(column, metric),
+        "beside": results.beside(column, metric, stratum),
     }
 
 

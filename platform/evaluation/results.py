@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
+from math import isnan
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +32,7 @@ class Cell:
 
     scores: tuple[Score, ...]
 
-    @property
+    @cached_property
     def value(self) -> float:
         """The mean over repeats; NaN where none has a value."""
         values = [one.value for one in self.scores if one.value is not None]
@@ -65,11 +66,10 @@ class Results:
             self.clips.setdefault((clip.column, clip.case), []).append(clip)
         self.pair_judge, self._every_clip = pair_judge, list(clips)
         self.tests = Sensitivity(config.sensitivity, cases, columns, clips, metrics, store, altered)
+        self._measured = {metric.label: [case for case in cases if applies(metric, case)] for metric in metrics}
         self._cells: dict[tuple[str, str, str], Cell] = {}
         for metric in metrics:
-            for case in cases:
-                if not applies(metric, case):
-                    continue
+            for case in self._measured[metric.label]:
                 for column in columns:
                     scores = [
                         _score_of(case, clip, metric, store) for clip in self.clips.get((column.name, case.id), ())
@@ -88,8 +88,7 @@ class Results:
 
     def cases_of(self, metric: str, stratum: str) -> list[EvaluationCase]:
         """The cases of a stratum that a metric is measured on."""
-        found = next(one for one in self.metrics if one.label == metric)
-        return [case for case in self.cases if stratum in (ALL, case.split) and applies(found, case)]
+        return [case for case in self._measured[metric] if stratum in (ALL, case.split)]
 
     def values(self, column: str, metric: str, stratum: str = ALL) -> Values:
         """The value of each case of a stratum; NaN where there is none."""
@@ -97,11 +96,14 @@ class Results:
             [self._cells[column, metric, case.id].value for case in self.cases_of(metric, stratum)], dtype=np.float64
         )
 
-    def value_range(self, metric: str) -> tuple[float, float]:
-        """The least and the most value that any case of any column has."""
-        found = [cell.value for (_, name, _), cell in self._cells.items() if name == metric]
-        known = [value for value in found if not np.isnan(value)]
-        return (min(known), max(known)) if known else (0.0, 0.0)
+    @cached_property
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        """By metric the least and the most value that any case of any column has."""
+        known: dict[str, list[float]] = {metric.label: [] for metric in self.metrics}
+        for (_, metric, _), cell in self._cells.items():
+            if not isnan(cell.value):
+                known[metric].append(cell.value)
+        return {metric: (min(values), max(values)) if values else (0.0, 0.0) for metric, values in known.items()}
 
     @cached_property
     def estimates(self) -> dict[tuple[str, str, str], Estimate]:
@@ -112,7 +114,7 @@ class Results:
                 if not self.cases_of(metric.label, stratum):
                     continue
                 table = np.stack([self.values(column.name, metric.label, stratum) for column in self.columns])
-                least, most = self.value_range(metric.label)
+                least, most = self._ranges[metric.label]
                 rows = estimates(table, settings.confidence, settings.resamples, settings.seed, least, most)
                 for column, one in zip(self.columns, rows, strict=True):
                     found[stratum, metric.label, column.name] = one
@@ -135,7 +137,7 @@ class Results:
                 name: np.stack([values[left, name] - values[right, name] for left, right in pairs])
                 for name in names if pairs
             }  # fmt: skip
-            ranges = {name: self.value_range(name) for name in names}
+            ranges = {name: self._ranges[name] for name in names}
             compared = compare(
                 tables, ranges, settings.confidence, settings.resamples, settings.seed, settings.most_missing
             )
@@ -167,10 +169,10 @@ class Results:
         """Which of each two models a judge prefers; none where none was asked."""
         return [] if self.pair_judge is None else self.pair_judge.results(self.cases, self.columns, self._every_clip)
 
-    def beside(self, column: str, metric: str) -> dict[str, float]:
-        """The means of the numbers that stand beside a metric's value."""
+    def beside(self, column: str, metric: str, stratum: str = ALL) -> dict[str, float]:
+        """The means of the numbers that stand beside a metric's value, over the cases of a stratum."""
         found: dict[str, list[float]] = {}
-        for case in self.cases_of(metric, ALL):
+        for case in self.cases_of(metric, stratum):
             for score in self._cells[column, metric, case.id].scores:
                 for name, value in score.beside.items():
                     found.setdefault(name, []).append(float(value))
@@ -181,7 +183,7 @@ class Results:
         return [
             (column, metric, case, cell.reason)
             for (column, metric, case), cell in self._cells.items()
-            if np.isnan(cell.value)
+            if isnan(cell.value)
         ]
 
 

@@ -9,6 +9,7 @@ any, since a model that shows no subject is not the metric's fault, and else the
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,34 +157,40 @@ class Sensitivity:
         ]
         return sorted(there, key=lambda one: one[0].digest)[: self.settings.cases]
 
-    def _partner(self, case: EvaluationCase) -> EvaluationCase | None:
-        """The case after it of its split, with references: of the same words where there is one."""
-        ring = sorted((one for one in self._cases.values() if one.split == case.split), key=lambda one: one.digest)
-        place = next(number for number, one in enumerate(ring) if one.id == case.id)
-        after = [one for one in ring[place + 1 :] + ring[:place] if one.references]
-        return next((one for one in after if set(one.labels) & set(case.labels) - {""}), after[0] if after else None)
+    @cached_property
+    def _partners(self) -> dict[str, EvaluationCase]:
+        """Of a case by its id the case after it of its split, with references: of the same words where there is one."""
+        found, words = {}, {one.id: set(one.labels) - {""} for one in self._cases.values()}
+        for split in {one.split for one in self._cases.values()}:
+            ring = sorted((one for one in self._cases.values() if one.split == split), key=lambda one: one.digest)
+            for place, case in enumerate(ring):
+                after = [one for one in ring[place + 1 :] + ring[:place] if one.references]
+                alike = (one for one in after if words[one.id] & words[case.id])
+                if after:
+                    found[case.id] = next(alike, after[0])
+        return found
 
     def _tasks(self) -> Iterator[_Task]:
         wanted: dict[str, tuple[EvaluationCase, Clip, dict[Trial, list[str]]]] = {}
         for metric in self.metrics:
             for case, clip in self._chosen(metric):
                 for trial in metric.expectations():
-                    if trial == "no_references" or (trial in _OF_TWO and self._partner(case) is None):
+                    if trial == "no_references" or (trial in _OF_TWO and case.id not in self._partners):
                         continue
-                    key = _key(case, self._partner(case), clip.sha256, trial, metric.digest, self.settings)
+                    key = _key(case, self._partners.get(case.id), clip.sha256, trial, metric.digest, self.settings)
                     if self.altered.get(key) is None:
                         of_case = wanted.setdefault(case.id, (case, clip, {}))
                         of_case[2].setdefault(trial, []).append(metric.digest)
         for case, clip, trials in wanted.values():
             fixed: dict[Trial, tuple[str, ...]] = {trial: tuple(digests) for trial, digests in trials.items()}
-            yield _Task(case, self._partner(case), clip.path, clip.sha256, fixed)
+            yield _Task(case, self._partners.get(case.id), clip.path, clip.sha256, fixed)
 
     def _pairs(self, metric: Metric[Any], trial: Trial) -> list[tuple[float, float]]:
         """The value of each case as it is, and altered; of those that have both."""
         pairs = []
         for case, clip in self._chosen(metric):
             own = self.store.get((case.digest, clip.sha256, metric.digest))
-            key = _key(case, self._partner(case), clip.sha256, trial, metric.digest, self.settings)
+            key = _key(case, self._partners.get(case.id), clip.sha256, trial, metric.digest, self.settings)
             altered = self.altered.get(key)
             if own and altered and own.score.value is not None and altered.score.value is not None:
                 pairs.append((own.score.value, altered.score.value))

@@ -96,6 +96,18 @@ def test_the_report_needs_only_what_lies_beside_it(out: Path, tmp_path: Path) ->
     assert "cases without a value as the least" in text
 
 
+def test_numbers_beside_a_value_are_of_the_cases_of_their_table(out: Path) -> None:
+    results, text = read_results(out), (out / "report/index.html").read_text()
+    found = {}
+    for stratum in results.strata:
+        cells = [results.cell("noise", "steadiness", case.id) for case in results.cases_of("steadiness", stratum)]
+        steps = [score.beside["first_to_last"] for cell in cells if cell for score in cell.scores if score.beside]
+        found[stratum] = results.beside("noise", "steadiness", stratum)["first_to_last"]
+        assert found[stratum] == pytest.approx(np.mean(steps))
+        assert f"first to last {found[stratum]:.3f}" in text
+    assert len({*found.values()}) == len(found) > 1
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_sorts_and_has_no_errors(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "report", tmp_path / "report")
