@@ -1,6 +1,7 @@
 """What tests of the engine share: a tiny model under ZeRO-3, its steps, and all that it holds."""
 
 import contextlib
+import gc
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 SIZE = {
     "num_attention_heads": 2,
@@ -157,3 +158,10 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert not different, f"{len(different)} of {len(one)} differ, such as {different[:4]}"
+
+
+def held() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())

@@ -126,7 +126,9 @@ class States:
         offloaded = engine.offload_optimizer
         parts = {
             "frozen weights": frozen / ranks,
+            # DeepSpeed steps masters and copies them into what is gathered, which is float32 too (deepspeed_config.py)
             "trained weights": 4 * held,
+            "masters": 0.0 if offloaded else 4 * held,
             "moments": 0.0 if offloaded else 8 * held,
             "gradients": 0.0 if offloaded else 4 * held,
             "moving average": 4 * held if engine.ema is not None and not offloaded else 0.0,

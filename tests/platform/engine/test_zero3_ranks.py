@@ -28,6 +28,7 @@ from engines import (
     environment,
     everything,
     free_port,
+    held,
     loss_of,
     rows,
     same,
@@ -35,7 +36,7 @@ from engines import (
     train,
 )
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from domainshuttle.model.batch import TrainingBatch
@@ -819,13 +820,6 @@ def run_pair(folder: Path) -> dict[str, str]:
         finally:
             sys.stderr.write(f"{function.__name__}: {time.monotonic() - began:.1f} s\n")
     return results
-
-
-def held() -> int:
-    """Bytes of all tensors of this process."""
-    gc.collect()
-    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 def a_closed_engine_gives_its_memory_back() -> None:
