@@ -23,7 +23,6 @@ from domainshuttle.platform.checkpoint.resume import AUTO, NONE, begin, require_
 from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, HookEvent, RunConfig
 from domainshuttle.platform.console import console, progress, say
-from domainshuttle.platform.driver.group_size import require_room
 from domainshuttle.platform.driver.preflight import require_data, require_model
 from domainshuttle.platform.driver.ray_cluster import connected
 from domainshuttle.platform.driver.recovery import recover_run
@@ -72,6 +71,8 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
             workers * cluster.gpus_per_worker + (live.gpus if live else 0),
         )
         stack.enter_context(connected(config, *needs, meanwhile=functools.partial(_load, config)))
+        from domainshuttle.platform.driver.group_size import require_room  # which imports Ray
+
         require_room(config)
         return run_training(prepare_run(config, fresh), lock, stage, resume)
 
