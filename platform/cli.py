@@ -12,28 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-import typer.core
 
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS
 from domainshuttle.platform import output
+from domainshuttle.platform.report.help import Application, Group
 
 if TYPE_CHECKING:
     from domainshuttle.cluster.local import Connection
     from domainshuttle.cluster.submit import Job
     from domainshuttle.platform.config.schema import CorporaConfig, RunConfig
 
-app = typer.Typer(
+app = Application(
     no_args_is_help=True,
-    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help=(
         "Train DomainShuttle, a subject-driven text-to-video model, on Ray and DeepSpeed ZeRO-3.\n\n"
-        "A run is one YAML file. The usual way: **data build** and **data encode** make the corpora, **train** runs "
-        "the schedule (again after any stop: it goes on where it was), **compare** shows runs side by side, **export** "
-        "and **generate** use the result. **demo** does all of it at desk size.\n\n"
-        "Exit codes: 0 done; 1 a check failed or damage was found, or a fault of this program; 2 a mistake in what was "
-        "asked for, or a fault of the environment; 3 training was stopped, or its budget is spent, and the same "
-        "command goes on; 130 stopped by Ctrl-C; 141 nobody reads the output any more (`| head`)."
+        "A run is one YAML file. The usual way: `data build` and `data encode` make the corpora, `train` runs the "
+        "schedule (again after any stop: it goes on where it was), `compare` shows runs side by side, `export` and "
+        "`generate` use the result. `demo` does all of it at desk size. What a run does: `status`.\n\n"
+        "Exit codes:\n\n"
+        "    0    done\n"
+        "    1    a check failed, damage was found, or a fault of this program\n"
+        "    2    a mistake in what was asked for, or a fault of the environment\n"
+        "    3    training was stopped, or its budget is spent: the same command goes on\n"
+        "    130  stopped by Ctrl-C\n"
+        "    141  nobody reads the output any more (`| head`)"
     ),
 )
 
@@ -55,14 +58,14 @@ def common(
     """Options of the program itself."""
 
 
-cluster = typer.Typer(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check those that you have.")
+cluster = Application(no_args_is_help=True, help="Render manifests for KubeRay or VMs, and check those that you have.")
 app.add_typer(cluster, name="cluster")
 
-data = typer.Typer(no_args_is_help=True, help="Build, index, pair, encode, verify and inspect corpora.")
+data = Application(no_args_is_help=True, help="Build, index, pair, encode, verify and inspect corpora.")
 app.add_typer(data, name="data")
 
 
-class _ModelsFirst(typer.core.TyperGroup):
+class _ModelsFirst(Group):
     """`evaluate MODEL` is short for the command `evaluate models MODEL`: what is no command's name is a model or an
     option."""
 
@@ -72,12 +75,12 @@ class _ModelsFirst(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-evaluation = typer.Typer(
+evaluation = Application(
     no_args_is_help=True,
     cls=_ModelsFirst,
     help=(
-        "Judge models on a test set: **evaluate MODEL --cases paper** makes and measures clips and writes a report. "
-        "**evaluate models --help** has all options."
+        "Judge models on a test set: `evaluate MODEL --cases paper` makes and measures clips and writes a report. "
+        "`evaluate models --help` has all options."
     ),
 )
 app.add_typer(evaluation, name="evaluate")
@@ -105,11 +108,17 @@ Config = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key: --set cluster.workers=4 --set stages.stage1.steps=50"
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the configuration: --set cluster.workers=4 --set stages.stage1.steps=50.",
     ),
 ]
+EvaluationSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the evaluation, such as repeats=3."),
+]
 Fresh = Annotated[bool, typer.Option(help="Remove what a run of this name has made, and start anew.")]
-Stage = Annotated[str | None, typer.Option(help="Only this stage, or this segment of it.")]
+Stage = Annotated[str | None, typer.Option(metavar="STAGE", help="Only this stage, or this segment of it.")]
 Resume = Annotated[
     str,
     typer.Option(
@@ -117,7 +126,9 @@ Resume = Annotated[
         help="Where to go on: auto, the newest whole checkpoint; one by its name or path; none, the stage's beginning.",
     ),
 ]
-MostBad = Annotated[float, typer.Option(min=0, max=1, help="Largest share of bad samples or shards that is accepted.")]
+MostBad = Annotated[
+    float, typer.Option(min=0, max=1, metavar="SHARE", help="Largest share of bad samples or shards that is accepted.")
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(
@@ -136,7 +147,9 @@ Dashboard = Annotated[
     ),
 ]
 FormerDashboard = Annotated[str | None, typer.Option("--address", hidden=True)]  # its name until November 2026
-Corpus = Annotated[list[str] | None, typer.Option("--corpus", help="Only these corpora; without it all of the file.")]
+Corpus = Annotated[
+    list[str] | None, typer.Option("--corpus", metavar="NAME", help="Only this corpus; without it all of the file.")
+]
 
 
 @data.command("build")
@@ -175,19 +188,26 @@ def data_pair(
     clip that an edited one was made of; SAM 2 makes masks of them, and what they cover is cut out on white. DINOv2 and
     CLIP keep what is the same subject and no near-duplicate. A multimodal model may look at each pair.
 
-    The corpus's `pair` section names the models' folders, which you download first:
+    The corpus's `pair` section names the models' folders, which you download first, such as:
 
-    **hf download IDEA-Research/grounding-dino-tiny --local-dir models/grounding-dino**, and so
-    facebook/sam2.1-hiera-large, facebook/dinov2-base and openai/clip-vit-base-patch32.
+        hf download IDEA-Research/grounding-dino-tiny --local-dir models/detector
+        hf download facebook/sam2.1-hiera-large --local-dir models/sam2
+        hf download facebook/dinov2-base --local-dir models/dinov2
+        hf download openai/clip-vit-base-patch32 --local-dir models/clip
 
-    **domainshuttle data pair configs/corpora/ditto.yaml** makes raw shards in DATA/NAME/paired, which `data encode`
-    then reads. A corpus without a configuration:
+    Raw shards are made in DATA/NAME/paired, which `data encode` then reads. From a configuration, or of a corpus
+    without one:
 
-    **domainshuttle data pair data/mine/raw --set pair.models.detector=models/grounding-dino
-    --set pair.models.segmenter=models/sam2 --set pair.models.dino=models/dinov2 --set pair.models.clip=models/clip**
+        domainshuttle data pair configs/corpora/ditto.yaml
+        domainshuttle data pair data/mine/raw \\
+            --set pair.models.detector=models/detector \\
+            --set pair.models.segmenter=models/sam2 \\
+            --set pair.models.dino=models/dinov2 --set pair.models.clip=models/clip
 
     Goes on after a stop. With other thresholds (docs/datasets.md) only the choice is made again, in minutes and without
-    GPUs. What was rejected and why: **domainshuttle data inspect DATA/NAME/paired --page pairs.html**
+    GPUs. What was rejected and why:
+
+        domainshuttle data inspect DATA/NAME/paired --page pairs.html
     """
     from domainshuttle.pipelines.storage.uri import is_remote
 
@@ -228,20 +248,27 @@ def data_label(
 ) -> None:
     """Label raw corpora: captions, subjects' words, and each subject's domain in the target. Goes on after a stop.
 
-    By default what is **missing** is labelled: captions that are empty or edit commands, subjects without a word,
+    By default what is missing is labelled: captions that are empty or edit commands, subjects without a word,
     domains that no source gave. Labels lie beside the shards, in `labels/`, so that no clip is copied; encoding
     and training read them. When a corpus grows, only what is new is labelled.
 
     Who labels is said by `labels` in the configuration (docs/datasets.md), or on the command line:
 
-    Word lists, which need no model and write no captions: **domainshuttle data label data/uno/raw**
+    Word lists, which need no model and write no captions:
+
+        domainshuttle data label data/uno/raw
 
     An OpenAI-compatible endpoint, such as `vllm serve Qwen/Qwen3-VL-8B-Instruct`:
-    **domainshuttle data label data/uno/raw --set labels.labeller=endpoint
-    --set labels.endpoint.url=http://gpu-node:8000/v1 --set labels.endpoint.model=Qwen/Qwen3-VL-8B-Instruct**
 
-    A model of transformers on the cluster's own GPUs: **domainshuttle data label data/uno/raw
-    --set labels.labeller=transformers --set labels.model=models/Qwen3-VL-8B-Instruct --set labels.actors.gpus=1**
+        domainshuttle data label data/uno/raw --set labels.labeller=endpoint \\
+            --set labels.endpoint.url=http://gpu-node:8000/v1 \\
+            --set labels.endpoint.model=Qwen/Qwen3-VL-8B-Instruct
+
+    A model of transformers on the cluster's own GPUs:
+
+        domainshuttle data label data/uno/raw --set labels.labeller=transformers \\
+            --set labels.model=models/Qwen3-VL-8B-Instruct \\
+            --set labels.actors.gpus=1
 
     What a model refuses, or answers badly or with little certainty, word lists label; each such sample is counted
     and listed with its reason in `labels/failed.jsonl`. All answers are kept, so that nothing is asked or paid twice.
@@ -279,7 +306,9 @@ def data_encode(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove whole encoded corpora of other data or encoders.")
     ] = False,
-    where: Annotated[str | None, typer.Option(help="Only raw samples for which a filter holds: seconds >= 2")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="FILTER", help="Only raw samples for which a filter holds: seconds >= 2")
+    ] = None,
     anew: Annotated[bool, typer.Option("--anew", hidden=True)] = False,  # its name until November 2026
 ) -> None:
     """Encode raw corpora into latents and text features on a pool of Ray actors. Goes on after a stop.
@@ -301,22 +330,28 @@ def data_encode(
 @data.command("index")
 def data_index(
     folder: Annotated[str, typer.Argument(help="Folder or URI of the shards: name.tar, uncompressed WebDataset tars.")],
-    corpus: Annotated[str | None, typer.Option(help="The corpus's name; without it that of the index before.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The corpus's name; without it that of the index before.")
+    ] = None,
     bucket: Annotated[
-        list[str] | None, typer.Option(help="frames x height x width to fit samples to; repeat for more.")
+        list[str] | None,
+        typer.Option(metavar="FxHxW", help="Frames x height x width to fit samples to, such as 81x480x832."),
     ] = None,
-    resolution: Annotated[str | None, typer.Option(help="All shapes of a class, with --frames: 480p or 720p.")] = None,
-    frames: Annotated[
-        list[int] | None, typer.Option(help="Number of frames, for --resolution: 1 for images; repeat for more.")
+    resolution: Annotated[
+        str | None, typer.Option(metavar="480p|720p", help="All shapes of a class, with --frames.")
     ] = None,
+    frames: Annotated[list[int] | None, typer.Option(help="Number of frames, for --resolution: 1 for images.")] = None,
     fps: Annotated[
         float | None, typer.Option(help="Rate at which clips are sampled; without it each clip's own.")
     ] = None,
     most_bad: MostBad = MOST_BAD_IN_CORPUS,
-    shards: Annotated[str, typer.Option(help="Only shards of this pattern, without .tar, such as: 'part-00*'")] = "*",
-    name: Annotated[str, typer.Option(help="Name of the index file in the folder.")] = "index.parquet",
+    shards: Annotated[
+        str, typer.Option(metavar="PATTERN", help="Only shards of this pattern, without .tar, such as 'part-00*'.")
+    ] = "*",
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the index file in the folder.")] = "index.parquet",
     merge: Annotated[
-        list[str] | None, typer.Option(help="Join these indexes of the folder, by name, instead of reading shards.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Join this index of the folder with others, instead of reading shards."),
     ] = None,
     address: RayAddress = None,
 ) -> None:
@@ -325,10 +360,11 @@ def data_index(
     Each sample is `key.json` (caption, subjects, references: docs/corpus.md), its target and its reference pictures.
     What is not whole or not understood is left out and listed in `quarantine.jsonl` with shard, key and reason.
 
-    **domainshuttle data index data/mine/raw --corpus mine --resolution 480p --frames 81 --frames 1 --fps 16**
+        domainshuttle data index data/mine/raw --corpus mine --resolution 480p \\
+            --frames 81 --frames 1 --fps 16
 
-    Two jobs can share a folder: each with its own **--shards 'a-*' --name a.parquet**, and at the end
-    **--merge a.parquet --merge b.parquet**.
+    Two jobs can share a folder: each with its own `--shards 'a-*' --name a.parquet`, and at the end
+    `--merge a.parquet --merge b.parquet`.
     """
     from domainshuttle.platform.commands import data_index as data_checks
 
@@ -346,7 +382,9 @@ def data_verify(
     index: Annotated[str, typer.Argument(help="An index.parquet, or the folder or URI it is in.")],
     checksums: Annotated[bool, typer.Option(help="Read every byte and compare it with the index's checksum.")] = True,
     decode: Annotated[str, typer.Option(metavar="N|all", help="Samples to decode, evenly spread.")] = "100",
-    where: Annotated[str | None, typer.Option(help="Only samples for which a filter holds: references >= 2")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="FILTER", help="Only samples for which a filter holds: references >= 2")
+    ] = None,
     address: RayAddress = None,
 ) -> None:
     """Check a corpus against its index: bytes, members, descriptions, pictures, clips and latents.
@@ -374,7 +412,9 @@ def data_inspect(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples on the sheet and on the page.")] = 8,
-    where: Annotated[str | None, typer.Option(help="A filter, such as: frames > 1 and references >= 2")] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="FILTER", help="A filter, such as: frames > 1 and references >= 2")
+    ] = None,
 ) -> None:
     """Show what a corpus holds: counts by source, bucket, domain and references; and pictures of it.
 
@@ -395,19 +435,24 @@ def cluster_render(
     ],
     config: Config,
     spec: Annotated[
-        str, typer.Option("--cluster", help="The cluster's description: a YAML file, or h100-1, h100-8, h100-64.")
+        str,
+        typer.Option(
+            "--cluster", metavar="CLUSTER", help="The cluster's description: a YAML file, or h100-1, h100-8, h100-64."
+        ),
     ],
     out: Annotated[Path, typer.Option(callback=_local, help="Folder for the files.")] = Path("manifests"),
     set_: Set = None,
     spec_set: Annotated[
         list[str] | None,
-        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster: trainers.nodes=4"),
+        typer.Option(
+            "--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster, such as trainers.nodes=4."
+        ),
     ] = None,
 ) -> None:
     """Write what starts a run on a cluster, from one description of it (docs/cluster.md).
 
-    **kuberay**: RayJob, RayCluster, disruption budget, network policy, MLflow, monitors, alerts. **vm**: the YAML of
-    `ray up`, Prometheus' files and a dashboard. **mlflow** and **monitoring**: these alone.
+    `kuberay`: RayJob, RayCluster, disruption budget, network policy, MLflow, monitors, alerts. `vm`: the YAML of
+    `ray up`, Prometheus' files and a dashboard. `mlflow` and `monitoring`: these alone.
     """
     settings = _load(config, set_)
     from domainshuttle.platform.commands.cluster import render_cluster
@@ -440,11 +485,16 @@ def plan(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="What the run is to be trained on: a cluster's YAML file, or h100-1, h100-8, h100-64."),
+        typer.Option(
+            metavar="CLUSTER",
+            help="What the run is to be trained on: a cluster's YAML file, or h100-1, h100-8, h100-64.",
+        ),
     ] = None,
     cluster_set: Annotated[
         list[str] | None,
-        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster: trainers.nodes=4"),
+        typer.Option(
+            "--cluster-set", metavar="KEY=VALUE", help="Override a key of the cluster, such as trainers.nodes=4."
+        ),
     ] = None,
 ) -> None:
     """Show what a run would train and what it takes: stages, data, memory, time, hours, cost, and layouts that fit.
@@ -523,11 +573,13 @@ def preflight_command(
     set_: Set = None,
     spec: Annotated[
         str | None,
-        typer.Option("--cluster", help="The cluster's description, whose devices and links are expected."),
+        typer.Option(
+            "--cluster", metavar="CLUSTER", help="The cluster's description, whose devices and links are expected."
+        ),
     ] = None,
     only: Annotated[
         list[CheckedPart] | None,
-        typer.Option(help="Only this part; repeat for more."),
+        typer.Option(help="Only this part."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list, for programs.")] = False,
 ) -> None:
@@ -697,7 +749,7 @@ def stacks(
 def profile(
     run: RunFolder,
     rank: Annotated[int, typer.Option(min=0, help="The worker's rank.")] = 0,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Seconds until it gives up.")] = 600.0,
 ) -> None:
     """Profile the next step of a worker of a run at work with torch's profiler, without stopping it."""
     from domainshuttle.platform.commands.look import print_profile
@@ -712,7 +764,7 @@ def checkpoints(
 ) -> None:
     """List a run's checkpoints: step, size, workers, whether each is whole, and why it is kept.
 
-    With **--verify** the exit code is 1 where one is damaged.
+    With `--verify` the exit code is 1 where one is damaged.
     """
     from domainshuttle.platform.commands.checkpoints import print_checkpoints
 
@@ -723,8 +775,10 @@ def checkpoints(
 @app.command()
 def flush(
     run: RunFolder,
-    uri: Annotated[str | None, typer.Option(help="Another MLflow server or store than the run's own.")] = None,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds until it gives up.")] = 600.0,
+    uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="Another MLflow server or store than the run's own.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Seconds until it gives up.")] = 600.0,
 ) -> None:
     """Send to MLflow what a run could not send while the server was unreachable. A run that goes on does it itself."""
     from domainshuttle.platform.commands.flush import flush_run
@@ -738,10 +792,12 @@ def compare(
     uri: Annotated[
         str | None,
         typer.Option(
-            help="MLflow server or store: http://HOST:5000, sqlite:///runs/mlflow.db.", envvar="MLFLOW_TRACKING_URI"
+            metavar="URI",
+            help="MLflow server or store: http://HOST:5000, sqlite:///runs/mlflow.db.",
+            envvar="MLFLOW_TRACKING_URI",
         ),
     ] = None,
-    run: Annotated[list[str] | None, typer.Option(help="Only runs of this name or id.")] = None,
+    run: Annotated[list[str] | None, typer.Option(metavar="NAME|ID", help="Only runs of this name or id.")] = None,
     plot: Annotated[Path | None, typer.Option(callback=_local, help="Write the loss curves as PNG here.")] = None,
     page: Annotated[
         Path | None, typer.Option(callback=_local, help="Write table, curves and samples as one HTML page here.")
@@ -770,7 +826,7 @@ def compare(
 def ablate(
     ablation: Annotated[str, typer.Argument(help="A file, or the name of one that ships, such as demo.")],
     set_: Set = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this variant; repeat for more.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="VARIANT", help="Only this variant.")] = None,
 ) -> None:
     """Train the variants of a configuration one after the other, evaluate and compare them. Goes on after a stop."""
     from domainshuttle.platform.commands.ablation import run_ablation
@@ -782,9 +838,14 @@ def ablate(
 def export(
     run: RunFolder,
     folder: Annotated[Path, typer.Argument(callback=_local, help="Where to write the diffusers pipeline.")],
-    stage: Annotated[str | None, typer.Option(help="A finished stage; without it the last finished one.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="A finished stage; without it the last finished one.")
+    ] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="A checkpoint's name or path, also of a stage half way, instead of a stage.")
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH", help="A checkpoint's name or path, also of a stage half way, instead of a stage."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a pipeline that is there.")] = False,
     lora: Annotated[
@@ -796,8 +857,8 @@ def export(
 ) -> None:
     """Export a trained model as a diffusers folder: transformer, encoders, tokenizer and scheduler.
 
-    Another run can begin with it: **--set model.base=FOLDER**. Adapters of stages with **trained.lora** are merged into
-    the weights, and lie in its folder **lora** too. Needs no cluster.
+    Another run can begin with it: `--set model.base=FOLDER`. Adapters of stages with `trained.lora` are merged into
+    the weights, and lie in its folder `lora` too. Needs no cluster.
     """
     from domainshuttle.platform.console import console
     from domainshuttle.platform.generation.adapters import export_lora
@@ -817,10 +878,10 @@ def export(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="An exported folder, or a hub id.")],
-    prompt: Annotated[str | None, typer.Option(help="What the clip shows.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the clip shows.")] = None,
     reference: Annotated[
         list[str] | None,
-        typer.Option(metavar="PICTURE[:SUBJECT[:DOMAIN]]", help="A reference: photo.jpg:0:human. Repeat for more."),
+        typer.Option(metavar="PICTURE[:SUBJECT[:DOMAIN]]", help="A reference: photo.jpg:0:human."),
     ] = None,
     cases: Annotated[
         Path | None, typer.Option(callback=_local, help="A JSONL of cases in the release's format.")
@@ -863,16 +924,16 @@ def evaluate_models(
     model: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="An exported folder, a folder of a WanVACEPipeline, a hub id, or a folder of videos CASE.mp4; with a "
             "name before it: NAME=PATH.",
         ),
     ],
     cases: Annotated[
         str | None,
-        typer.Option(help="The evaluation's YAML file, or one that ships: paper, opens2v or demo."),
+        typer.Option(metavar="CASES", help="The evaluation's YAML file, or one that ships: paper, opens2v or demo."),
     ] = None,
-    set_: Set = None,
+    set_: EvaluationSet = None,
     out: Annotated[
         Path, typer.Option(callback=_local, help="Folder of the evaluation; one that is there goes on.")
     ] = Path("evaluation"),
