@@ -710,10 +710,13 @@ def stop(
     run: RunFolder,
     wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
 ) -> None:
-    """Stop a run that is at work, from any machine that sees its folder: a checkpoint, then it ends with code 3."""
+    """Stop a run that is at work, from any machine that sees its folder: a checkpoint, then `train` ends with code 3.
+
+    The exit code is 1 where it failed meanwhile.
+    """
     from domainshuttle.platform.commands.runs import stop_run
 
-    stop_run(run, wait)
+    raise SystemExit(0 if stop_run(run, wait) else 1)
 
 
 @app.command()

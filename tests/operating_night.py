@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.cluster.local import ClusterError
 from domainshuttle.platform.commands.status import status_record
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.tracking.outbox import reachable
@@ -27,11 +28,15 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "operating.md"
 MLFLOW = "http://127.0.0.1:5000"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07]*\x07")
 PATIENCE = 420.0
-SAME = {
-    "stopped": {"KILLED"}, "budget spent": {"KILLED"}, "diverged": {"FAILED"}, "failed": {"FAILED"},
-    "finished": {"FINISHED"},
-}  # fmt: skip
-"""What MLflow must say of a run, by what `status` says; of others RUNNING."""
+ENDS = {
+    "stopped": ("KILLED", 3, "Stopped after"),
+    "budget spent": ("KILLED", 3, "Budget spent after"),
+    "diverged": ("FAILED", 2, ""),
+    "failed": ("FAILED", 2, ""),
+    "finished": ("FINISHED", 0, "Finished after"),
+}
+"""What MLflow, the exit code of the run's newest job and its log must say, by what `status` says; of a run at work
+RUNNING. Where a run failed the log has the reason that `status` has."""
 
 
 def steps_of(text: str) -> list[tuple[str, str, int]]:
@@ -82,21 +87,36 @@ def on_a_terminal(command: str) -> tuple[int, str]:
 
 
 def agreement(run: Path) -> dict[str, Any]:
-    """What `status` and MLflow say of a run; MLflow has some seconds to be told."""
+    """What `status`, MLflow, the newest job's exit code and its log say of a run; all have some seconds to be told."""
     said: dict[str, Any] = {}
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            state = status_record(run)["state"]
-            (record,) = [one for one in read_runs(MLFLOW, ["night"]) if one.parent is None and one.name == run.name]
-        except (ConfigError, TrackingError, OSError, ValueError):
+            record = status_record(run)
+            (tracked,) = [one for one in read_runs(MLFLOW, ["night"]) if one.parent is None and one.name == run.name]
+            code, log = newest_job(run.name)
+        except (ConfigError, TrackingError, ClusterError, OSError, ValueError):
             time.sleep(1)
             continue
-        said = {"status": state, "mlflow": record.status, "agree": record.status in SAME.get(state, {"RUNNING"})}
+        mlflow, wanted, words = ENDS.get(record["state"], ("RUNNING", None, ""))
+        told = " ".join((record["why"].splitlines() or [""])[0].split()) or words
+        said = {"status": record["state"], "why": record["why"], "mlflow": tracked.status, "code": code}
+        said["logged"] = told in log
+        said["agree"] = (tracked.status, code) == (mlflow, wanted) and (said["logged"] or wanted is None)
         if said["agree"]:
             break
         time.sleep(1)
     return said
+
+
+def newest_job(run: str) -> tuple[int | None, str]:
+    """The exit code of a run's newest job, None while it is at work, and its log in one line."""
+    from domainshuttle.cluster.submit import find_job, list_jobs  # takes Ray's mode of the moment
+
+    newest = next(job for job in list_jobs() if job.run == run)
+    job = find_job(newest.id)
+    log = " ".join(_ESCAPES.sub("", job.client.get_job_logs(newest.id)).split())
+    return None if newest.live else job.exit_code(), log
 
 
 def main(folder: Path) -> None:

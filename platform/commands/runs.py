@@ -51,10 +51,11 @@ def _row(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def stop_run(folder: Path, wait: bool = True) -> None:
+def stop_run(folder: Path, wait: bool = True) -> bool:
     """Asks a run's workers for a checkpoint and its driver to end, as Ctrl-C there would; waits for that.
 
-    Raises ConfigError where no driver is at work.
+    Returns whether it was asked, or has stopped; False where it ended in another way meanwhile. Raises ConfigError
+    where no driver is at work.
     """
     run = find_run(folder)
     if not driver_lives(run):
@@ -64,14 +65,21 @@ def stop_run(folder: Path, wait: bool = True) -> None:
     run.stop_path.touch()
     if not wait:
         console.print(Prose(f"Asked {run.config.name} to stop after this step, with a checkpoint."))
-        return
+        return True
     began = time.monotonic()
     with progress(f"Stopping {run.config.name}", "s") as show:
         while driver_lives(run):
+            run.stop_path.touch()  # again: a driver that is only starting takes earlier wishes away
             show(int(time.monotonic() - began), int(run.config.grace_seconds), _step(run))
             time.sleep(_PAUSE)
-    console.print(Prose(f"Stopped {run.config.name} after {_step(run) or 'no step'}."))
-    console.print(Advice("To go on:", run.train_command))
+    record = status_record(folder)
+    if record["state"] in ("stopped", "not begun"):
+        console.print(Prose(f"Stopped {run.config.name} after {_step(run) or 'no step'}."))
+        console.print(Advice("To go on:", run.train_command))
+        return True
+    why = f", because: {record['why']}" if record["why"] else ""
+    console.print(Prose(f"{run.config.name} ended meanwhile: {record['state']}{why}"))
+    return record["state"] in ("finished", "budget spent")
 
 
 def _step(run: Run) -> str:

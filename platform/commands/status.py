@@ -21,11 +21,11 @@ from domainshuttle.platform.console import console
 from domainshuttle.platform.report.text import Advice, Prose, Records, headline
 from domainshuttle.platform.run.eta import remaining, span
 from domainshuttle.platform.run.folder import Run, find_run
-from domainshuttle.platform.run.journal import FAILED, Journal
+from domainshuttle.platform.run.journal import FAILED, MOVED, WAITING, Journal
 from domainshuttle.platform.run.ledger import CATEGORIES, AttemptRecord, Ledger
 from domainshuttle.platform.run.lock import HOLDER_NAME, PATIENCE_SECONDS
 from domainshuttle.platform.run.segments import Segment
-from domainshuttle.platform.run.workers import attempts, read_workers
+from domainshuttle.platform.run.workers import WorkerState, attempts, beat_seconds, read_workers
 
 _MOST_ATTEMPTS = 20
 """Attempts that are listed: the newest."""
@@ -69,7 +69,7 @@ def status_record(folder: Path) -> dict[str, Any]:
         "step_seconds": state.get("recent_step_seconds"),
         "metrics": {name: _finite(value) for name, value in state.get("metrics", {}).items()},
         "seconds_left": {"stage": left.stage, "known_stages": left.known, "budget": left.budget} if left else None,
-        "workers": [{**asdict(worker), "log": str(run.folder / worker.log)} for worker in read_workers(run, number)],
+        "workers": [{**asdict(worker), "log": str(run.folder / worker.log)} for worker in _workers(run, alive)],
         "notices": Journal(run.notices_path).read()[0][-_MOST_NOTICES:],
         "device_hours": {name: getattr(hours, name) for name in ("used", *CATEGORIES, "budget")},
         "goodput": hours.goodput,
@@ -182,16 +182,62 @@ def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str
             return ("not begun", "") if not started(run) else ("probably dead", "its driver recorded no result")
         dead = state["state"] == "training"
         return ("probably dead", "its driver recorded no result") if dead else (state["state"], "")
+    since = _driver_started(run)
+    told = [line for line in Journal(run.notices_path).read()[0]
+            if line.get("kind") in (FAILED, MOVED, WAITING) and line.get("time", 0.0) >= since]  # fmt: skip
     number = max(attempts(run), default=0)
-    workers = read_workers(run, number)
-    ready = [worker for worker in workers if worker.segment]
-    if ready and all(worker.ended is None for worker in workers):
-        doing = next((worker.doing for worker in ready if worker.rank == 0), "training")
-        return {"checkpointing": "saving", "sampling": "sampling", "starting": "starting"}.get(doing, "training"), ""
-    if number <= 1:
-        return "starting", ""
-    failed = [line["text"] for line in Journal(run.notices_path).read()[0] if line.get("kind") == FAILED]
-    return f"starting again (attempt {number})", failed[-1] if failed else ""
+    workers = _workers(run, alive)
+    newest = max((worker.started for worker in workers), default=0.0)
+    ended = bool(told) and told[-1]["kind"] != WAITING and told[-1]["time"] > newest
+    if workers and not ended:
+        if any(worker.ended is not None for worker in workers):
+            return "ending", ""
+        if any(worker.segment for worker in workers):
+            return _at_work(run, state, workers)
+    if not any(line["kind"] in (FAILED, MOVED) for line in told):
+        return "starting", told[-1]["text"] if told else ""
+    return f"starting again (attempt {number + (ended and bool(workers))})", told[-1]["text"]
+
+
+def _at_work(run: Run, state: Mapping[str, Any], workers: Sequence[WorkerState]) -> tuple[str, str]:
+    """What workers do of which none has ended; what they wait for where one is silent, or no step is made."""
+    heard = max(worker.beat for worker in workers)
+    quiet = max(_QUIET_SECONDS, 3 * beat_seconds(workers[0].world_size))
+    if silent := [worker for worker in workers if heard - worker.beat > quiet]:
+        who = ", ".join(worker.name for worker in silent[:_MOST_WORKERS])
+        ranks = ", ".join(str(worker.rank) for worker in silent[:_MOST_WORKERS])
+        return f"waiting for worker{'s' if len(silent) > 1 else ''} {ranks}", (
+            f"{who} sent no heartbeat for {span(heard - min(worker.beat for worker in silent))}: stopped, or the "
+            f"machine does not answer. The workers start again after {span(run.config.guard.hang_seconds)} without a "
+            "step"
+        )
+    still = time.time() - max(worker.since for worker in workers)
+    computing = all(worker.doing not in ("checkpointing", "sampling", "starting") for worker in workers)
+    if computing and (pace := state.get("recent_step_seconds")) and still > max(_STILL_SECONDS, _STILL_STEPS * pace):
+        return "making no step", (
+            f"for {span(still)} no worker has got further, and a step took {pace:.3g} s. Where they are: domainshuttle "
+            f"stacks {shlex.quote(str(run.folder))}. They start again after {span(run.config.guard.hang_seconds)}"
+        )
+    doing = next((worker.doing for worker in workers if worker.rank == 0), "training")
+    return {"checkpointing": "saving", "sampling": "sampling", "starting": "starting"}.get(doing, "training"), ""
+
+
+_QUIET_SECONDS, _STILL_SECONDS, _STILL_STEPS = 10.0, 60.0, 10
+"""Without a heartbeat for so long a worker is named; without a step for so long, or so many steps, it is said."""
+
+
+def _driver_started(run: Run) -> float:
+    """When the process that trains the run began, in seconds since 1970; 0: not known."""
+    try:
+        return float(json.loads((run.folder / HOLDER_NAME).read_text())["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _workers(run: Run, alive: bool) -> list[WorkerState]:
+    """The workers of the newest attempt; of a run at work only those that its driver has started."""
+    since = _driver_started(run) if alive else 0.0
+    return [worker for worker in read_workers(run, max(attempts(run), default=0)) if worker.started >= since]
 
 
 def started(run: Run) -> bool:
@@ -207,7 +253,7 @@ def _now(run: Run, state: Mapping[str, Any], alive: bool) -> str:
 def _print_workers(run: Run, alive: bool) -> None:
     """Who the workers of the newest attempt are, what each does, and where its log is."""
     number = max(attempts(run), default=0)
-    workers = read_workers(run, number)
+    workers = _workers(run, alive)
     if not workers or (not alive and all(segment.finished for segment in run.segments())):
         return
     rows = [
@@ -274,14 +320,14 @@ def driver_lives(run: Run) -> bool:
 
 
 def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]) -> Records:
-    rows = []
+    rows, now = [], run_state(run, state, alive)[0]
     for segment in run.segments():
         last = _newest(segment, kept)
         here = state if state.get("segment") == segment.name else None
         if segment.finished:
             doing = "finished"
         elif here:
-            doing = "probably dead" if here["state"] == "training" and not alive else here["state"]
+            doing = _stage_state(now, here["state"], alive)
         else:
             doing = "stopped" if last else "not begun"
         rows.append(
@@ -297,6 +343,16 @@ def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]
     fields = ("stage", "state", "steps", "last losses", "last checkpoint", "size")
     return Records(fields, rows, f"Run {run.config.name} ({run.folder})", styles=_STYLES)
 
+
+def _stage_state(now: str, last: str, alive: bool) -> str:
+    """What the stage does that the run is at: what the run does, and not what a worker said last of another's end."""
+    if not alive:
+        return now if now in _ENDS else "probably dead" if last == "training" else last
+    return now.partition(" (")[0]
+
+
+_ENDS = ("stopped", "budget spent", "diverged", "failed")
+"""How a driver may end a run that is not finished."""
 
 _STYLES = {"finished": "green", "training": "cyan", "running": "cyan", "probably dead": "red"}
 

@@ -30,7 +30,7 @@ from domainshuttle.platform.engine.model_size import model_size
 from domainshuttle.platform.engine.trained_parameters import TrainedParameters, trained_of
 from domainshuttle.platform.run.data import make_feed, require_same_encoders, require_unchanged
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import FAILED, SKIPPED, WAITING, Notices
+from domainshuttle.platform.run.journal import FAILED, MOVED, SKIPPED, WAITING, Notices
 from domainshuttle.platform.run.ledger import ALLOWANCE, Ledger
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.run.weights_digest import sizes_digest
@@ -253,7 +253,8 @@ class Schedule:
             if group.idle_seconds == 0 and time.monotonic() - looked > self._config.cluster.resize_seconds:
                 looked = time.monotonic()
                 if (size := self._size(segment, held=group.size)) > group.size and not self.run.regroup_path.exists():
-                    self._echo(f"Stage {segment.name}: there is room for {size} workers; a checkpoint, then they start")
+                    text = f"Stage {segment.name}: there is room for {size} workers; a checkpoint, then they start"
+                    self._notices.add(segment.name, MOVED, text)
                     write_bytes(self.run.regroup_path, str(size).encode())
 
     def _handle_end(self, end: SegmentEnd) -> Outcome | None:
@@ -271,7 +272,8 @@ class Schedule:
             self._refuse_to_go_in_circles(segment)
         if end.kind is End.PREEMPTED:
             nodes = ", ".join(node[:8] for node in end.nodes)
-            self._echo(f"Stage {end.segment}: node {nodes} is about to go; step {end.step} is saved, the workers move")
+            text = f"Stage {end.segment}: node {nodes} is about to go; step {end.step} is saved, the workers move"
+            self._notices.add(segment.name, MOVED, text)
         if End.STOPPED in (end.kind, end.asked):
             return "stopped"
         return "budget spent" if End.BUDGET_SPENT in (end.kind, end.asked) else None
@@ -286,9 +288,10 @@ class Schedule:
                 f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or "
                 f"guard.most_rollbacks; or {self._go_on(segment)}"
             )
-        self._echo(
+        text = (
             f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now skipped (samples in {where})"
         )
+        self._notices.add(segment.name, MOVED, text)
 
     def _go_on(self, segment: Segment) -> str:
         """What helps a run that diverged."""

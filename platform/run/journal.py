@@ -149,7 +149,7 @@ class JournalWriter:
                 failing = True
 
 
-SKIPPED, FAILED, WAITING = "skipped", "failed", "waiting"
+SKIPPED, FAILED, MOVED, WAITING = "skipped", "failed", "moved", "waiting"
 
 
 class Notices:
@@ -160,8 +160,9 @@ class Notices:
         self._given: dict[tuple[str, str, str], None] = {}
 
     def add(self, segment: str, kind: str, text: str) -> None:
-        """Shows and keeps a line about a segment; `kind` is `skipped`, of a checkpoint, `failed` or `waiting`, of
-        workers. What this driver has said already, word for word, is not said again."""
+        """Shows and keeps a line about a segment; `kind` is `skipped`, of a checkpoint, or of workers `failed`, `moved`
+        (they start again for another reason than a fault) or `waiting`. What this driver has said already, word for
+        word, is not said again."""
         if (segment, kind, text) in self._given:
             return
         self._given[segment, kind, text] = None

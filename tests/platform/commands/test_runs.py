@@ -59,6 +59,15 @@ def test_a_run_is_stopped_through_its_folder(tmp_path: Path) -> None:
     assert f"domainshuttle train {run.config_path}" in stopped.stdout
 
 
+def test_a_run_that_ended_in_another_way_is_not_called_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, lives = a_run(tmp_path, "one"), iter([True, True, False, False, False])
+    monkeypatch.setattr("domainshuttle.platform.commands.runs.driver_lives", lambda run: next(lives))
+    monkeypatch.setattr("domainshuttle.platform.commands.runs._PAUSE", 0.0)
+    run.worker_path(1, 0).parent.mkdir(parents=True)
+    run.note_end("diverged", ValueError("its loss is not finite"))
+    assert "one ended meanwhile: diverged, because: its loss is not finite" in in_process("stop", run.folder, expect=1)
+
+
 @pytest.mark.parametrize("word", ["runs", "stop", "logs", "status"])
 def test_help_teaches(word: str) -> None:
     assert "OUTPUT" in in_process(word, "--help")

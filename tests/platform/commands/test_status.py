@@ -6,18 +6,21 @@ Run: python -m pytest tests/platform/commands/test_status.py
 import json
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from domainshuttle.platform.commands.status import driver_lives, print_status
+from domainshuttle.platform.commands.status import driver_lives, print_status, status_record
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.eta import remaining, span
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.journal import FAILED, MOVED, WAITING, Notices
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.lock import RunLock
+from domainshuttle.platform.run.workers import WorkerState
 
 
 def a_run(tmp_path: Path, *overrides: str) -> Run:
@@ -28,6 +31,16 @@ def progress(run: Run, segment: str, step: int, age: float = 3.0, **more: Any) -
     content = {"segment": segment, "step": step, "steps": 0, "first_step": 0, "attempt": 1, "state": "training"}
     content |= {"time": time.time() - age, "metrics": {"loss": 0.25}, "recent_step_seconds": 2.0, **more}
     run.progress_path.write_text(json.dumps(content))
+
+
+def workers(run: Run, attempt: int, *beats: float, **more: Any) -> None:
+    """Signs of life of an attempt's workers; `beats`: how many seconds ago each left one."""
+    for rank, age in enumerate(beats):
+        path, now = run.worker_path(attempt, rank), time.time()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = {"segment": "base", "step": 40, "doing": "computing", "since": now - age, "started": now} | more
+        state = WorkerState(rank, len(beats), "host7", "n" * 8, 4000 + rank, "logs/x.log", beat=now - age, **known)
+        path.write_text(json.dumps(asdict(state)))
 
 
 def an_attempt(run: Run, segment: str, first: int, last: int, seconds: float, reason: str | None = "stopped") -> None:
@@ -83,6 +96,7 @@ def test_a_dead_driver_is_called_so_with_what_to_do(
 ) -> None:
     run = a_run(tmp_path)
     progress(run, "base", 40, age=7200)
+    workers(run, 1, 0.0)
     with RunLock(run.folder):
         assert driver_lives(run)
         living = printed(run, capsys, monkeypatch)
@@ -241,3 +255,86 @@ def test_a_worker_that_others_wait_for_is_named(
         progress(run, "base", 40, **more)
         with RunLock(run.folder):
             assert expected in printed(run, capsys, monkeypatch)
+
+
+def state_of(run: Run) -> tuple[str, str]:
+    record = status_record(run.folder)
+    return record["state"], record["why"]
+
+
+def stage_state(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the table of stages says of the first one."""
+    rows = [line for line in printed(run, capsys, monkeypatch).splitlines() if line.startswith("│")]
+    return rows[0].split("│")[2].strip()
+
+
+def test_what_a_run_does_is_that_of_its_driver_and_why_is_its_newest_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    echo = "RuntimeError: [gloo] Connection closed by peer"
+    notices = Notices(run.notices_path, lambda text: None)
+    notices.add("base", FAILED, "an old fault, of the driver before")
+    workers(run, 1, 0.0, 0.0)  # which its workers survive in their files
+    time.sleep(0.02)
+    with RunLock(run.folder):
+        holder = json.loads((run.folder / "driver.json").read_text())
+        monkeypatch.setattr("domainshuttle.platform.commands.status.driver_lives", lambda run: True)
+        (run.folder / "driver.json").write_text(json.dumps({**holder, "started": time.time()}))
+        progress(run, "base", 40, state=echo)
+        assert state_of(run) == ("starting", "") and status_record(run.folder)["workers"] == []
+        assert stage_state(run, capsys, monkeypatch) == "starting"
+        notices.add("base", WAITING, "no room")
+        assert state_of(run) == ("starting", "no room")
+        workers(run, 2, 0.0, 0.0, segment="")
+        assert state_of(run) == ("starting", "no room")
+        workers(run, 2, 0.0, 0.0)
+        assert state_of(run) == ("training", "")
+        assert stage_state(run, capsys, monkeypatch) == "training"
+        workers(run, 2, 0.0, ended="ended")
+        assert state_of(run) == ("ending", "")
+        workers(run, 2, 0.0, 0.0)
+        notices.add("base", FAILED, "worker 1 died")
+        assert state_of(run) == ("starting again (attempt 3)", "worker 1 died"), "its files still call it alive"
+        assert stage_state(run, capsys, monkeypatch) == "starting again"
+        workers(run, 3, 0.0, segment="")
+        assert state_of(run) == ("starting again (attempt 3)", "worker 1 died")
+        workers(run, 3, 0.0, 0.0)
+        assert state_of(run)[0] == "training"
+        notices.add("base", MOVED, "there is room for 4")
+        assert state_of(run) == ("starting again (attempt 4)", "there is room for 4")
+
+
+def test_a_worker_that_falls_silent_or_a_step_that_does_not_end_is_said_before_anything_starts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path, "guard.hang_seconds=600")
+    progress(run, "base", 40, recent_step_seconds=2.0)
+    monkeypatch.setattr("domainshuttle.platform.commands.status.driver_lives", lambda run: True)
+    workers(run, 1, 1.0, 8.0)
+    assert state_of(run)[0] == "training"
+    workers(run, 1, 1.0, 32.0)
+    word, why = state_of(run)
+    assert word == "waiting for worker 1" and "worker 1 (process 4001 on host7)" in why and "31 s" in why
+    assert "10 min without a step" in why
+    assert "Now: waiting for worker 1, because: " in printed(run, capsys, monkeypatch)
+    workers(run, 1, 1.0, 1.0, since=time.time() - 100)
+    word, why = state_of(run)
+    assert word == "making no step" and "for 2 min no worker" in why and f"domainshuttle stacks {run.folder}" in why
+    workers(run, 1, 1.0, 1.0, since=time.time() - 100, doing="checkpointing")
+    assert state_of(run)[0] == "saving"
+    progress(run, "base", 40, recent_step_seconds=30.0)
+    workers(run, 1, 1.0, 1.0, since=time.time() - 100)
+    assert state_of(run)[0] == "training", "steps take long here"
+
+
+def test_how_a_run_ended_is_what_its_stage_says_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    workers(run, 1, 500.0, started=time.time() - 600)
+    for how, state in (("failed", "RuntimeError: [gloo] closed"), ("diverged", "rolled back"), ("stopped", "stopped")):
+        progress(run, "base", 40, state=state)
+        run.note_end(how, ValueError("the cause") if how != "stopped" else None)
+        assert state_of(run) == (how, "" if how == "stopped" else "the cause")
+        assert stage_state(run, capsys, monkeypatch) == how
