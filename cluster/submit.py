@@ -124,8 +124,8 @@ _EXIT_LINE = re.compile(r"^Exit code (\d+): ", re.MULTILINE)
 _BROKEN = (OSError, RuntimeError, aiohttp.ClientError)
 """What a connection to a dashboard raises that breaks, or is not there for a while."""
 _LONGEST_SILENCE = 300.0
-_PAUSE = 1.0
-"""Seconds between questions to the cluster."""
+_PAUSE, _PATIENCE = 1.0, 15.0
+"""Seconds between questions to the cluster, and until a busy machine has answered one."""
 
 
 def submit_training(
@@ -315,7 +315,7 @@ def _require_dashboard(address: str) -> None:
     """Raises ClusterError for Ray's own address, or for what is none, where a dashboard's is expected."""
     url = urlsplit(_with_scheme(address))
     wrong = url.scheme not in ("http", "https") or not url.hostname or url.hostname == "auto"
-    if wrong or (url.scheme == "http" and speaks_http(f"http://{url.netloc}") is False):
+    if wrong or (url.scheme == "http" and speaks_http(f"http://{url.netloc}", _PATIENCE) is False):
         raise ClusterError(
             f"{address} is not the address of a dashboard. Expected here: http://HOST:8265, as `ray start --head` "
             "prints it; Ray's own address (HOST:6379) is for --address of other commands and cluster.address"
@@ -344,7 +344,7 @@ def _token_mode() -> Iterator[bool]:
 
 
 def _remedy(error: str) -> str:
-    line = error.strip().splitlines()[0][:200]
+    line = error.strip().splitlines()[0][:200].rstrip(".")
     if "authentication" in error.lower() or "token" in error.lower():
         return f"{line}. Put the cluster's token into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
     return f"{line}. Is the address the dashboard's (http://HOST:8265), and is the cluster up?"

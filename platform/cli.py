@@ -1065,7 +1065,7 @@ def main() -> Any:
     that goes away (`domainshuttle status RUN | head`) with code 141 and without a word."""
     # a shell may start us with SIGINT ignored; Ctrl-C from another program and SIGTERM must stop us all the same
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     # imported by a library of a library, it warns on every start that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     output.watch_readers()
@@ -1082,6 +1082,15 @@ def main() -> Any:
 
 
 _INTERRUPTED = 130
+_signals: list[int] = []
+"""Those that asked this command to end: a library may turn the exception into one of its own, or into a text."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
 _GOING_ON = ("data", "train", "demo", "ablate", "evaluate")
 """Commands whose work goes on when they are called again."""
 
@@ -1093,21 +1102,29 @@ def _run() -> int:
         return 0
     except (SystemExit, KeyboardInterrupt) as end:
         code = _INTERRUPTED if isinstance(end, KeyboardInterrupt) else end.code
-        goes_on = sys.argv[1:2] and sys.argv[1] in _GOING_ON
-        if code == _INTERRUPTED and goes_on and not output.reader_gone():  # typer has made a code of Ctrl-C
-            from domainshuttle.platform.console import errors
-
-            errors.print("Stopped. The same command goes on where it was.")
+        if code == _INTERRUPTED:  # typer has made a code of Ctrl-C
+            return _interrupted()
         if code is not None and not isinstance(code, int):
             raise  # a text, which Python prints
         return code or 0
     except Exception as error:
+        if _signals:
+            return _interrupted()
         message = _message(error)
         if message is None:
             raise  # a fault of ours: a traceback and code 1
         from domainshuttle.platform.console import fail
 
         return fail(message)
+
+
+def _interrupted() -> int:
+    """Says that the work goes on when the command is called again, where it does; the exit code."""
+    if sys.argv[1:2] and sys.argv[1] in _GOING_ON and not output.reader_gone():
+        from domainshuttle.platform.console import errors
+
+        errors.print("Stopped. The same command goes on where it was.")
+    return _INTERRUPTED
 
 
 def _message(error: BaseException | None) -> str | None:

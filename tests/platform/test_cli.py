@@ -51,6 +51,20 @@ def test_a_mistake_ends_with_one_message_and_code_2() -> None:
     assert run.stdout.strip() == "[]", "it was not answered at once"
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_a_library_makes_another_error_of_is_one(number: str) -> None:
+    """As pydantic does while it builds a model, which is most of the first second of a command."""
+    code = (
+        "import signal, sys; from domainshuttle.platform import cli\n"
+        "def work(**options):\n"
+        f"    try: signal.raise_signal(signal.{number})\n"
+        "    except KeyboardInterrupt: raise ValueError('KeyboardInterrupt: ') from None\n"
+        "cli.app = work; sys.argv = ['domainshuttle', 'train', 'demo']; cli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (130, "Stopped. The same command goes on where it was.\n")
+
+
 def test_a_terminal_without_a_known_width_shows_everything() -> None:
     """As `COLUMNS=0` in the shells of some containers and editors."""
     code = "from domainshuttle.platform.console import console, errors; console.print('shown'); errors.print('said')"
