@@ -65,7 +65,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "the same, kernels, FlashAttention 2": {
         "activations": {"mode": "attention"}, "kernels": "triton", "attention_backend": "_native_flash",
     },
-    "keep all": {},
+    "keep attention and projections, kernels": {
+        "activations": {"mode": "products", "keep": {"attention": 1000, "qkv": 1000}}, "kernels": "triton",
+    },
+    "keep all": {"activations": {"mode": "none"}},
     "recompute all, inputs on the host": {"activations": {"mode": "full", "offload": True}},
     "recompute every second": {"activations": {"mode": "every", "every": 2}},
     "recompute all, optimiser on the host": {"activations": {"mode": "full"}, "offload_optimizer": True},

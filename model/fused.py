@@ -22,6 +22,7 @@ from torch.library import custom_op
 from domainshuttle.model.lora import LoraLinear
 from domainshuttle.model.modulation import Rows
 from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, JointAttention
+from domainshuttle.model.products import computing
 
 _TOKENS_A_SUM = 64
 """Tokens that a program adds up: sums over tokens are made in this order, so they come out alike each time."""
@@ -265,7 +266,9 @@ def project(attn: JointAttention, x: Tensor, num_reference_tokens: int) -> tuple
         return attn.project(x, num_reference_tokens)
     layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_q_ref, attn.to_k_ref, attn.to_v_ref)
     parameters = [one for layer in layers for one in (layer.weight, layer.bias)]
-    return _Projections.apply(x, x.shape[1] - num_reference_tokens, *parameters)
+    with computing("qkv"):
+        projected: tuple[Tensor, ...] = _Projections.apply(x, x.shape[1] - num_reference_tokens, *parameters)
+    return projected
 
 
 class _Projections(torch.autograd.Function):
@@ -273,16 +276,7 @@ class _Projections(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, num_video: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.num_video = num_video
         ctx.save_for_backward(x, *parameters)
-        outs = []
-        for first in (0, 2, 4):
-            out = x.new_empty(*x.shape[:2], parameters[first].shape[0])
-            for part, (weight, bias) in zip(
-                (slice(num_video), slice(num_video, None)), (parameters[first:][:2], parameters[first + 6 :][:2]),
-                strict=True,
-            ):  # fmt: skip
-                torch.addmm(bias.to(x.dtype), x[0, part], weight.to(x.dtype).t(), out=out[0, part])
-            outs.append(out)
-        return tuple(outs)
+        return projections_op(x, list(parameters), num_video)
 
     @staticmethod
     @once_differentiable
@@ -325,6 +319,23 @@ def _block(width: int) -> int:
 
 def _warps(width: int) -> int:
     return max(1, min(16, _block(width) // 512))
+
+
+@custom_op("domainshuttle::projections", mutates_args=())
+def projections_op(x: Tensor, parameters: list[Tensor], video: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of tokens [1, n, d], by weights and biases of the video's, then of the references'."""
+    outs = _projections_outputs(x, parameters, video)
+    for first, out in zip((0, 2, 4), outs, strict=True):
+        for part, start in ((slice(video), first), (slice(video, None), first + 6)):
+            weight, bias = parameters[start : start + 2]
+            torch.addmm(bias.to(x.dtype), x[0, part], weight.to(x.dtype).t(), out=out[0, part])
+    return outs
+
+
+@projections_op.register_fake
+def _projections_outputs(x: Tensor, parameters: list[Tensor], video: int) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (x.new_empty(*x.shape[:2], parameters[first].shape[0]) for first in (0, 2, 4))
+    return query, key, value
 
 
 @custom_op("domainshuttle::residual_norm", mutates_args=())

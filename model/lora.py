@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from domainshuttle.model.file_mode import save_tensors
 from domainshuttle.model.mixed_precision import linear
+from domainshuttle.model.products import computing
 from domainshuttle.model.spec import LORA_A, LORA_B, LoraSpec, lora_layer
 
 LORA_FOLDER, LORA_FILE = "lora", "pytorch_lora_weights.safetensors"
@@ -36,7 +37,9 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] of the type of ``x``."""
-        return linear(x, self.weight, self.bias) + self.lora_B(self.lora_A(x)) * self.scale
+        out = linear(x, self.weight, self.bias)
+        with computing(None):  # of little work, but as large as what it is added to
+            return out + self.lora_B(self.lora_A(x)) * self.scale
 
 
 def adapt(model: nn.Module, lora: LoraSpec) -> list[str]:

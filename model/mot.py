@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from domainshuttle.model.attention import TextAttnProcessor, attend
 from domainshuttle.model.modulation import Rows, gated_residual, scale_shift
+from domainshuttle.model.products import computing
 from domainshuttle.model.rope import apply_rotary
 from domainshuttle.model.token_groups import TokenGroup
 
@@ -74,6 +75,10 @@ class JointAttention(WanAttention):
 
     def project(self, hidden_states: Tensor, num_reference_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [b, n, d] of tokens [b, n, d] whose last ``num_reference_tokens`` are references."""
+        with computing("qkv"):
+            return self._project(hidden_states, num_reference_tokens)
+
+    def _project(self, hidden_states: Tensor, num_reference_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.reference_projections == "shared":
             return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
         num_video_tokens = hidden_states.shape[1] - num_reference_tokens
@@ -97,6 +102,17 @@ class JointAttention(WanAttention):
     ) -> Tensor:
         """Attend over all tokens [b, n, d]; ``attention_mask`` [b, 1, 1, n] is True at the keys that count."""
         return self.processor(self, hidden_states, num_reference_tokens, attention_mask, rotary_emb)
+
+
+class FeedForwardNetwork(FeedForward):
+    """diffusers' network, which says when it computes its first product."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        with computing("ffn"):
+            hidden_states = self.net[0](hidden_states)
+        out: Tensor = self.net[2](hidden_states)
+        return out
 
 
 class Stream(NamedTuple):
@@ -135,7 +151,7 @@ class DomainMoTBlock(nn.Module):
             processor=TextAttnProcessor(),
         )
         self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
-        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.ffn = FeedForwardNetwork(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         if domain_adaln:

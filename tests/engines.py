@@ -95,7 +95,7 @@ def engine(
     from domainshuttle.platform.config.schema import EngineSection
     from domainshuttle.platform.engine.zero3 import Engine
 
-    settings = EngineSection(**{"persistent_parameters": 0} | section)
+    settings = EngineSection(**{"persistent_parameters": 0, "activations": {"mode": "none"}} | section)
     return Engine(design(trained, seed, size=size), stage(trained=trained), settings, accumulation)
 
 

@@ -29,7 +29,7 @@ from typing_extensions import TypedDict
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.encoder_sources import TILE_ABOVE
-from domainshuttle.model.spec import LORA_A, LORA_B, LoraSpec
+from domainshuttle.model.spec import LORA_A, LORA_B, LoraSpec, Product
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
 from domainshuttle.pipelines.corpora.registry import CorpusConfig
 from domainshuttle.pipelines.curation.labels.config import LabelConfig
@@ -521,9 +521,14 @@ class ClusterSection(Section):
 class ActivationSection(Section):
     """What is kept of a forward pass for the backward pass; what is not kept is computed again."""
 
-    mode: Literal["none", "full", "every", "attention"] = Field(
-        "none",
-        description="recompute nothing; all blocks; each nth block; or all but what attention returns",
+    mode: Literal["none", "full", "every", "attention", "products"] = Field(
+        "attention",
+        description="recompute nothing; all blocks; each nth; all but self-attention; or all but what `keep` says",
+    )
+    keep: dict[Product, Count] | None = Field(
+        None,
+        description="with mode `products`: in how many blocks self-attention, its three projections and the first "
+        "product of the FFN are kept, such as {attention: 40, qkv: 11}; `plan` says what fits",
     )
     every: Count | None = Field(None, description="with mode `every`: each nth block is recomputed")
     offload: bool = Field(False, description="the inputs of recomputed blocks wait in the host's memory")
@@ -534,7 +539,15 @@ class ActivationSection(Section):
             raise ValueError("`every` goes with mode: every, and only with it")
         if self.offload and self.mode == "none":
             raise ValueError("offload needs recomputed blocks: set mode to full, every or attention")
+        if (self.mode == "products") != bool(self.keep):
+            raise ValueError("`keep` goes with mode: products, and only with it")
         return self
+
+    def kept(self, layers: int) -> dict[Product, int]:
+        """In how many of the first recomputed blocks each product is kept, of `layers` blocks."""
+        if self.mode == "attention":
+            return {"attention": layers}
+        return {product: min(count, layers) for product, count in (self.keep or {}).items()}
 
 
 class EngineSection(Section):
@@ -572,6 +585,8 @@ class EngineSection(Section):
     def _one_of_two(self) -> "EngineSection":
         if self.compile is not None and self.kernels != "eager":
             raise ValueError("compile and kernels=triton both fuse what lies between the products: set one of them")
+        if self.compile is not None and set(self.activations.keep or ()) - {"attention"}:
+            raise ValueError("compiled blocks can keep attention alone: leave qkv and ffn out of activations.keep")
         return self
 
 

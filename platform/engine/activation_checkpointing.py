@@ -13,31 +13,45 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from domainshuttle.model import fused  # noqa: F401  declares its operators
+from domainshuttle.model.products import computed
+from domainshuttle.model.spec import Product
 from domainshuttle.platform.config.schema import ActivationSection
+
+_PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.domainshuttle.projections.default)
+"""Operators that make linear products."""
 
 
 def checkpoint_blocks(model: Any, section: ActivationSection) -> None:
     """Makes a transformer's blocks recompute what the section says."""
     if section.mode == "none":
         return
-    selective: dict[str, Any] = {}
-    if section.mode == "attention":
-        selective["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    keep = section.kept(len(model.blocks))
 
-    def run(transform: Callable[..., Tensor], hidden_states: Tensor, *others: Any) -> Tensor:
+    def run(kept: frozenset[Product], transform: Callable[..., Tensor], hidden_states: Tensor, *others: Any) -> Tensor:
+        selective: dict[str, Any] = {}
+        if kept:
+            policy = functools.partial(_policy, kept)
+            selective["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
         with _on_host(hidden_states) if section.offload else contextlib.nullcontext():
             out: Tensor = checkpoint(transform, hidden_states, *others, use_reentrant=False, **selective)
         return out
 
-    model.enable_gradient_checkpointing(run)
     for number, block in enumerate(model.blocks):
+        kept = frozenset(product for product, blocks in keep.items() if number < blocks)
         block.gradient_checkpointing = number % (section.every or 1) == 0
+        block._gradient_checkpointing_func = functools.partial(run, kept)
 
 
-def _keep_attention(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Keeps what a fused attention returns, the most expensive part of a block to compute again."""
-    fused = any(part in str(operator) for part in ("attention", "attn"))
-    return CheckpointPolicy.MUST_SAVE if fused else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: frozenset[Product], _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+    """Keeps what a fused self-attention returns, which has as many keys as queries (the text's has others, and costs
+    little), and the linear products that are computed as one of `kept`."""
+    if operator in _PRODUCTS:
+        wanted = computed() in kept
+    else:
+        fused = any(part in str(operator) for part in ("attention", "attn"))
+        wanted = fused and "attention" in kept and len(args) > 1 and args[0].shape == args[1].shape
+    return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _on_host(kept: Tensor) -> saved_tensors_hooks:

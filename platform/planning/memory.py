@@ -41,8 +41,7 @@ class Policy:
         if activations.mode == "none":
             return cls(0, {}, layers)
         recomputed = len(range(0, layers, activations.every or 1))
-        kept: dict[Product, int] = {"attention": recomputed} if activations.mode == "attention" else {}
-        return cls(recomputed, kept, layers - recomputed)
+        return cls(recomputed, activations.kept(layers), layers - recomputed)
 
     def __str__(self) -> str:
         if not self.recomputed:
@@ -54,7 +53,12 @@ class Policy:
         """The value of `engine.activations` that means it."""
         if not self.recomputed:
             return "{mode: none}"
-        return "{mode: attention}" if self.kept.get("attention") else "{mode: full}"
+        kept = {product: count for product, count in self.kept.items() if count}
+        if not kept:
+            return "{mode: full}"
+        if kept == {"attention": self.recomputed}:
+            return "{mode: attention}"
+        return f"{{mode: products, keep: {{{', '.join(f'{name}: {count}' for name, count in kept.items())}}}}}"
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ def bus_bandwidth(cluster: ClusterSpec, ranks: int) -> float:
 
 
 def gathers(stage: StageSection) -> int:
-    """Passes of a micro-batch that gather all weights: forward, backward, and the second forward of the pair loss."""
-    return 3 if stage.loss.cross_pair_weight else 2
+    """Passes of a micro-batch that gather all weights: forward, with that of the pair loss block by block, and
+    backward; one more where the pair loss has a model of its own."""
+    return 3 if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot" else 2
 
 
 def step_time(

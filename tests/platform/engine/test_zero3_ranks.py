@@ -358,6 +358,7 @@ def checkpointing_changes_no_bit(folder: Path) -> None:
         {"mode": "full"},
         {"mode": "every", "every": 2, "offload": True},
         {"mode": "attention", "offload": True},
+        {"mode": "products", "keep": {"attention": 2, "qkv": 1, "ffn": 3}},
     ):
         same(run(activations=activations), none)
     # another backend is taken: the kernel of bf16, which rounds otherwise

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 from domainshuttle.cluster.devices import DEVICES
 from domainshuttle.cluster.spec import ClusterSpec
@@ -20,7 +21,7 @@ from domainshuttle.pipelines.plan.pairing import reference_profiles
 from domainshuttle.pipelines.plan.step_plan import PROFILE, StepPlan
 from domainshuttle.platform.commands.prediction import forecast
 from domainshuttle.platform.config.loading import load_cluster, load_config
-from domainshuttle.platform.config.schema import EngineSection, StageSection
+from domainshuttle.platform.config.schema import ActivationSection, EngineSection, StageSection
 from domainshuttle.platform.driver.preflight import selected_parameters
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
 from domainshuttle.platform.planning.data import StageData, Steps, known_steps
@@ -118,6 +119,16 @@ def test_the_best_policy_fits_and_no_more_would() -> None:
     assert best_policy(tiny, STAGE, States.of(tiny, STAGE, ENGINE, 8), 2000, 1, H100.memory) == Policy(0, {}, 2)
 
 
+def test_a_policy_is_told_as_the_setting_that_means_it() -> None:
+    for policy in (
+        Policy(0, {}, 40), Policy(40, {}), Policy(40, {"attention": 40}), Policy(40, {"attention": 7}),
+        Policy(40, {"attention": 40, "qkv": 11, "ffn": 3}),
+    ):  # fmt: skip
+        section = ActivationSection.model_validate(yaml.safe_load(policy.setting()))
+        assert Policy.of(EngineSection(activations=section), WAN) == policy
+    assert Policy.of(EngineSection(), WAN) == Policy(40, {"attention": 40})
+
+
 def test_keeping_products_saves_their_time() -> None:
     states = States.of(WAN, STAGE, ENGINE, 8)
     times = [
@@ -139,7 +150,7 @@ def cluster(**changes: object) -> ClusterSpec:
 
 
 def test_messages_are_gathers_and_a_reduction_over_the_bus() -> None:
-    """(n - 1) / n of all weights three times, of the trained ones' float32 gradients once."""
+    """(n - 1) / n of all weights twice, of the trained ones' float32 gradients once. A snapshot's are gathered too."""
     spec = cluster()
     assert bus_bandwidth(spec, 8) == pytest.approx(0.75 * 450e9)
     assert bus_bandwidth(spec, 64) == min(0.75 * 450e9, 8 * 50e9 * 0.925)
@@ -150,8 +161,11 @@ def test_messages_are_gathers_and_a_reduction_over_the_bus() -> None:
     # two bytes of a frozen parameter, four of a trained one, and few frozen ones in float32
     assert states.pass_bytes == pytest.approx(2 * (WAN.parameters() - trained) + 4 * trained, rel=0.01)
     time = step_time(WAN, STAGE, states, Policy(40, {}), CLIP, 1, H100, 64, 100e9)
-    expected = (3 * states.pass_bytes + 4 * trained) * 63 / 64 / 100e9
+    expected = (2 * states.pass_bytes + 4 * trained) * 63 / 64 / 100e9
     assert time.messages == pytest.approx(expected)
+    apart = STAGE.model_copy(update={"loss": STAGE.loss.model_copy(update={"cross_pair_target": "snapshot"})})
+    with_snapshot = step_time(WAN, apart, states, Policy(40, {}), CLIP, 1, H100, 64, 100e9)
+    assert with_snapshot.messages - expected == pytest.approx(states.pass_bytes * 63 / 64 / 100e9)
     assert 0 <= time.exposed <= time.messages
     crawling = step_time(WAN, STAGE, states, Policy(40, {}), CLIP, 1, H100, 64, 1e9)
     assert crawling.micro_batch == pytest.approx(100 * expected)  # nothing hides so much
