@@ -59,9 +59,10 @@ def _on_host(kept: Tensor) -> saved_tensors_hooks:
 
     The copies are queued on the stream that computes, so they need no further synchronisation.
     """
+    place, shape = kept.data_ptr(), kept.shape  # what is saved holds `pack`, which must not hold the tensor itself
 
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.data_ptr() != kept.data_ptr() or tensor.shape != kept.shape:
+        if tensor.data_ptr() != place or tensor.shape != shape:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor, non_blocking=True)

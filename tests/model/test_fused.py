@@ -173,7 +173,7 @@ class Bytes(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         name = str(func)
         if func.is_view or any(
-            part in name for part in ("mm", "attention", "empty", "detach", "_unsafe_view", "alias")
+            part in name for part in ("mm", "projections", "attention", "empty", "detach", "_unsafe_view", "alias")
         ):
             return out
         flat = [one for one in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(one, Tensor)]
