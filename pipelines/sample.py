@@ -26,6 +26,7 @@ from domainshuttle.pipelines.errors import DataError
 
 Buffer = bytes | bytearray | memoryview
 
+KINDS = ("image", "video")
 ORIGINS = ("same_clip", "other_clip", "edited", "photo")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov")

@@ -6,6 +6,7 @@ SQL's: a missing value holds in no comparison, and neither does the comparison's
 """
 
 import ast
+import difflib
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.errors import DataError
-from domainshuttle.pipelines.sample import ORIGINS
+from domainshuttle.pipelines.sample import KINDS, ORIGINS
 
 _COMPARISONS = {
     ast.Lt: pc.less,
@@ -39,6 +40,12 @@ _DERIVED = {"references": ("reference_subjects",), "subject_count": ("subjects",
 """What is computed of other columns."""
 _KNOWN = {"domains": DOMAINS, "reference_origins": ORIGINS}
 """The names that a list may hold: another is a mistake, which would leave no row without a word."""
+_POSSIBLE = {"kind": KINDS}
+"""Texts that a column may hold, whether or not a sample has them."""
+_MOST_NAMED = 8
+"""Texts of a column that a message names."""
+_MOST_COMPARED = 10_000
+"""Texts among which the nearest is looked for: a column of keys has millions."""
 
 Literal = int | float | str
 Value = Any  # Literal | pa.Array, which has no types
@@ -60,6 +67,8 @@ class RowFilter:
     def __init__(self, table: pa.Table, text: str) -> None:
         self.table = table
         self.text = text
+        self._strangers: dict[tuple[str, str], list[str]] = {}
+        """Column and text of constants that no row has, and texts that rows have instead."""
 
     @staticmethod
     def columns(text: str) -> list[str]:
@@ -79,6 +88,15 @@ class RowFilter:
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, pa.ArrowException) as error:
             raise DataError(f"filter {self.text!r} can't be evaluated: {error}") from error
         return np.asarray(pc.fill_null(held, False).to_numpy(zero_copy_only=False), bool)
+
+    def chosen(self) -> np.ndarray:
+        """The mask of a filter as typed: a text that no sample has is a mistake, which with `!=` and `not in` would
+        leave every row. Raises DataError with the texts that there are."""
+        mask = self.mask()
+        if self._strangers:
+            (name, text), there = next(iter(self._strangers.items()))
+            raise DataError(f"filter {self.text!r}: no sample has {text!r} in {name}; {_choices(there, text)}")
+        return mask
 
     def _condition(self, node: ast.expr) -> pa.Array:
         """bool [rows], null where a missing value decides it: `and`, `or` and `not` are Kleene's, as in SQL."""
@@ -166,9 +184,22 @@ class RowFilter:
             return pa.array(np.full(len(self.table), _python_compared(operation, first, second)))
         if not isinstance(first, pa.Array):
             first, second, operation = second, first, _TURNED[operation]
+            left, right = right, left
         if isinstance(second, pa.Array):
             return _COMPARISONS[operation](*_alike(first, second))
+        if operation in (ast.Eq, ast.NotEq):
+            self._note_strangers(left, first, [second])
         return _compared_with(first, operation, second)
+
+    def _note_strangers(self, node: ast.expr, column: pa.Array, texts: list[Any]) -> None:
+        """Notes those of some constants that no row of a column of texts has."""
+        if not len(self.table) or not pa.types.is_string(column.type):
+            return
+        name = ast.unparse(node)
+        wanted = [text for text in texts if text not in _POSSIBLE.get(name, ())]
+        if wanted and (strange := set(wanted) - set(_held_by(column, wanted))):
+            there = sorted(pc.unique(column).drop_null().to_pylist())
+            self._strangers |= {(name, text): there for text in wanted if text in strange}
 
     def _membership(self, left: ast.expr, right: ast.expr) -> pa.Array:
         match right:
@@ -182,6 +213,7 @@ class RowFilter:
                             f"filter {self.text!r}: {ast.unparse(left)!r} is {_kind(column)} and "
                             f"{ast.unparse(element)!r} is {_kind(value)}: text and numbers can't be compared"
                         )
+                self._note_strangers(left, column, wanted)
                 found = pc.is_in(column, _held_values(wanted, column.type))
                 return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), found)
             case ast.Name(id="domains" | "subjects" | "reference_origins" as name):
@@ -200,6 +232,10 @@ class RowFilter:
                         f"filter {self.text!r}: {ast.unparse(left)!r} is {_kind(wanted_one)}, which {name} don't hold"
                     )
                 items = lists.flatten()
+                if name == "subjects":
+                    self._note_strangers(right, items, [wanted_one])
+                elif name == "domains" and wanted_one not in range(-1, len(DOMAINS)):
+                    self._strangers[name, str(wanted_one)] = list(DOMAINS)
                 held = pc.is_in(items, _held_values([wanted_one], items.type)).to_numpy(zero_copy_only=False)
                 mask = np.zeros(len(self.table), bool)
                 mask[pc.list_parent_indices(lists).to_numpy()[held]] = True
@@ -328,3 +364,17 @@ def _held_values(wanted: list[Any], kind: pa.DataType) -> pa.Array:
         return pa.array(wanted, kind)
     nearest = [_nearest(value, kind) for value in wanted]
     return pa.array([value for value, above in nearest if value is not None and not above], kind)
+
+
+def _held_by(column: pa.Array, texts: list[str]) -> list[str]:
+    """Those of some texts that a column has."""
+    wanted = pa.array(texts, column.type)
+    return pc.unique(column.filter(pc.is_in(column, wanted))).to_pylist()
+
+
+def _choices(there: list[str], text: str) -> str:
+    """The texts of a column, or of many those that are most like one."""
+    if len(there) <= _MOST_NAMED:
+        return f"there are {there}"
+    alike = difflib.get_close_matches(text, there[:_MOST_COMPARED], 3) or there[:3]
+    return f"there are {len(there)}, such as {alike}"

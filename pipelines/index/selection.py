@@ -16,17 +16,18 @@ from domainshuttle.pipelines.storage.files import open_parquet
 from domainshuttle.pipelines.storage.uri import Location, absolute, redacted
 
 
-def selected_rows(place: Location, where: str) -> np.ndarray:
+def selected_rows(place: Location, where: str, known: bool = False) -> np.ndarray:
     """bool [rows] of an index file, True where the filter `where` (`RowFilter`) holds.
 
     Only the columns that it reads are loaded. Raises DataError for a filter that is not understood or leaves nothing,
-    and what `Index.load` raises.
+    with `known` also for one that names a text that no sample has, and what `Index.load` raises.
     """
     columns = RowFilter.columns(where)
     known = set(columns) <= {*SCHEMA.names, *PLACES}
     # with all columns, the error of an unknown name can say which there are
     index = Index.load(place, columns if known else None, verify=False)
-    mask = RowFilter(index.table, where).mask()
+    condition = RowFilter(index.table, where)
+    mask = condition.chosen() if known else condition.mask()
     if not mask.any():
         corpus, path = index.parts[0].corpus, redacted(absolute(place))
         raise DataError(

@@ -410,7 +410,7 @@ class Index:
             mask = np.zeros(len(self), bool)
             mask[numbered.filter(expression).column("_row").to_numpy()] = True
         else:
-            mask = RowFilter(self.table, expression).mask()
+            mask = RowFilter(self.table, expression).chosen()
         if mask.all():
             return self
         return Index(

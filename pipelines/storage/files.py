@@ -29,7 +29,7 @@ from domainshuttle.pipelines.errors import DataError, MissingError
 from domainshuttle.pipelines.sample import Buffer
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.filesystems import opened
-from domainshuttle.pipelines.storage.retry import Limits, explained, is_missing, is_unclear, retried
+from domainshuttle.pipelines.storage.retry import Limits, Word, explained, is_missing, is_unclear, retried
 from domainshuttle.pipelines.storage.uri import (
     Location,
     is_remote,
@@ -312,6 +312,11 @@ def write_file(source: Path, place: Location) -> None:
             return
         began = time.monotonic()
         unread: OSError | None = None
+        most = LIMITS.attempts * (LIMITS.connect_seconds + LIMITS.stall_seconds)
+        word = Word(redacted(place), f"uploading {source}", most, source.stat().st_size, LIMITS)
+        later = threading.Timer(word.after, word.say)
+        later.daemon = True
+        later.start()
         try:
             filesystem, path = opened(place, LIMITS, LIMITS.attempts)
             with filesystem.open_output_stream(path) as stream:
@@ -327,6 +332,8 @@ def write_file(source: Path, place: Location) -> None:
         except OSError as error:
             spent = time.monotonic() - began
             raise explained(redacted(place), f"uploading {source}", error, LIMITS.attempts, spent) from None
+        finally:
+            later.cancel()
     _open_files.forget(str(place))
     if unread is not None:  # a stream that was begun can only be ended, which makes an object of what it has
         delete(place)

@@ -1,20 +1,30 @@
 """Retries: which failures of a store pass, how long they are waited for, and what is said when they do not.
 
-Every request of ours is tried once by pyarrow and again by us, so that attempts neither multiply nor hide.
+Every request of ours is tried once by pyarrow and again by us, so that attempts neither multiply nor hide. One that is
+waited for is told of, on the log, which is a command's standard error.
 """
 
+import contextlib
+import logging
 import queue
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
 from domainshuttle.pipelines.errors import DataError, MissingError, StorageError, mask_secrets
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 3.0
+"""How long a store may leave a request unanswered before people are told."""
+REPEAT_SECONDS = 30.0
+"""How long nothing more is said of the same store."""
 
 
 @dataclass(frozen=True)
@@ -78,34 +88,89 @@ def passes(error: OSError) -> bool:
 _jitter = random.Random()  # its own, so that a run's seeded randomness is left alone
 
 
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Requests of this thread are given up after so many seconds, where what they are for can be done without."""
+    before = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+
+
 def retried(place: str, doing: str, request: Callable[[], T], limits: Limits, size: int | None = None) -> T:
     """What `request`, for `size` bytes, returns, asked again while its failures are such that pass; `place` as it may
     be shown.
 
     Raises MissingError for what is not there, StorageError for what a store refuses, and after the last attempt.
     """
-    began = time.monotonic()
+    began, asked = time.monotonic(), _patience.get()
+    total = limits.total_seconds if asked is None else min(asked, limits.total_seconds)
+    word = Word(place, doing, total, size, limits)
     for attempt in range(1, limits.attempts + 1):
         try:
-            left = limits.total_seconds - (time.monotonic() - began)
-            return _within(min(left, limits.attempt_seconds(size)), request)
+            left = total - (time.monotonic() - began)
+            return _within(min(left, limits.attempt_seconds(size)), request, word)
         except (DataError, StorageError):
             raise
         except OSError as error:
             last = error
         wait = _jitter.uniform(0, min(limits.longest_wait, limits.first_wait * 2 ** (attempt - 1)))
         spent = time.monotonic() - began
-        if attempt == limits.attempts or spent + wait >= limits.total_seconds or not passes(last):
+        if attempt == limits.attempts or spent + wait >= total or not passes(last):
             break
+        word.failed(attempt, last)
+        if spent + wait >= SILENT_SECONDS:
+            word.say()
         time.sleep(wait)
     raise explained(place, doing, last, attempt, spent)
+
+
+class Word:
+    """What people are told of a request that is not answered: after `SILENT_SECONDS`, and as long as `size` bytes may
+    take, that it is waited for, and for how long at most."""
+
+    _said: dict[str, float] = {}  # noqa: RUF012  # of all requests: when something was said of a store
+    _lock = threading.Lock()
+
+    def __init__(self, place: str, doing: str, seconds: float, size: int | None, limits: Limits) -> None:
+        self._place, self._doing, self._most = place, doing, seconds
+        self.began, self._why = time.monotonic(), ""
+        self.after = SILENT_SECONDS + (size or 0) / limits.least_rate
+        """Seconds after which it is said."""
+
+    def failed(self, attempts: int, error: OSError) -> None:
+        """Notes why the request is made again."""
+        self._why = f" ({attempts} attempts failed, the last: {_reason(error)})"
+        self.after = SILENT_SECONDS
+
+    def left(self) -> float:
+        """Seconds until there is something to say."""
+        return self.began + self.after - time.monotonic()
+
+    def say(self) -> None:
+        """Says it, unless something was said of the same store a moment ago."""
+        now = time.monotonic()
+        self.after = now - self.began + REPEAT_SECONDS
+        store = "/".join(self._place.split("/")[:3])
+        with self._lock:
+            if now - self._said.get(store, -REPEAT_SECONDS) < REPEAT_SECONDS:
+                return
+            self._said[store] = now
+        logger.warning(
+            "%s: %s takes longer than %.0f s%s; it is waited for up to %.0f s",
+            *(self._place, self._doing, SILENT_SECONDS, self._why, self._most),
+        )
 
 
 def explained(place: str, doing: str, error: OSError, attempts: int, seconds: float) -> MissingError | StorageError:
     """The error to raise for a store's last one, with what to do."""
     if is_missing(error):
         return MissingError(f"{place} is missing: copy it again, or correct its place")
-    reason = mask_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
+    reason = _reason(error)
     if passes(error):
         text = (
             f"{doing} failed {attempts} times in {seconds:.0f} s, the last time: {reason}. The store is down or "
@@ -119,9 +184,14 @@ def explained(place: str, doing: str, error: OSError, attempts: int, seconds: fl
     return StorageError(f"{place}: {text}", place, attempts, reason)
 
 
-def _within(seconds: float, request: Callable[[], T]) -> T:
+def _reason(error: OSError) -> str:
+    return mask_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def _within(seconds: float, request: Callable[[], T], word: Word) -> T:
     """What `request` returns, or TimeoutError after `seconds`: pyarrow gives up a store that is silent, but would wait
     for days for one that sends a byte now and then. Such a request is left behind on its thread."""
+    end = time.monotonic() + seconds
     answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -131,10 +201,14 @@ def _within(seconds: float, request: Callable[[], T]) -> T:
             answers.put((None, error))
 
     threading.Thread(target=ask, name="storage", daemon=True).start()
-    try:
-        value, error = answers.get(timeout=max(seconds, 0.0))
-    except queue.Empty:
-        raise TimeoutError("no whole answer within the time limit") from None
+    while True:
+        try:
+            value, error = answers.get(timeout=max(min(end - time.monotonic(), word.left()), 0.0))
+            break
+        except queue.Empty:
+            if time.monotonic() >= end:
+                raise TimeoutError("no whole answer within the time limit") from None
+            word.say()
     if error is not None:
         raise error
     return value  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from domainshuttle.platform.driver.preflight import (
     missing_corpora,
     no_data,
     require_as_configured,
+    require_schedule,
     selected_parameters,
 )
 from domainshuttle.platform.engine.trained_parameters import parameter_table
@@ -29,6 +30,7 @@ def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSp
     would take (None: all raw ones), a record a corpus of which some are encoded."""
     from domainshuttle.platform.run.data import make_feed
 
+    require_schedule(config)
     selections, missing = selected_parameters(config), missing_corpora(config)
     require_as_configured(config)
     run, rows = Run(config), []

@@ -15,6 +15,7 @@ from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
 from domainshuttle.pipelines.shards.tensors import tensor_views
 from domainshuttle.pipelines.storage.files import exists, open_parquet, read_bytes
 from domainshuttle.pipelines.storage.uri import join, redacted
+from domainshuttle.platform.config.loading import read_config
 from domainshuttle.platform.config.schema import ConfigError, EngineSection, ExpertSection, RunConfig, nearest
 from domainshuttle.platform.console import console
 from domainshuttle.platform.engine.model_size import model_size
@@ -56,16 +57,37 @@ def no_data(config: RunConfig) -> str | None:
     return None
 
 
+def require_schedule(config: RunConfig) -> None:
+    """Raises ConfigError for a stage that ends before its learning rate is reached. A run that began before this was
+    asked goes on as it is."""
+    if _has_begun(config):
+        return
+    for stage in config.stages:
+        steps = stage.duration.steps
+        if steps is not None and stage.warmup_steps > steps:
+            raise ConfigError(
+                f"stages.{stage.name}.warmup_steps is {stage.warmup_steps}, and the stage ends after {steps} steps, at "
+                f"{steps / stage.warmup_steps:.0%} of its learning rate: --set stages.{stage.name}.warmup_steps="
+                f"{steps // 10}, or more steps"
+            )
+
+
+def _has_begun(config: RunConfig) -> bool:
+    """Whether there is a run of this name and configuration, which has its plan by now."""
+    path = Run(config).config_path
+    return path.exists() and read_config(path).digest() == config.digest()
+
+
 def require_as_configured(config: RunConfig) -> None:
     """Raises DataError where a corpus that is there was made otherwise than the configuration says, or a stage's filter
-    leaves nothing of it."""
-    missing = missing_corpora(config)
+    leaves nothing of it, or names what no sample has; the last not of a run that began before this was asked."""
+    missing, begun = missing_corpora(config), _has_begun(config)
     for name in sorted({name for stage in config.stages for name in stage.mixture} - set(missing)):
         _require_as_configured(config, config.corpus(name))
     for stage in config.stages:
         for name, where in stage.where.items():
             if name not in missing:
-                selected_rows(config.corpus(name).index, where)
+                selected_rows(config.corpus(name).index, where, known=not begun)
     _require_captions(config, missing)
 
 
@@ -157,7 +179,8 @@ def _print_live(name: str, place: str) -> None:
 
 def require_data(config: RunConfig) -> None:
     """Raises DataError for corpora that are not encoded or not as configured and filters that leave nothing,
-    ConfigError for a model of another text encoder."""
+    ConfigError for a model of another text encoder and a warm-up that is longer than its stage."""
+    require_schedule(config)
     require_encoded(config)
     if config.model.size:
         _require_fit(config, config.model.size.get("text_dim"), config.model.size.get("max_references"))

@@ -9,9 +9,11 @@ from typing import Any
 
 from domainshuttle.model.lora import LORA_FOLDER
 from domainshuttle.pipelines.buckets import Bucket
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
+from domainshuttle.pipelines.storage.retry import patience
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
+from domainshuttle.platform.console import say
 from domainshuttle.platform.generation.adapters import EXPERT_FOLDERS, adapters_since_base
 from domainshuttle.platform.generation.assemble import assemble_pipeline
 from domainshuttle.platform.generation.networks import checkpoint_networks, chosen_segments, finished_networks
@@ -19,6 +21,8 @@ from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import Segment
 
+CORPORA_SECONDS = 20.0
+"""How long a store is asked for the corpora: an export is whole without them."""
 SETTINGS_NAME = "generation.json"
 """In an exported folder: how clips are sampled unless asked otherwise."""
 
@@ -77,12 +81,19 @@ def _trained_settings(run: Run, segment: Segment) -> dict[str, Any]:
 
 
 def _main_bucket(config: RunConfig, segment: Segment) -> Bucket:
-    """The bucket of most steps; where the corpora's indexes can't be read, the largest of the corpora."""
+    """The bucket of most steps; where the corpora's indexes can't be read, the largest of the corpora and a word."""
     shares: defaultdict[Bucket, float] = defaultdict(float)
     try:
-        for bucket, share, _ in make_feed(config, segment).plan().groups():
+        with patience(CORPORA_SECONDS):
+            groups = make_feed(config, segment).plan().groups()
+        for bucket, share, _ in groups:
             shares[bucket] += share
-    except (DataError, StorageError):
+    except (DataError, StorageError) as error:
         named = [one for name in segment.stage.mixture for one in config.corpus(name).buckets]
-        return max(named, key=lambda one: (one.frames * one.height * one.width, one))
+        largest = max(named, key=lambda one: (one.frames * one.height * one.width, one))
+        say(
+            f"The corpora of stage {segment.name} can't be read, so clips are made in its largest bucket, {largest}, "
+            f"unless size and length are given: {one_line(error)}"
+        )
+        return largest
     return max(shares, key=lambda one: (shares[one], one))

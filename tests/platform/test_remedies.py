@@ -178,6 +178,7 @@ VALUES = {
     "learning_rate": "1e-5",
     "micro_batch": "8",
     "name": "other-2",
+    "warmup_steps": "2",
     "tracking.uri": "http://host:5000",
 }
 """What stands for a figure or a name that is only known when a text is said."""

@@ -23,6 +23,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index import table as index_module
 from domainshuttle.pipelines.index.digest import table_digest
 from domainshuttle.pipelines.index.filter import RowFilter
+from domainshuttle.pipelines.index.selection import selected_rows
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, IndexRow, rows_table, write_index
 from domainshuttle.pipelines.sample import ORIGINS, SampleInfo
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
@@ -303,6 +304,57 @@ def test_a_missing_value_holds_in_no_comparison(tmp_path: Path, text: str, keys:
 def test_a_mistake_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         index_of(tmp_path, MISSING).filter(text)
+
+
+NAMED = [
+    description("a", source="uno", subjects=[{"id": 0, "word": "cat", "domain": 1}]),
+    description("b", source="musar"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind != 'vidoe'", r"no sample has 'vidoe' in kind; there are \['video'\]"),
+        ("kind == 'vidoe'", "no sample has 'vidoe' in kind"),
+        ("not kind == 'vidoe'", "no sample has 'vidoe' in kind"),
+        ("'vidoe' != kind", "no sample has 'vidoe' in kind"),
+        ("kind not in ('image', 'vidoe')", "no sample has 'vidoe' in kind"),
+        ("frames > 1 or source != 'un'", r"no sample has 'un' in source; there are \['musar', 'uno'\]"),
+        ("source in ('uno', 'mussar')", "no sample has 'mussar' in source"),
+        ("bucket != '5x32x32'", r"no sample has '5x32x32' in bucket; there are \['5x64x64'\]"),
+        ("'cta' not in subjects", r"no sample has 'cta' in subjects; there are \['cat'\]"),
+        ("9 not in domains", "no sample has '9' in domains; there are"),
+    ],
+)
+def test_a_text_that_no_sample_has_is_a_mistake_whatever_the_operator(text: str, said: str, tmp_path: Path) -> None:
+    index = index_of(tmp_path, NAMED)
+    with pytest.raises(DataError, match=said):
+        index.filter(text)
+    with pytest.raises(DataError, match=said):
+        selected_rows(tmp_path / "index.parquet", text, known=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("kind != 'image'", ["a", "b"]),  # a kind that there is, though not here
+        ("'human' not in domains", ["a", "b"]),
+        ("'photo' not in reference_origins", ["a", "b"]),
+        ("source not in ('uno',)", ["b"]),
+        ("'cat' not in subjects", ["b"]),
+        ("source < 'n'", ["b"]),
+        ("frames != 81", ["a", "b"]),
+    ],
+)
+def test_what_a_sample_may_have_is_no_mistake(text: str, keys: list[str], tmp_path: Path) -> None:
+    assert index_of(tmp_path, NAMED).filter(text).column("key").tolist() == keys
+
+
+def test_of_many_texts_the_most_alike_are_named(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [description(f"clip-{number:04d}") for number in range(50)])
+    with pytest.raises(DataError, match=r"no sample has 'clip-0099' in key; there are 50, such as \['clip-00\d9'"):
+        index.filter("key != 'clip-0099'")
 
 
 def test_an_index_of_version_2_has_its_rates_as_they_were_written(tmp_path: Path) -> None:

@@ -452,6 +452,7 @@ def test_a_size_is_accepted_where_a_step_can_be_made_with_it(key: str) -> None:
         ("engine.attention_backend=_flash_3", "has no backward pass, so it can't train: set it to 'fa3'"),
         ("engine.kernels=triton", "engine.kernels=triton needs GPUs"),
         ("stages.base.trained=[blocks.*, bloks.*]", "['bloks.*'] name no parameter"),
+        ("stages.base.warmup_steps=400", "stages.base.warmup_steps is 400, and the stage ends after"),
     ],
 )
 def test_plan_and_train_refuse_alike(

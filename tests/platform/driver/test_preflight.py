@@ -20,7 +20,12 @@ from domainshuttle.pipelines.sample import sample_id
 from domainshuttle.pipelines.shards.tar import Member
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.driver.preflight import _require_captions, require_as_configured, require_shareable
+from domainshuttle.platform.driver.preflight import (
+    _require_captions,
+    require_as_configured,
+    require_schedule,
+    require_shareable,
+)
 from domainshuttle.platform.run.folder import Run
 
 
@@ -79,6 +84,26 @@ def test_samples_without_a_caption_are_refused_with_a_filter_that_leaves_them_ou
     _require_captions(load_config(str(tiny_yaml), [*settings, *filters]), [])
     Run.open(config)
     _require_captions(config, [])
+
+
+def test_a_warm_up_that_is_longer_than_its_stage_is_refused(tiny_yaml: Path, tmp_path: Path) -> None:
+    """By `plan` and `train`; with what the message says it is accepted, and a run that has begun so goes on."""
+    settings = [f"output={tmp_path}", "stages.stage2.warmup_steps=25"]
+    config = load_config(str(tiny_yaml), settings)
+    with pytest.raises(ConfigError, match=r"stages.stage2.warmup_steps is 25, and the stage ends after 24") as caught:
+        require_schedule(config)
+    remedy = re.search(r"--set (\S+)", str(caught.value).rstrip(","))
+    assert remedy is not None
+    require_schedule(load_config(str(tiny_yaml), [*settings, remedy[1].rstrip(",")]))
+    require_schedule(load_config(str(tiny_yaml), [*settings, "stages.stage2.warmup_steps=24"]))
+    require_schedule(load_config(str(tiny_yaml), [*settings, "stages.stage2.steps=null", "stages.stage2.gpu_hours=1"]))
+    samples = ["stages.stage2.steps=null", "stages.stage2.samples=64"]
+    with pytest.raises(ConfigError, match="ends after 8 steps"):
+        require_schedule(load_config(str(tiny_yaml), [*settings, *samples]))
+    Run.open(config)
+    require_schedule(config)
+    with pytest.raises(ConfigError, match="warmup_steps is 30"):  # it is another run
+        require_schedule(load_config(str(tiny_yaml), [*settings, "stages.stage2.warmup_steps=30"]))
 
 
 def test_buckets_and_heads_that_can_not_be_shared_are_refused_with_what_can() -> None:

@@ -6,6 +6,7 @@ Run: python -m pytest tests/platform/generation/test_export.py (with a trained r
 import json
 import re
 import shlex
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointS
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.engine.initialization import build_model
+from domainshuttle.platform.generation import export as export_module
 from domainshuttle.platform.generation.export import _main_bucket, export_run
 from domainshuttle.platform.run.folder import Run, find_run
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
@@ -40,6 +42,21 @@ def test_a_stage_whose_corpora_are_mixed_by_their_counts_is_exported(tiny_yaml: 
     settings = json.loads((tmp_path / "model" / "generation.json").read_text())
     bucket = run.config.corpora["clips"].parsed_buckets[0]
     assert (settings["frames"], settings["height"], settings["width"]) == (bucket.frames, bucket.height, bucket.width)
+
+
+def test_a_store_that_does_not_answer_keeps_no_export(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpora give the default size of clips alone: where nobody is, the largest bucket is taken, with a word."""
+    monkeypatch.setattr(export_module, "CORPORA_SECONDS", 0.5)
+    nobody = "s3://key:secret@bucket/data?region=us-east-1&endpoint_override=http://127.0.0.1:9"
+    object.__setattr__(run.config, "data", nobody)
+    began = time.monotonic()
+    assert _main_bucket(run.config, run.segment("stage1")) == run.config.corpora["pictures"].parsed_buckets[0]
+    assert time.monotonic() - began < 5
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The corpora of stage stage1 can't be read, so clips are made in its largest bucket, 1x32x32" in printed
+    assert "s3://bucket/data" in printed and "secret" not in printed
 
 
 def same(found: Tensors, expected: Tensors) -> None:
