@@ -221,6 +221,8 @@ def quiet_loggers() -> None:
     names = [name for name in logging.root.manager.loggerDict if name.startswith("ray.")]
     for name in ("ray", "ray.data", "ray.train", "ray.tune", *names):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # it advises people to turn on what was turned off above
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _unreachable(address: str | None) -> str:

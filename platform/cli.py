@@ -1068,6 +1068,9 @@ def main() -> Any:
         signal.signal(number, _interrupt)
     # imported by a library of a library, it warns on every start that it found no GPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    from domainshuttle.cluster.local import quiet_ray
+
+    quiet_ray()  # which takes its settings when it is imported, whoever does that first
     output.watch_readers()
     code = 1  # of a fault of ours, which has a traceback
     try:

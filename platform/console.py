@@ -40,7 +40,8 @@ def _now() -> str:
 
 @contextlib.contextmanager
 def progress(what: str, unit: str, log_every: float = 10.0) -> Iterator[Callable[..., None]]:
-    """Prints the progress of `what`: call the result with (done, total), and a `note` to print behind.
+    """Prints the progress of `what`: call the result with (done, total), None where that is not known, and a `note` to
+    print behind.
 
     On a terminal a bar moves; elsewhere a line is printed every `log_every` seconds. Markup in the texts has no effect.
     """
@@ -56,11 +57,12 @@ def progress(what: str, unit: str, log_every: float = 10.0) -> Iterator[Callable
         return
     last, printed = time.monotonic(), ""
 
-    def line(done: int, total: int, note: str = "") -> None:
+    def line(done: int, total: int | None, note: str = "") -> None:
         nonlocal last, printed
         if time.monotonic() - last >= log_every and printed != f"{done} {note}":
             last, printed = time.monotonic(), f"{done} {note}"
-            say(f"{what}: {done} of {total} {unit} {note}".rstrip())
+            amount = done if total is None else f"{done} of {total}"
+            say(f"{what}: {amount} {unit} {note}".rstrip())
 
     yield line
     sys.stdout.flush()

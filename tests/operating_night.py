@@ -150,6 +150,8 @@ def main(folder: Path) -> None:
                 line[run.name] = agreement(run)
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
+        if code != expected and not (folder / "runs" / "night" / "config.yaml").exists():
+            raise SystemExit(1)  # nothing could follow
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def stop_run(folder: Path, wait: bool = True) -> bool:
     with progress(f"Stopping {run.config.name}", "s") as show:
         while driver_lives(run):
             run.stop_path.touch()  # again: a driver that is only starting takes earlier wishes away
-            show(int(time.monotonic() - began), int(run.config.grace_seconds), _step(run))
+            show(int(time.monotonic() - began), None, _step(run))
             time.sleep(_PAUSE)
     record = status_record(folder)
     if record["state"] in ("stopped", "not begun"):

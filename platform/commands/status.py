@@ -420,7 +420,8 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     hours = ledger.summary(run.config.budget_gpu_hours)
     attempts = ledger.attempts()
     listed = [one for one in attempts[-_MOST_ATTEMPTS:] if one.devices]
-    rows = [_attempt(one, one is attempts[-1] and alive) for one in listed]
+    causes = [line for line in Journal(run.notices_path).read()[0] if line.get("kind") == FAILED and "cause" in line]
+    rows = [_attempt(one, one is attempts[-1] and alive, _cause(one, attempts, causes)) for one in listed]
     columns = ("stage", "steps", "workers", "began", "used", *CATEGORIES, "ended")
     title, numeric = "Attempts at each stage, in seconds of the wall clock", columns[2:3] + columns[4:-1]
     console.print(Records(columns, rows, title, numeric, _STYLES, heads=2))
@@ -441,11 +442,17 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
 _PARTS = {"waiting": "waiting for data"}
 
 
-def _attempt(one: AttemptRecord, running: bool) -> Sequence[str]:
+def _cause(one: AttemptRecord, attempts: Sequence[AttemptRecord], causes: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the driver found out of the end of an attempt, of which the ledger may have only what rank 0 saw of it."""
+    following = next((other.began for other in attempts if other.began > one.began), math.inf)
+    return next((str(line["cause"]) for line in causes if one.began <= line["time"] <= following), None)
+
+
+def _attempt(one: AttemptRecord, running: bool, cause: str | None) -> Sequence[str]:
     seconds = {name: hours * 3600 / one.devices for name, hours in one.hours.items()}
     began = _date(one.began)
     # of many lines the first and the last; the ledger has all of them
-    ended = headline(one.reason) if one.reason is not None else "running" if running else "no last line"
+    ended = headline(cause or one.reason) if one.reason is not None else "running" if running else "no last line"
     numbers = (sum(seconds.values()), *(seconds[name] for name in CATEGORIES))
     return one.segment, f"{one.first}-{one.last}", str(one.devices), began, *(f"{n:.1f}" for n in numbers), ended
 

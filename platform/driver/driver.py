@@ -329,8 +329,9 @@ def _git_commit() -> str:
 
 
 def _show_progress(run: Run, show: object) -> None:
-    """Moves the bar to where rank 0 says the segment is."""
-    if state := run.read_progress():
+    """Moves the bar to where rank 0 says the segment is, but for what it said before its workers ended."""
+    told = run.notices_path.stat().st_mtime if run.notices_path.exists() else 0.0
+    if (state := run.read_progress()) and state["time"] > told:
         show(state["step"], state["steps"], f"of {state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
 
 

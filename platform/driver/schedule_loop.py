@@ -339,7 +339,8 @@ class Schedule:
             raise failed from error
         counts = f" (fault {count} of at most {most} in a row without a newer checkpoint)" if fault.counted else ""
         text = f"Stage {segment.name}: {fault.what}. The workers start again{counts}. {tail}"
-        self._notices.add(segment.name, FAILED, text)
+        self._notices.add(segment.name, FAILED, text, cause=fault.what)
+        self._tracker.open_segment(segment.name)  # whose workers may have called it failed
         if fault.counted:
             self._tell(("hung", "restarted") if fault.hung else ("restarted",), text)
 

@@ -159,16 +159,16 @@ class Notices:
         self._journal, self._echo = Journal(path), echo
         self._given: dict[tuple[str, str, str], None] = {}
 
-    def add(self, segment: str, kind: str, text: str) -> None:
+    def add(self, segment: str, kind: str, text: str, **more: str) -> None:
         """Shows and keeps a line about a segment; `kind` is `skipped`, of a checkpoint, or of workers `failed`, `moved`
         (they start again for another reason than a fault) or `waiting`. What this driver has said already, word for
-        word, is not said again."""
+        word, is not said again. `more` is kept beside it, for programs."""
         if (segment, kind, text) in self._given:
             return
         self._given[segment, kind, text] = None
         self._echo(text)
         with contextlib.suppress(OSError):  # of a full disk: people have seen it
-            self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time()}])
+            self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time(), **more}])
 
     def given(self, segment: str, kind: str) -> list[str]:
         """The texts of a kind about a segment."""

@@ -65,6 +65,18 @@ def test_an_interrupt_that_a_library_makes_another_error_of_is_one(number: str) 
     assert (run.returncode, run.stderr) == (130, "Stopped. The same command goes on where it was.\n")
 
 
+def test_ray_is_quiet_in_every_command_whichever_of_our_modules_imports_it() -> None:
+    """Of a worker that was killed it would print its guesses, above what the driver found out."""
+    code = (
+        "import os, sys; from domainshuttle.platform import cli\n"
+        "def work(**options):\n"
+        "    print('ray' in sys.modules, 'A worker died' in os.environ['RAY_DEDUP_LOGS_SKIP_REGEX'])\n"
+        "cli.app = work; cli.main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False True"
+
+
 def test_a_terminal_without_a_known_width_shows_everything() -> None:
     """As `COLUMNS=0` in the shells of some containers and editors."""
     code = "from domainshuttle.platform.console import console, errors; console.print('shown'); errors.print('said')"

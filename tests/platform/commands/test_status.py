@@ -328,6 +328,20 @@ def test_a_worker_that_falls_silent_or_a_step_that_does_not_end_is_said_before_a
     assert state_of(run)[0] == "training", "steps take long here"
 
 
+def test_an_attempt_ended_by_its_cause_and_not_by_what_rank_0_saw_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, echo = a_run(tmp_path), "RuntimeError: [gloo] closed by peer"
+    for first in (0, 20_000, 40_000):
+        an_attempt(run, "base", first, first + 57, 100, echo)
+    line = {"segment": "base", "kind": FAILED, "text": "worker 1 died. It starts again", "cause": "worker 1 died"}
+    run.notices_path.write_text(json.dumps({**line, "time": time.time() - 10_000 + 20_120}) + "\n")
+    monkeypatch.setattr(console, "width", 80)
+    print_status(run.folder)
+    shown = re.findall(r"^ *.*\bended +(\S.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [echo, "worker 1 died", echo]
+
+
 def test_how_a_run_ended_is_what_its_stage_says_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

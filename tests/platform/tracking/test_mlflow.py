@@ -137,6 +137,19 @@ def test_a_restart_goes_on_in_the_same_runs_without_doubled_points(store: str, t
     assert records.read_runs(store, ["restart"])[0].tags["changed.steps"] == "100"
 
 
+def test_a_run_whose_workers_start_again_is_running_whatever_they_said_of_their_end(store: str, tmp_path: Path) -> None:
+    tracker = schedule(store, "again", tmp_path)
+    tracker.open_segment("stage1")
+    logger = MetricLogger(tracker.ids, "stage1", tmp_path / "spool")
+    time.sleep(0.005)  # what is said in one millisecond has no order
+    assert logger.fail("RuntimeError: connection closed by peer")
+    assert {run.status for run in records.read_runs(store, ["again"])} == {"FAILED"}
+    time.sleep(0.005)
+    tracker.open_segment("stage1")
+    for run in records.read_runs(store, ["again"]):
+        assert run.status == "RUNNING" and "error" not in run.tags and "closed" in run.tags["error.recovered"]
+
+
 def test_a_worker_that_was_killed_is_marked_as_failed_by_the_driver(store: str, tmp_path: Path) -> None:
     tracker = schedule(store, "killed", tmp_path)
     tracker.open_segment("stage1")
