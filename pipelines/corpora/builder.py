@@ -20,6 +20,7 @@ from domainshuttle.pipelines.corpora.survey import Rows, Survey, check_forms, op
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.parts import REPORT_NAME, WORK_NAME, Parts
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
+from domainshuttle.pipelines.media.conversions import noted_conversions
 from domainshuttle.pipelines.quarantine import MOST_BAD_IN_CORPUS, BadSample
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
 from domainshuttle.pipelines.sample import safe_key
@@ -73,9 +74,15 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
     source, notes = make_source(job.config, job.corpus), Notes()
     bad: list[BadSample] = []
     infos, came = {}, 0
-    with ShardWriter(parts.folder, parts.prefix(part), job.shard_bytes) as writer:
+    with (
+        ShardWriter(parts.folder, parts.prefix(part), job.shard_bytes) as writer,
+        noted_conversions() as converted,  # files that keep their bytes are not converted here
+    ):
         for sample in source.make([*job.survey.records(rows)], job.survey, notes):
             came += 1
+            for one in converted:
+                notes.add(f"cut out, {one}")
+            converted.clear()
             if isinstance(sample, LeftOut):
                 bad.append(BadSample(job.corpus, "", safe_key(sample.id), sample.reason))
                 continue

@@ -8,6 +8,7 @@ from typing import Literal
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.downloads import check_download
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.conversions import noted_conversions
 from domainshuttle.pipelines.media.cut import ClipFile, clip_file
 from domainshuttle.pipelines.media.decode import decode_image, encode_jpeg
 from domainshuttle.pipelines.media.file_types import picture_format
@@ -39,7 +40,8 @@ class Shown:
 def picture_of(data: Buffer, name: str) -> Picture:
     """A picture as it is; it is decoded, so that one that can't be is left out. Raises SampleFault."""
     try:
-        pixels = decode_image(data, name)
+        with noted_conversions():  # it keeps its bytes: what is done to its pixels is noted where they are used
+            pixels = decode_image(data, name)
         extension = _EXTENSIONS[picture_format(data, name)]
     except DataError as error:
         raise SampleFault("unreadable picture", str(error)) from error
@@ -54,7 +56,8 @@ def read_picture(root: Path, name: str) -> Picture:
 def clip_of(data: Buffer, name: str) -> ClipFile:
     """A clip as it is. Raises SampleFault where it can't be read."""
     try:
-        return clip_file(data, name)
+        with noted_conversions():
+            return clip_file(data, name)
     except DataError as error:
         raise SampleFault("unreadable clip", str(error)) from error
 

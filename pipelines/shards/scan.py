@@ -34,9 +34,17 @@ _BUFFER = 8 << 20  # of a store's file, which is read from its beginning to its 
 _MOST_EXTENDED = 1 << 20  # bytes of a header that extends the next one: long names, not data
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 _SKIPPED = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_MORE_HOLES, _MORE_HOLES_AGAIN = 482, 504
+"""Where a sparse file's header, and a further block of it, says that another one follows."""
 _WITHOUT_DATA = (
     tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
 )  # fmt: skip
+_LINK = "is a link: pack what it leads to (tar --dereference --hard-dereference)"
+_NO_FILES = {
+    tarfile.LNKTYPE: _LINK,
+    tarfile.SYMTYPE: _LINK,
+    tarfile.GNUTYPE_SPARSE: "is stored as a sparse file, with holes: pack the shard again without --sparse",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +212,8 @@ def _named(header: _Header) -> tuple[str, str | None, str, str]:
             "digits, such as 'jpg' or 'ref0.jpg'; pack the shard again with such names"
         )  # fmt: skip
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        return stem, name, extension, f"not a file: member {shown(header.name)!r} has tar type {header.type!r}"
+        what = _NO_FILES.get(header.type, f"has tar type {header.type!r}: pack the shard again without it")
+        return stem, name, extension, f"not a file: member {shown(header.name)!r} {what}"
     return stem, name, extension, ""
 
 
@@ -219,7 +228,7 @@ def _headers(file: BinaryIO, size: int) -> Iterator[_Header]:
     Not tarfile's loop: that takes a cut or broken later header for the end of the archive, and reads as much as a
     header of a long name declares.
     """
-    position, name, length = 0, "", -1
+    position, name, length, sparse = 0, "", -1, False
     while True:
         block = _at(file, BLOCK, position)
         if len(block) < BLOCK:
@@ -243,12 +252,19 @@ def _headers(file: BinaryIO, size: int) -> Iterator[_Header]:
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 name = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
             elif header.type in _EXTENDED:
-                name, length = _pax(content, position)
+                name, length, sparse = _pax(content, position)
             position = offset + _padded(header.size)
             continue
+        more = header.type == tarfile.GNUTYPE_SPARSE and block[_MORE_HOLES]
+        while more:  # further blocks of the header say where the holes are
+            block = _at(file, BLOCK, offset)
+            if len(block) < BLOCK:
+                raise SampleFault("cut shard", f"the file ends at byte {size} inside a header; copy it again")
+            offset, more = offset + BLOCK, block[_MORE_HOLES_AGAIN]
         data = 0 if header.type in _WITHOUT_DATA else header.size if length < 0 else length
-        yield _Header(name or header.name, header.type, offset, data)
-        position, name, length = offset + _padded(data), "", -1
+        kind = tarfile.GNUTYPE_SPARSE if sparse else header.type
+        yield _Header(name or header.name, kind, offset, data)
+        position, name, length, sparse = offset + _padded(data), "", -1, False
 
 
 def _at(file: BinaryIO, size: int, position: int) -> bytes:
@@ -256,16 +272,18 @@ def _at(file: BinaryIO, size: int, position: int) -> bytes:
     return file.read(size)
 
 
-def _pax(content: bytes, position: int) -> tuple[str, int]:
-    """The name ('' for none) and the size (-1 for none) that an extended header gives to the next member."""
-    name, length = "", -1
+def _pax(content: bytes, position: int) -> tuple[str, int, bool]:
+    """The name ('' for none) and the size (-1 for none) that an extended header gives to the next member, and whether
+    it is sparse."""
+    name, length, sparse = "", -1, False
     try:
         while content:
             digits, _, _ = content.partition(b" ")
             key, equals, value = content[len(digits) + 1 : int(digits) - 1].partition(b"=")
-            if int(digits) <= len(digits) or not equals or key.startswith(b"GNU.sparse"):
-                raise ValueError("a sparse file or an odd record")
-            if key == b"path":
+            if int(digits) <= len(digits) or not equals:
+                raise ValueError("an odd record")
+            sparse = sparse or key.startswith(b"GNU.sparse")
+            if key == b"GNU.sparse.name" or (key == b"path" and not (sparse and name)):
                 name = value.decode("utf-8", "surrogateescape")
             elif key == b"size":
                 length = int(value)
@@ -276,7 +294,7 @@ def _pax(content: bytes, position: int) -> tuple[str, int]:
         raise SampleFault(
             "corrupt shard", f"the extended header at byte {position} can't be read ({error}); pack the shard again"
         ) from error
-    return name, length
+    return name, length, sparse
 
 
 def _pieces(file: BinaryIO, header: _Header) -> Iterator[bytes]:

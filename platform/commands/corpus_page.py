@@ -3,6 +3,7 @@ file."""
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.folder import beside
-from domainshuttle.pipelines.index.parts import REPORT_NAME
+from domainshuttle.pipelines.index.parts import CONVERTED_NAME, REPORT_NAME
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.quarantine import QUARANTINE_NAME, fault_kind
 from domainshuttle.pipelines.storage.files import exists, read_bytes
@@ -21,6 +22,7 @@ from domainshuttle.platform.commands.pair_pictures import PairReport, paired_sam
 from domainshuttle.platform.report.page import write_page
 
 _MOST_BARS = 14
+_MOST_ROWS = 50  # of what was left out
 _TAKEN, _REJECTED = "#2c8c4c", "#c0392b"
 
 
@@ -28,18 +30,19 @@ def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -
     """Writes the page of `index`, which may be a part of the corpus at `place`, with so many samples of it. Returns its
     path."""
     summary = index.summary()
-    left_out = _left_out(place)
-    reasons: dict[str, int] = {}
-    for reason in left_out.values():
-        reasons[fault_kind(reason)] = reasons.get(fault_kind(reason), 0) + 1
+    rows = _lines(beside(place, QUARANTINE_NAME))
+    left_out = {row["key"] or row["shard"]: row["reason"] for row in rows}
     found = read_pair_report(place)
     counted = {
+        **({"samples, by source": summary["source"]} if len(summary["source"]) > 1 else {}),
+        **({"samples, by kind": summary["kind"]} if len(summary["kind"]) > 1 else {}),
         "samples, by bucket": summary["bucket"],
         "subjects, by domain": summary["domains"],
         "samples, by how many subjects they have": summary["subjects"],
         "samples, by how many references they have": summary["references"],
         "references, by origin": summary["origins"],
-        "samples left out, by reason": reasons,
+        "samples, by what was done to their pixels": _by_reason(_lines(beside(place, CONVERTED_NAME))),
+        "samples left out, by reason": _by_reason(rows),
         **({"candidates rejected, by reason": found.rejected} if found else {}),
     }
     sheet: bytes | str
@@ -57,9 +60,19 @@ def write_corpus_page(place: Location, index: Index, path: Path, samples: int) -
         similar=_similar(found) if found else None,
         sheet=sheet,
         paired=paired,
-        quarantine=[[key, reason] for key, reason in [*left_out.items()][:50]],
-        more=max(len(left_out) - 50, 0),
+        quarantine=[[row["key"] or row["shard"], row["reason"]] for row in rows[:_MOST_ROWS]],
+        more=max(len(rows) - _MOST_ROWS, 0),
     )
+
+
+def _lines(table: Location) -> list[dict[str, str]]:
+    """The rows of a table beside an index; none where there is no such table."""
+    return [json.loads(line) for line in read_bytes(table).splitlines()] if exists(table) else []
+
+
+def _by_reason(rows: list[dict[str, str]]) -> dict[str, int]:
+    """How many rows there are by the kind of their reason, the most frequent first."""
+    return dict(Counter(fault_kind(row["reason"]) for row in rows).most_common())
 
 
 def _facts(place: Location, index: Index, summary: dict[str, Any], found: PairReport | None) -> list[list[str]]:
@@ -73,6 +86,11 @@ def _facts(place: Location, index: Index, summary: dict[str, Any], found: PairRe
             f"{single:,} of {sum(summary['domains'].values()):,}",
         ],
     ]
+    altered = index.alterations()
+    if changed := altered.sentences():
+        facts.append(["fitted to their buckets", ", ".join(changed)])
+    if altered.cut_captions:
+        facts.append(["captions that are cut", f"{altered.cut_captions:,}"])
     if exists(beside(place, REPORT_NAME)):
         report = json.loads(read_bytes(beside(place, REPORT_NAME)))
         facts.append(["made by", f"data {report['stage']}" if "stage" in report else "data build"])
@@ -84,13 +102,6 @@ def _facts(place: Location, index: Index, summary: dict[str, Any], found: PairRe
                  "least_clip", "least_pictures", "pictures", "frames", "other_clips", "references")  # fmt: skip
         facts.append(["settings", ", ".join(f"{name} {settings[name]}" for name in gates)])
     return facts
-
-
-def _left_out(place: Location) -> dict[str, str]:
-    """Keys (shards, where a whole one is) and reasons of the quarantine beside an index."""
-    table = beside(place, QUARANTINE_NAME)
-    rows = [json.loads(line) for line in read_bytes(table).splitlines()] if exists(table) else []
-    return {row["key"] or row["shard"]: row["reason"] for row in rows}
 
 
 def _paired(found: PairReport, index: Index, samples: int, left_out: Mapping[str, str]) -> list[Any]:

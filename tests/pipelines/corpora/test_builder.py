@@ -10,8 +10,12 @@ import pytest
 from built import made
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_files import CODECS, TURNED, Traits, clip, scene
+from sources import phantom_data
+from sources.every import A_CAPTION, EVERY
 
 from domainshuttle.pipelines.buckets import parse_bucket
+from domainshuttle.pipelines.corpora import builder
 from domainshuttle.pipelines.corpora.builder import REPORT_NAME, build_corpus
 from domainshuttle.pipelines.corpora.source import draw
 from domainshuttle.pipelines.corpora.uno import UnoConfig
@@ -122,3 +126,15 @@ def test_draws_are_even() -> None:
     """Of a thousand seeds, each of ten names is the first about as often."""
     first = Counter(min("abcdefghij", key=lambda name: draw(seed, name)) for seed in range(1000))
     assert min(first.values()) > 60 and max(first.values()) < 145
+
+
+def test_what_is_done_to_pixels_that_are_cut_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference cut out of a clip is a picture of its own: that its clip was turned is not seen later."""
+    monkeypatch.setattr(builder, "each_result", lambda function, work: ((one, function(*one)) for one in work))
+    config = EVERY["phantom-data"](tmp_path / "root", A_CAPTION)
+    frames = np.stack([scene(number, 48, 64) for number in range(10)])
+    turned = clip(CODECS[0], Traits(orientation=TURNED, matrix=1, full=False), frames)
+    (tmp_path / "root" / "videos" / f"{phantom_data.B}.mp4").write_bytes(turned)
+    buckets = [parse_bucket("5x16x16")]
+    report = build_corpus("mine", config, buckets, tmp_path / "built", silent, samples_per_part=1).report
+    assert report["samples"] == 2 and report["notes"]["cut out, turned or mirrored"] == 2

@@ -215,3 +215,21 @@ def test_tars_of_the_tar_command_are_read(tmp_path: Path) -> None:
         found, faults = scanned(tmp_path / f"{form}.tar")
         assert not faults
         assert read_members(tmp_path, f"{form}.tar", found[0].members) == {"json": b"{}", "jpg": b"picture"}
+
+
+@pytest.mark.parametrize("form", ["oldgnu", "gnu", "posix"])
+@pytest.mark.parametrize("holes", [1, 60])
+def test_a_sparse_file_costs_its_sample_only(tmp_path: Path, form: str, holes: int) -> None:
+    """Its header may go on in further blocks, and say another name and size than those of the file."""
+    with (tmp_path / "b.jpg").open("wb") as file:
+        for number in range(holes):
+            file.seek(65536 * number)
+            file.write(b"x")
+        file.truncate(65536 * (holes + 1))
+    for name in ("a.json", "a.jpg", "b.json", "c.json", "c.jpg"):
+        (tmp_path / name).write_bytes(b"{}")
+    names = ["a.json", "a.jpg", "b.json", "b.jpg", "c.json", "c.jpg"]
+    subprocess.run(["tar", f"--format={form}", "-S", "-cf", "s.tar", *names], cwd=tmp_path, check=True)
+    entries, faults = scanned(tmp_path / "s.tar")
+    assert [entry.key for entry in entries] == ["a", "c"]
+    assert [fault.key for fault in faults] == ["b"] and "without --sparse" in faults[0].reason

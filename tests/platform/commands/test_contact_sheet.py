@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from domainshuttle.pipelines.plan.pairing import choose_references
 from domainshuttle.pipelines.sample import RawSample, Reference, SampleInfo, Subject
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.platform.commands.contact_sheet import GAP, HEAD, LABEL, SPACE, draw_sheet
+from domainshuttle.platform.commands.corpus_page import write_corpus_page
 from domainshuttle.platform.commands.data import inspect_corpus
 
 SIDE = 64
@@ -146,3 +148,19 @@ def test_an_index_is_shown_with_its_own_quarantine(
     inspect_corpus(tmp_path / "other.parquet", None, 8, None)
     said = " ".join(capsys.readouterr().out.split())
     assert "2 samples in quarantine" in said and "such as: too small" in said
+
+
+def test_the_page_counts_each_row_of_what_was_left_out_and_converted(index: Index, tmp_path: Path) -> None:
+    place = tmp_path / "index.parquet"
+    for name, rows in (
+        ("quarantine.jsonl", [("a.tar", "k", "wrong size: x"), ("b.tar", "k", "wrong size: y"), ("c", "", "cut: z")]),
+        ("converted.jsonl", [("a.tar", "k", "HDR to SDR"), ("a.tar", "l", "HDR to SDR"), ("a.tar", "l", "cropped")]),
+    ):  # fmt: skip
+        lines = [
+            json.dumps({"source": "s", "shard": shard, "key": key, "reason": reason}) for shard, key, reason in rows
+        ]
+        (tmp_path / name).write_text("\n".join(lines))
+    page = write_corpus_page(place, index, tmp_path / "page.html", 1).read_text()
+    bars = dict(re.findall(r"<span>([^<]+)</span><i [^>]+></i><b>(\d+)</b>", page))
+    assert (bars["wrong size"], bars["cut"], bars["HDR to SDR"], bars["cropped"]) == ("2", "1", "2", "1")
+    assert page.count("<td>k</td>") == 2 and "enlarged" in page and bars["image"] == "3" and bars["video"] == "1"
