@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.shards.companions import companion
 
 _AGAIN = "log in, accept the dataset's terms on its page, and download it again"
 _STUBS = (
@@ -51,7 +52,8 @@ def found_files(root: Path, patterns: Iterable[str], what: str) -> list[Path]:
     what was to be downloaded."""
     check_folder(root)
     patterns = list(patterns)
-    found = sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+    every = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    found = sorted(path for path in every if not companion(path.relative_to(root).as_posix()))
     if not found:
         raise DataError(f"{root}: no {what} ({' or '.join(patterns)}); it has {_listing(root)}. {_remedy(root)}")
     return [check_download(path) for path in found]

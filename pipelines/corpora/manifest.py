@@ -271,9 +271,10 @@ def _of_csv(row: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _found(folder: Path, deep: bool = True) -> Iterator[Path]:
-    """The files in a folder, or also below it, but for what systems leave."""
+    """The files in a folder, or also below it, but for what systems leave; and links that lead nowhere or to a folder,
+    which is not followed."""
     for path in folder.rglob("*") if deep else folder.iterdir():
-        if path.is_file() and not companion(path.relative_to(folder).as_posix()):
+        if (path.is_file() or path.is_symlink()) and not companion(path.relative_to(folder).as_posix()):
             yield path
 
 

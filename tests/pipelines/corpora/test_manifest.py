@@ -205,6 +205,10 @@ def test_what_a_folder_has_beside_its_media_is_counted(tmp_path: Path) -> None:
     for name, data in {**pictures, **others, "a.txt": "Ä".encode("latin-1"), "b.txt": b"B."}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
+    (root / "linked").symlink_to(tmp_path)
+    (root / "g.jpg").symlink_to(root / "gone.jpg")
+    (root / "g.txt").write_text("G.")
     result = made(ManifestConfig(folder=str(root)), tmp_path / "survey")
     assert [sample.info.caption for sample in result] == ["B."]
-    assert result.tally.counts == {"other file": 4, "unreadable caption": 1}
+    assert result.tally.counts == {"other file": 5, "unreadable caption": 1}
+    assert reasons(result.bad) == ["missing target"]

@@ -124,6 +124,7 @@ def test_links_are_counted_and_nan_is_a_missing_value(tmp_path: Path) -> None:
             header.type = tarfile.LNKTYPE if linked else tarfile.REGTYPE
             archive.addfile(header, io.BytesIO(data))
     (tmp_path / "0.tar").write_bytes(file.getvalue())
+    (tmp_path / "._0.tar").write_bytes(b"\0\5\x16\7" + bytes(120))  # macOS's own of the file
     result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
     assert [one.info.caption for one in result] == ["A."]
     assert result.tally.counts == {"not a file": 1, "unreadable sample": 1}
