@@ -1,4 +1,7 @@
-"""Block-wise compilation: no graph breaks, one compilation a bucket. Run: pytest tests/model/test_compile.py"""
+"""Block-wise compilation: no graph breaks, one compilation a bucket.
+
+Run: pytest -m nightly tests/model/test_compile.py
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_compilation_a_bucket(dynamic: bool, make_model: MakeModel) -> None:
     model, plain, counter = make_model().train(), make_model(), CompileCounter()

@@ -1,6 +1,6 @@
 """Compiled blocks: a few graphs for all lengths, the same gradients, and an error where they can't be compiled.
 
-Run: python -m pytest tests/platform/engine/test_compilation.py
+Run: python -m pytest -m "nightly or not nightly" tests/platform/engine/test_compilation.py
 """
 
 from collections.abc import Iterator
@@ -51,6 +51,7 @@ def gradients(model: Any, frames: int, width: int, references: int, mask: bool =
     return [one.grad for one in model.parameters()]
 
 
+@pytest.mark.nightly  # tracing takes a minute, and few runs are compiled
 def test_blocks_are_compiled_for_all_lengths_and_train_alike() -> None:
     """Over buckets, numbers of references, masks: a few graphs, the same gradients, and no fall back to eager code."""
     plain, compiled, counter = network(), network(), CompileCounter()
@@ -65,7 +66,7 @@ def test_blocks_are_compiled_for_all_lengths_and_train_alike() -> None:
     assert seen == [4, 4, 4, 4, 8]
 
 
-def test_what_can_not_be_compiled_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_compiled_raises() -> None:
     class Breaks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             torch._dynamo.graph_break()
@@ -76,8 +77,10 @@ def test_what_can_not_be_compiled_raises(monkeypatch: pytest.MonkeyPatch) -> Non
     compile_blocks(broken, "eager")
     with pytest.raises(ConfigError, match=r"engine\.compile=eager can't compile .*raph.?break.*Leave"):
         gradients(broken, 2, 4, 2)
-    # and so does the graph that is one too many
-    torch._dynamo.reset()
+
+
+@pytest.mark.nightly
+def test_a_graph_too_many_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "MOST_GRAPHS", 2)
     limited = network()
     compile_blocks(limited, "eager")

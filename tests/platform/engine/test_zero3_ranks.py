@@ -3,6 +3,7 @@
 This file is also their program. Run: python -m pytest tests/platform/engine/test_zero3_ranks.py
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -44,12 +45,19 @@ from domainshuttle.model.batch import TrainingBatch
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHECKS: list[Callable[[Path], None]] = []
+RARE: list[Callable[[Path], None]] = []
 PATIENCE = 800.0
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
     CHECKS.append(function)
+    return function
+
+
+def rare(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A check that takes too long for each day."""
+    RARE.append(function)
     return function
 
 
@@ -692,7 +700,7 @@ def linear_layers_hold_no_gathered_weight_and_keep_what_they_need(folder: Path) 
     assert torch.nn.functional.linear is torch._C._nn.linear
 
 
-@check
+@rare
 def compiled_blocks_train_alike(folder: Path) -> None:
     """With all of torch.compile but the last stage, the code generator, which takes minutes here."""
     from torch._dynamo.utils import counters
@@ -807,9 +815,9 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def run_pair(folder: Path) -> dict[str, str]:
+def run_pair(folder: Path, checks: list[Callable[[Path], None]]) -> dict[str, str]:
     results = {}
-    for function in CHECKS:
+    for function in checks:
         began = time.monotonic()
         try:
             function(folder)
@@ -871,7 +879,7 @@ def run_alone(folder: Path) -> dict[str, str]:
     return {"closed": "passed", "alone": "passed"}
 
 
-def main(rank: int, ranks: int, port: int, folder: Path) -> None:
+def main(rank: int, ranks: int, port: int, folder: Path, part: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     from domainshuttle.platform.engine import zero3
@@ -880,21 +888,20 @@ def main(rank: int, ranks: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE))
     zero3._deepspeed()
     gc.freeze()  # DeepSpeed collects garbage for each engine, and all that was imported would be looked through
-    results = run_pair(folder) if ranks == 2 else run_alone(folder)
+    results = run_pair(folder, RARE if part == "rare" else CHECKS) if ranks == 2 else run_alone(folder)
     (folder / f"results-{ranks}-{rank}.json").write_text(json.dumps(results))
     os._exit(0)  # DeepSpeed's and gloo's threads need no farewell
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    pair, alone = free_port(), free_port()
-    ranks = [(0, 2, pair), (1, 2, pair), (0, 1, alone)]
+@contextlib.contextmanager
+def results_of(folder: Path, groups: list[int], part: str) -> Iterator[dict[str, Any]]:
+    """What groups of so many ranks, which work side by side, found of a part of the checks."""
+    ranks = [(rank, of, port) for of in groups for port in (free_port(),) for rank in range(of)]
     logs = [folder / f"log-{of}-{rank}.txt" for rank, of, _ in ranks]
     processes: list[subprocess.Popen[bytes]] = []
     own = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # two ranks need two GPUs, or none
     for (rank, of, port), log in zip(ranks, logs, strict=True):
-        command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder)]
+        command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder), part]
         with log.open("w") as sink:
             processes.append(subprocess.Popen(command, stdout=sink, stderr=sink, env=own))
     deadline = time.monotonic() + PATIENCE
@@ -914,10 +921,32 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
             process.wait()
 
 
-@pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
-def test_on_two_ranks(results: dict[str, Any], name: str) -> None:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    with results_of(tmp_path_factory.mktemp("ranks"), [2, 1], "daily") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def rare_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    with results_of(tmp_path_factory.mktemp("ranks"), [2], "rare") as found:
+        yield found
+
+
+def assert_passed(results: dict[str, Any], name: str) -> None:
     for rank in ("2-0", "2-1"):
         assert results[rank].get(name) == "passed", results[rank].get(name) or results["logs"]
+
+
+@pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
+def test_on_two_ranks(results: dict[str, Any], name: str) -> None:
+    assert_passed(results, name)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [function.__name__ for function in RARE])
+def test_rarely_on_two_ranks(rare_results: dict[str, Any], name: str) -> None:
+    assert_passed(rare_results, name)
 
 
 def test_on_one_rank(results: dict[str, Any]) -> None:
@@ -925,4 +954,4 @@ def test_on_one_rank(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
