@@ -274,37 +274,15 @@ class ModelSpec:
         )
         return int(rows * (per_width * self.dim + per_hidden * self.ffn_dim + 8 * self.num_attention_heads + low_rank))
 
-    def activation_bytes(
-        self,
-        latent_size: tuple[int, int, int],
-        *,
-        batch: int = 1,
-        references: int = 0,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        recompute: bool = True,
-    ) -> int:
-        """Memory of what the blocks keep for the backward pass, without compilation and with everything trained.
-
-        With ``recompute`` that is the input of every block, and all of the one block that is being run again.
-        """
-        tokens = batch * (self.tokens(latent_size) + references * self.reference_tokens(latent_size))
-        per_width, per_hidden = _KEPT_BYTES[dtype]
-        block = tokens * (per_width * self.dim + per_hidden * self.ffn_dim)
-        if not recompute:
-            return self.num_layers * block
-        return block + self.num_layers * tokens * self.dim * {"bfloat16": 2, "float32": 4}[dtype]
-
 
 _HINTS = get_type_hints(ModelSpec)
 SPEC_FIELDS = frozenset(field.name for field in fields(ModelSpec) if field.name != "lora")
 _SIZES = [field.name for field in fields(ModelSpec) if _HINTS[field.name] is int]
 _CHOICES = {name: get_args(hint) for name, hint in _HINTS.items() if get_origin(hint) is Literal}
-_KEPT_BYTES = {"bfloat16": (76, 4), "float32": (98, 8)}
-"""Bytes that one block keeps for a token, for each of its width and of its hidden width: counted on the network."""
 _DOMAIN = ("scale_shift_table_ref", "domain_embedding_ref", "film_")
 """Parts of names of the parameters that modulate references."""
 _BLOCK_BYTES = 30
-"""The same for its width in mixed precision, whatever is trained."""
+"""Bytes that a block keeps for a token and each of its width, whatever is trained: counted on the network."""
 Product = Literal["attention", "qkv", "ffn"]
 """What a block may keep for its backward pass: self-attention, its three projections, the FFN's first product."""
 
