@@ -168,7 +168,7 @@ def judged_steps(steps: "Steps", stage: StageSection, bucket: Bucket, where: str
         f"{steps.peak / 2**30:.1f} of {steps.total / 2**30:.1f} GiB of {steps.device}"
     )
     if share > _FULL:
-        return warning("trial steps", what, where, "leave more free: engine.activations.mode=full, or a smaller "
+        return warning("trial steps", what, where, "leave more free: engine.activations={mode: full}, or a smaller "
                        f"stages.{stage.name}.micro_batch")  # fmt: skip
     return passed("trial steps", what, where)
 

@@ -211,7 +211,7 @@ def _memory(report: str, who: str) -> str:
     facts = f" ({'; '.join(parts)})" if parts else ""
     return (
         f"the node ran out of memory{facts}, and Ray ended {who}: lower micro_batch, recompute activations "
-        "(engine.activations.mode=full), or give the node fewer workers"
+        "(engine.activations={mode: full}), or give the node fewer workers"
     )
 
 
