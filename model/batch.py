@@ -63,7 +63,7 @@ class TrainingBatch:
     def _reference_problems(self, prefix: str, size: tuple[int, int, int, int]) -> list[str]:
         """Contradictions of one reference set with latents of ``size`` (b, c, h, w)."""
         references = getattr(self, f"{prefix}references")
-        labels = {name: getattr(self, f"{prefix}reference_{name}") for name in ("subjects", "domains", "mask")}
+        labels = {name: getattr(self, f"{prefix}reference_{name}") for name in _LABELS}
         if references is None:
             given = [f"{prefix}reference_{name}" for name, value in labels.items() if value is not None]
             return [f"{given} given without {prefix}references"] if given else []
@@ -95,6 +95,12 @@ class TrainingBatch:
     def has_pairs(self) -> bool:
         """Whether the batch carries the second reference set of the cross-pair loss."""
         return self.paired_references is not None
+
+    def reference_inputs(self, *, paired: bool = False) -> dict[str, Tensor | None]:
+        """Keyword arguments of the network for the references, or for the second set in their place."""
+        prefix = "paired_" if paired else ""
+        labels = {f"reference_{name}": getattr(self, f"{prefix}reference_{name}") for name in _LABELS}
+        return {"reference_latents": getattr(self, f"{prefix}references"), **labels}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TrainingBatch:
         """Move to ``device``, floating-point tensors also to ``dtype``.
@@ -164,3 +170,7 @@ class TrainingBatch:
             **pairs,
         )
         return batch.to(device, dtype)
+
+
+_LABELS = ("subjects", "domains", "mask")
+"""What a set of references has beside their latents."""

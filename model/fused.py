@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from domainshuttle.model.lora import LoraLinear
+from domainshuttle.model.mixed_precision import float32_product
 from domainshuttle.model.modulation import Rows
 from domainshuttle.model.mot import DomainMoTBlock, FinalDomainMoTBlock, JointAttention
 from domainshuttle.model.products import computing
@@ -281,8 +282,6 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        from domainshuttle.model.mixed_precision import _product
-
         x, *parameters = ctx.saved_tensors
         for_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = [None] * len(parameters)
@@ -298,7 +297,7 @@ class _Projections(torch.autograd.Function):
                     else:
                         torch.mm(rows, rounded, out=own)
                 if ctx.needs_input_grad[2 + index]:
-                    found[index] = _product(rows, x[0, part]).to(weight.dtype)
+                    found[index] = float32_product(rows, x[0, part]).to(weight.dtype)
                 if ctx.needs_input_grad[3 + index]:
                     found[index + 1] = rows.sum(0, dtype=torch.float32).to(parameters[index + 1].dtype)
         return for_x, None, *found

@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
         if wants_weight:
             (x,) = ctx.saved_tensors
             x = x.flatten(0, -2)
-            for_weight = rows.t() @ x if of_weight == x.dtype else _product(rows, x).to(of_weight)
+            for_weight = rows.t() @ x if of_weight == x.dtype else float32_product(rows, x).to(of_weight)
         for_x = rows @ ctx.weight.to(rows.dtype) if wants_x else None
         return (
             None if for_x is None else for_x.unflatten(0, gradient.shape[:-1]),
@@ -94,8 +94,8 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right in float32, of bf16 rows."""
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right [n, m] in float32, of rows left [k, n] and right [k, m] in bf16: a weight's gradient."""
     if left.is_cuda or left.is_meta:
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()

@@ -80,18 +80,7 @@ def training_loss(
     ).to(latents.device)
     noisy, timestep = interpolate(latents, noise, t), 1000 * t
 
-    given = {
-        "reference_latents": batch.references,
-        "reference_subjects": batch.reference_subjects,
-        "reference_domains": batch.reference_domains,
-        "reference_mask": batch.reference_mask,
-    }
-    pair = {
-        "reference_latents": batch.paired_references,
-        "reference_subjects": batch.paired_reference_subjects,
-        "reference_domains": batch.paired_reference_domains,
-        "reference_mask": batch.paired_reference_mask,
-    }
+    given, pair = batch.reference_inputs(), batch.reference_inputs(paired=True)
     target = snapshot_model if cross_pair_target == "snapshot" and snapshot_model is not None else model
     consistent = None
     if with_pairs and target is model and getattr(model, "predicts_pairs", False):
