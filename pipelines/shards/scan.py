@@ -118,6 +118,15 @@ class _Sample:
         """Whether it is another loader's index: a JSON file of such a name, beside which nothing has its key."""
         return not self.fault and [*self.members] == ["json"] and is_index_name(self.key)
 
+    def read(self, file: BinaryIO, header: "_Header", extension: str, keep: bool) -> None:
+        """Adds a member: its place, its digest and, where they are to be kept, its bytes. Raises SampleFault."""
+        self.members[extension] = Member(extension, header.offset, header.size)
+        pieces: Iterable[bytes] = _pieces(file, header)
+        if keep:
+            pieces = [*pieces]
+            self.contents[extension] = b"".join(pieces)
+        self.digests.append(member_digest(extension, header.size, pieces))
+
     def finished(self, shard: str) -> tuple[ShardEntry, dict[str, bytes]] | Fault:
         if self.fault:
             return Fault(shard, self.key, self.fault)
@@ -144,26 +153,21 @@ def _samples(
     sample: _Sample | None = None
     stray = ""
     broken: SampleFault | None = None
-    headers = _headers(file, size)
-    while broken is None:
-        try:
-            header = next(headers, None)
-        except SampleFault as end:
-            broken = end
-            break
-        if header is None:
-            break
-        if header.type == tarfile.DIRTYPE and header.name in (".", "./"):  # as `tar -C folder .` begins
-            continue
-        stem, key, extension, fault = _named(header)
-        if pattern := companion(header.name):  # belongs to no sample, so it breaks none
-            companions[pattern] += 1
-            key, extension, fault = None, "", ""
-        elif key is None:
-            if stem != stray:
-                yield Fault(shard, stem, fault)
-            stray = stem
-        else:
+    try:
+        for header in _headers(file, size):
+            if header.type == tarfile.DIRTYPE and header.name in (".", "./"):  # as `tar -C folder .` begins
+                continue
+            stem, key, extension, fault = _named(header)
+            if pattern := companion(header.name):  # belongs to no sample, so it breaks none
+                companions[pattern] += 1
+                _require_whole(header, size)
+                continue
+            if key is None:
+                if stem != stray:
+                    yield Fault(shard, stem, fault)
+                stray = stem
+                _require_whole(header, size)
+                continue
             if sample is None or key != sample.key or extension in sample.members:
                 if sample is not None:
                     yield sample
@@ -171,29 +175,29 @@ def _samples(
                 sample = _Sample(key, again)
                 seen.add(key)
             sample.fault = sample.fault or fault
-        if header.offset + header.size > size:
-            broken = SampleFault(
-                "cut shard",
-                f"member {shown(header.name)} declares {header.size} bytes, the file ends {size - header.offset} bytes "
-                "after its header; copy the shard again",
-            )
-            if key is not None and sample is not None:
-                sample.fault = sample.fault or str(broken)
-        elif key is not None and sample is not None and not fault:
-            sample.members[extension] = Member(extension, header.offset, header.size)
-            pieces: Iterable[bytes] = _pieces(file, header)
             try:
-                if extension in extensions and header.size <= most:
-                    pieces = [*pieces]
-                    sample.contents[extension] = b"".join(pieces)
-                sample.digests.append(member_digest(extension, header.size, pieces))
+                _require_whole(header, size)
+                if not fault:
+                    sample.read(file, header, extension, keep=extension in extensions and header.size <= most)
             except SampleFault as cut:
-                broken = cut
                 sample.fault = sample.fault or str(cut)
+                raise
+    except SampleFault as end:
+        broken = end
     if sample is not None:
         yield sample
     if broken is not None:
         raise broken
+
+
+def _require_whole(header: _Header, size: int) -> None:
+    """Raises SampleFault for a member whose data the file of `size` bytes does not hold."""
+    if header.offset + header.size > size:
+        raise SampleFault(
+            "cut shard",
+            f"member {shown(header.name)} declares {header.size} bytes, the file ends {size - header.offset} bytes "
+            "after its header; copy the shard again",
+        )
 
 
 def _named(header: _Header) -> tuple[str, str | None, str, str]:
