@@ -15,7 +15,9 @@ from ray import cloudpickle
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.encoding import corpus as corpus_module
-from domainshuttle.pipelines.encoding.corpus import Encoded, EncodingJob, _EncodingActor, encode
+from domainshuttle.pipelines.encoding.actor import EncodingActor
+from domainshuttle.pipelines.encoding.corpus import encode
+from domainshuttle.pipelines.encoding.target import Encoded, EncodingJob
 from domainshuttle.pipelines.encoding.throughput import Throughput
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.spec import CorpusSpec
@@ -54,7 +56,7 @@ def inline_actors(monkeypatch: pytest.MonkeyPatch) -> Ran:
         tasks: Any, encoders: Any, sources: Any, pool: Any, actors: int, most: int, total: int,
         work: list[Counter[str]], speeds: list[Throughput], progress: Any,
     ) -> None:  # fmt: skip
-        actor = _EncodingActor(encoders, sources, "cpu", 2)
+        actor = EncodingActor(encoders, sources, "cpu", 2)
         for task in tasks:
             if found.most is not None and found.units >= found.most:
                 raise KilledError

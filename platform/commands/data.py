@@ -87,7 +87,8 @@ def encode_corpora(
     `overwrite`: also where that removes what is encoded already."""
     import ray
 
-    from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
+    from domainshuttle.pipelines.encoding.corpus import encode
+    from domainshuttle.pipelines.encoding.target import EncodingJob
 
     quiet_ray()  # again: its data library sets its own levels when it is imported
     names = chosen_corpora(config, only)

@@ -13,7 +13,8 @@ import pytest
 from encoded_corpora import SAMPLES, SOURCES, KilledError, Ran, captioned, files, inline_actors, run, silent, write_raw
 from faulty_s3 import QUICK, Proxy, serve_s3
 
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
+from domainshuttle.pipelines.encoding.corpus import encode
+from domainshuttle.pipelines.encoding.target import EncodingJob
 from domainshuttle.pipelines.encoding.units import NOTE_SUFFIX
 from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, WORK_NAME

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.builder import build_corpus
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
+from domainshuttle.pipelines.encoding.corpus import encode
+from domainshuttle.pipelines.encoding.target import EncodingJob
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.parts import INDEX_NAME

@@ -28,8 +28,10 @@ from domainshuttle.pipelines.corpora.builder import PartJob, build_corpus, build
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
 from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding import corpus as encode_module
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, _EncodingActor, _Task, encode
+from domainshuttle.pipelines.encoding.actor import EncodingActor, Task
+from domainshuttle.pipelines.encoding.corpus import encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
+from domainshuttle.pipelines.encoding.target import EncodingJob
 from domainshuttle.pipelines.encoding.units import Recipe, cut_units, read_note
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
@@ -140,11 +142,11 @@ def test_a_node_with_other_encoders_encodes_nothing(corpus: Path, tmp_path: Path
     made_by = dict(Index.load(corpus / "encoded" / INDEX_NAME).parts[0].encoders)
     recipe = Recipe(made_by, None)
     (unit, *_) = cut_units(raw, recipe, 64, 1 << 30)
-    task = _Task(0, str(tmp_path / "encoded"), unit.name, raw.rows(unit.rows), {}, recipe, 1 << 30)
+    task = Task(0, str(tmp_path / "encoded"), unit.name, raw.rows(unit.rows), {}, recipe, 1 << 30)
     batch = {"task": np.array([cloudpickle.dumps(task)], object)}
     for kind in ("video", "text", None):
         encoders = {**made_by, **({kind: "another"} if kind else {})}
-        told = [json.loads(str(one["told"][0])) for one in _EncodingActor(encoders, SOURCES, "cpu")(batch)]
+        told = [json.loads(str(one["told"][0])) for one in EncodingActor(encoders, SOURCES, "cpu")(batch)]
         fault = told[-1].get("fault", "")
         assert (f"encoders.{kind} is" in fault and "give all nodes the same files" in fault) if kind else not fault
         assert (read_note(tmp_path / "encoded", unit.name) is None) == bool(kind)
@@ -157,11 +159,11 @@ def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
         raise MemoryError("the head node is small")
 
     monkeypatch.setattr(encode_module, "load_encoders", refuse)
-    before = reserved("_EncodingActor")
+    before = reserved("EncodingActor")
     job = job_of("pictures", corpus / "raw", tmp_path / "encoded")
     (made,) = encode([job], SOURCES, silent, ActorPool(actors=2, cpus=0.25), samples_per_part=12)
     metadata = made.metadata
-    assert reserved("_EncodingActor") - before == {0.25: 2}
+    assert reserved("EncodingActor") - before == {0.25: 2}
     assert metadata.encoders == read_metadata(corpus / "encoded" / INDEX_NAME).encoders
     name = EMPTY_CAPTION_NAME
     assert (tmp_path / "encoded" / name).read_bytes() == (corpus / "encoded" / name).read_bytes()

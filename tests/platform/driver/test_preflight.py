@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domainshuttle.pipelines.buckets import Bucket, nearest_shareable
-from domainshuttle.pipelines.encoding.corpus import EncodingJob, encode
+from domainshuttle.pipelines.encoding.corpus import encode
+from domainshuttle.pipelines.encoding.target import EncodingJob
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.selection import uncaptioned
 from domainshuttle.pipelines.index.spec import CorpusSpec
