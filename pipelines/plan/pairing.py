@@ -107,32 +107,11 @@ def choose_references(
     shuffled = [
         int(p) for p in np.argsort(draws[count : 2 * count], kind="stable") if reference_subjects[p] in subjects
     ]
-    first: dict[int, int] = {}
-    second: dict[int, int] = {}
-    rest: list[int] = []
-    for picture in shuffled:
-        subject = reference_subjects[picture]
-        if subject not in first:
-            first[subject] = picture
-        elif subject not in second:
-            second[subject] = picture
-        else:
-            rest.append(picture)
-
+    first, second, rest = _dealt_out(shuffled, reference_subjects)
     single = set(first) - set(second)
-    set_a = list(first.values())
-    set_b = [second.get(subject, first[subject]) for subject in first]
-    if step is None:
-        for picture in rest:
-            choice = int(draws[2 * count + picture] * 3)
-            chosen = (set_a, set_b, None)[choice]
-            if chosen is not None and len(chosen) < max_references:
-                chosen.append(picture)
-    else:
-        more_a, more_b = dealt(len(rest), max_references - len(first), step.deal)
-        rest.sort(key=lambda picture: draws[2 * count + picture])
-        set_a += rest[:more_a]
-        set_b += rest[more_a : more_a + more_b]
+    more_a, more_b = _dealt_rest(rest, draws[2 * count :], max_references - len(first), step)
+    set_a = [*first.values(), *more_a]
+    set_b = [*(second.get(subject, first[subject]) for subject in first), *more_b]
 
     order = sorted(range(count), key=lambda picture: (reference_subjects[picture], picture))
     set_a = [picture for picture in order if picture in set_a]
@@ -145,6 +124,40 @@ def choose_references(
     )
     augment_b = [reference_subjects[picture] in single for picture in set_b]
     return Pairing(set_a, set_b, augment_b, dict(kinds), False, text_dropped)
+
+
+def _dealt_out(
+    pictures: Sequence[int], reference_subjects: Sequence[int]
+) -> tuple[dict[int, int], dict[int, int], list[int]]:
+    """Of pictures in this order: each subject's first, its second where it has one, and those left over."""
+    first: dict[int, int] = {}
+    second: dict[int, int] = {}
+    rest: list[int] = []
+    for picture in pictures:
+        subject = reference_subjects[picture]
+        if subject not in first:
+            first[subject] = picture
+        elif subject not in second:
+            second[subject] = picture
+        else:
+            rest.append(picture)
+    return first, second, rest
+
+
+def _dealt_rest(
+    rest: Sequence[int], draws: np.ndarray, room: int, step: StepDraw | None
+) -> tuple[list[int], list[int]]:
+    """Which pictures left over A and B are given, with room for `room` each; `draws` has a number a picture."""
+    if step is not None:
+        more_a, more_b = dealt(len(rest), room, step.deal)
+        order = sorted(rest, key=lambda picture: draws[picture])
+        return order[:more_a], order[more_a : more_a + more_b]
+    sets: tuple[list[int], list[int]] = ([], [])
+    for picture in rest:
+        choice = int(draws[picture] * 3)  # A, B, or none
+        if choice < 2 and len(sets[choice]) < room:
+            sets[choice].append(picture)
+    return sets
 
 
 def _drawn_subjects(reference_subjects: Sequence[int], draws: np.ndarray, max_references: int) -> list[int]:
