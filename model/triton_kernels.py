@@ -1,4 +1,5 @@
-"""The elementwise chains of a block as Triton kernels that read and write each token once; `fused.py` launches them.
+"""The elementwise chains of a block as Triton kernels that read and write each token once; `fused_operators.py`
+launches them.
 
 All compute in float32. Tokens are [b, F, s, d], contiguous. Rows that scale, shift or gate them are [b, 1 + r, d]: the
 first is of the video's frames, the others of the r references, which are the last frames.
@@ -23,6 +24,10 @@ def residual_norm(
     D: tl.constexpr, BLOCK: tl.constexpr, UPDATE: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr,
     BY_FRAME: tl.constexpr,
 ):  # fmt: skip
+    """One token: x + gate update to `out`, and the layer norm of that, scaled and shifted, to `normed`.
+
+    By frame, or by one row of a norm's weight and bias. Of the norm `means` and `rstds` keep mean and 1 / deviation.
+    """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < D
@@ -57,6 +62,7 @@ def residual_norm_backward(
     D: tl.constexpr, BLOCK: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BY_FRAME: tl.constexpr,
 ):  # fmt: skip
+    """One token: the gradient of x by those of `out` and of `normed`, and that of the update where it is gated."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < D
@@ -114,6 +120,7 @@ def rms_rotary(
     x, weight, cos, sin, y, rstds, row_stride, eps,
     D: tl.constexpr, HALF: tl.constexpr, HEAD: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
+    """One token: x / rms(x) times the weight, each pair of neighbouring channels of a head turned by its angle."""
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, HALF)
     inside = 2 * pair < D
@@ -138,6 +145,7 @@ def rms_rotary_backward(
     x, weight, cos, sin, rstds, gradient, for_x, for_weight, tokens, row_stride,
     D: tl.constexpr, HALF: tl.constexpr, HEAD: tl.constexpr, ROTATE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of x, token by token, and of the weight summed over the tokens that a program takes."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     zero = program.to(tl.int64) * 0  # of a type that addresses of long sequences fit
     pair = tl.arange(0, HALF)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from domainshuttle.model import fused  # noqa: F401  declares its operators
+from domainshuttle.model import fused_operators  # noqa: F401  declares them
 from domainshuttle.model.products import computed
 from domainshuttle.model.spec import Product
 from domainshuttle.platform.config.schema import ActivationSection
