@@ -85,8 +85,16 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 @cache
-def answer_form(caption: bool, words: bool, domains: bool, find: bool, subjects: int) -> type[BaseModel]:
-    """The answer's form: as many subjects as the sample has, or up to five where they are looked for."""
+def answer_form(*, caption: bool, words: bool, domains: bool, find: bool, subjects: int) -> type[BaseModel]:
+    """The form of an answer, whose JSON schema a model is held to: a score, and what is asked for.
+
+    Args:
+        caption: whether a caption is asked for.
+        words: whether a word for each subject is.
+        domains: whether each subject's domain is.
+        find: whether the subjects themselves are looked for, up to five, with word and domain.
+        subjects: how many the sample has, where they are not looked for.
+    """
     fields: dict[str, Any] = {}
     if caption:
         fields["caption"] = (Caption, ...)
@@ -105,7 +113,13 @@ def question_of(
     info: SampleInfo, needs: Needs, frames: int, shown: Sequence[int], pictures: Sequence[bytes]
 ) -> Question:
     """What is asked of a sample: `pictures` are `frames` of its target, then one each of the subjects `shown`."""
-    form = answer_form(needs.caption, bool(needs.words), needs.domains, needs.find, len(info.subjects))
+    form = answer_form(
+        caption=needs.caption,
+        words=bool(needs.words),
+        domains=needs.domains,
+        find=needs.find,
+        subjects=len(info.subjects),
+    )
     several = f"Pictures 1 to {frames} are frames of the target, in order."
     lines = ["Picture 1 is the target." if frames == 1 else several]
     wants_subjects = bool(needs.words) or needs.domains

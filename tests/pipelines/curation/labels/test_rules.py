@@ -35,7 +35,9 @@ def info(
 
 
 def asked(needs: Needs, content: dict[str, Any], subjects: int = 1, least: int = 3) -> Asked:
-    form = answer_form(needs.caption, bool(needs.words), needs.domains, needs.find, subjects)
+    form = answer_form(
+        caption=needs.caption, words=bool(needs.words), domains=needs.domains, find=needs.find, subjects=subjects
+    )
     answer = Answer("answered", "d" * 32, "", parse_answer(json.dumps(content), form))
     return Asked.of("endpoint", "m", PROMPT, answer, least)
 
@@ -146,7 +148,7 @@ def test_subjects_are_found_in_captions_where_there_are_none(words: list[str]) -
 
 
 def test_a_form_takes_its_own_answers_alone() -> None:
-    form = answer_form(True, True, True, False, 2)
+    form = answer_form(caption=True, words=True, domains=True, find=False, subjects=2)
     good = {"caption": "A", "subjects": [{"word": "a", "domain": "human"}] * 2, "score": 5}
     assert parse_answer(json.dumps(good), form).score == 5
     for wrong in (
@@ -156,7 +158,7 @@ def test_a_form_takes_its_own_answers_alone() -> None:
     ):  # fmt: skip
         with pytest.raises(BadAnswer):
             parse_answer(json.dumps(wrong), form)
-    schema = answer_form(False, False, False, True, 0).model_json_schema()
+    schema = answer_form(caption=False, words=False, domains=False, find=True, subjects=0).model_json_schema()
     assert schema["properties"]["subjects"]["maxItems"] == 5 and schema["additionalProperties"] is False
 
 
