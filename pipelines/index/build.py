@@ -132,21 +132,14 @@ def index_folder(
     old = [shard for shard, stamp in stamps.items() if not stamp.items() <= (notes[shard] or {}).items()]
     if metadata.stage == "raw":
         _refuse_encoded(join(folder, shard) for shard in old)
-    total, done = sum(stamps[shard]["size"] for shard in old), 0
-    lost: set[str] = set()
-    work = [(join(folder, shard), stamps[shard], parts[shard]) for shard in old]
-    for (place, stamp, _), result in each_result(_index_shard, work):
-        if isinstance(result, Exception):
-            died = f"unreadable shard: its task died ({type(result).__name__}); run again"
-            faults.append(Fault(name_of(place), "", died))
-            lost.add(name_of(place))
-        done += stamp["size"]
-        progress(done >> 20, total >> 20)
+    died = _scan([(join(folder, shard), stamps[shard], parts[shard]) for shard in old], progress)
+    faults += died
     left = {part for part, *_ in list_dated(parts_folder)}
     if shards == "*":
         for stale in left:
             if stale.removesuffix(".parquet") not in parts:
                 delete(join(parts_folder, stale))
+    lost = {fault.shard for fault in died}
     whole = [shard for shard in stamps if name_of(parts[shard]) in left and shard not in lost]
     tables, companions = [], held.companions
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -160,8 +153,26 @@ def index_folder(
     path = join(folder, name)
     skipped = write_skipped(path, held.skipped, companions)
     made = _join(joined, metadata, buckets, path, quarantined, most_bad)
-    unchanged = len(stamps) - len(old)
-    return replace(made, scanned=len(old), scanned_bytes=total, unchanged=unchanged, skipped=tuple(skipped))
+    return replace(
+        made,
+        scanned=len(old),
+        scanned_bytes=sum(stamps[shard]["size"] for shard in old),
+        unchanged=len(stamps) - len(old),
+        skipped=tuple(skipped),
+    )
+
+
+def _scan(work: Sequence[tuple[Location, dict[str, Any], Location]], progress: Progress) -> list[Fault]:
+    """Has the cluster write the parts of shards: of each its place, its stamp and its part's place. Returns the shards
+    whose task died."""
+    total, done, died = sum(stamp["size"] for _, stamp, _ in work), 0, []
+    for (place, stamp, _), result in each_result(_index_shard, work):
+        if isinstance(result, Exception):
+            reason = f"unreadable shard: its task died ({type(result).__name__}); run again"
+            died.append(Fault(name_of(place), "", reason))
+        done += stamp["size"]
+        progress(done >> 20, total >> 20)
+    return died
 
 
 def merge_indexes(indexes: Sequence[Location], out: Location, most_bad: float = MOST_BAD_IN_CORPUS) -> Indexed:
