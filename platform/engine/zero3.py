@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,9 +39,6 @@ from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_
 from domainshuttle.platform.engine.initialization import Blueprint
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
 from domainshuttle.platform.run.segments import learning_rate
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
