@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from domainshuttle.model import fused_operators  # noqa: F401  declares them
 from domainshuttle.model.products import computed
 from domainshuttle.model.spec import Product
 from domainshuttle.platform.config.schema import ActivationSection
+from domainshuttle.platform.engine.activation_offload import Offload
 
 _PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.domainshuttle.projections.default)
 """Operators that make linear products."""
@@ -27,13 +27,14 @@ def checkpoint_blocks(model: Any, section: ActivationSection) -> None:
     if section.mode == "none":
         return
     keep = section.kept(len(model.blocks))
+    offload = Offload() if section.offload else None
 
     def run(kept: frozenset[Product], transform: Callable[..., Tensor], hidden_states: Tensor, *others: Any) -> Tensor:
         selective: dict[str, Any] = {}
         if kept:
             policy = functools.partial(_policy, kept)
             selective["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-        with _on_host(hidden_states) if section.offload else contextlib.nullcontext():
+        with contextlib.nullcontext() if offload is None else offload.saving(hidden_states):
             out: Tensor = checkpoint(transform, hidden_states, *others, use_reentrant=False, **selective)
         return out
 
@@ -52,25 +53,3 @@ def _policy(kept: frozenset[Product], _: Any, operator: Any, *args: Any, **__: A
         fused = any(part in str(operator) for part in ("attention", "attn"))
         wanted = fused and "attention" in kept and len(args) > 1 and args[0].shape == args[1].shape
     return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _on_host(kept: Tensor) -> saved_tensors_hooks:
-    """While it is active, `kept` is saved in the host's memory; all else, such as the text of all blocks, stays.
-
-    The copies are queued on the stream that computes, so they need no further synchronisation.
-    """
-    place, shape = kept.data_ptr(), kept.shape  # what is saved holds `pack`, which must not hold the tensor itself
-
-    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if tensor.data_ptr() != place or tensor.shape != shape:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor, non_blocking=True)
-
-    def unpack(saved: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        device, host = saved
-        return host.to(device, non_blocking=True)
-
-    return saved_tensors_hooks(pack, unpack)

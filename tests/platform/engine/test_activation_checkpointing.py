@@ -19,6 +19,7 @@ from domainshuttle.model import fused
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.model.spec import ModelSpec, Product
 from domainshuttle.platform.config.schema import ActivationSection, ModelSection
+from domainshuttle.platform.engine import activation_offload
 from domainshuttle.platform.engine.activation_checkpointing import checkpoint_blocks
 from domainshuttle.platform.engine.initialization import build_model
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
@@ -129,6 +130,30 @@ def test_what_runs_again_is_what_the_specification_says(ends: tuple[Any, Any]) -
     assert attentions - attentions_of_none == 2 * LAYERS
     assert flops_of_none == expected.backward - expected.attention_backward
     assert left < kept / 3
+
+
+def test_an_offloaded_input_is_fetched_while_the_block_behind_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU nothing is copied back, but the order is a GPU's: each is begun once, one block ahead."""
+    begun: list[str] = []
+    fetch, take = activation_offload._Input.fetch, activation_offload._Input.take
+
+    def noted_fetch(one: Any) -> None:
+        if one._fetched is None:
+            begun.append(f"fetch {names.setdefault(id(one), len(names))}")
+        fetch(one)
+
+    def noted_take(one: Any) -> Tensor:
+        value = take(one)
+        begun.append(f"take {names[id(one)]}")
+        return value
+
+    names: dict[int, int] = {}
+    monkeypatch.setattr(activation_offload._Input, "fetch", noted_fetch)
+    monkeypatch.setattr(activation_offload._Input, "take", noted_take)
+    section = ActivationSection(mode="full", offload=True)
+    step(section)
+    ahead = [word for number in range(1, LAYERS) for word in (f"fetch {number}", f"take {number}")]
+    assert begun == ["fetch 0", "take 0", *ahead]
 
 
 def test_the_default_keeps_self_attention() -> None:
