@@ -90,7 +90,7 @@ USES: dict[str, tuple[str, ...]] = {
     "AcceleratorError": ("pipelines/quarantine.py",),
     # diffusers
     "_execution_device": ("model/generation.py",),
-    "_gradient_checkpointing_func": ("model/mot.py",),
+    "_gradient_checkpointing_func": ("model/mot.py", "platform/engine/activation_checkpointing.py"),
     # its attention backends, by name
     "_flash_3": (KERNELS, "model/attention.py"),
     "_flash_3_hub": ("model/attention.py",),
