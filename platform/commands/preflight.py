@@ -2,22 +2,19 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from domainshuttle.cluster.spec import ClusterSpec
-from domainshuttle.platform.cluster_checks.findings import failed, print_findings, require_none_failed
+from domainshuttle.platform.cluster_checks.findings import Finding, failed, print_findings, require_none_failed
 from domainshuttle.platform.cluster_checks.preflight import PARTS, run_checks
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import say
-from domainshuttle.platform.driver.group_size import require_room
 from domainshuttle.platform.driver.ray_cluster import connected
 
 
 def preflight(config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str], as_json: bool) -> bool:
     """Prints the findings; whether none failed."""
-    with connected(config, *_needs(config)):
-        require_room(config)
-        findings = run_checks(config, spec, parts or PARTS, (lambda text: None) if as_json else say)
+    findings = _findings(config, spec, parts or PARTS, (lambda text: None) if as_json else say)
     if as_json:
         sys.stdout.write(json.dumps([one.record() for one in findings], indent=2) + "\n")
     else:
@@ -27,11 +24,19 @@ def preflight(config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str],
 
 def require_preflight(config: RunConfig) -> None:
     """The same before a training; raises PreflightError where a check failed."""
-    with connected(config, *_needs(config)):
-        require_room(config)
-        findings = run_checks(config, echo=say)
+    findings = _findings(config, None, PARTS, say)
     print_findings(findings)
     require_none_failed(findings)
+
+
+def _findings(
+    config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str], echo: Callable[[str], None]
+) -> list[Finding]:
+    with connected(config, *_needs(config)):
+        from domainshuttle.platform.driver.group_size import require_room  # which imports Ray
+
+        require_room(config)
+        return run_checks(config, spec, parts, echo)
 
 
 def _needs(config: RunConfig) -> tuple[float, float]:
