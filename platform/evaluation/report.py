@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +273,11 @@ def _case(folder: Path, results: Results, case: EvaluationCase, columns: Sequenc
 
 
 def _cell(results: Results, column: str, metric: str, case: str) -> dict[str, Any]:
+    """A value of a case as the page shows it: there are tens of thousands."""
     cell = results.cell(column, metric, case)
     if cell is None:
-        return {"value": None, "reason": ""}
-    return {"value": None if cell.value != cell.value else cell.value, "reason": cell.reason}
+        return {"text": None, "reason": ""}
+    return {"text": None if isnan(cell.value) else f"{cell.value:.3f}", "reason": cell.reason}
 
 
 def _write_details(folder: Path, results: Results, case: EvaluationCase) -> str:
