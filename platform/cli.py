@@ -638,9 +638,13 @@ def submit(
 def _follow(job: "Job") -> int:
     """Prints a job's log until it ends; its exit code."""
     try:
+        last = "\n"
         for text in job.follow():
             sys.stdout.write(text)
             sys.stdout.flush()
+            last = text or last
+        if not last.endswith("\n"):  # as Ray ends the log of a job that it lost
+            sys.stdout.write("\n")
         return job.exit_code()
     except KeyboardInterrupt:
         if not output.reader_gone():

@@ -1,7 +1,7 @@
 """Runs the commands of docs/operating.md as they stand, from an empty home, on a terminal of 80 columns.
 
 In namespaces of its own, so that Ray's and MLflow's usual ports are free and everything ends with it:
-unshare -rnpf --mount-proc python tests/operating_night.py FOLDER. Prints a JSON line a command.
+unshare -rnpf --mount-proc bash -c 'python tests/operating_night.py FOLDER; exit $?'. Prints a JSON line a command.
 """
 
 import contextlib
@@ -83,7 +83,8 @@ def on_a_terminal(command: str) -> tuple[int, str]:
             printed += data
     os.close(ours)
     text = _ESCAPES.sub("", printed.decode(errors="replace")).replace("\r\n", "\n")
-    return process.wait(), "\n".join(line.rpartition("\r")[2].rstrip() for line in text.splitlines())
+    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    return process.wait(), "\n".join(line for line in lines if "━" not in line).strip("\n")  # bars move, and go away
 
 
 def agreement(run: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from operating_night import DOCS, steps_of
 
 NIGHT = Path(__file__).parent / "operating_night.py"
 SPACES = ["unshare", "-rnpf", "--mount-proc"]
+FIRST = ["bash", "-c", '"$@"; exit $?', "first"]
+"""The first process of a space must take what orphans leave: `ray job stop` waits until a job's command is gone."""
 
 
 def night(folder: Path) -> dict[str, object]:
@@ -45,7 +47,7 @@ def test_the_night_goes_as_the_page_says(tmp_path_factory: pytest.TempPathFactor
         pytest.skip("this machine gives no namespaces")
     folder = tmp_path_factory.mktemp("n")
     (folder / "night.yaml").write_text(yaml.safe_dump(night(folder), sort_keys=False))
-    command = [*SPACES, sys.executable, str(NIGHT), str(folder)]
+    command = [*SPACES, *FIRST, sys.executable, str(NIGHT), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
