@@ -96,7 +96,8 @@ def agreement(run: Path) -> dict[str, Any]:
             record = status_record(run)
             (tracked,) = [one for one in read_runs(MLFLOW, ["night"]) if one.parent is None and one.name == run.name]
             code, log = newest_job(run.name)
-        except (ConfigError, TrackingError, ClusterError, OSError, ValueError):
+        except (ConfigError, TrackingError, ClusterError, OSError, ValueError) as error:
+            said["error"] = repr(error)
             time.sleep(1)
             continue
         mlflow, wanted, words = ENDS.get(record["state"], ("RUNNING", None, ""))

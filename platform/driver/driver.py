@@ -236,16 +236,16 @@ def failure_events(error: BaseException) -> tuple[HookEvent, ...]:
 
 
 def track_hours(run: Run, tracker: Tracker) -> LedgerSummary:
-    """Tells the tracking of every device-hour, also of those since the last logged step: the last segment of its own,
-    the schedule of all, each at its last step; and the ledger itself."""
+    """Tells the tracking of every device-hour, also of those since the last logged step: each segment of its own, the
+    schedule of all, each at its last step; and the ledger itself."""
     ledger = Ledger(run.ledger_path)
     summary, attempts = ledger.summary(run.config.budget_gpu_hours), ledger.attempts()
     if attempts:
         for segment in run.segments():
+            if mine := [one.last for one in attempts if one.segment == segment.name]:
+                tracker.log(ledger.segment_summary(segment.name).metrics(), max(mine), segment.name, last=True)
             if segment.name == attempts[-1].segment:
-                reached = max(one.last for one in attempts if one.segment == segment.name)
-                tracker.log(ledger.segment_summary(segment.name).metrics(), reached, segment.name, last=True)
-                tracker.log(summary.metrics(), run.step_in_schedule(segment, reached), last=True)
+                tracker.log(summary.metrics(), run.step_in_schedule(segment, max(mine)), last=True)
         tracker.artifact(run.ledger_path)
     return summary
 

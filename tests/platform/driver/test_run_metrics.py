@@ -9,7 +9,9 @@ import pytest
 from domainshuttle.cluster.monitoring.metrics import METRICS
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.driver import run_metrics
+from domainshuttle.platform.driver.driver import track_hours
 from domainshuttle.platform.run.folder import Run
+from domainshuttle.platform.run.ledger import Ledger
 
 Sets = dict[tuple[str, ...], float]
 
@@ -57,3 +59,36 @@ def test_scores_are_metrics_by_segment_and_metric_the_newest_of_each(gauges: Set
     gauges.clear()
     metrics = run_metrics.DriverMetrics(run, lambda: now[0])  # a driver that resumes tells them again
     assert look() == expected
+
+
+def test_the_hours_of_stages_and_schedule_in_mlflow_are_the_ledgers_and_add_up(tmp_path: Path) -> None:
+    """Also those between a stage's last logged step and its end, when the next stage is long at work."""
+    run, now = Run.open(load_config("demo", [f"output={tmp_path}"])), [1e9]
+    for segment, seconds in (("base", 100.0), ("base", 50.0), ("stage1", 30.0)):
+        attempt = Ledger(run.ledger_path, lambda: now[0]).start(2, segment, 0)
+        attempt.add("productive", seconds)
+        now[0] += seconds
+        attempt.progress(7)
+        attempt.end("stopped")
+    told: dict[str | None, tuple[float, int | None]] = {}
+
+    class Tracker:
+        def log(
+            self, metrics: Mapping[str, float], step: int | None, segment: str | None = None, last: bool = False
+        ) -> None:
+            assert last
+            told[segment] = metrics["gpu_hours/used"], step
+
+        def artifact(self, path: Path) -> None:
+            assert path == run.ledger_path
+
+    summary = track_hours(run, Tracker())  # type: ignore[arg-type]
+    assert {segment: step for segment, (_, step) in told.items()} == {
+        "base": 7,
+        "stage1": 7,
+        None: run.step_in_schedule(run.segment("stage1"), 7),
+    }
+    assert told["base"][0] == pytest.approx(300 / 3600, rel=0.02) and told["stage1"][0] == pytest.approx(
+        60 / 3600, rel=0.02
+    )
+    assert told[None][0] == summary.used == pytest.approx(told["base"][0] + told["stage1"][0])
