@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from metric_inputs import work
+from ray import cloudpickle
 
 from domainshuttle.cluster.local import Connection
 from domainshuttle.pipelines.errors import DataError
@@ -79,6 +80,8 @@ class Probe:
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_model_runs_in_an_actor_with_its_own_packages(wheel: str, tmp_path: Path) -> None:
+    # as the product's classes are there without what tests import
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with Connection():
         model = Isolated("ms", Probe, (2,), Needs(gpus=1, packages=(wheel,)))
         assert model.call("scores", np.zeros((5, 8, 8, 3), np.uint8), [[0], [1]]) == [89.0, 89.0]
