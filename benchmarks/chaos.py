@@ -334,7 +334,8 @@ def prepare(folder: Path, server: Server, faults: int) -> RunConfig:
     overrides = [
         f"data={folder}/data", f"output={folder}/runs", "name=chaos", "checkpoint.every=5", "checkpoint.keep=3",
         "tracking.every=1", "tracking.experiment=chaos", f"tracking.uri=http://127.0.0.1:{server.port}",
-        "cluster.max_failures=1000", "guard.hang_seconds=30", "stages.base.steps=20", "stages.base.warmup_steps=10",
+        "cluster.max_failures=1000", "guard.hang_seconds=30", "stages.base.steps=20",
+        "stages.base.warmup_steps=10", "stages.stage1.warmup_steps=10", "stages.stage2.warmup_steps=10",
         f"stages.stage1.steps={10 + 7 * faults}", f"stages.stage2.steps={10 + 20 * faults}",
         "stages.base.global_batch=16", "stages.base.micro_batch=8", "stages.stage1.global_batch=16",
         "stages.stage1.micro_batch=8", "stages.stage2.global_batch=16", "stages.stage2.micro_batch=8",
