@@ -92,5 +92,5 @@ def test_modules_that_texts_name_exist() -> None:
 
 
 def _of_others(name: str, line: str) -> bool:
-    in_a_stack = re.search(r"^ +at  \w+, \w+\.py:\d+$", line) is not None  # as `domainshuttle stacks` prints it
+    in_a_stack = re.search(r"^ +at +\w+, \w+\.py:\d+\b", line) is not None  # as `domainshuttle stacks` prints it
     return name in ("sitecustomize.py", "__init__.py") or "torchvision" in line or in_a_stack
