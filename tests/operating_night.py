@@ -84,7 +84,8 @@ def on_a_terminal(command: str) -> tuple[int, str]:
     os.close(ours)
     text = _ESCAPES.sub("", printed.decode(errors="replace")).replace("\r\n", "\n")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
-    return process.wait(), "\n".join(line for line in lines if "━" not in line).strip("\n")  # bars move, and go away
+    lines = [line for line in lines if not re.search(r"━ +\d+/", line)]  # bars move, and go away
+    return process.wait(), "\n".join(lines).strip("\n")
 
 
 def agreement(run: Path) -> dict[str, Any]:
