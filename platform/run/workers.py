@@ -273,6 +273,15 @@ def nodes_load(run: Run, attempt: int) -> dict[str, float]:
 
 
 def node_names(run: Run, attempt: int) -> str:
-    """Which machine each node of `nodes_load` is: `0: host7 (Ray's node 3f2a9c01), 1: host8 (Ray's node 77aa0b1c)`."""
-    nodes = {one.node_rank: f"{one.host} (Ray's node {one.node[:8]})" for one in read_workers(run, attempt)}
-    return ", ".join(f"{number}: {name}" for number, name in sorted(nodes.items()))
+    """Which machine each node of `nodes_load` is: `0: host7 (Ray's node 3f2a9c01), 1: host8 (Ray's node 77aa0b1c)`.
+
+    Ray Train counts machines, by their addresses: of several of Ray's nodes on one, each is named.
+    """
+    hosts: dict[int, str] = {}
+    nodes: dict[int, list[str]] = {}
+    for one in read_workers(run, attempt):
+        hosts.setdefault(one.node_rank, one.host)
+        name, known = f"Ray's node {one.node[:8]}", nodes.setdefault(one.node_rank, [])
+        if name not in known:
+            known.append(name)
+    return ", ".join(f"{number}: {hosts[number]} ({', '.join(nodes[number])})" for number in sorted(nodes))

@@ -318,8 +318,9 @@ def test_a_lost_node_costs_steps_and_nothing_else(tiny: Path, unbroken: tuple[Ru
     ranks = {step: {r for s, _, r in consumed if s == step} for step in (0, 59)}
     assert ranks == {0: {0, 1}, 59: {0}}  # two workers at first, one at the end, the same batches
     tracked = {one.name: one for one in read_runs(config.tracking_uri, [config.tracking.experiment])}
-    loads = {f"system/node_{number}/cpu_utilization_percentage" for number in (0, 1)}
-    assert loads <= set(tracked["lost-node"].metrics)  # of the schedule's page
+    # these nodes are on one machine, which is what Ray Train and the loads on the schedule's page count
+    loads = {name for name in tracked["lost-node"].metrics if name.endswith("/cpu_utilization_percentage")}
+    assert loads == {"system/node_0/cpu_utilization_percentage"}
     names = {name: text for name, text in tracked["stage2"].tags.items() if name.startswith("nodes.")}
     assert set(names) == {"nodes.1", "nodes.2"} and [text.count("Ray's") for _, text in sorted(names.items())] == [2, 1]
 

@@ -148,3 +148,7 @@ def test_the_load_of_every_node_is_told_by_its_first_worker(run: Run) -> None:
     }  # fmt: skip
     machine = f"{socket.gethostname()} (Ray's node node)"
     assert node_names(run, 1) == f"0: {machine}, 1: {machine}"
+    with WorkerSign(run, 1, 1, 3, "other", node_rank=0):  # two of Ray's nodes on one machine, which has one address
+        pass
+    both = f"{socket.gethostname()} (Ray's node node, Ray's node other)"
+    assert node_names(run, 1) == f"0: {both}, 1: {machine}"
