@@ -48,6 +48,7 @@ class Connection:
             if address:
                 self.note = f"This runs on the cluster at {address}, as was asked; RAY_ADDRESS={around} is left aside."
         self.needs, self.dashboard_port = needs, dashboard_port
+        self._chosen = _WATCHES not in os.environ
         self.dashboard_url: str | None = None
         self.open_warning: str | None = None
         """What to tell people of a standing cluster that asks nobody for a token; None: it asks, or does not answer."""
@@ -62,12 +63,14 @@ class Connection:
                 require_own_address(self.address)
                 check_reachable(self.address)
                 require_no_dashboard(self.address)
+                # said also where it is the default: a node has the environment of whoever started it
+                os.environ.setdefault(_WATCHES, "1")
                 context = ray.init(address=self.address, **options)
             else:
                 if self.dashboard_port is not None:
                     check_port(self.dashboard_port)
                 # nobody takes this machine away: Ray Train need not start a process that watches for that
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+                os.environ.setdefault(_WATCHES, "0")
                 context = ray.init(
                     address="local",
                     include_dashboard=self.dashboard_port is not None,
@@ -95,8 +98,14 @@ class Connection:
         from ray.exceptions import RayError, RayTaskError
 
         ray.shutdown()
+        if self._chosen:
+            os.environ.pop(_WATCHES, None)
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # that is of a task's own code
             raise ClusterError(f"the Ray cluster failed meanwhile: {_first_line(error)}") from error
+
+
+_WATCHES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Whether Ray Train watches for nodes that are about to go; what is chosen for one cluster is not for the next."""
 
 
 def in_job() -> bool:

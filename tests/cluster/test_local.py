@@ -8,9 +8,12 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import ray
 
+from domainshuttle.cluster import local
 from domainshuttle.cluster.local import ClusterError, Connection, Resources, check_port, check_resources
 
 
@@ -45,6 +48,31 @@ def test_too_few_resources_say_how_many_and_the_remedy(there: dict[str, float], 
 
 def test_enough_resources_pass() -> None:
     check_resources({"CPU": 2.0, "GPU": 1.0}, Resources(2, 1))
+
+
+def test_nodes_that_go_are_watched_for_where_they_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's process for that is spared on this machine alone, and is there for a cluster that is taken later."""
+    name, seen = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", []
+    for one in ("RAY_ADDRESS", name):
+        monkeypatch.delenv(one, raising=False)
+
+    def init(**options: object) -> SimpleNamespace:
+        seen.append(os.environ.get(name))
+        return SimpleNamespace(dashboard_url=None)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    for check in ("require_own_address", "check_reachable", "require_no_dashboard"):
+        monkeypatch.setattr(local, check, lambda address: None)
+    for address in (None, "10.0.0.1:6379", None):
+        with Connection(address):
+            pass
+        assert name not in os.environ
+    assert seen == ["0", "1", "0"]
+    monkeypatch.setenv(name, "0")  # a user's own choice holds
+    with Connection("10.0.0.1:6379"):
+        pass
+    assert seen[-1] == "0" == os.environ[name]
 
 
 def test_what_gets_no_gpu_from_ray_sees_none() -> None:
