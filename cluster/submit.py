@@ -119,7 +119,7 @@ def exit_line(code: int, why: str) -> str:
     return f"Exit code {code}: {why}"
 
 
-_EXIT_LINE = re.compile(r"^Exit code (\d+): ", re.MULTILINE)
+_EXIT_LINE = re.compile(r"^(?:[\d-]{10} [\d:]{8} )?Exit code (\d+): ", re.MULTILINE)
 
 _BROKEN = (OSError, RuntimeError, aiohttp.ClientError)
 """What a connection to a dashboard raises that breaks, or is not there for a while."""

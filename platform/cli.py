@@ -539,6 +539,10 @@ def train(
     Ctrl-C writes a checkpoint and stops; a second one stops at once, and the next start goes back to the checkpoint
     before.
     """
+    from domainshuttle.cluster.local import in_job
+
+    if in_job():
+        output.date_lines()
     settings = _load_run(config, set_)  # before what takes seconds to import: a mistake is answered at once
     from domainshuttle.platform.driver.driver import STOPPED, train_run
 
@@ -549,8 +553,6 @@ def train(
     code = train_run(settings, fresh, stage, resume)
     if code == STOPPED:
         code = stopped_code
-        from domainshuttle.cluster.local import in_job
-
         if in_job():
             from domainshuttle.cluster.submit import exit_line
 

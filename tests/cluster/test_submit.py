@@ -257,7 +257,7 @@ def test_a_cluster_that_answers_no_more_ends_the_wait(monkeypatch: pytest.Monkey
         (0, "SUCCEEDED", 0),
         (None, "STOPPED", 1),
         (None, f"STOPPED {exit_line(3, 'stopped')}", 3),
-        (None, f"STOPPED {exit_line(0, 'stopped')}", 0),
+        (None, f"STOPPED 2026-11-29 10:00:00 {exit_line(0, 'stopped')}", 0),
         (None, "SUCCEEDED", 0),
         (-9, "FAILED", 1),
     ],

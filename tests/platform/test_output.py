@@ -1,6 +1,10 @@
-"""A command whose reader goes away ends without a word: python -m pytest tests/platform/test_output.py"""
+"""A command whose reader goes away ends without a word, and lines of jobs have times.
+
+Run: python -m pytest tests/platform/test_output.py
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +55,21 @@ def test_work_that_turns_ctrl_c_into_a_stop_goes_on_to_its_end(tmp_path: Path) -
     end = tmp_path / "end"
     assert without_reader([sys.executable, "-c", program, str(end)], errors_too=True) == (0, "")
     assert end.read_text() == "[True]"
+
+
+def test_each_line_of_a_job_has_one_time() -> None:
+    program = (
+        "import sys; from domainshuttle.platform import output\n"
+        "output.watch_readers(); output.date_lines()\n"
+        "print('a'); print('b', end=' '); print('c\\n\\n2026-11-29T10:00:00 d\\ne'); raise SystemExit('f')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf"{time} a\n{time} b c\n\n2026-11-29T10:00:00 d\n{time} e\n", run.stdout), run.stdout
+    assert re.fullmatch(rf"{time} f\n", run.stderr)
+
+
+def test_a_mistake_in_a_job_has_a_time() -> None:
+    job = os.environ | {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    run = subprocess.run([*CLI, "train", "/nowhere.yaml"], capture_output=True, text=True, check=False, env=job)
+    assert run.returncode == 2 and re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d Error: ", run.stderr), run.stderr
