@@ -59,6 +59,8 @@ class Isolated:
             if self._worked:
                 raise DataError(f"{self.metric}: the actor of its model died: {_said(error)}") from None
             self._fault = f"{self.metric}: its model can't be loaded: {_said(error)}"
+        except TypeError as error:  # Ray compares arguments with those of the class before it starts an actor
+            self._fault = f"{self.metric}: its model can't be loaded: {_said(error)}"
         else:
             self._worked = True
             return result
