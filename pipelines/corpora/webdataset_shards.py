@@ -5,6 +5,8 @@ are counted and left. References are made by a later stage.
 """
 
 import contextlib
+import hashlib
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +35,12 @@ from domainshuttle.pipelines.shards.companions import companion
 
 _TARGETS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)  # a clip may have a picture of itself beside it
 _PACKED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd", ".bz2": "bz2"}
+_SHARDS = ["**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.tar.zst", "**/*.tzst", "**/*.tar.bz2"]
+_ARCHIVE = re.compile(
+    r".+\.(tar(\.(lz4|lzma|zst|bz2|z|\d+|[a-z]{2}))?|tgz|tzst|tbz2?|txz|tlz4?|zip|7z|rar)", re.IGNORECASE
+)
+_OTHERS = "other files"
+"""The piece of archives that are not read."""
 _MOST_TEXT = 16 << 20
 
 
@@ -40,11 +48,7 @@ class WebDatasetConfig(SourceConfig):
     """Shards of pictures or clips with captions."""
 
     builder: Literal["webdataset"] = "webdataset"
-    shards: list[str] = Field(
-        ["**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.tar.zst", "**/*.tzst", "**/*.tar.bz2"],
-        min_length=1,
-        description="below `folder`",
-    )
+    shards: list[str] = Field(_SHARDS, min_length=1, description="below `folder`")
     captions: list[str] = Field(
         ["caption", "text", "prompt"], description="fields of key.json, where there is no key.txt"
     )
@@ -58,9 +62,24 @@ class WebDatasetSource(FolderSource[WebDatasetConfig]):
 
     def pieces(self) -> list[Piece]:
         found = found_files(self.root, self.config.shards, "shards")
-        return [Piece.of(path, self.root, in_order=True) for path in found]
+        pieces = [Piece.of(path, self.root, in_order=True) for path in found]
+        if others := self._unread():
+            pieces.append(Piece(_OTHERS, hashlib.blake2b("\0".join(others).encode(), digest_size=16).hexdigest()))
+        return pieces
+
+    def _unread(self) -> list[str]:
+        """The archives below the folder that are no shards, unless it is said which ones are."""
+        if self.config.shards != _SHARDS:
+            return []
+        shards = {path for pattern in _SHARDS for path in self.root.glob(pattern)}
+        names = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path not in shards)
+        return sorted(name for name in names if _ARCHIVE.fullmatch(name) and not companion(name))
 
     def survey(self, piece: Piece) -> Iterator[Record | LeftOut]:
+        if piece.name == _OTHERS:
+            for name in self._unread():
+                yield LeftOut(name, f"other file: shards end with {', '.join(one[4:] for one in _SHARDS)}")
+            return
         names: dict[str, list[str]] = {}
         again: dict[str, list[str]] = {}
         odd: list[str] = []

@@ -128,3 +128,16 @@ def test_links_are_counted_and_nan_is_a_missing_value(tmp_path: Path) -> None:
     result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
     assert [one.info.caption for one in result] == ["A."]
     assert result.tally.counts == {"not a file": 1, "unreadable sample": 1}
+
+
+def test_archives_that_are_not_read_are_counted_unless_shards_are_named(tmp_path: Path) -> None:
+    data = tar({"a.jpg": jpeg(10), "a.txt": b"A."})
+    half = len(data) // 2
+    (tmp_path / "0.tar.gz").write_bytes(_gzip(data[:half]) + _gzip(data[half:]))  # as tools with threads write it
+    for name in ("1.tar.xz", "2.TAR", "sub/3.zip", "sub/._4.tar", "5.parquet", "0_stats.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
+    assert [one.info.caption for one in result] == ["A."] and result.tally.counts == {"other file": 3}
+    named = made(WebDatasetConfig(folder=str(tmp_path), shards=["0.tar.gz"]), tmp_path / "named")
+    assert len(named.samples) == 1 and not named.tally.counts
