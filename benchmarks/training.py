@@ -62,8 +62,8 @@ def timed_work(config: dict[str, WorkerJob]) -> SegmentEnd:
     # here, since Ray sends this function by value, with what it names
     import torch.distributed as dist
 
-    from domainshuttle.platform import train
     from domainshuttle.platform.driver import worker_group
+    from domainshuttle.platform.engine import stage_model
     from domainshuttle.platform.engine.zero3 import Engine
 
     steps: list[tuple[float, float]] = []
@@ -90,7 +90,8 @@ def timed_work(config: dict[str, WorkerJob]) -> SegmentEnd:
         ended, inside = now, 0.0
         return result
 
-    train.training_loss, Engine.backward, Engine.step = timed(train.training_loss), timed(Engine.backward), step
+    stage_model.training_loss = timed(stage_model.training_loss)
+    Engine.backward, Engine.step = timed(Engine.backward), step
     end = worker_group._work(config)
     if dist.get_rank() == 0:
         Path(config["job"].config["output"], TIMES).write_text(json.dumps(steps))

@@ -13,16 +13,12 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from domainshuttle.model.batch import TrainingBatch
-from domainshuttle.model.flow import FlowConfig
-from domainshuttle.model.objective import training_loss
 from domainshuttle.pipelines.loading.loader import Loader
-from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.checkpoint.resume import require_fit
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, read_checkpoint
-from domainshuttle.platform.engine.initialization import blueprint
-from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
+from domainshuttle.platform.engine.stage_model import StageModel
+from domainshuttle.platform.engine.zero3 import Engine
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import End, Segment, SegmentEnd, StartPoint, WorkerJob
@@ -57,12 +53,10 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
     last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first, sign.profile_wanted)
     sign.follow(monitor.look)
-    engine = snapshot = None
+    model = None
     try:
         # Build
         origin = identified_origin(run, job.origins[segment.name])
-        design = blueprint(config.model_of(segment.expert), origin)
-        selected = select_trained(design.outline, stage.trained)
         feed = make_feed(config, segment, start.order)
         sharing = config.engine.sequence_parallel  # so many neighbouring ranks are handed the same samples
         loader: Loader[TrainingBatch] = Loader(
@@ -76,19 +70,11 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             converted=run.converted_path(segment.name, rank),
             lists=rank % sharing == 0,
         )
-        if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
-            snapshot = frozen_copy(blueprint(config.model_of(segment.expert), origin), config.engine)
-        engine = Engine(design, stage, config.engine, loader.accumulation)
-        engine.attention.require_masks(stage.micro_batch > 1 and stage.references > 0, f"stages.{stage.name}")
-        loss_of = functools.partial(
-            training_loss,
-            engine,
-            run_seed=segment.seed,
-            flow=FlowConfig(**segment.flow.model_dump()),
-            cross_pair_weight=stage.loss.cross_pair_weight,
-            cross_pair_target=stage.loss.cross_pair_target,
-            snapshot_model=snapshot,
+        model = StageModel(
+            config, stage, segment.expert, origin, loader.accumulation, seed=segment.seed, flow=segment.flow
         )
+        engine, trained = model.engine, sizes_digest(model.parameters.trained)
+        engine.attention.require_masks(stage.micro_batch > 1 and stage.references > 0, f"stages.{stage.name}")
         guard = LossGuard(config.guard, skipped=start.skipped)
         store = CheckpointStore.of(config)
         checkpoints = AsyncCheckpointer(
@@ -98,15 +84,15 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             world_size,
             gather_objects(config.grace_seconds),
             ray.train.get_context().get_local_world_size(),
-            estimated_bytes=engine.checkpoint_bytes(selected.trained_count),
+            estimated_bytes=engine.checkpoint_bytes(model.parameters.trained_count),
         )
         sampler = Sampler(run, segment, monitor.logger, job.origins)
-        monitor.built(feed.plan().describe(), Utilization(design.outline.config, stage.trained, sharing=sharing))
+        monitor.built(feed.plan().describe(), Utilization(model.network_config, stage.trained, sharing=sharing))
 
         # Restore
         if start.checkpoint:
             saved = read_checkpoint(start.checkpoint, checksums=False)
-            require_fit(saved, segment, origin, sizes_digest(selected.trained), feed)
+            require_fit(saved, segment, origin, trained, feed)
             as_before = saved.state.world_size == world_size
             folder = store.fetch(saved, {rank} if as_before else None)
             engine.load(folder, own=as_before)
@@ -130,19 +116,12 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                     loss=guard.median_loss(),
                     guard=guard.state(),
                     config=config.decisive(),
-                    trained=sizes_digest(selected.trained),
+                    trained=trained,
                     origin=origin.place,
                     finished={other.name: other.last_step for other in run.segments() if other.finished},
                     passed_over={other.name: run.skipped(other.name) for other in run.segments()},
                 )
                 checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
-
-        def weights_are_good(micro: MicroBatch[TrainingBatch]) -> bool:
-            with torch.no_grad():
-                loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=micro.step).loss
-            # a micro-batch without references tells nothing of the weights that only references pass through
-            loss = loss if engine.weights_finite() else torch.full_like(loss, torch.nan)
-            return guard.judge_weights(monitor.mean_loss(loss))
 
         # Train
         monitor.begin()
@@ -151,7 +130,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             if step < start.first_step:
                 # nothing is left to train: the restored weights are checked by the step that made them
                 *_, micro = parts
-                if step == last_trained and not weights_are_good(micro):
+                if step == last_trained and not guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, step))):
                     return monitor.close(step, End.DIVERGED)
                 continue
             if step in start.skipped:
@@ -159,7 +138,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                 agreed = monitor.agree()
             else:
                 for micro in parts:
-                    loss = loss_of(micro.batch.to(engine.device, engine.dtype), step=step)
+                    loss = model.loss(micro.batch, step)
                     engine.backward(loss.loss)
                     monitor.micro_batch(micro, loss)
                 agreed = monitor.agree()
@@ -182,7 +161,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and bad else agreed.stop
             # what the last update made of the weights, no later loss would tell
             last = step == last_trained or stop is Stop.DURATION_REACHED
-            if last and not weights_are_good(micro):
+            if last and not guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, step))):
                 return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:
@@ -207,7 +186,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         # no failure to Ray, since another start would meet the same full disk
         return monitor.close(done, End.UNSAVED, str(error))
     except BaseException as error:
-        states = engine.device_bytes if engine is not None else None
+        states = model.engine.device_bytes if model is not None else None
         held = run.folder / "memory" / f"attempt-{job.attempt:04d}"
         memory = memory_error(error, config, stage, rank, monitor.at, states, held)
         monitor.fail(memory or error)
@@ -215,10 +194,8 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             raise memory from error
         raise
     finally:
-        if snapshot is not None:
-            release(snapshot)
-        if engine is not None:
-            engine.close()
+        if model is not None:
+            model.close()
 
 
 def identified_origin(run: Run, origin: WeightsOrigin) -> WeightsOrigin:

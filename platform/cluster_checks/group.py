@@ -61,8 +61,7 @@ def check_group(
         yield failure("trial steps", _reason(error), f"{stage.name}, {bucket}", _trial_remedy(str(error)))
         return
     yield from judged_links(result.links, result.wrong, spec, named, gpus=config.cluster.gpus_per_worker > 0)
-    if result.steps is not None:
-        yield judged_steps(result.steps, stage, bucket, named(result.nodes[result.steps.rank]))
+    yield judged_steps(result.steps, stage, bucket, named(result.nodes[result.steps.rank]))
 
 
 def _run(config: RunConfig, trial: "Trial", seconds: float) -> "TrialResult":

@@ -16,13 +16,9 @@ import torch.distributed as dist
 from ray.train.torch import get_device
 
 from domainshuttle.model.batch import TrainingBatch
-from domainshuttle.model.flow import FlowConfig
-from domainshuttle.model.objective import training_loss
 from domainshuttle.pipelines.buckets import Bucket
 from domainshuttle.platform.config.schema import RunConfig, StageSection
-from domainshuttle.platform.engine.initialization import blueprint
-from domainshuttle.platform.engine.trained_parameters import select_trained
-from domainshuttle.platform.engine.zero3 import Engine, frozen_copy, release
+from domainshuttle.platform.engine.stage_model import StageModel
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.training.collective_device import collective_device
 from domainshuttle.platform.training.device_memory import MemoryUse, memory_error
@@ -80,9 +76,7 @@ class TrialResult:
     links: list[Link]
     wrong: list[tuple[str, ...]]
     """Nodes over which a sum came out wrong."""
-    steps: Steps | None
-    error: str
-    """Why the steps could not be made; empty: they were."""
+    steps: Steps
     nodes: dict[int, str]
     """Of each rank."""
 
@@ -94,7 +88,6 @@ def run_trial(trial: Trial, node: str) -> TrialResult:
     found: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(found, node)
     links, wrong = _swept(found)
-    steps, error = None, ""
     try:
         steps = _made_steps(trial)
     except BaseException as raised:
@@ -103,7 +96,7 @@ def run_trial(trial: Trial, node: str) -> TrialResult:
         if memory is None:
             raise
         raise memory from raised
-    return TrialResult(links, wrong, steps, error, dict(enumerate(found)))
+    return TrialResult(links, wrong, steps, dict(enumerate(found)))
 
 
 def _swept(nodes: Sequence[str]) -> tuple[list[Link], list[tuple[str, ...]]]:
@@ -193,16 +186,10 @@ def _made_steps(trial: Trial) -> Steps:
     config = RunConfig.model_validate(trial.config)
     stage, device = _stage(config, trial), get_device()
     expert = next((one for one in config.experts if one.name == trial.expert), None)
-    origin = trial.origin
-    design = blueprint(config.model_of(expert), origin)
-    select_trained(design.outline, stage.trained)
-    snapshot = engine = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    model = StageModel(config, stage, expert, trial.origin, 1, seed=config.seed, flow=stage.flow)
     try:
-        if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
-            snapshot = frozen_copy(blueprint(config.model_of(expert), origin), config.engine)
-        engine = Engine(design, stage, config.engine, accumulation=1)
         _, frames, height, width = Bucket(*trial.bucket).latent_shape
         batch = TrainingBatch.fake(
             stage.micro_batch,
@@ -211,32 +198,19 @@ def _made_steps(trial: Trial) -> Steps:
             width=width,
             references=stage.references,
             text_tokens=config.encoders.text_len,
-            text_dim=int(design.outline.config["text_dim"]),
+            text_dim=int(model.network_config["text_dim"]),
             paired=stage.loss.cross_pair_weight > 0,
             seed=dist.get_rank(),
         )
         seconds = 0.0
         for step in range(trial.steps):
             began = time.perf_counter()
-            loss = training_loss(
-                engine,
-                batch.to(engine.device, engine.dtype),
-                run_seed=config.seed,
-                step=step,
-                flow=FlowConfig(**stage.flow.model_dump()),
-                cross_pair_weight=stage.loss.cross_pair_weight,
-                cross_pair_target=stage.loss.cross_pair_target,
-                snapshot_model=snapshot,
-            )
-            engine.backward(loss.loss)
-            engine.step(step)
+            model.engine.backward(model.loss(batch, step).loss)
+            model.engine.step(step)
             seconds = time.perf_counter() - began
         use = MemoryUse.now()
     finally:
-        if snapshot is not None:
-            release(snapshot)
-        if engine is not None:
-            engine.close()
+        model.close()
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (use.peak, use.total, dist.get_rank(), use.device, seconds))
     peak, total, rank, name, _ = max(everyones)
