@@ -14,9 +14,17 @@ from ray.train.torch import get_device
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.loading.loader import Loader
+from domainshuttle.pipelines.loading.reader import MicroBatch
+from domainshuttle.pipelines.plan.feed import Feed
 from domainshuttle.platform.checkpoint.async_writer import AsyncCheckpointer, SavesFailedError, gather_objects
 from domainshuttle.platform.checkpoint.resume import require_fit
-from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore, TrainingState, read_checkpoint
+from domainshuttle.platform.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    TrainingState,
+    read_checkpoint,
+)
 from domainshuttle.platform.engine.stage_model import StageModel
 from domainshuttle.platform.engine.zero3 import Engine
 from domainshuttle.platform.run.data import make_feed
@@ -49,7 +57,6 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
     """Trains one segment from its start point to its end, or until all ranks agree to stop."""
     config, segment = run.config, run.segment(start.segment)
     stage, last_step = segment.stage, segment.last_step
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     last_trained = start.last_trained(last_step)
     monitor = Monitor(run, segment, job, start, preempted_nodes, first, sign.profile_wanted)
     sign.follow(monitor.look)
@@ -58,70 +65,28 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
         # Build
         origin = identified_origin(run, job.origins[segment.name])
         feed = make_feed(config, segment, start.order)
-        sharing = config.engine.sequence_parallel  # so many neighbouring ranks are handed the same samples
-        loader: Loader[TrainingBatch] = Loader(
-            shared_blocks(feed, start.first_planned(last_step), last_step, config),
-            feed,
-            rank // sharing,
-            world_size // sharing,
-            run.quarantine_path(segment.name, rank // sharing * sharing),
-            **config.loader.model_dump(),
-            device=get_device(),
-            converted=run.converted_path(segment.name, rank),
-            lists=rank % sharing == 0,
-        )
+        loader = open_loader(run, segment, start, feed)
         model = StageModel(
             config, stage, segment.expert, origin, loader.accumulation, seed=segment.seed, flow=segment.flow
         )
-        engine, trained = model.engine, sizes_digest(model.parameters.trained)
+        engine = model.engine
         engine.attention.require_masks(stage.micro_batch > 1 and stage.references > 0, f"stages.{stage.name}")
-        guard = LossGuard(config.guard, skipped=start.skipped)
         store = CheckpointStore.of(config)
-        checkpoints = AsyncCheckpointer(
-            store,
-            config.checkpoint,
-            rank,
-            world_size,
-            gather_objects(config.grace_seconds),
-            ray.train.get_context().get_local_world_size(),
-            estimated_bytes=engine.checkpoint_bytes(model.parameters.trained_count),
-        )
+        checkpoints = open_checkpoints(run, store, engine.checkpoint_bytes(model.parameters.trained_count))
         sampler = Sampler(run, segment, monitor.logger, job.origins)
-        monitor.built(feed.plan().describe(), Utilization(model.network_config, stage.trained, sharing=sharing))
+        monitor.built(
+            feed.plan().describe(),
+            Utilization(model.network_config, stage.trained, sharing=config.engine.sequence_parallel),
+        )
 
         # Restore
+        guard_state = None
         if start.checkpoint:
             saved = read_checkpoint(start.checkpoint, checksums=False)
-            require_fit(saved, segment, origin, trained, feed)
-            as_before = saved.state.world_size == world_size
-            folder = store.fetch(saved, {rank} if as_before else None)
-            engine.load(folder, own=as_before)
-            restore_random(folder, rank)
-            dist.barrier()
-            store.release(saved)
-            guard = LossGuard(config.guard, saved.state.guard, start.skipped)
-
-        def save(step: int) -> None:
-            with monitor.checkpointing():
-                state = TrainingState(
-                    segment=segment.name,
-                    step=step,
-                    seed=segment.seed,
-                    world_size=world_size,
-                    config_digest=config.digest(),
-                    plan=feed.plan().state(),
-                    ledger=monitor.ledger_snapshot(),
-                    mlflow=run.read_ids() or {},
-                    base=origin.identity,
-                    loss=guard.median_loss(),
-                    guard=guard.state(),
-                    config=config.decisive(),
-                    trained=trained,
-                    origin=origin.place,
-                    finished={other.name: other.last_step for other in run.segments() if other.finished},
-                    passed_over={other.name: run.skipped(other.name) for other in run.segments()},
-                )
-                checkpoints.save(state, engine.snapshot, lambda: random_snapshot(rank))
+            require_fit(saved, segment, origin, sizes_digest(model.parameters.trained), feed)
+            restore(saved, store, engine)
+            guard_state = saved.state.guard
+        guard = LossGuard(config.guard, guard_state, start.skipped)
 
         # Train
         monitor.begin()
@@ -130,7 +95,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             if step < start.first_step:
                 # nothing is left to train: the restored weights are checked by the step that made them
                 *_, micro = parts
-                if step == last_trained and not guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, step))):
+                if step == last_trained and not weights_are_good(model, micro, guard, monitor):
                     return monitor.close(step, End.DIVERGED)
                 continue
             if step in start.skipped:
@@ -161,11 +126,13 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and bad else agreed.stop
             # what the last update made of the weights, no later loss would tell
             last = step == last_trained or stop is Stop.DURATION_REACHED
-            if last and not guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, step))):
+            if last and not weights_are_good(model, micro, guard, monitor):
                 return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:
-                save(done)
+                with monitor.checkpointing():
+                    state = training_state(run, segment, done, feed, model, origin, guard, monitor)
+                    checkpoints.save(state, engine.snapshot, functools.partial(random_snapshot, dist.get_rank()))
             if stop:
                 break
             with monitor.measure("sampling"):
@@ -188,7 +155,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
     except BaseException as error:
         states = model.engine.device_bytes if model is not None else None
         held = run.folder / "memory" / f"attempt-{job.attempt:04d}"
-        memory = memory_error(error, config, stage, rank, monitor.at, states, held)
+        memory = memory_error(error, config, stage, dist.get_rank(), monitor.at, states, held)
         monitor.fail(memory or error)
         if memory is not None:
             raise memory from error
@@ -203,6 +170,83 @@ def identified_origin(run: Run, origin: WeightsOrigin) -> WeightsOrigin:
     found = [origin.identified(run.fingerprints) if dist.get_rank() == 0 else origin]
     dist.broadcast_object_list(found)
     return found[0]
+
+
+def open_loader(run: Run, segment: Segment, start: StartPoint, feed: Feed) -> Loader[TrainingBatch]:
+    """This rank's micro-batches from the start point on; all ranks must call. Neighbouring ranks that compute a sample
+    together are handed the same, and the first of them lists what could not be read."""
+    config, rank, sharing = run.config, dist.get_rank(), run.config.engine.sequence_parallel
+    return Loader(
+        shared_blocks(feed, start.first_planned(segment.last_step), segment.last_step, config),
+        feed,
+        rank // sharing,
+        dist.get_world_size() // sharing,
+        run.quarantine_path(segment.name, rank // sharing * sharing),
+        **config.loader.model_dump(),
+        device=get_device(),
+        converted=run.converted_path(segment.name, rank),
+        lists=rank % sharing == 0,
+    )
+
+
+def open_checkpoints(run: Run, store: CheckpointStore, estimated_bytes: int) -> AsyncCheckpointer:
+    """What writes this rank's part of checkpoints while training goes on; `estimated_bytes` is of all ranks' parts."""
+    return AsyncCheckpointer(
+        store,
+        run.config.checkpoint,
+        dist.get_rank(),
+        dist.get_world_size(),
+        gather_objects(run.config.grace_seconds),
+        ray.train.get_context().get_local_world_size(),
+        estimated_bytes=estimated_bytes,
+    )
+
+
+def restore(saved: Checkpoint, store: CheckpointStore, engine: Engine) -> None:
+    """Loads this rank's part of a checkpoint, and its random states; all ranks must call."""
+    rank = dist.get_rank()
+    as_before = saved.state.world_size == dist.get_world_size()
+    folder = store.fetch(saved, {rank} if as_before else None)
+    engine.load(folder, own=as_before)
+    restore_random(folder, rank)
+    dist.barrier()
+    store.release(saved)
+
+
+def training_state(
+    run: Run,
+    segment: Segment,
+    step: int,
+    feed: Feed,
+    model: StageModel,
+    origin: WeightsOrigin,
+    guard: LossGuard,
+    monitor: Monitor,
+) -> TrainingState:
+    """What a checkpoint after `step` steps says of the run, beside the tensors."""
+    return TrainingState(
+        segment=segment.name,
+        step=step,
+        seed=segment.seed,
+        world_size=dist.get_world_size(),
+        config_digest=run.config.digest(),
+        plan=feed.plan().state(),
+        ledger=monitor.ledger_snapshot(),
+        mlflow=run.read_ids() or {},
+        base=origin.identity,
+        loss=guard.median_loss(),
+        guard=guard.state(),
+        config=run.config.decisive(),
+        trained=sizes_digest(model.parameters.trained),
+        origin=origin.place,
+        finished={other.name: other.last_step for other in run.segments() if other.finished},
+        passed_over={other.name: run.skipped(other.name) for other in run.segments()},
+    )
+
+
+def weights_are_good(model: StageModel, micro: MicroBatch[TrainingBatch], guard: LossGuard, monitor: Monitor) -> bool:
+    """Whether a segment may end with these weights, by the loss of a micro-batch of each rank; all ranks must call."""
+    return guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, micro.step)))
 
 
 def preempted_nodes() -> list[str]:
