@@ -34,9 +34,10 @@ from domainshuttle.platform.run.weights_digest import sizes_digest
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
 from domainshuttle.platform.run.workers import WorkerSign
 from domainshuttle.platform.training.device_memory import memory_error
+from domainshuttle.platform.training.end_of_step import Stop, mean_loss
 from domainshuttle.platform.training.loss_guard import LossGuard
 from domainshuttle.platform.training.mfu import Utilization
-from domainshuttle.platform.training.monitor import Monitor, Stop
+from domainshuttle.platform.training.monitor import Monitor
 from domainshuttle.platform.training.plan_stream import shared_blocks
 from domainshuttle.platform.training.rng_state import random_snapshot, restore_random
 from domainshuttle.platform.training.sampler import Sampler
@@ -95,7 +96,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             if step < start.first_step:
                 # nothing is left to train: the restored weights are checked by the step that made them
                 *_, micro = parts
-                if step == last_trained and not weights_are_good(model, micro, guard, monitor):
+                if step == last_trained and not weights_are_good(model, micro, guard):
                     return monitor.close(step, End.DIVERGED)
                 continue
             if step in start.skipped:
@@ -126,7 +127,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             stop = Stop.NO if agreed.stop is Stop.DURATION_REACHED and bad else agreed.stop
             # what the last update made of the weights, no later loss would tell
             last = step == last_trained or stop is Stop.DURATION_REACHED
-            if last and not weights_are_good(model, micro, guard, monitor):
+            if last and not weights_are_good(model, micro, guard):
                 return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:
@@ -244,9 +245,9 @@ def training_state(
     )
 
 
-def weights_are_good(model: StageModel, micro: MicroBatch[TrainingBatch], guard: LossGuard, monitor: Monitor) -> bool:
+def weights_are_good(model: StageModel, micro: MicroBatch[TrainingBatch], guard: LossGuard) -> bool:
     """Whether a segment may end with these weights, by the loss of a micro-batch of each rank; all ranks must call."""
-    return guard.judge_weights(monitor.mean_loss(model.judged(micro.batch, micro.step)))
+    return guard.judge_weights(mean_loss(model.judged(micro.batch, micro.step)))
 
 
 def preempted_nodes() -> list[str]:

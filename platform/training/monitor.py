@@ -6,8 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from domainshuttle.cluster.monitoring.metrics import RunMetrics
 from domainshuttle.model.batch import TrainingBatch
@@ -32,52 +29,23 @@ from domainshuttle.platform.run.workers import node_names, nodes_load
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds
 from domainshuttle.platform.tracking.outbox import tell_error
 from domainshuttle.platform.training.collective_device import collective_device
-from domainshuttle.platform.training.device_memory import peak_bytes
+from domainshuttle.platform.training.end_of_step import Agreement, EndOfStep
 from domainshuttle.platform.training.loss_metrics import LossMetrics
 from domainshuttle.platform.training.mfu import Utilization
 from domainshuttle.platform.training.profiler import StepProfiler
-from domainshuttle.platform.training.rank_rates import SLOW, MatrixProbe, RankRates
+from domainshuttle.platform.training.rank_rates import MatrixProbe, RankRates, SlowRanks, compare_ranks
 from domainshuttle.platform.training.stopwatch import Lap, Timeline
 from domainshuttle.platform.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-class Stop(IntEnum):
-    """Why all ranks end after this step, if they do."""
-
-    NO = 0
-    REQUESTED = 1
-    BUDGET_SPENT = 2
-    DURATION_REACHED = 3
-    """The stage's own GPU-hours are used: it is finished."""
-    REGROUP = 4
-    """The driver has room for more workers."""
-    PREEMPTED = 5
-    """A node of the group is about to go."""
-
-    @property
-    def end(self) -> End | None:
-        """How a segment ends that is stopped for this before its last step."""
-        ends = {Stop.REQUESTED: End.STOPPED, Stop.BUDGET_SPENT: End.BUDGET_SPENT}
-        return (ends | {Stop.REGROUP: End.REGROUPED, Stop.PREEMPTED: End.PREEMPTED}).get(self)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks know alike after a step's gradients, by one collective."""
-
-    loss: float
-    """Mean over all ranks and micro-batches; not finite where any is not."""
-    stop: Stop
-
-
 class Monitor:
     """What one rank notes in one attempt at a segment. Only rank 0 writes the ledger, the tracking and the progress.
 
-    All ranks must call `agree`, `step` and `mean_loss` together. `preempted_nodes` is asked about once a second, by all
-    ranks at the same step, which nodes of the group are about to go. `first` says that the worker has trained nothing
-    before: what came before this process is then part of its start. `profile_wanted` gives a question for a profile.
+    All ranks must call `agree` and `step` together. `preempted_nodes` is asked as `EndOfStep` says. `first` says that
+    the worker has trained nothing before: what came before this process is then part of its start. `profile_wanted`
+    gives a question for a profile.
     """
 
     def __init__(
@@ -93,14 +61,9 @@ class Monitor:
     ) -> None:
         config = run.config
         self.run, self.segment, self.first_step, self.number = run, segment, start.first_step, start.attempt
-        self._preempted_nodes, self._nodes, self._asked = preempted_nodes, tuple[str, ...](), time.monotonic()
-        self._budget_read, self._stop = 0.0, Stop.NO
         self._ending = False
         """Whether all ranks end after this step: what is not logged yet then is."""
-        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
         self._keys: list[str] = []
-        self._waited_for_others = 0.0
-        """Seconds at the ends of the interval's steps."""
         hangs = run.hang_path(segment.name, dist.get_rank())
         self.watchdog = Watchdog(config.guard.hang_seconds, config.grace_seconds, hangs)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -129,8 +92,7 @@ class Monitor:
         self._metrics = RunMetrics(run=config.name, segment=segment.name, rank=str(self.rank))
         self._probe = MatrixProbe(device)
         self._saved_at = time.time()
-        self._rates: deque[Sequence[float]] = deque(maxlen=_RECENT)
-        self._named_slow: set[int] = set()
+        self._slow_ranks = SlowRanks(_RECENT)
         self._profiler = StepProfiler(run, segment.name, self.rank, profile_wanted)
         self._due = config.tracking.every
         self._group = job.attempt
@@ -145,6 +107,8 @@ class Monitor:
             asked = job.times["asked"]
             began, since = (max(process, asked), asked) if first else (None, None)
             self.attempt = self.ledger.start(self.world_size, segment.name, self.done, began, since=since)
+        account = (self.ledger, self.attempt) if self.attempt else None
+        self._end_of_step = EndOfStep(run, segment, preempted_nodes, account)
         self._timeline = Timeline("starting", clock)
         self._interval, self._unwritten = Lap(self._timeline), Lap(self._timeline)
         if self.main:
@@ -219,8 +183,7 @@ class Monitor:
             self._keys += micro.keys
         if self._utilization:
             self._utilization.add(micro.batch)
-        self._loss_sum = self._loss_sum.to(loss.loss.device) + loss.loss.detach().double()
-        self._loss_count += 1
+        self._end_of_step.add(loss.loss)
 
     def skipped(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
         """Notes the samples of a step that is not trained on, because it made the run diverge before."""
@@ -240,48 +203,9 @@ class Monitor:
 
     def agree(self) -> Agreement:
         """One collective a step: the loss of all ranks, and whether they end after it."""
-        ask = self.main and time.monotonic() - self._asked >= _ASK_SECONDS
-        stop = self._reason_to_stop() if self.main else Stop.NO
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # what is waited for from here on are the others
-        began = time.perf_counter()
-        total, count, reason, asked = self._summed(self._loss_sum, float(self._loss_count), float(stop), float(ask))
-        self._waited_for_others += time.perf_counter() - began
-        self._loss_sum, self._loss_count = torch.zeros((), dtype=torch.float64), 0
-        if asked:
-            self._asked = time.monotonic()
-            self._nodes = tuple(self._preempted_nodes())
-            if self._nodes and not reason:
-                reason = Stop.PREEMPTED
-        self._ending = bool(reason)
-        return Agreement(total / count if count else float("nan"), Stop(int(reason)))
-
-    def mean_loss(self, loss: Tensor) -> float:
-        """The mean over all ranks of the loss of one micro-batch each; not finite where any is not."""
-        return self._summed(loss.detach().double())[0] / self.world_size
-
-    def _summed(self, first: Tensor, *more: float) -> list[float]:
-        """The sums over all ranks."""
-        mine = torch.stack([first, *(first.new_tensor(value) for value in more)]).to(collective_device())
-        dist.all_reduce(mine)
-        sums: list[float] = mine.tolist()
-        return sums
-
-    def _reason_to_stop(self) -> Stop:
-        if self.run.stop_path.exists():
-            return Stop.REQUESTED
-        if self.run.regroup_path.exists():
-            return Stop.REGROUP
-        budget, hours = self.run.config.budget_gpu_hours, self.segment.stage.gpu_hours
-        if (budget is None and hours is None) or time.monotonic() - self._budget_read < _ASK_SECONDS:
-            return self._stop
-        self._budget_read = time.monotonic()
-        now = self.attempt.hours_since_last_line() if self.attempt else 0.0
-        if budget is not None and self.ledger.summary().used + now >= budget:
-            self._stop = Stop.BUDGET_SPENT
-        elif hours is not None and self.ledger.segment_hours(self.segment.name) + now >= hours:
-            self._stop = Stop.DURATION_REACHED
-        return self._stop
+        agreed = self._end_of_step.agree()
+        self._ending = bool(agreed.stop)
+        return agreed
 
     def dropped(self, step: int, reason: str, loss: float) -> None:
         """Notes a step whose gradients were thrown away, with this rank's samples."""
@@ -313,7 +237,7 @@ class Monitor:
         metrics = self.losses.reduce()
         seconds = self._interval.take()
         balance = self._utilization.balance() if self._utilization else {}
-        ranks = self._compare_ranks(seconds)
+        ranks = compare_ranks(seconds, self._steps, self._end_of_step.take_waited())
         rates = self._own_rates(seconds)
         if not self.main:
             logger.info("%s step %d: %s", self.segment.name, step + 1, _shares(seconds, self._steps))
@@ -361,29 +285,6 @@ class Monitor:
         self._write_progress(step + 1, "training", rates)
         self._restart_interval()
 
-    def _compare_ranks(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Step time, lag and peak memory by rank since the last call; all ranks must call.
-
-        A rank's step time has no waiting for the others at the step's end. Its lag is how much later than the first
-        it was, as far as it waited for data, wrote or sampled itself, or came last to the step's end: what a rank
-        loses within a step's computation, all lose with it, since they gather the weights together.
-        """
-        stalls = sum(seconds.get(name, 0.0) for name in ("waiting", "checkpointing", "sampling"))
-        waited, steps = self._waited_for_others, max(self._steps, 1)
-        mine = [(sum(seconds.values()) - waited) / steps, (stalls - waited) / steps, peak_bytes() / 2**30]
-        device = collective_device()
-        every = [torch.zeros(len(mine), dtype=torch.float64, device=device) for _ in range(self.world_size)]
-        dist.all_gather(every, torch.tensor(mine, dtype=torch.float64, device=device))
-        times, lates, peaks = zip(*(one.tolist() for one in every), strict=True)
-        lags = [late - min(lates) for late in lates]
-        found = {"memory/peak_gib": max(peaks), "memory/peak_rank": float(peaks.index(max(peaks)))}
-        if self.world_size > 1:
-            found |= {"speed/slowest_rank": float(lags.index(max(lags))), "speed/slowest_rank_lag_s": max(lags)}
-        if 1 < self.world_size <= _MOST_RANKS:
-            for name, values in (("step_seconds", times), ("lag_seconds", lags), ("peak_memory_gib", peaks)):
-                found |= {f"ranks/{name}/rank_{rank}": value for rank, value in enumerate(values)}
-        return found
-
     def _own_rates(self, seconds: Mapping[str, float]) -> RankRates:
         """How fast each rank is by itself, which it also exports; rank 0 names one that is slow for long."""
         wait = seconds.get("waiting", 0.0) / max(sum(seconds.values()), 1e-9)
@@ -391,12 +292,8 @@ class Monitor:
             flops = self._probe.rate()
         self._metrics.set({"rank_wait_fraction": wait, "rank_matmul_flops": flops})
         rates = RankRates.gathered(flops, wait, collective_device())
-        self._rates.append(rates.flops)
-        usual = RankRates([sum(one) / len(one) for one in zip(*self._rates, strict=True)], rates.waits)
-        slow = usual.slowest
-        if self.main and len(self._rates) == _RECENT and usual.slowest_share < SLOW and slow not in self._named_slow:
-            self._named_slow.add(slow)
-            share = 100 * usual.slowest_share
+        if (found := self._slow_ranks.newly(rates)) and self.main:
+            slow, share = found
             logger.warning("rank %d computes at %.0f%% of the median rank's rate: all others wait for it", slow, share)
         return rates
 
@@ -416,7 +313,8 @@ class Monitor:
 
     def _restart_interval(self) -> None:
         self._interval.take()
-        self._steps, self._waited_for_others = 0, 0.0
+        self._end_of_step.take_waited()
+        self._steps = 0
 
     def saved(self, ended: Sequence[Saved]) -> None:
         """Notes the checkpoints that became whole, or did not, since the last time."""
@@ -455,7 +353,7 @@ class Monitor:
             self._tell(self.attempt).end(end)
         if self.main:
             self._write_progress(step, end)
-        return SegmentEnd(end, self.segment.name, step, reason, asked, self._nodes)
+        return SegmentEnd(end, self.segment.name, step, reason, asked, self._end_of_step.nodes)
 
     @staticmethod
     def _end_run(log: MetricLogger, end: End) -> None:
@@ -541,9 +439,6 @@ _OF_SCHEDULE = (
 )  # fmt: skip
 """What the schedule's run shows too, on the schedule's own step."""
 
-_MOST_RANKS = 64
-"""Of so many workers each has curves of its own; of more the slowest and the one with the most memory have."""
-
 _EXPORTED = {
     "loss": "loss",
     "grad_norm": "grad_norm",
@@ -564,6 +459,3 @@ _LAST_WORDS = 5.0
 
 _RECENT = 5
 """Logged intervals whose mean is the time of a step, for estimates."""
-
-_ASK_SECONDS = 1.0
-"""Between looks at the ledger and questions after preemption."""

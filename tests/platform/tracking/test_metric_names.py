@@ -13,7 +13,7 @@ from domainshuttle.platform.run.ledger import LedgerSummary
 from domainshuttle.platform.tracking.metric_names import _SHOWN, known, shown
 from domainshuttle.platform.tracking.mlflow import MetricLogger, RunIds, connect
 from domainshuttle.platform.tracking.queries import read_history, read_runs
-from domainshuttle.platform.training import monitor
+from domainshuttle.platform.training import monitor, rank_rates
 
 NAMES = {
     *_SHOWN, *LedgerSummary(0, 0, 0, 0, 0, 0, 0, 0, 1, 2.0).metrics(), "loss/flow", "loss/cross_pair", "pairs/same",
@@ -23,10 +23,9 @@ NAMES = {
 
 
 def test_each_metric_of_the_monitor_is_among_them() -> None:
-    source = ast.parse(Path(monitor.__file__).read_text())
-    literals = {
-        node.value for node in ast.walk(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
+    sources = [ast.parse(Path(one.__file__).read_text()) for one in (monitor, rank_rates)]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    literals = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert literals & {"grad_norm", "step_seconds", "samples/s"} <= NAMES
     assert {name for name in literals if re.fullmatch(r"[a-z_]+/[a-z_]+(/device)?", name)} <= NAMES | {
         "memory/peak_rank"
