@@ -232,8 +232,12 @@ class Monitor:
         self._steps += 1
         self._keys = []
         self.losses.keep()  # nothing, where it was dropped
-        if (step + 1) % self._due and step + 1 != self.segment.stage.duration.planned_steps and not self._ending:
-            return
+        planned_end = step + 1 == self.segment.stage.duration.planned_steps
+        if (step + 1) % self._due == 0 or planned_end or self._ending:
+            self._end_interval(step, result)
+
+    def _end_interval(self, step: int, result: StepResult) -> None:
+        """Compares the ranks and, on rank 0, logs what the steps since the last log were; all ranks must call."""
         metrics = self.losses.reduce()
         seconds = self._interval.take()
         balance = self._utilization.balance() if self._utilization else {}
@@ -263,15 +267,7 @@ class Monitor:
             **ranks,
         }
         if self.attempt and self.logger:
-            self._tell(self.attempt).progress(step + 1, every=10.0)
-            whole, own = self.ledger.summaries(self.segment.name, self.run.config.budget_gpu_hours)
-            hours, mine, unwritten = whole.metrics(), own.metrics(), self.attempt.unwritten()
-            for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
-                hours[f"gpu_hours/{name}"] += value
-                mine[f"gpu_hours/{name}"] += value
-            of_schedule = {name: value for name, value in self.last.items() if name in _OF_SCHEDULE}
-            at = self.run.step_in_schedule(self.segment, step + 1)
-            self.logger.log(step + 1, {**self.last, **mine}, (at, {**of_schedule, **hours}))
+            self._log(step + 1, self._tell(self.attempt), self.logger)
         logger.info(
             "%s step %d: loss %.5f, gradient norm %.3g, learning rate %.3g, %s",
             self.segment.name,
@@ -284,6 +280,18 @@ class Monitor:
         self._export()
         self._write_progress(step + 1, "training", rates)
         self._restart_interval()
+
+    def _log(self, steps: int, attempt: Attempt, log: MetricLogger) -> None:
+        """Gives the tracking the numbers after so many steps, with the hours of the segment and of the schedule."""
+        attempt.progress(steps, every=10.0)
+        whole, own = self.ledger.summaries(self.segment.name, self.run.config.budget_gpu_hours)
+        hours, mine, unwritten = whole.metrics(), own.metrics(), attempt.unwritten()
+        for name, value in {**unwritten, "used": sum(unwritten.values())}.items():
+            hours[f"gpu_hours/{name}"] += value
+            mine[f"gpu_hours/{name}"] += value
+        of_schedule = {name: value for name, value in self.last.items() if name in _OF_SCHEDULE}
+        at = self.run.step_in_schedule(self.segment, steps)
+        log.log(steps, {**self.last, **mine}, (at, {**of_schedule, **hours}))
 
     def _own_rates(self, seconds: Mapping[str, float]) -> RankRates:
         """How fast each rank is by itself, which it also exports; rank 0 names one that is slow for long."""
