@@ -95,9 +95,10 @@ def options_of(command: Any) -> set[str]:
 
 
 _PROGRAMS = (
-    "ray (?:start|job|up|get-auth-token)|mlflow (?:ui|server)|hf download|(?:zstd|lz4) -d|kubectl|docker|nvidia-smi"
+    "ray (?:start|job|up|get-auth-token)|mlflow (?:ui|server)|hf download|(?:zstd|lz4) -d|kubectl|docker|nvidia-smi|"
+    "tar (?=--)"
 )
-FOREIGN = re.compile(rf"\b(?:{_PROGRAMS})\b.*")
+FOREIGN = re.compile(rf"\b(?:{_PROGRAMS}).*")
 """Commands of others that a text names, with their options."""
 OF_OTHERS = "cluster/vm.py"
 """Where all options are those of `ray start` and `docker run`."""
