@@ -43,7 +43,7 @@ _LINK = "is a link: pack what it leads to (tar --dereference --hard-dereference)
 _NO_FILES = {
     tarfile.LNKTYPE: _LINK,
     tarfile.SYMTYPE: _LINK,
-    tarfile.GNUTYPE_SPARSE: "is stored as a sparse file, with holes: pack the shard again without --sparse",
+    tarfile.GNUTYPE_SPARSE: "is stored as a sparse file, with holes: pack the shard again, not with `tar --sparse`",
 }
 
 

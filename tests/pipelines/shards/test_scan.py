@@ -232,4 +232,4 @@ def test_a_sparse_file_costs_its_sample_only(tmp_path: Path, form: str, holes: i
     subprocess.run(["tar", f"--format={form}", "-S", "-cf", "s.tar", *names], cwd=tmp_path, check=True)
     entries, faults = scanned(tmp_path / "s.tar")
     assert [entry.key for entry in entries] == ["a", "c"]
-    assert [fault.key for fault in faults] == ["b"] and "without --sparse" in faults[0].reason
+    assert [fault.key for fault in faults] == ["b"] and "not with `tar --sparse`" in faults[0].reason
