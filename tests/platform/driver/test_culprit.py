@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,8 @@ def test_a_worker_that_hangs_is_told_from_those_that_wait_for_it(run: Run, tmp_p
 
 def test_a_mistake_that_comes_again_before_the_first_step_ends_the_run(run: Run) -> None:
     shown: list[str] = []
-    tracker: Any = None
+    reopened: list[str] = []
+    tracker: Any = SimpleNamespace(open_segment=reopened.append)
     schedule = Schedule(run, tracker, lambda: None, shown.append)
 
     def job(attempt: int) -> WorkerJob:
@@ -152,6 +154,7 @@ def test_a_mistake_that_comes_again_before_the_first_step_ends_the_run(run: Run)
     fault(ValueError("another one"), 4)
     with pytest.raises(WorkersFailedError, match="The start before ended with the same words"):
         fault(ValueError("another one"), 5)
+    assert reopened == ["base"] * 4  # its run is no longer that of workers that failed
 
 
 def test_a_missing_package_ends_the_run_at_once(run: Run) -> None:
