@@ -31,6 +31,7 @@ from domainshuttle.pipelines.index.verify import verify_index
 from domainshuttle.pipelines.plan.feed import EncoderSources
 from domainshuttle.pipelines.shards.scan import fault_kind
 from domainshuttle.pipelines.shards.tar import ShardWriter, read_members, sample_checksum
+from domainshuttle.pipelines.values import ActorPool
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -112,7 +113,7 @@ def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Pat
     job = EncodingJob(
         CorpusSpec("mine", "raw", str(tmp_path / "raw")), CorpusSpec("mine", "encoded", str(tmp_path / "encoded"))
     )
-    (made,) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, samples_per_part=8)
+    (made,) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, ActorPool(), samples_per_part=8)
     encoded = made.metadata
     before = rows(tmp_path / "encoded")
     again = index(tmp_path / "encoded", metadata=encoded.model_copy(update={"digest": ""}), buckets=[])

@@ -68,7 +68,7 @@ def job_of(name: str, raw: Path, encoded: Path) -> EncodingJob:
 def corpus(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     build_corpus("pictures", CONFIG, BUCKETS, folder / "raw", silent, samples_per_part=16)
-    encode([job_of("pictures", folder / "raw", folder / "encoded")], SOURCES, silent, samples_per_part=16)
+    encode([job_of("pictures", folder / "raw", folder / "encoded")], SOURCES, silent, ActorPool(), samples_per_part=16)
     return folder
 
 
@@ -125,7 +125,7 @@ def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unask
     shard = next((corpus / "encoded").glob("*.tar"))
     before = shard.stat().st_mtime_ns
     job = job_of("pictures", corpus / "raw", corpus / "encoded")
-    (made,) = encode([job], SOURCES, silent, samples_per_part=16)
+    (made,) = encode([job], SOURCES, silent, ActorPool(), samples_per_part=16)
     metadata, bad = made.metadata, made.bad
     assert shard.stat().st_mtime_ns == before
     assert bad == 0
