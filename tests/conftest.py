@@ -121,7 +121,6 @@ stages:
   - {{name: stage2, mixture: {{clips: 1}}, steps: 24, global_batch: 8, micro_batch: 2, learning_rate: 1.0e-3,
      trained: ["blocks.*.attn1.*", "*_ref*"], references: 2, loss: {{cross_pair_weight: 0.1}}}}
 cluster: {{workers: 2, cpus_per_worker: 0.5}}
-encoding: {{actors: 1}}
 engine: {{persistent_parameters: 0, activations: {{mode: none}}}}
 checkpoint: {{every: 3, keep: 2}}
 tracking: {{experiment: tiny, every: 1}}
