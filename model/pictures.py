@@ -89,6 +89,8 @@ def profile_of(image: Image.Image) -> bytes | None:
     """
     notes = image.applist if isinstance(image, JpegImageFile) else []
     if parts := [content for name, content in notes if name == "APP2" and content[:12] == _ICC]:
+        if min(map(len, parts)) < 14:
+            raise ValueError("its ICC profile is damaged")
         parts.sort(key=lambda part: part[12])
         if [part[12] for part in parts] != [*range(1, parts[0][13] + 1)]:
             raise ValueError(f"of its ICC profile the parts {[part[12] for part in parts]} of {parts[0][13]} are there")

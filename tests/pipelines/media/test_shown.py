@@ -282,6 +282,15 @@ def test_a_profile_of_which_a_part_is_missing_is_refused(parts: list[int]) -> No
         decode_image(cut)
 
 
+@pytest.mark.parametrize("content", [b"", b"\1"])
+def test_a_note_of_a_profile_without_its_number_is_refused(content: bytes) -> None:
+    data, note = io.BytesIO(), b"ICC_PROFILE\0" + content
+    Image.fromarray(SCENE).save(data, "JPEG", quality=95)
+    frame, marker, rest = data.getvalue().partition(b"\xff\xc4")  # Pillow itself refuses it before the frame's header
+    with pytest.raises(DataError, match="its ICC profile is damaged"):
+        decode_image(frame + b"\xff\xe2" + (len(note) + 2).to_bytes(2, "big") + note + marker + rest)
+
+
 @pytest.mark.parametrize("content", [b"none" * 30, zlib.compress(b"")])
 def test_a_pngs_profile_that_can_not_be_unpacked_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="its ICC profile"):
