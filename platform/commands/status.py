@@ -24,7 +24,7 @@ from domainshuttle.platform.run.folder import Run, find_run
 from domainshuttle.platform.run.journal import FAILED, MOVED, WAITING, Journal
 from domainshuttle.platform.run.ledger import CATEGORIES, AttemptRecord, Ledger
 from domainshuttle.platform.run.lock import HOLDER_NAME, PATIENCE_SECONDS
-from domainshuttle.platform.run.segments import Segment
+from domainshuttle.platform.run.segments import End, Segment
 from domainshuttle.platform.run.workers import WorkerState, attempts, beat_seconds, read_workers
 
 _MOST_ATTEMPTS = 20
@@ -118,14 +118,14 @@ def print_status(folder: Path) -> None:
     except STORE_FAULTS as error:  # the rest is in the run's folder
         checkpoints = []
         console.print(Prose(f"The store of the checkpoints does not answer: {error}"))
-    console.print(Prose(_now(run, state, alive)))
-    console.print(_stages(run, state, alive, [found for _, found in checkpoints if isinstance(found, Checkpoint)]))
+    word, why = run_state(run, state, alive)
+    console.print(Prose(f"Now: {word}{f', because: {why}' if why else ''}"))
+    console.print(_stages(run, state, word, [found for _, found in checkpoints if isinstance(found, Checkpoint)]))
     ledger = Ledger(run.ledger_path)
-    _print_progress(run, state, alive, ledger)
+    _print_progress(run, state, word, alive, ledger)
     _print_workers(run, alive)
-    told = run_state(run, state, alive)[1]
     for notice in Journal(run.notices_path).read()[0][-_MOST_NOTICES:]:
-        if notice.get("text") != told:
+        if notice.get("text") != why:
             console.print(Prose(f"{_date(notice.get('time', 0.0))} {notice.get('text', '')}"))
     _print_hours(run, ledger, alive)
     for name, found in checkpoints:
@@ -172,16 +172,11 @@ def watch_status(folder: Path, seconds: float, as_json: bool = False) -> None:
 def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str]:
     """What the run is doing, in a word or two, and why: `state` is what rank 0 wrote last, `alive` whether its driver
     is at work."""
-    end, segments = run.read_end(), run.segments()
-    if all(segment.finished for segment in segments):
+    left = [segment.name for segment in run.segments() if not segment.finished]
+    if not left:
         return "finished", ""
     if not alive:
-        if end:
-            return str(end["how"]), str(end["error"])
-        if not state:
-            return ("not begun", "") if not started(run) else ("probably dead", "its driver recorded no result")
-        dead = state["state"] == "training"
-        return ("probably dead", "its driver recorded no result") if dead else (state["state"], "")
+        return _ended(run, state, left)
     since = _driver_started(run)
     told = [line for line in Journal(run.notices_path).read()[0]
             if line.get("kind") in (FAILED, MOVED, WAITING) and line.get("time", 0.0) >= since]  # fmt: skip
@@ -197,6 +192,25 @@ def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str
     if not any(line["kind"] in (FAILED, MOVED) for line in told):
         return "starting", told[-1]["text"] if told else ""
     return f"starting again (attempt {number + (ended and bool(workers))})", told[-1]["text"]
+
+
+def _ended(run: Run, state: Mapping[str, Any], left: Sequence[str]) -> tuple[str, str]:
+    """How a run ended whose driver is gone, of which some stages are left, and why."""
+    if end := run.read_end():
+        if end["how"] == "finished":  # of a part of the schedule (train --stage)
+            return "stopped", f"the stage that was asked for is finished; left: {', '.join(left)}"
+        return str(end["how"]), str(end["error"])
+    if not state and not started(run):
+        return "not begun", ""
+    last = state.get("state", "training")
+    if last in _LAST_ENDS:
+        return last, ""
+    told = "" if last == "training" or last in set(End) else f"; worker 0 ended with {headline(last)}"
+    return "probably dead", f"its driver recorded no result{told}"
+
+
+_LAST_ENDS = (End.STOPPED, End.BUDGET_SPENT, End.DIVERGED, End.UNSAVED)
+"""Ends of the workers after which their driver starts no others."""
 
 
 def _at_work(run: Run, state: Mapping[str, Any], workers: Sequence[WorkerState]) -> tuple[str, str]:
@@ -243,11 +257,6 @@ def _workers(run: Run, alive: bool) -> list[WorkerState]:
 def started(run: Run) -> bool:
     """Whether workers were ever asked for."""
     return bool(attempts(run))
-
-
-def _now(run: Run, state: Mapping[str, Any], alive: bool) -> str:
-    word, why = run_state(run, state, alive)
-    return f"Now: {word}{f', because: {why}' if why else ''}"
 
 
 def _print_workers(run: Run, alive: bool) -> None:
@@ -315,19 +324,19 @@ def driver_lives(run: Run) -> bool:
         if holder["host"] == socket.gethostname():
             return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
         return time.time() - float(holder["beat"]) < PATIENCE_SECONDS
-    except (OSError, ValueError, KeyError, psutil.Error):  # no driver, or one that is just ending
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # no driver, or one that is just ending
         return False
 
 
-def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]) -> Records:
-    rows, now = [], run_state(run, state, alive)[0]
+def _stages(run: Run, state: dict[str, Any], now: str, kept: list[Checkpoint]) -> Records:
+    rows = []
     for segment in run.segments():
         last = _newest(segment, kept)
         here = state if state.get("segment") == segment.name else None
         if segment.finished:
             doing = "finished"
         elif here:
-            doing = _stage_state(now, here["state"], alive)
+            doing = now.partition(" (")[0]  # what the run does, not what a worker said last of another's end
         else:
             doing = "stopped" if last else "not begun"
         rows.append(
@@ -343,16 +352,6 @@ def _stages(run: Run, state: dict[str, Any], alive: bool, kept: list[Checkpoint]
     fields = ("stage", "state", "steps", "last losses", "last checkpoint", "size")
     return Records(fields, rows, f"Run {run.config.name} ({run.folder})", styles=_STYLES)
 
-
-def _stage_state(now: str, last: str, alive: bool) -> str:
-    """What the stage does that the run is at: what the run does, and not what a worker said last of another's end."""
-    if not alive:
-        return now if now in _ENDS else "probably dead" if last == "training" else last
-    return now.partition(" (")[0]
-
-
-_ENDS = ("stopped", "budget spent", "diverged", "failed")
-"""How a driver may end a run that is not finished."""
 
 _STYLES = {"finished": "green", "training": "cyan", "running": "cyan", "probably dead": "red"}
 
@@ -374,14 +373,14 @@ def _end(run: Run, segment: Segment) -> str:
     return str(segment.last_step)
 
 
-def _print_progress(run: Run, state: dict[str, Any], alive: bool, ledger: Ledger) -> None:
-    if not state or run.segment(state["segment"]).finished:
+def _print_progress(run: Run, state: dict[str, Any], word: str, alive: bool, ledger: Ledger) -> None:
+    if word == "finished":
         return
-    heard = f"Last update {span(max(0.0, time.time() - state['time']))} ago"
+    heard = f"Last update {span(max(0.0, time.time() - state['time']))} ago" if state else ""
     if not alive:
-        if state["state"] == "training":
-            heard += "; its driver ended without a last message, so it is probably dead"
-        console.print(Advice(f"{heard}. Next:", run.train_command))
+        console.print(Advice(f"{heard}. Next:" if heard else "Next:", run.train_command))
+        return
+    if not state or run.segment(state["segment"]).finished:
         return
     left = remaining(run, state, ledger)
     stage = f"about {span(left.stage)} left" if left.stage is not None else "the time left is not known yet"

@@ -12,7 +12,11 @@ from domainshuttle.platform.run.eta import span
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.workers import WorkerState, beat_seconds, innermost, read_workers, training_stack
 
-_WAITING = re.compile(r"distributed_c10d\.py|deepspeed/comm/|monitor\.py\", line \d+ in _summed|in synchronize\b")
+_WAITING = re.compile(
+    r"distributed_c10d\.py|deepspeed/comm/|in synchronize\b"
+    # on a GPU a collective returns at once, and what waits is the line that reads its result
+    r"|training/(end_of_step|rank_rates|loss_metrics)\.py\", line \d+ in (_summed|gathered|compare_ranks|reduce)\b"
+)
 """In the stack of a worker that waits for the others."""
 
 

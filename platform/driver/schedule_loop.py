@@ -5,6 +5,7 @@ workers that fits the cluster then. Whatever ends a group, a fault, a roll-back,
 is followed by the next start.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shlex
@@ -254,8 +255,9 @@ class Schedule:
                 looked = time.monotonic()
                 if (size := self._size(segment, held=group.size)) > group.size and not self.run.regroup_path.exists():
                     text = f"Stage {segment.name}: there is room for {size} workers; a checkpoint, then they start"
-                    self._notices.add(segment.name, MOVED, text)
-                    write_bytes(self.run.regroup_path, str(size).encode())
+                    with contextlib.suppress(OSError):  # of a full disk: asked again later, and training goes on
+                        write_bytes(self.run.regroup_path, str(size).encode())
+                        self._notices.add(segment.name, MOVED, text)
 
     def _handle_end(self, end: SegmentEnd) -> Outcome | None:
         """What follows from an end that all workers agreed on; None: another start. Raises what ends the run."""

@@ -85,7 +85,7 @@ class WorkerGroup:
         self.end: SegmentEnd | None = None
         self.error: BaseException | None = None
         self.idle_seconds = 0.0
-        """How long no worker has been at its work."""
+        """How long no worker has been at its work; exactly 0 while workers are."""
         self._run, self._ledger = run, Ledger(run.ledger_path)
         storage = run.folder / "ray"
         storage.mkdir(exist_ok=True)
@@ -110,9 +110,10 @@ class WorkerGroup:
         worked = time.monotonic()
         while thread.is_alive():
             thread.join(0.5)
+            now = time.monotonic()
             if self._ledger.last_line() is not None:
-                worked = time.monotonic()
-            self.idle_seconds = time.monotonic() - worked
+                worked = now
+            self.idle_seconds = now - worked
             yield
             if self.idle_seconds > STOP_SECONDS and self._run.stop_path.exists():
                 return

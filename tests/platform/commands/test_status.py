@@ -328,6 +328,43 @@ def test_a_worker_that_falls_silent_or_a_step_that_does_not_end_is_said_before_a
     assert state_of(run)[0] == "training", "steps take long here"
 
 
+@pytest.mark.parametrize("last", ["training", "finished", "rolled back", "regrouped", "preempted", "OSError: full"])
+def test_a_run_whose_driver_was_killed_between_two_groups_of_workers_is_not_finished(tmp_path: Path, last: str) -> None:
+    run = a_run(tmp_path)
+    workers(run, 1, 500.0, started=time.time() - 600)
+    progress(run, "base", 40, state=last)
+    word, why = state_of(run)
+    assert word == "probably dead" and why.startswith("its driver recorded no result")
+    assert ("OSError: full" in why) == (last == "OSError: full")
+    assert status_record(run.folder)["next"] == run.train_command
+
+
+def test_a_part_of_the_schedule_that_is_finished_is_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    base = run.segment("base")
+    base.weights.mkdir(parents=True)
+    base.finish(40)
+    progress(run, "base", 40, state="finished")
+    run.note_end("finished")  # by train --stage base
+    assert state_of(run) == ("stopped", "the stage that was asked for is finished; left: stage1, stage2")
+    shown = printed(run, capsys, monkeypatch)
+    assert f"Last update 3 s ago. Next: {run.train_command}" in shown
+
+
+def test_a_run_that_its_driver_gave_up_is_not_called_dead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    workers(run, 1, 500.0, started=time.time() - 600)
+    progress(run, "base", 40)  # its workers were killed and said no last word
+    run.note_end("failed", ValueError("fault 4 in a row"))
+    shown = printed(run, capsys, monkeypatch)
+    assert "Now: failed, because: fault 4 in a row" in shown
+    assert "dead" not in shown and f"Next: {run.train_command}" in shown
+
+
 def test_an_attempt_ended_by_its_cause_and_not_by_what_rank_0_saw_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

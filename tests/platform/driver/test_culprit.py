@@ -21,6 +21,9 @@ from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedE
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.segments import StartPoint, WorkerJob
 from domainshuttle.platform.run.workers import WorkerState
+from domainshuttle.platform.training import end_of_step
+from domainshuttle.platform.training.loss_metrics import LossMetrics
+from domainshuttle.platform.training.rank_rates import RankRates, compare_ranks
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
 NOW = time.time()
@@ -133,6 +136,19 @@ def test_a_worker_that_hangs_is_told_from_those_that_wait_for_it(run: Run, tmp_p
         "worker 1 (process 101 on host1) hung in step 57 of stage2, waiting for data (in read_shard, <string>:6), and "
         "the others waited for it"
     )
+
+
+@pytest.mark.parametrize("reads", [end_of_step._summed, RankRates.gathered, compare_ranks, LossMetrics.reduce])
+def test_a_worker_that_reads_what_a_collective_made_on_a_gpu_waits_for_the_others(run: Run, reads: Any) -> None:
+    """There the collective itself has returned: the stack ends in the function that reads its result."""
+    for rank, place in ((0, reads.__code__), (1, (lambda: None).__code__)):
+        sign(run, rank, world_size=2, doing="computing")
+        path = run.hang_path("stage2", rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame = f'  File "{place.co_filename}", line {place.co_firstlineno} in {place.co_name}'
+        path.write_text(f"Timeout (0:00:40)!\nThread 0x1 (most recent call first):\n{frame}\n")
+    said = Evidence.of(run, 1).hang()
+    assert said is not None and said.startswith("worker 1 (process 101 on host1) hung in ")
 
 
 def test_a_mistake_that_comes_again_before_the_first_step_ends_the_run(run: Run) -> None:

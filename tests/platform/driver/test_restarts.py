@@ -44,7 +44,7 @@ from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
-from domainshuttle.platform.run.segments import WorkerJob
+from domainshuttle.platform.run.segments import StartPoint, WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal, tell_error
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
@@ -121,6 +121,32 @@ def test_no_room_after_other_faults_is_waited_for(schedule: Schedule, before: Ex
     schedule._handle_fault(before)
     for _ in range(5):
         schedule._handle_fault(NO_ROOM)
+
+
+def test_workers_at_work_are_asked_to_end_when_more_would_fit(
+    tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(load_config("demo", [f"output={tmp_path}", "cluster.resize_seconds=0.1"]))
+    asked: list[bool] = []
+
+    def fit() -> SimpleNamespace:
+        attempt = Ledger(run.ledger_path).start(1, "base", 0)
+        deadline = time.monotonic() + 10
+        while not run.regroup_path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        asked.append(run.regroup_path.exists())
+        attempt.end("regrouped")
+        return SimpleNamespace(return_value=None)
+
+    monkeypatch.setattr(worker_group, "ray_trainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    schedule = Schedule(run, cast(Any, None), lambda: None, shown.append)
+    monkeypatch.setattr(schedule, "_size", lambda segment, held=0: held + 1)
+    schedule._opened.add("base")
+    group = WorkerGroup(run, WorkerJob({}, 1, (StartPoint("base", 0, None, 1),), {}, {}, {}), 1)
+    schedule._follow(group, run.segment("base"))
+    assert group.error is None
+    assert asked == [True]
+    assert shown == ["Stage base: there is room for 2 workers; a checkpoint, then they start"]
 
 
 @pytest.mark.slow
