@@ -14,30 +14,30 @@ def recover_run(run: Run, say: Callable[[str], None]) -> None:
 
     These are the ledger with the hours used, the ids of the MLflow runs, the steps that are skipped, and after how
     many steps the finished stages ended: their weights, which were in the folder, are then exported from their last
-    checkpoints. Raises StorageError when the store does not answer.
+    checkpoints. The ledger comes last: where this was killed before, it is done again, and what was written stays as it
+    is. Raises StorageError when the store does not answer.
     """
-    if run.read_ids() is not None or run.ledger_path.exists():
+    if run.ledger_path.exists():
         return
     newest = _newest(run)
     if newest is None or newest.state.config_digest != run.config.digest():
         return
     state = newest.state
-    if state.ledger:
-        Ledger(run.ledger_path).restore(state.ledger)
-    if state.mlflow:
-        run.write_ids(state.mlflow)
     segments = {segment.name: segment for segment in run.segments()}
     for name, rollbacks in state.passed_over.items():
-        if rollbacks and name in segments:
+        if rollbacks and name in segments and not run.skipped(name):
             run.skip(name, *rollbacks)
     for name, steps in state.finished.items():
-        if name in segments:
+        if name in segments and not segments[name].finished:
             segments[name].end_at(steps)
+    if state.mlflow and run.read_ids() is None:
+        run.write_ids(state.mlflow)
+    if state.ledger:
+        Ledger(run.ledger_path).restore(state.ledger)
     hours = Ledger(run.ledger_path).summary().used
     say(
-        f"{run.folder} had no ledger and no MLflow ids: those of checkpoint {newest.name} are taken, with {hours:.3f} "
-        "device-hours used. "
-        "Finished stages are exported again from their last checkpoints"
+        f"{run.folder} had no ledger: what checkpoint {newest.name} knows of the run is taken, with {hours:.3f} "
+        "device-hours used. Finished stages are exported again from their last checkpoints"
     )
 
 

@@ -85,6 +85,8 @@ class Schedule:
         """The mistake that ended the last workers, where they had made no step."""
         self._fault: Fault | None = None
         """What ended the workers last."""
+        self._attempts_before = 0
+        """How many attempts the ledger had when the newest workers were asked for."""
         self._leaving: set[str] = set()
         self._opened: set[str] = set()
         self._selections: dict[str, TrainedParameters] = {}
@@ -124,6 +126,7 @@ class Schedule:
         for one in starts:
             self.run.note_order(one.segment, one.order)
         self.run.regroup_path.unlink(missing_ok=True)
+        self._attempts_before = len(self._ledger.attempts())
         attempt = max(attempts(self.run), default=0) + 1
         self.run.worker_path(attempt, 0).parent.mkdir(parents=True, exist_ok=True)
         job = WorkerJob(
@@ -140,7 +143,7 @@ class Schedule:
             + (f"goes on after step {start.first_step}" if start.checkpoint else "begins")
             + f", with {group.size} worker{'s' if group.size > 1 else ''}"
         )
-        self._follow(group, first)
+        self._follow(group, job)
         if group.error is not None:
             self._handle_fault(group.error, job)
             return None
@@ -240,15 +243,13 @@ class Schedule:
             return settled_size(sizes, need, self._leaving, self._watch, labels=labels)
         return group_size(sizes, need, self._leaving, held, labels)
 
-    def _follow(self, group: WorkerGroup, segment: Segment) -> None:
+    def _follow(self, group: WorkerGroup, job: WorkerJob) -> None:
         """Follows the workers to their end, segment after segment, and asks them to end when more would fit."""
         looked = time.monotonic()
         for _ in group.running():
             self._watch()
-            at = self.run.read_progress().get("segment", segment.name)
-            if at != segment.name and at not in self._opened:
-                segment = self.run.segment(at)
-                self._open(segment)
+            segment = self.run.segment(segment_at(self.run.read_progress(), job))
+            self._open(segment)
             if group.idle_seconds > WAITING_SECONDS:
                 self._notices.add(segment.name, WAITING, f"Stage {segment.name}: {group.waits_for()}")
             if group.idle_seconds == 0 and time.monotonic() - looked > self._config.cluster.resize_seconds:
@@ -311,7 +312,7 @@ class Schedule:
         fault = explain(error, Evidence.of(self.run, job.attempt) if job else None)
         fault = self._fault = after_failed_start(fault, self._fault)
         state = self.run.read_progress()
-        at = state.get("segment")
+        at = segment_at(state, job) if job else state.get("segment")
         segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)
         segment = segment or next((one for one in self.run.segments() if not one.finished), None)
         if segment is None:
@@ -367,18 +368,28 @@ class Schedule:
         return str(path)
 
     def _record_restart(self, segment: Segment, fault: Fault) -> None:
-        """Ends the attempt in the ledger, and gives the segment's MLflow run the tag `restart.<n>`."""
+        """Ends the attempt in the ledger, and gives the segment's MLflow run the tag `restart.<n>` of its nth attempt;
+        none where these workers never came to their first line."""
         self._ledger.end_open(fault.what)
         attempts = [one for one in self._ledger.attempts() if one.segment == segment.name and one.devices]
-        if attempts:  # none where the workers never came to their first line
+        if any(one in attempts for one in self._ledger.attempts()[self._attempts_before :]):
             text = f"{fault.what} (step {attempts[-1].last} was reached)"
             tag_segment(self.run, segment.name, f"restart.{len(attempts)}", text)
 
 
+def segment_at(state: Mapping[str, Any], job: WorkerJob) -> str:
+    """The segment that the workers of a job are at, when rank 0 wrote `state` last: before they wrote anything their
+    first, whatever workers before them were at."""
+    return str(state["segment"]) if _written_by(state, job) else job.starts[0].segment
+
+
+def _written_by(state: Mapping[str, Any], job: WorkerJob) -> bool:
+    return state.get("attempt") in {start.attempt for start in job.starts}
+
+
 def made_steps(state: Mapping[str, Any], job: WorkerJob) -> bool:
     """Whether the workers of a job have made a step, when rank 0 wrote `state` last."""
-    mine = state.get("attempt") in {start.attempt for start in job.starts}
-    return mine and (state["segment"] != job.starts[0].segment or state["step"] > state["first_step"])
+    return _written_by(state, job) and (state["segment"] != job.starts[0].segment or state["step"] > state["first_step"])
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,34 @@ def test_a_lost_folder_gets_its_books_back_from_the_store(tmp_path: Path) -> Non
     assert stage1.last_step == stage1.stage.steps
 
 
+@pytest.mark.parametrize("last", ["Run.skip", "Segment.end_at", "Run.write_ids", "Ledger.restore"])
+def test_books_that_were_not_taken_to_the_end_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """Killed at each of its writes, and started again."""
+    run, _ = lose_folder(tmp_path)
+    whole = books(run)
+    shutil.rmtree(run.folder)
+    run = Run.open(run.config)
+    kind, name = {"Run": Run, "Segment": Segment, "Ledger": Ledger}[last.partition(".")[0]], last.partition(".")[2]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(kind, name, killed)
+        recover_run(run, pytest.fail)
+    recover_run(run, lambda _: None)
+    assert books(run) == whole
+    recover_run(run, pytest.fail)
+
+
+def books(run: Run) -> list[Any]:
+    """What the driver goes on from."""
+    of_segments = [(run.skipped(one.name), one.last_step) for one in run.segments()]
+    return [of_segments, run.read_ids(), Ledger(run.ledger_path).summary()]
+
+
 def test_a_folder_that_has_books_keeps_its_own(tmp_path: Path) -> None:
     run, _ = lose_folder(tmp_path)
     run.write_ids({"key": "ours"})

@@ -3,10 +3,12 @@
 Run: python -m pytest tests/platform/driver/test_restarts.py
 """
 
+import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +45,7 @@ from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedE
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.ledger import Ledger
+from domainshuttle.platform.run.ledger import Attempt, Ledger
 from domainshuttle.platform.run.segments import StartPoint, WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal, tell_error
 
@@ -123,28 +125,64 @@ def test_no_room_after_other_faults_is_waited_for(schedule: Schedule, before: Ex
         schedule._handle_fault(NO_ROOM)
 
 
+def followed(
+    run: Run, schedule: Schedule, monkeypatch: pytest.MonkeyPatch, work: Callable[[Attempt], None], *segments: str
+) -> list[str]:
+    """The segments that a driver opens while it follows a group of workers, of which rank 0 does `work`."""
+    opened: list[str] = []
+
+    def fit() -> SimpleNamespace:
+        attempt = Ledger(run.ledger_path).start(1, segments[0], 0)
+        work(attempt)
+        attempt.end("regrouped")
+        return SimpleNamespace(return_value=None)
+
+    monkeypatch.setattr(worker_group, "ray_trainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(schedule, "_open", lambda segment: opened.append(segment.name))
+    job = WorkerJob({}, 7, tuple(StartPoint(one, 0, None, 77) for one in segments), {}, {}, {})
+    group = WorkerGroup(run, job, 1)
+    schedule._follow(group, job)
+    assert group.error is None
+    return list(dict.fromkeys(opened))
+
+
+def test_only_segments_that_these_workers_are_at_are_opened(
+    run: Run, schedule: Schedule, monkeypatch: pytest.MonkeyPatch, shown: list[str]
+) -> None:
+    """What rank 0 of an earlier group wrote is there until that of this one writes: its stage is not begun again."""
+
+    def wrote(segment: str, attempt: int) -> None:
+        line = {"segment": segment, "step": 3, "steps": 9, "first_step": 0, "attempt": attempt, "state": "training"}
+        run.progress_path.write_text(json.dumps(line))
+
+    def work(attempt: Attempt) -> None:
+        time.sleep(0.7)
+        wrote("stage1", 77)
+        time.sleep(0.7)
+        wrote("stage2", 77)
+
+    wrote("base", 76)
+    assert followed(run, schedule, monkeypatch, work, "stage1", "stage2") == ["stage1", "stage2"]
+    wrote("stage2", 76)
+    schedule._handle_fault(of_workers(died()), WorkerJob({}, 8, (StartPoint("base", 0, None, 78),), {}, {}, {}))
+    assert shown[-1].startswith("Stage base: ")
+
+
 def test_workers_at_work_are_asked_to_end_when_more_would_fit(
     tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.open(load_config("demo", [f"output={tmp_path}", "cluster.resize_seconds=0.1"]))
     asked: list[bool] = []
 
-    def fit() -> SimpleNamespace:
-        attempt = Ledger(run.ledger_path).start(1, "base", 0)
+    def work(attempt: Attempt) -> None:
         deadline = time.monotonic() + 10
         while not run.regroup_path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         asked.append(run.regroup_path.exists())
-        attempt.end("regrouped")
-        return SimpleNamespace(return_value=None)
 
-    monkeypatch.setattr(worker_group, "ray_trainer", lambda *_, **__: SimpleNamespace(fit=fit))
     schedule = Schedule(run, cast(Any, None), lambda: None, shown.append)
     monkeypatch.setattr(schedule, "_size", lambda segment, held=0: held + 1)
-    schedule._opened.add("base")
-    group = WorkerGroup(run, WorkerJob({}, 1, (StartPoint("base", 0, None, 1),), {}, {}, {}), 1)
-    schedule._follow(group, run.segment("base"))
-    assert group.error is None
+    followed(run, schedule, monkeypatch, work, "base")
     assert asked == [True]
     assert shown == ["Stage base: there is room for 2 workers; a checkpoint, then they start"]
 
@@ -340,6 +378,10 @@ def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, sch
         "restart.1": "worker 1 failed: ValueError: bad 7 (step 7 was reached)",
         "restart.2": "worker 1 failed: ValueError: bad 9 (step 9 was reached)",
     }
+    # a start that fails before the workers' first line takes no other's reason away
+    schedule._attempts_before = len(ledger.attempts())
+    schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
+    assert tags(run)["restart.2"].startswith("worker 1 failed: ValueError: bad 9")
 
 
 def test_a_restart_says_which_checkpoint_it_skips(run: Run, schedule: Schedule, shown: list[str]) -> None:
