@@ -1,4 +1,4 @@
-"""Errors of data and storage, and their texts without secrets."""
+"""Errors of data and storage, and their texts: without secrets, in one line, with words that fit their numbers."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ def mask_secrets(text: str) -> str:
 def without_user(url: str) -> str:
     """A URL without its user and password, and with `***` for the values of parameters that name a secret."""
     return mask_secrets(url).replace("***@", "")
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with what it counts, `1 step` or `2 steps`; `plural` where that is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import signal
 import sys
 from enum import StrEnum
@@ -872,16 +873,18 @@ def export(
     from domainshuttle.platform.console import console
     from domainshuttle.platform.generation.adapters import export_lora
     from domainshuttle.platform.generation.export import export_run
+    from domainshuttle.platform.report.text import Advice, Prose
     from domainshuttle.platform.run.folder import find_run
 
     if lora:
-        console.print(
-            f"Exported {export_lora(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)}"
-        )
-        console.print(f"Next, in Python: pipeline.load_lora_weights({str(folder)!r})")
+        exported = export_lora(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)
+        console.print(Prose(f"Exported {exported}"))
+        console.print(Advice("Next, in Python:", f"pipeline.load_lora_weights({str(folder)!r})"))
         return
     exported = export_run(find_run(run), folder, stage, checkpoint=checkpoint, overwrite=overwrite)
-    console.print(f"Exported {exported} to {folder}. Next: domainshuttle generate {folder} --help")
+    console.print(
+        Advice(f"Exported {exported} to {folder}. Next:", f"domainshuttle generate {shlex.quote(str(folder))} --help")
+    )
 
 
 @app.command()
@@ -997,9 +1000,11 @@ def evaluate_rate(
     else:
         from domainshuttle.platform.console import console
         from domainshuttle.platform.evaluation.rating import make_pages
+        from domainshuttle.platform.report.text import Advice, Prose
 
-        console.print(f"Page: {make_pages(folder, read_results(folder), pairs, seed)}")
-        console.print(f"Next: domainshuttle evaluate rate {folder} --answers FILE.jsonl")
+        console.print(Prose(f"Page: {make_pages(folder, read_results(folder), pairs, seed)}"))
+        answering = f"domainshuttle evaluate rate {shlex.quote(str(folder))} --answers FILE.jsonl"
+        console.print(Advice("Next:", answering))
 
 
 @app.command()

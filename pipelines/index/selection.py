@@ -1,5 +1,6 @@
 """Which rows of an index are trained on: a corpus as its index has it, or those of its samples that a filter leaves."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -29,10 +30,10 @@ def selected_rows(place: Location, where: str, known: bool = False) -> np.ndarra
     condition = RowFilter(index.table, where)
     mask = condition.chosen() if known else condition.mask()
     if not mask.any():
-        corpus, path = index.parts[0].corpus, redacted(absolute(place))
+        corpus, quoted = index.parts[0].corpus, shlex.quote(redacted(absolute(place)))
         raise DataError(
             f"filter {where!r} leaves none of the {len(mask)} samples of corpus {corpus!r}: try it with "
-            f"`domainshuttle data inspect {path} --where`"
+            f"`domainshuttle data inspect {quoted} --where FILTER`"
         )
     return mask
 

@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.storage import files as storage
 from domainshuttle.platform.checkpoint.backend import STORE_FAULTS, FileEntry, describe_all
 from domainshuttle.platform.checkpoint.names import Name
@@ -214,8 +215,8 @@ class AsyncCheckpointer:
             logger.warning("%s (%d in a row)", _failure(saved), self._failed)
         if self._failed >= self.settings.max_failed:
             raise SavesFailedError(
-                f"{self._failed} checkpoints in a row could not be written, so the run ends; those before are intact. "
-                + _failure(saved)
+                f"{counted(self._failed, 'checkpoint')} in a row could not be written, so the run ends; those before "
+                "are intact. " + _failure(saved)
             )
 
     def _prepare(self, state: TrainingState) -> tuple[str | None, tuple[str, str, int]]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from domainshuttle.pipelines.errors import UserFacingError
+from domainshuttle.pipelines.errors import UserFacingError, counted
 from domainshuttle.platform.console import console
 from domainshuttle.platform.report.text import Prose
 
@@ -66,11 +66,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for one in sorted(findings, key=lambda finding: order.index(finding.verdict)):
         console.print(Prose(one.line()))
     counts = [sum(one.verdict is verdict for one in findings) for verdict in order]
-    console.print(Prose(f"Preflight: {counts[0]} passed, {counts[1]} warnings, {counts[2]} failed"))
+    console.print(Prose(f"Preflight: {counts[0]} passed, {counted(counts[1], 'warning')}, {counts[2]} failed"))
 
 
 def require_none_failed(findings: Sequence[Finding]) -> None:
     """Raises PreflightError that names each failed check, with its remedy."""
     if wrong := failed(findings):
         lines = "\n".join(f"  {one.line()}" for one in wrong)
-        raise PreflightError(f"the cluster does not pass {len(wrong)} checks:\n{lines}")
+        raise PreflightError(f"the cluster does not pass {counted(len(wrong), 'check')}:\n{lines}")

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.cluster_checks.findings import Finding, failure, passed, warning
 from domainshuttle.platform.cluster_checks.node_facts import GpuFacts, NodeFacts
 
@@ -54,7 +55,7 @@ def _good(check: str, nodes: Sequence[NodeFacts]) -> str:
     if check == "versions":
         return ", ".join(f"{name} {version}" for name, version in nodes[0].versions.items())
     if check == "GPUs":
-        return f"{len(gpus)} on {sum(bool(node.gpus) for node in nodes)} nodes"
+        return f"{len(gpus)} on {counted(sum(bool(node.gpus) for node in nodes), 'node')}"
     if check == "GPU rate":
         return f"{median(gpu.flops for gpu in gpus) / 1e12:.0f} TFLOP/s in bf16, all within 5%"
     if check == "/dev/shm":
@@ -190,7 +191,7 @@ def _links(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
             if state != "ACTIVE":
                 others = active.get(port, 0)
                 found = failure if others else warning
-                said = f", on {others} other nodes it is ACTIVE" if others else ""
+                said = f", on {counted(others, 'other node')} it is ACTIVE" if others else ""
                 yield found("network cards", f"{port} is {state}{said}", _where(node),
                             "look at cable and switch (ibstat), or leave it out of NCCL_IB_HCA")  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.cluster_checks.findings import Finding, failed, failure, warning
 from domainshuttle.platform.cluster_checks.group import check_group
 from domainshuttle.platform.cluster_checks.node_facts import node_facts, versions
@@ -32,7 +33,7 @@ def run_checks(
     """
     nodes = Nodes(seconds)
     findings: list[Finding] = []
-    echo(f"Preflight of {len(nodes.ids)} nodes")
+    echo(f"Preflight of {counted(len(nodes.ids), 'node')}")
     if "nodes" in parts:
         findings += _check_nodes(config, spec, nodes)
     if "storage" in parts:
@@ -43,7 +44,8 @@ def run_checks(
         if failed(findings):
             findings.append(warning("trial steps", "left out, since checks before it failed", "", "mend those first"))
         else:
-            echo(f"Trial group of {config.cluster.least_workers} workers: collectives, two steps of the largest batch")
+            workers = counted(config.cluster.least_workers, "worker")
+            echo(f"Trial group of {workers}: collectives, two steps of the largest batch")
             findings += check_group(config, spec, nodes.named, max(seconds, 600.0))
     return findings
 

@@ -1,5 +1,6 @@
 """What a run needs beside its nodes: the tracking server, the base's weights, and corpora that are whole."""
 
+import shlex
 from collections.abc import Callable, Iterator
 
 from domainshuttle.pipelines.errors import UserFacingError, mask_secrets, one_line
@@ -55,6 +56,6 @@ def _shards(config: RunConfig) -> Iterator[Finding]:
         if missing := sorted(named - there):
             yield failure("corpora", f"{len(missing)} of {len(named)} shards of its index are missing, such as "
                           f"{missing[0]}", redacted(corpus.folder), "bring them back, or index the corpus again: "
-                          f"domainshuttle data index {redacted(corpus.folder)}")  # fmt: skip
+                          f"domainshuttle data index {shlex.quote(redacted(corpus.folder))}")  # fmt: skip
         else:
             yield passed("corpora", f"{name}: all {len(named)} shards of its index are there", redacted(corpus.folder))

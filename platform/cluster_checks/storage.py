@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from domainshuttle.pipelines.errors import one_line
+from domainshuttle.pipelines.errors import counted, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import delete, list_files, read_bytes, write_bytes
 from domainshuttle.pipelines.storage.uri import is_remote, join, redacted
@@ -47,7 +47,10 @@ def _check_place(nodes: Nodes, purpose: str, place: str, shown: str) -> Iterator
         return
     locks = "" if is_remote(place) or len(nodes.ids) < 2 else ", locked and renamed"
     rate = len(nodes.ids) * _BYTES / max(seconds, 1e-9) / 1e6
-    yield passed(check, f"{shown}: written, listed and read{locks} by {len(nodes.ids)} nodes ({rate:.0f} MB/s written)")
+    yield passed(
+        check,
+        f"{shown}: written, listed and read{locks} by {counted(len(nodes.ids), 'node')} ({rate:.0f} MB/s written)",
+    )
 
 
 def _faults(nodes: Nodes, check: str, shown: str, answers: dict[str, str]) -> Iterator[Finding]:
@@ -76,7 +79,8 @@ def _read(place: str, other: str, all_nodes: Sequence[str]) -> str:
     try:
         while missing := set(all_nodes) - {name.rpartition("/")[2] for name, _ in list_files(place)}:
             if time.monotonic() > deadline:
-                return f"what {len(missing)} nodes have written is not seen: it is not the same storage, or lists late"
+                unseen = counted(len(missing), "node")
+                return f"what was written by {unseen} is not seen: it is not the same storage, or lists late"
             time.sleep(0.5)
         if read_bytes(join(place, other)) != _content(other):
             return f"what node {other[:8]} has written is read otherwise"

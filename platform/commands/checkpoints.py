@@ -1,6 +1,7 @@
 """The checkpoints of a run, for people: what is there, whether it is whole, why it is kept, and how to use it."""
 
 import re
+import shlex
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -88,7 +89,7 @@ def _how_to_go_on(run: Run, whole: list[Checkpoint], in_line: list[Checkpoint]) 
         restart = f"A restart begins stage {current}." if current else "The run is finished."
         return Advice(
             f"{restart} To go on from a checkpoint, in a run of its own:",
-            f"domainshuttle train CONFIG --set name={run.next_name()} --resume {newest.where}",
+            f"domainshuttle train CONFIG --set name={run.next_name()} --resume {shlex.quote(newest.where)}",
         )
     newest = max(mine, key=lambda checkpoint: checkpoint.state.step)
     others = [one for one in whole if one.state.segment == current and one != newest] or [newest]

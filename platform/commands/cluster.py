@@ -10,6 +10,7 @@ from domainshuttle.cluster.kuberay.rules import faults, manifests_of
 from domainshuttle.cluster.render import render
 from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.cluster.workload import Workload
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console
@@ -88,5 +89,5 @@ def check_manifests(paths: list[Path]) -> bool:
         raise ConfigError(f"{', '.join(map(str, paths))}: no RayJob and no RayCluster is there, so nothing was checked")
     for fault in found:
         console.print(Prose(fault))
-    console.print(Prose(f"{checked} of KubeRay's resources checked, {len(found)} faults"))
+    console.print(Prose(f"{checked} of KubeRay's resources checked, {counted(len(found), 'fault')}"))
     return not found

@@ -11,7 +11,7 @@ from rich.markup import escape
 from domainshuttle.cluster.local import quiet_ray
 from domainshuttle.pipelines.corpora.builder import REPORT_NAME, UNCAPTIONED, build_corpus, keep_hint
 from domainshuttle.pipelines.corpora.registry import make_source
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import read_skipped
 from domainshuttle.pipelines.index.labels import lost_labels
@@ -126,7 +126,7 @@ def encode_corpora(
             f"{encoded.captions} only the caption, copied {encoded.copied}"
         )
         if encoded.left_out:
-            console.print(f"  {encoded.left_out} samples left out by --where {where!r}", markup=False)
+            console.print(f"  {counted(encoded.left_out, 'sample')} left out by --where {where!r}", markup=False)
         if encoded.throughput and (sentence := encoded.throughput.sentence()):
             console.print(f"  {sentence}")
         print_skipped(read_skipped(job.raw.index))
@@ -184,13 +184,13 @@ def _print_left_out(report: dict[str, Any], folder: Path) -> None:
     """What of a source became no sample, and why, where there is such."""
     reasons = {**report["left_out"], **({"not drawn": report["not_drawn"]} if report["not_drawn"] else {})}
     if reasons:
-        counted = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         hint = keep_hint(report["left_out"])
-        console.print(f"  of {report['records']} records left out: {counted}{hint}", markup=False)
+        console.print(f"  of {report['records']} records left out: {listed}{hint}", markup=False)
     if report["wanted"] and report["selected"] < report["wanted"]:
         console.print(f"  {report['wanted']} were wanted: the source has no more", markup=False)
     if mute := report["notes"].get(UNCAPTIONED):
-        console.print(f"  {mute} samples have no caption until `data label` writes it", markup=False)
+        console.print(f"  without a caption until `data label` writes one: {counted(mute, 'sample')}", markup=False)
     if reasons or report["notes"]:
         console.print(f"  counts, examples and settings: {folder / REPORT_NAME}", markup=False)
 
@@ -201,7 +201,7 @@ def report_corpus(done: str, name: str, folder: Location, digest: str, bad: int,
     size = sum(size for name, size, _ in list_dated(folder) if name.endswith(".tar")) / 2**20
     quarantined = f", {bad} in quarantine" if bad else ""
     console.print(
-        f"{done} [bold]{name}[/]: {len(index)} samples, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
+        f"{done} [bold]{name}[/]: {counted(len(index), 'sample')}, {size:.1f} MiB{quarantined}, index {digest[:8]}, "
         f"{time.monotonic() - began:.0f} s, in {escape(redacted(folder))}"
     )
     print_quarantine(place)

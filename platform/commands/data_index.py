@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from domainshuttle.pipelines.buckets import Bucket, checked_rate, parse_bucket, standard_buckets
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.alterations import Alterations
 from domainshuttle.pipelines.index.build import Indexed, index_folder, merge_indexes
 from domainshuttle.pipelines.index.filter import RowFilter
@@ -105,7 +105,7 @@ def index_shards(
     read = f"{made.scanned} read ({made.scanned_bytes / 2**20:.1f} MiB in {seconds:.0f} s)"
     refused = made.shards - made.scanned - made.unchanged
     more = f", {refused} refused for {'its name' if refused == 1 else 'their names'}" if refused else ""
-    _report(made, f"{made.shards} shards: {read}, {made.unchanged} unchanged{more}")
+    _report(made, f"{counted(made.shards, 'shard')}: {read}, {made.unchanged} unchanged{more}")
     if name == INDEX_NAME:
         print_kept_labels(folder)
 
@@ -115,7 +115,7 @@ def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name
     holds."""
     named = [one if "/" in one else join(folder, one) for one in indexes]
     made = merge_indexes(named, join(folder, _require_name(name)), most_bad)
-    _report(made, f"{made.shards} shards of {len(indexes)} indexes")
+    _report(made, f"{counted(made.shards, 'shard')} of {counted(len(indexes), 'index', 'indexes')}")
     if name == INDEX_NAME:
         print_kept_labels(folder)
 
@@ -123,8 +123,8 @@ def join_indexes(indexes: Sequence[str], folder: Location, most_bad: float, name
 def _report(made: Indexed, shards: str) -> None:
     index = redacted(made.path)
     console.print(
-        f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {made.samples} samples, {shards}, index "
-        f"{made.metadata.digest[:8]}, in {escape(index)}"
+        f"Indexed [bold]{made.metadata.corpus}[/] ({made.metadata.stage}): {counted(made.samples, 'sample')}, "
+        f"{shards}, index {made.metadata.digest[:8]}, in {escape(index)}"
     )
     print_faults(made.faults, "left out")
     if made.faults:
@@ -166,14 +166,15 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
         found = verify_index(path, show, checksums, samples, where)
     bytes_read = f"{found.read_bytes / 2**20:.1f} MiB read" + ("" if checksums else ", checksums left out")
     console.print(
-        f"Verified {escape(redacted(path))}: {found.samples} samples in {found.shards} shards, {bytes_read}, "
-        f"{found.decoded} samples decoded, in {time.monotonic() - began:.0f} s"
+        f"Verified {escape(redacted(path))}: {counted(found.samples, 'sample')} in "
+        f"{counted(found.shards, 'shard')}, {bytes_read}, {counted(found.decoded, 'sample')} decoded, in "
+        f"{time.monotonic() - began:.0f} s"
     )
     if found.unindexed:
         names = ", ".join(found.unindexed[:3]) + (" ..." if len(found.unindexed) > 3 else "")
         console.print(
-            f"{len(found.unindexed)} shards of the folder are not in the index: {escape(names)}. Add them with: "
-            "domainshuttle data index (the same options)"
+            f"Not in the index: {counted(len(found.unindexed), 'shard')} of the folder: {escape(names)}. To add what "
+            "is not: domainshuttle data index (the same options)"
         )
     print_skipped(found.skipped)
     if not found.faults:
@@ -181,10 +182,10 @@ def verify_corpus(path: Location, checksums: bool, decode: str, where: str | Non
         return True
     print_faults(found.faults, "samples or shards")
     console.print(
-        f"[red]{found.bad_samples} samples in {found.bad_shards} shards have faults[/]; shard, key and reason of each: "
-        f"{escape(redacted(found.path))}\nNext: copy the shards that it names again from their source, then "
-        "`domainshuttle data index` (only changed shards are read) and verify again. Bad samples that stay go to "
-        "quarantine when they are encoded or trained on."
+        f"[red]Faults of {counted(found.bad_samples, 'sample')} in {counted(found.bad_shards, 'shard')}[/]; shard, key "
+        f"and reason of each: {escape(redacted(found.path))}\nNext: copy the shards that it names again from their "
+        "source, then `domainshuttle data index` (only changed shards are read) and verify again. Bad samples that "
+        "stay go to quarantine when they are encoded or trained on."
     )
     return False
 
@@ -196,10 +197,11 @@ def print_quarantine(index: Location) -> None:
     if not rows:
         return
     shards = sum(not row["key"] for row in rows)
-    counted = [f"{len(rows) - shards} samples"] * (shards < len(rows)) + [f"{shards} shards"] * bool(shards)
+    kinds_of = (len(rows) - shards, "sample"), (shards, "shard")
+    left_out = " and ".join(counted(count, noun) for count, noun in kinds_of if count)
     kinds = Counter(fault_kind(row["reason"]) for row in rows).most_common(_MOST_ROWS)
     console.print(
-        f"[yellow]{' and '.join(counted)} in quarantine[/] ({escape(redacted(table))}): "
+        f"[yellow]{left_out} in quarantine[/] ({escape(redacted(table))}): "
         f"{escape(', '.join(f'{kind} {count}' for kind, count in kinds))}; such as: {escape(rows[0]['reason'])}"
     )
 
@@ -209,8 +211,8 @@ def print_converted(index: Location) -> None:
     if not exists(table := beside(index, CONVERTED_NAME)):
         return
     kinds = Counter(json.loads(line)["reason"] for line in read_bytes(table).splitlines())
-    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    console.print(f"Of its samples, by what was done to pixels ({escape(redacted(table))}): {escape(counted)}")
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    console.print(f"Of its samples, by what was done to pixels ({escape(redacted(table))}): {escape(listed)}")
 
 
 def print_skipped(skipped: Sequence[Skipped]) -> None:
@@ -233,7 +235,7 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
 def print_alterations(altered: Alterations) -> None:
     """Prints how many targets are changed for their buckets, and how many captions are cut."""
     if changed := altered.sentences():
-        console.print(f"Fitted to their buckets, of {altered.samples} samples: {', '.join(changed)}")
+        console.print(f"Fitted to their buckets, of {counted(altered.samples, 'sample')}: {', '.join(changed)}")
     if altered.cut_captions:
         console.print(
             f"[yellow]{altered.cut_captions} captions are cut[/]: they have more tokens than encoders.text_len"
@@ -263,8 +265,9 @@ def print_summary(index: Index) -> None:
     summary = index.summary()
     rate = f", clips sampled at {summary['fps']:g} fps" if summary["fps"] else ""
     console.print(
-        f"[bold]{escape(', '.join(summary['corpora']))}[/] ({summary['stage']}): {summary['samples']} samples, "
-        f"{summary['bytes'] / 2**20:.1f} MiB{rate}, index {summary['digest'][:8]}"
+        f"[bold]{escape(', '.join(summary['corpora']))}[/] ({summary['stage']}): "
+        f"{counted(summary['samples'], 'sample')}, {summary['bytes'] / 2**20:.1f} MiB{rate}, index "
+        f"{summary['digest'][:8]}"
     )
     subjects = sum(summary["domains"].values())
     tables = [

@@ -1,5 +1,6 @@
 """`data pair`: cross pairs of corpora, with progress and an end line."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,9 +118,8 @@ def _pair(raw: CorpusSpec, folder: Path, pair: PairConfig, most_bad: float) -> N
     report_corpus("Paired", raw.name, folder, made.metadata.digest, made.bad, began)
     _print_outcome(made.report)
     print_kept_labels(folder)
-    console.print(
-        f"  boxes, masks and crops to look at: domainshuttle data inspect {folder} --page pairs.html", markup=False
-    )
+    command = f"domainshuttle data inspect {shlex.quote(str(folder))} --page pairs.html"
+    console.print(f"  boxes, masks and crops to look at: {command}", markup=False)
 
 
 def _print_outcome(report: dict[str, Any]) -> None:

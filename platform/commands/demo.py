@@ -7,6 +7,7 @@ once.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from rich.panel import Panel
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console
@@ -119,14 +121,14 @@ def _print_summary(
             f"[bold]Time[/]\n{parts}\n  {'in all':<34}{seconds:6.0f} s\n\n"
             f"[bold]Samples[/]  planned {audit.planned}, trained {audit.trained}, lost {audit.lost}, repeated "
             f"{audit.repeated}, trained again after a restore {audit.recomputed}, substituted {audit.substituted}\n"
-            f"[bold]Workers[/]  {len(attempts(run))} starts, goodput {hours.goodput:.0%} of {hours.used:.3f} "
-            f"device-hours\n"
+            f"[bold]Workers[/]  {counted(len(attempts(run)), 'start')}, goodput {hours.goodput:.0%} of "
+            f"{hours.used:.3f} device-hours\n"
             f"[bold]Learning[/] clips closest to their own reference among {int(result['candidates'])}: "
             f"[bold]{result['own']:.0%}[/]; with another subject's reference {result['other']:.0%}; chance "
             f"{result['chance']:.0%}; real clips {result['target']:.0%}\n\n"
             f"[bold]Look at[/]  {evaluation / 'report' / 'index.html'}, {evaluation / 'grid.png'} and grid.mp4\n"
             f"[bold]MLflow[/]   {page_of(RunIds.from_dict(run.read_ids() or {}, config.tracking_uri))}\n"
-            f"[bold]Again[/]    domainshuttle generate {evaluation.parent / 'exported'} --help",
+            f"[bold]Again[/]    domainshuttle generate {shlex.quote(str(evaluation.parent / 'exported'))} --help",
             title="The demo is done",
         ),
         soft_wrap=False,

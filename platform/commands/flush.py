@@ -1,8 +1,9 @@
 """Delivery by hand: what a run's spool still holds for a tracking server that was away."""
 
+import shlex
 from pathlib import Path
 
-from domainshuttle.pipelines.errors import mask_secrets
+from domainshuttle.pipelines.errors import counted, mask_secrets
 from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import find_run
@@ -36,12 +37,15 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
         console.print(f"The artifact {run.folder / path} could not be written: {error}", markup=False)
     if failed:
         console.print(
-            f"{redacted} has all but {len(failed)} artifacts, whose store did not take them: they stay where they are, "
-            "and this command tries them again"
+            f"{redacted} has all but {counted(len(failed), 'artifact')}, whose store did not take them: they stay "
+            "where they are, and this command tries them again",
+            markup=False,
         )
     else:
         console.print(
-            f"Nothing is left in {run.spool}: {redacted} has it all. Next: domainshuttle compare {known.experiment}"
+            f"Nothing is left in {run.spool}: {redacted} has it all. Next: domainshuttle compare "
+            f"{shlex.quote(known.experiment)} --uri {shlex.quote(redacted)}",
+            markup=False,
         )
     if page := page_of(known):
         console.print(f"MLflow's page of the run: {page}", markup=False)

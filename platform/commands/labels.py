@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from domainshuttle.cluster.local import quiet_ray
 from domainshuttle.pipelines.curation.labels.config import LabelConfig
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.labels import FAILED_PLACE, REPORT_PLACE, lost_labels
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.storage.files import exists
@@ -76,7 +76,7 @@ def print_kept_labels(folder: Location) -> None:
 
     kept = keep_labels(folder)
     lacking = f", {kept.without} more may need some: domainshuttle data label does those alone" if kept.without else ""
-    console.print(f"  labels kept: {kept.labelled} samples{lacking}", markup=False)
+    console.print(f"  labels kept: {counted(kept.labelled, 'sample')}{lacking}", markup=False)
 
 
 def folder_job(folder: Location) -> LabelJob:

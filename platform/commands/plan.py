@@ -5,6 +5,7 @@ from typing import Any
 
 from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.pipelines.encoding.throughput import Throughput
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.plan.step_plan import StepPlan
 from domainshuttle.pipelines.storage.files import exists
@@ -66,8 +67,8 @@ def print_plan(config: RunConfig, samples: int | None = None, cluster: ClusterSp
             ]
         )
     least, most = config.cluster.least_workers, config.cluster.most_workers
-    workers = str(least) if least == most else f"{least} to {most}"
-    title = f"Run {config.name}: {len(config.stages)} stages on {workers} workers"
+    workers = counted(least, "worker") if least == most else f"{least} to {most} workers"
+    title = f"Run {config.name}: {counted(len(config.stages), 'stage')} on {workers}"
     console.print(Records(_FIELDS, rows, title, numeric=[name for name in _FIELDS if name not in _TEXTS]))
     if plans:
         console.print(_buckets(run, plans))
@@ -140,7 +141,7 @@ def _print_encoding(config: RunConfig, samples: int | None) -> None:
             [
                 name, f"{count:,}", f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB",
                 f"{hours:,.2f} h", f"{hours / actors:,.2f} h on {actors}", f"{measured.rate:.3g}",
-                f"{measured.bottleneck} (of {measured.samples:,} samples)",
+                f"{measured.bottleneck} (of {counted(measured.samples, 'sample')})",
             ]
         )  # fmt: skip
     fields = ("corpus", "samples", "cache", "actor time", "duration", "samples/s an actor", "bottleneck")

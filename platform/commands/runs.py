@@ -1,9 +1,11 @@
 """The runs of a folder side by side, and a stop that is asked for through a run's folder."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
+from domainshuttle.pipelines.errors import UserFacingError
 from domainshuttle.platform.commands.status import driver_lives, status_record
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
@@ -23,7 +25,7 @@ def print_runs(folder: Path) -> None:
     for place in places:
         try:
             records.append(status_record(place))
-        except ConfigError as error:
+        except (UserFacingError, OSError) as error:
             odd.append(f"{place}: {error}")
     if not records and not odd:
         raise ConfigError(f"no run in {folder}: give the folder that is `output` in the runs' configurations")
@@ -33,7 +35,7 @@ def print_runs(folder: Path) -> None:
     for text in odd:
         console.print(Prose(f"Left out: {text}"))
     if records:
-        console.print(Advice("More of one:", f"domainshuttle status {records[0]['folder']}"))
+        console.print(Advice("More of one:", f"domainshuttle status {shlex.quote(records[0]['folder'])}"))
 
 
 def _row(record: dict[str, Any]) -> list[str]:
@@ -60,7 +62,8 @@ def stop_run(folder: Path, wait: bool = True) -> bool:
     run = find_run(folder)
     if not driver_lives(run):
         raise ConfigError(
-            f"run {run.config.name} is not at work: domainshuttle status {run.folder} says what it did last"
+            f"run {run.config.name} is not at work: domainshuttle status {shlex.quote(str(run.folder))} says what it "
+            "did last"
         )
     run.stop_path.touch()
     if not wait:

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.checkpoint.backend import STORE_FAULTS
 from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, UnfinishedCheckpoint
 from domainshuttle.platform.console import console
@@ -138,14 +139,16 @@ def print_status(folder: Path) -> None:
         command = f"domainshuttle flush {shlex.quote(str(run.folder))}"
         console.print(Advice(f"{waiting:,} bytes of metrics wait for MLflow. Next:", command))
     if bad := run.quarantined():
-        console.print(Prose(f"{bad} samples in quarantine: see {run.folder / 'quarantine'}"))
+        console.print(Prose(f"{counted(bad, 'sample')} in quarantine: see {run.folder / 'quarantine'}"))
     if converted := _converted(run):
         kinds = ", ".join(f"{count} {kind}" for kind, count in converted.items())
         console.print(Prose(f"Of its samples, by what was done to pixels: {kinds}: see {run.folder / 'converted'}"))
     for segment in run.segments():
         if dropped := run.dropped_steps(segment.name):
             where = run.dropped_path(segment.name, 0).parent
-            console.print(Prose(f"{len(dropped)} steps of {segment.name} were dropped for their loss: see {where}"))
+            verb, whose = ("was", "its") if len(dropped) == 1 else ("were", "their")
+            steps = f"{counted(len(dropped), 'step')} of {segment.name} {verb}"
+            console.print(Prose(f"{steps} dropped for {whose} loss: see {where}"))
 
 
 def watch_status(folder: Path, seconds: float, as_json: bool = False) -> None:
@@ -280,7 +283,9 @@ def _print_workers(run: Run, alive: bool) -> None:
     fields = ("rank", "machine", "process", "node", "doing", "last update", "log")
     console.print(Records(fields, rows, f"Workers of attempt {number}", ["rank", "process"]))
     if len(workers) > _MOST_WORKERS:
-        console.print(Prose(f"{len(workers) - _MOST_WORKERS} more workers: see {run.worker_path(number, 0).parent}"))
+        console.print(
+            Prose(f"{counted(len(workers) - _MOST_WORKERS, 'more worker')}: see {run.worker_path(number, 0).parent}")
+        )
     console.print(Advice("What they printed:", f"domainshuttle logs {shlex.quote(str(run.folder))}"))
 
 
@@ -426,13 +431,13 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     console.print(Records(columns, rows, title, numeric, _STYLES, heads=2))
     if earlier := [one for one in attempts if one not in listed]:
         used = sum(sum(one.hours.values()) for one in earlier)
-        known = f"{len(earlier)} earlier attempts" if all(one.devices for one in earlier) else "Earlier attempts"
+        known = counted(len(earlier), "earlier attempt") if all(one.devices for one in earlier) else "Earlier attempts"
         console.print(Prose(f"{known} used {used:.3f} device-hours: see {run.ledger_path}"))
     budget = "" if hours.left is None else f", {max(0.0, hours.left):.3f} of the budget's {hours.budget:g} left"
     parts = ", ".join(f"{_PARTS.get(name, name)} {getattr(hours, name):.3f}" for name in CATEGORIES)
     console.print(
         Prose(
-            f"Device-hours: used {hours.used:.3f} = {parts}; {hours.attempts} attempts, "
+            f"Device-hours: used {hours.used:.3f} = {parts}; {counted(hours.attempts, 'attempt')}, "
             f"goodput {hours.goodput:.0%}{budget}."
         )
     )

@@ -181,7 +181,9 @@ def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", secon
     if not delivered:
         console.print(
             f"MLflow at {mask_secrets(config.tracking_uri)} does not have everything yet; the rest waits in "
-            f"{run.spool}. When it answers again: domainshuttle flush {run.folder} (this command would send it too)"
+            f"{run.spool}. When it answers again: domainshuttle flush {shlex.quote(str(run.folder))} (this command "
+            "would send it too)",
+            markup=False,
         )
     budget, hours = config.budget_gpu_hours or 0.0, config.cluster.hours
     if whole:
@@ -191,7 +193,7 @@ def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", secon
     hooks.close(HOOKS_SECONDS)
     if page := page_of(tracker.ids):
         console.print(f"MLflow's page of the run: {page}", markup=False)
-    console.print(_next(run, outcome, left))
+    console.print(_next(run, outcome, left), markup=False)
     return 0 if outcome == "finished" else STOPPED
 
 
@@ -209,8 +211,8 @@ def _next(run: Run, outcome: "Outcome", left: list[str]) -> str:
     if left:
         return f"Next: the stages that are left, {', '.join(left)}"
     return (
-        f"Next: domainshuttle export {run.folder} exported, and domainshuttle compare {config.tracking.experiment} "
-        f"--uri {mask_secrets(config.tracking_uri)}"
+        f"Next: domainshuttle export {shlex.quote(str(run.folder))} exported, and domainshuttle compare "
+        f"{shlex.quote(config.tracking.experiment)} --uri {shlex.quote(mask_secrets(config.tracking_uri))}"
     )
 
 
@@ -284,10 +286,10 @@ def describe_origin(config: RunConfig) -> dict[str, str]:
 
 def describe_commands(run: Run) -> str:
     """What MLflow's page of a run says of it, in Markdown: the commands that look at it, stop it and go on."""
-    folder = shlex.quote(str(run.folder))
+    quoted = shlex.quote(str(run.folder))
     return (
-        f"What it does now, and why: `domainshuttle status {folder}`; what a worker printed: `domainshuttle logs "
-        f"{folder}`; a stop with a checkpoint: `domainshuttle stop {folder}`; to go on: `{run.train_command}`"
+        f"What it does now, and why: `domainshuttle status {quoted}`; what a worker printed: `domainshuttle logs "
+        f"{quoted}`; a stop with a checkpoint: `domainshuttle stop {quoted}`; to go on: `{run.train_command}`"
     )
 
 

@@ -8,6 +8,7 @@ import ray
 from ray._private.state import available_resources_per_node
 
 from domainshuttle.cluster.local import ClusterError
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.config.schema import RunConfig
 
 _ROUNDING = 1e-6
@@ -55,20 +56,20 @@ def require_room(config: RunConfig) -> None:
     cluster, need = config.cluster, config.worker_resources()
     if (fit := _whole(_nodes(cluster.node_labels), need)) >= cluster.least_workers:
         return
-    worker = f"{_amounts(need)} for each of {cluster.least_workers} workers"
+    worker = f"{_amounts(need)} for each of {counted(cluster.least_workers, 'worker')}"
     if not cluster.node_labels:
         raise ClusterError(
-            f"the nodes have room for {fit} workers, and this needs {worker}, each on one node: add nodes, or lower "
-            "cluster.workers or cluster.cpus_per_worker"
+            f"the nodes have room for {counted(fit, 'worker')}, and this needs {worker}, each on one node: add nodes, "
+            "or lower cluster.workers or cluster.cpus_per_worker"
         )
     found = {
         f"{key}={value}" for node in _nodes({}) for key, value in node.get("Labels", {}).items()
         if key in cluster.node_labels
     }  # fmt: skip
     raise ClusterError(
-        f"nodes of the labels {labels_text(cluster.node_labels)} (cluster.node_labels) have room for {fit} workers, "
-        f"and this needs {worker}; of these labels the living nodes have {', '.join(sorted(found)) or 'none'}. Start "
-        "such nodes (ray start --labels), or correct cluster.node_labels"
+        f"nodes of the labels {labels_text(cluster.node_labels)} (cluster.node_labels) have room for "
+        f"{counted(fit, 'worker')}, and this needs {worker}; of these labels the living nodes have "
+        f"{', '.join(sorted(found)) or 'none'}. Start such nodes (ray start --labels), or correct cluster.node_labels"
     )
 
 
@@ -88,7 +89,7 @@ def labels_text(labels: Mapping[str, str]) -> str:
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}s" for name, amount in resources.items())
+    return " and ".join(f"{amount:g} {name}{'' if amount == 1 else 's'}" for name, amount in resources.items())
 
 
 def _nodes(labels: Mapping[str, str], without: Collection[str] = ()) -> list[dict[str, Any]]:

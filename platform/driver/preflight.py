@@ -4,7 +4,7 @@ import shlex
 
 from domainshuttle.model.encoder_sources import text_width
 from domainshuttle.pipelines.buckets import nearest_shareable
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.alterations import COLUMNS as ALTERATIONS
 from domainshuttle.pipelines.index.folder import COMPANION, read_skipped
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
@@ -46,8 +46,8 @@ def no_data(config: RunConfig) -> str | None:
         if any(config.corpora[name].build for name in missing):
             commands.append("domainshuttle data build CONFIG")
         if own := [name for name in missing if not config.corpora[name].build]:
-            folder = shlex.quote(redacted(config.corpus(own[0], "raw").folder))
-            commands.append(f"domainshuttle data index {folder} --corpus {own[0]} ...")
+            quoted = shlex.quote(redacted(config.corpus(own[0], "raw").folder))
+            commands.append(f"domainshuttle data index {quoted} --corpus {own[0]} ...")
         if form == "encoded":
             commands.append("domainshuttle data encode CONFIG")
         return (
@@ -66,9 +66,9 @@ def require_schedule(config: RunConfig) -> None:
         steps = stage.duration.steps
         if steps is not None and stage.warmup_steps > steps:
             raise ConfigError(
-                f"stages.{stage.name}.warmup_steps is {stage.warmup_steps}, and the stage ends after {steps} steps, at "
-                f"{steps / stage.warmup_steps:.0%} of its learning rate: --set stages.{stage.name}.warmup_steps="
-                f"{steps // 10}, or more steps"
+                f"stages.{stage.name}.warmup_steps is {stage.warmup_steps}, and the stage ends after "
+                f"{counted(steps, 'step')}, at {steps / stage.warmup_steps:.0%} of its learning rate: --set "
+                f"stages.{stage.name}.warmup_steps={steps // 10}, or more steps"
             )
 
 
@@ -172,9 +172,13 @@ def _print_live(name: str, place: str) -> None:
     """Prints what live encoding changes of a raw corpus's samples, and how many files of it are not read."""
     altered = Index.load(place, ALTERATIONS, verify=False).alterations()
     if changed := altered.sentences():
-        console.print(f"Corpus {name}, fitted to its buckets: of {altered.samples} samples {', '.join(changed)}")
+        console.print(
+            f"Corpus {name}, fitted to its buckets: of {counted(altered.samples, 'sample')} {', '.join(changed)}"
+        )
     if left := [one for one in read_skipped(place) if one.kind != COMPANION]:
-        console.print(f"Corpus {name}: {len(left)} files beside its shards are not read; `data inspect` names them")
+        console.print(
+            f"Corpus {name}: not read beside its shards: {counted(len(left), 'file')}; `data inspect` names all"
+        )
 
 
 def require_data(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-from domainshuttle.pipelines.errors import UserFacingError
+from domainshuttle.pipelines.errors import UserFacingError, counted
 from domainshuttle.pipelines.plan.step_plan import ORDER_VERSION
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.checkpoint.resume import AUTO, NONE, adopt_stages, begin, choose_start, require_fit
@@ -141,7 +141,7 @@ class Schedule:
         self._echo(
             f"Stage {first.name}: "
             + (f"goes on after step {start.first_step}" if start.checkpoint else "begins")
-            + f", with {group.size} worker{'s' if group.size > 1 else ''}"
+            + f", with {counted(group.size, 'worker')}"
         )
         self._follow(group, job)
         if group.error is not None:
@@ -287,12 +287,12 @@ class Schedule:
         where = self.run.dropped_path(segment.name, 0).parent
         if len(rollbacks) > self._config.guard.most_rollbacks:
             raise DivergedError(
-                f"stage {segment.name} went back to a checkpoint {len(rollbacks)} times, the last time for steps "
-                f"{rollbacks[-1]}: look at their samples in {where}, and raise guard.spike_factor or "
+                f"stage {segment.name} went back to a checkpoint {counted(len(rollbacks), 'time')}, the last time for "
+                f"{_listed(rollbacks[-1])}: look at the samples in {where}, and raise guard.spike_factor or "
                 f"guard.most_rollbacks; or {self._go_on(segment)}"
             )
         text = (
-            f"Stage {segment.name} went back: steps {rollbacks[-1]} were bad and are now skipped (samples in {where})"
+            f"Stage {segment.name} went back, and now skips what was bad: {_listed(rollbacks[-1])} (samples in {where})"
         )
         self._notices.add(segment.name, MOVED, text)
 
@@ -387,9 +387,16 @@ def _written_by(state: Mapping[str, Any], job: WorkerJob) -> bool:
     return state.get("attempt") in {start.attempt for start in job.starts}
 
 
+def _listed(steps: Sequence[int]) -> str:
+    """Steps for people: `step 5`, `steps 5, 6`."""
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+
+
 def made_steps(state: Mapping[str, Any], job: WorkerJob) -> bool:
     """Whether the workers of a job have made a step, when rank 0 wrote `state` last."""
-    return _written_by(state, job) and (state["segment"] != job.starts[0].segment or state["step"] > state["first_step"])
+    return _written_by(state, job) and (
+        state["segment"] != job.starts[0].segment or state["step"] > state["first_step"]
+    )
 
 
 @dataclass(frozen=True)

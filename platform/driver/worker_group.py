@@ -13,6 +13,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.driver.group_size import free_text
 from domainshuttle.platform.driver.process_group import ProcessGroup, free_room
@@ -129,4 +130,4 @@ class WorkerGroup:
 
     def waits_for(self) -> str:
         """What the workers need that is not there, for people."""
-        return f"waiting for room for {self.size} workers, {free_text(self._run.config)}"
+        return f"waiting for room for {counted(self.size, 'worker')}, {free_text(self._run.config)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.model.domains import DOMAINS
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.sample import KEY_PATTERN
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
@@ -101,7 +102,7 @@ def case_of(filed: FiledCase, folder: Path, split: str = SPLITS[0], source: str 
     found = {name: item.get(name) for name in ("labels", "edit_prompts", "sha256")}
     for name, values in found.items():
         if values is not None and (not isinstance(values, list) or len(values) != count):
-            problems.append(f"{name}: expected a list with an entry for each of {count} pictures")
+            problems.append(f"{name}: expected a list with an entry for each of {counted(count, 'picture')}")
             found[name] = None
     split = str(item.get("split") or split)
     if split not in SPLITS:

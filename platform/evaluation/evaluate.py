@@ -7,6 +7,7 @@ again with another model adds a column.
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.storage.locks import locked
 from domainshuttle.platform.config.loading import read_text
@@ -119,7 +121,7 @@ def measure(
     count += results.tests.measure(config.metrics, out, config.scoring)
     if results.pair_judge is not None:
         count += results.pair_judge.measure(cases, columns, clips)
-    say(f"Measured {count} values; {len(store)} are in {out}")
+    say(f"Measured {counted(count, 'value')}; {len(store)} are in {out}")
     return results
 
 
@@ -127,7 +129,8 @@ def read_results(out: Path) -> Results:
     """The results of a folder, as far as they are computed. Raises ConfigError for what is no evaluation's folder."""
     if not (out / CONFIG_NAME).is_file() or not (out / CASES_NAME).is_file():
         raise ConfigError(
-            f"{out} is no folder of an evaluation: make one with domainshuttle evaluate MODEL --out {out}"
+            f"{out} is no folder of an evaluation: make one with domainshuttle evaluate MODEL --out "
+            f"{shlex.quote(str(out))}"
         )
     out = out.absolute()
     config = load_evaluation(str(out / CONFIG_NAME))
@@ -227,7 +230,7 @@ def figure(results: Results, metric: str, column: str, stratum: str = "all") -> 
 def _say_cases(config: EvaluationConfig, cases: Sequence[EvaluationCase]) -> None:
     counts = expected_counts(config.sources, cases)
     parts = ", ".join(f"{name.replace('_', ' ')} {there} of {whole}" for name, (there, whole) in counts.items())
-    console.print(Prose(f"Test set {config.name}: {len(cases)} cases ({parts})"))
+    console.print(Prose(f"Test set {config.name}: {counted(len(cases), 'case')} ({parts})"))
 
 
 def remember_columns(out: Path, columns: Sequence[Column]) -> list[Column]:

@@ -8,6 +8,7 @@ another, and each metric with them.
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -120,7 +121,9 @@ def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:
     if not key_path.is_file():
         if not files:
             return []
-        raise ConfigError(f"there is no {key_path}: make the page with domainshuttle evaluate rate {out}")
+        raise ConfigError(
+            f"there is no {key_path}: make the page with domainshuttle evaluate rate {shlex.quote(str(out))}"
+        )
     key = {one["id"]: Pair(**one) for one in json.loads(read_text(key_path))}
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in (*([kept] if kept.is_file() else []), *files):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.model.domains import DOMAINS
-from domainshuttle.pipelines.errors import DataError, one_line
+from domainshuttle.pipelines.errors import DataError, counted, one_line
 from domainshuttle.pipelines.media.decode import decode_image
 from domainshuttle.pipelines.ray_tasks import each_by_actors
 from domainshuttle.platform.console import progress, say
@@ -120,9 +120,9 @@ def _say_failures(rows: Iterable[Row]) -> None:
     reasons: dict[str, Counter[str]] = {}
     for row in rows:
         reasons.setdefault(row.name, Counter())[row.score.reason] += 1
-    for name, counted in reasons.items():
-        ((reason, _),) = counted.most_common(1)
-        say(f"{name}: {counted.total()} values failed, such as: {reason}")
+    for name, kinds in reasons.items():
+        ((reason, _),) = kinds.most_common(1)
+        say(f"{name}: {counted(kinds.total(), 'value')} failed, such as: {reason}")
 
 
 def device_of_process() -> str:

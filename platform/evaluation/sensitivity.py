@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from scipy.stats import binomtest
 
 from domainshuttle.model.pictures import Pixels, fit_reference
-from domainshuttle.pipelines.errors import DataError, one_line
+from domainshuttle.pipelines.errors import DataError, counted, one_line
 from domainshuttle.pipelines.media.decode import encode_mp4, opened_clip, shown_frames
 from domainshuttle.pipelines.ray_tasks import each_by_actors
 from domainshuttle.platform.console import progress
@@ -241,9 +241,12 @@ def judge_trial(
         p = float(binomtest(int(np.floor(wins.sum())), count, 0.5, alternative="greater").pvalue)
         passed = p < settings.level
         done = "reached the case's own value or more" if expected == "ceiling" else "fell"
-        reason = f"{wins.sum():g} of {count} cases {done} (sign test p {f'= {p:.3f}' if p >= 0.0005 else '< 0.001'})"
+        chance = f"= {p:.3f}" if p >= 0.0005 else "< 0.001"
+        reason = f"{wins.sum():g} of {counted(count, 'case')} {done} (sign test p {chance})"
     if count < settings.least_cases:
-        return Verdict(metric, trial, expected, "undecided", count, *means, hits, auc, f"only {count} cases; {reason}")
+        return Verdict(
+            metric, trial, expected, "undecided", count, *means, hits, auc, f"only {counted(count, 'case')}; {reason}"
+        )
     return Verdict(metric, trial, expected, "passed" if passed else "failed", count, *means, hits, auc, reason)
 
 

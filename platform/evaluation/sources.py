@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from domainshuttle.pipelines.corpora.words import domain_of
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, safe_key
 from domainshuttle.pipelines.storage.uri import join
 from domainshuttle.pipelines.values import Count, Section, Text
@@ -192,7 +193,7 @@ class CorpusSource(_Source):
         count = self.samples or len(index)
         if len(index) < count or not count:
             raise ConfigError(
-                f"corpus {self.corpus} has {len(index)} samples"
+                f"corpus {self.corpus} has {counted(len(index), 'sample')}"
                 + (f" for which {self.where}" if self.where else "")
                 + f", and {count} are asked for: ask for fewer samples"
             )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from domainshuttle.model.lora import LORA_FILE, LORA_FOLDER, LoraWeights
 from domainshuttle.model.spec import lora_layer
-from domainshuttle.pipelines.errors import one_line
+from domainshuttle.pipelines.errors import counted, one_line
 from domainshuttle.pipelines.storage.atomic import atomic_folder
 from domainshuttle.platform.checkpoint.resume import read_named
 from domainshuttle.platform.checkpoint.store import CheckpointError, CheckpointStore
@@ -56,7 +56,8 @@ def export_lora(
             number = stage_segments(run, segment.stage.name).index(segment)
             adapters.save(aside / EXPERT_FOLDERS[number])
             told.append(
-                f"{segment.name}, a LoRA of rank {adapters.rank} of {len(adapters.layers)} layers, of weights {base}"
+                f"{segment.name}, a LoRA of rank {adapters.rank} of {counted(len(adapters.layers), 'layer')}, of "
+                f"weights {base}"
                 + (f"; what was trained beside it ({', '.join(beside)}) is in a pipeline alone" if beside else "")
             )
     return "; ".join(told)

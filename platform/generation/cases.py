@@ -14,7 +14,7 @@ from domainshuttle.model.cases import GenerationCase
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.model.generation import DomainShuttlePipeline
 from domainshuttle.pipelines.buckets import parse_bucket
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.pipelines.sample import RawSample
@@ -68,7 +68,9 @@ def load_cases(index: Index, count: int, spread: bool = False) -> list[Case]:
 
     single = index.filter("subject_count == 1")
     if len(single) < count:
-        raise DataError(f"the held-out corpus has {len(single)} samples with one subject, and {count} are asked for")
+        raise DataError(
+            f"the held-out corpus has {counted(len(single), 'sample')} with one subject, and {count} are asked for"
+        )
     chosen = np.linspace(0, len(single) - 1, count).round().astype(int) if spread else np.arange(count)
     cases = []
     for row in single.rows(chosen):

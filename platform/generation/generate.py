@@ -20,7 +20,7 @@ from domainshuttle.model.domains import domain_id
 from domainshuttle.model.encoders import network_dtype
 from domainshuttle.model.generation import DomainShuttlePipeline, InputError
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
-from domainshuttle.pipelines.errors import DataError, one_line
+from domainshuttle.pipelines.errors import DataError, counted, one_line
 from domainshuttle.pipelines.media.decode import decode_image, encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import console, progress
@@ -58,8 +58,9 @@ class Sampling:
         return cls(**_WAN | told | {name: value for name, value in asked.items() if value is not None})
 
     def __str__(self) -> str:
-        size = f"{self.height}x{self.width}, {self.frames} frame{'s' if self.frames > 1 else ''}"
-        return f"{size} at {self.fps:g} a second, {self.steps} steps, guidance {self.guidance:g}, seed {self.seed}"
+        size = f"{self.height}x{self.width}, {counted(self.frames, 'frame')}"
+        steps = counted(self.steps, "step")
+        return f"{size} at {self.fps:g} a second, {steps}, guidance {self.guidance:g}, seed {self.seed}"
 
     def __post_init__(self) -> None:
         if not 0 < self.fps < math.inf:
@@ -138,7 +139,7 @@ def generate_clips(
             raise ConfigError(f"{cases}, case {name}: {error}" if cases else str(error)) from error
     _tell_cut_prompts(pipeline, {name: case.prompt for name, case, _ in todo})
     written = []
-    console.print(f"{len(todo)} clip{'s' if len(todo) > 1 else ''} of {sampling}")
+    console.print(f"{counted(len(todo), 'clip')} of {sampling}")
     with progress("Generating", "steps") as show:
         total = len(todo) * sampling.steps
         show(0, total)
@@ -171,8 +172,8 @@ def generate_clips(
             per_step = sum(result.seconds_per_step) / len(result.seconds_per_step)
             show((number + 1) * sampling.steps, total, f"clip {number + 1} of {len(todo)}, {per_step:.2f} s a step")
     console.print(
-        f"Wrote {len(written)} {'clips' if sampling.frames > 1 else 'pictures'} to {out}; {per_step:.2f} s a step, "
-        f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+        f"Wrote {counted(len(written), 'clip' if sampling.frames > 1 else 'picture')} to {out}; {per_step:.2f} s a "
+        f"step, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )
     return written
 

@@ -3,6 +3,7 @@
 Of two experts both belong to a pipeline: while a stage of one is trained, the other takes part as it is.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ def chosen_segments(run: Run, stage: str | None, checkpoint: str | None) -> tupl
         if stage in (None, section.name) and all(segment.finished for segment in segments):
             return section.name, segments
     which = f"stage {stage!r}" if stage else "any stage"
-    raise ConfigError(f"run {run.config.name!r} has not finished {which}; see domainshuttle status {run.folder}")
+    raise ConfigError(
+        f"run {run.config.name!r} has not finished {which}; see domainshuttle status {shlex.quote(str(run.folder))}"
+    )
 
 
 def stage_segments(run: Run, stage: str) -> list[Segment]:

@@ -8,6 +8,7 @@ compared.
 
 import contextlib
 import json
+import shlex
 import socket
 import threading
 import time
@@ -148,7 +149,7 @@ def _held_run(folder: Path, holder: dict[str, Any]) -> str:
     who = holder_named(holder)
     remedy = f"kill -INT {holder['pid']} there" if holder else "kill -INT it"
     return (
-        f"the run in {folder} is being trained by {who}. Look at it with `domainshuttle status {folder}`; stop it with "
-        f"a checkpoint by `{remedy}` (or `ray job stop`) and start again when it has ended; or train under a name of "
-        "its own: --set name=NAME"
+        f"the run in {folder} is being trained by {who}. Look at it with `domainshuttle status "
+        f"{shlex.quote(str(folder))}`; stop it with a checkpoint by `{remedy}` (or `ray job stop`) and start again "
+        "when it has ended; or train under a name of its own: --set name=NAME"
     )

@@ -12,7 +12,7 @@ import torch
 
 from domainshuttle.model.batch import TrainingBatch
 from domainshuttle.pipelines.buckets import PATCH, SPACE_STRIDE, TIME_STRIDE, Bucket
-from domainshuttle.pipelines.errors import one_line
+from domainshuttle.pipelines.errors import counted, one_line
 from domainshuttle.pipelines.loading.reader import MicroBatch
 from domainshuttle.platform.config.schema import RunConfig, StageSection
 from domainshuttle.platform.run.workers import DeviceMemoryError
@@ -123,8 +123,8 @@ def _over(micro: MicroBatch[TrainingBatch] | None) -> str:
     tokens = bucket.video_tokens + references * one
     again = f", and again with {paired} others for the cross-pair loss" if paired else ""
     return (
-        f"in step {micro.step}, over a micro-batch of {batch.batch_size} samples in bucket {bucket}: {tokens:,} tokens "
-        f"a sample ({bucket.video_tokens:,} of video, {references} references of {one:,}{again})"
+        f"in step {micro.step}, over a micro-batch of {counted(batch.batch_size, 'sample')} in bucket {bucket}: "
+        f"{tokens:,} tokens a sample ({bucket.video_tokens:,} of video, {references} references of {one:,}{again})"
     )
 
 

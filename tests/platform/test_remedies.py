@@ -116,6 +116,18 @@ def test_every_option_that_a_text_names_is_one() -> None:
     assert found > 50
 
 
+def test_a_place_that_a_command_names_is_quoted_for_the_shell() -> None:
+    """Folders have spaces in their names, and experiments too."""
+    found = 0
+    for one in TEXTS:
+        for command in re.findall(r"\bdomainshuttle [a-z]+[^`;]*", one.text):
+            for value in re.findall(r"<<(.*?)>>", command.partition(". ")[0]):
+                if re.search(r"\b(folder|path|out|where|uri|experiment|place|parent)\b", value):
+                    found += 1
+                    assert "quote" in value, f"{one.where}: {value} of {command}"
+    assert found > 15
+
+
 def test_every_command_that_a_text_names_is_one_and_has_the_options_beside_it() -> None:
     found = 0
     for one in TEXTS:

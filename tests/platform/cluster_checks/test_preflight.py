@@ -53,4 +53,4 @@ def test_two_nodes_pass_and_what_is_broken_is_named(
     assert wrong["tracking"]["verdict"] == "warn" and "does not answer" in wrong["tracking"]["what"]
     assert "left out" in wrong["trial steps"]["what"]
     refused = cli("train", tiny, "--preflight", *common[:4], *more, "--set", "name=refused", expect=2, **access)
-    assert "does not pass 1 checks" in refused
+    assert "does not pass 1 check:" in refused

@@ -144,7 +144,7 @@ def test_an_index_is_shown_with_its_own_quarantine(
     (tmp_path / "other.quarantine.jsonl").write_text(2 * (json.dumps({**bad, "reason": "too small"}) + "\n"))
     inspect_corpus(tmp_path, None, 8, None)
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 samples in quarantine" in said and "such as: cut [short]" in said
+    assert "1 sample in quarantine" in said and "such as: cut [short]" in said
     inspect_corpus(tmp_path / "other.parquet", None, 8, None)
     said = " ".join(capsys.readouterr().out.split())
     assert "2 samples in quarantine" in said and "such as: too small" in said

@@ -153,7 +153,7 @@ def test_what_is_not_read_is_named_and_counted(shards: Path) -> None:
         assert line in text, text
     assert "unsafe name" in text and "s#3.tar" in (shards / "quarantine.jsonl").read_text()
     inspected = run("data", "inspect", "raw")[1]
-    assert all(line in inspected for line in expected) and "1 shards in quarantine" in inspected
+    assert all(line in inspected for line in expected) and "1 shard in quarantine" in inspected
     verified = run("data", "verify", "raw", "--decode", "0")[1]
     assert all(line in verified for line in expected[1:-1]) and "1 unsafe name: s#3.tar (rename them" in verified
     # a pattern asks for no others

@@ -228,7 +228,7 @@ def test_a_progress_of_another_version_is_left_out_with_a_word(
     (run.folder / "quarantine" / "base.rank00000.jsonl").write_text('[1]\n{"source": "s"}\n')
     shown = printed(run, capsys, monkeypatch)
     assert f"{run.progress_path} is left out" in shown
-    assert "not begun" in shown and "Device-hours: used" in shown and "1 samples in quarantine" in shown
+    assert "not begun" in shown and "Device-hours: used" in shown and "1 sample in quarantine" in shown
 
 
 def test_earlier_attempts_are_counted_not_listed(

@@ -258,7 +258,7 @@ def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
     config, run, more = run_of(tiny, "rolled-back", "stages.stage2.steps=6", "guard.rollback_after=1")
     skip_stage1(run, unbroken[0])
     printed = cli("train", tiny, *more)
-    assert "went back: steps" in printed
+    assert "went back, and now skips what was bad: step" in printed
     assert len(run.skipped("stage2")) == 2
     balanced(config)
     assert audit_samples(config).skipped == 2 * 8
@@ -266,7 +266,7 @@ def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
         tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0"
     )
     skip_stage1(run, unbroken[0])
-    assert "went back to a checkpoint 1 times" in cli("train", tiny, *never, expect=2)
+    assert "went back to a checkpoint 1 time," in cli("train", tiny, *never, expect=2)
 
 
 def test_a_rate_that_destroys_the_weights_never_finishes_a_stage(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:

@@ -479,4 +479,4 @@ def test_two_experts_are_segments_of_one_schedule(tiny: Path, tmp_path: Path) ->
     assert "Exported stage1" in cli("export", run.folder, tmp_path / "first", "--stage", "stage1")
     size = ("--height", "32", "--width", "32", "--frames", "5", "--steps", "3", "--guidance", "2")
     printed = cli("generate", exported, "--prompt", "a star", "--out", tmp_path / "clips", *size)
-    assert "Wrote 1 clips" in printed
+    assert "Wrote 1 clip " in printed

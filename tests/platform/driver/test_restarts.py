@@ -379,6 +379,7 @@ def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, sch
         "restart.2": "worker 1 failed: ValueError: bad 9 (step 9 was reached)",
     }
     # a start that fails before the workers' first line takes no other's reason away
+    save(run, 2)
     schedule._attempts_before = len(ledger.attempts())
     schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
     assert tags(run)["restart.2"].startswith("worker 1 failed: ValueError: bad 9")

@@ -182,7 +182,7 @@ def test_export_generate_evaluate_compare_and_status(unbroken: tuple[RunConfig, 
     printed = in_process(
         "generate", exported, "--prompt", "a star", "--reference", f"{picture}:0:object", "--out", clips, *size
     )
-    assert "Wrote 1 clips" in printed
+    assert "Wrote 1 clip " in printed
     assert decode_video((clips / "clip.mp4").read_bytes(), 5).shape == (5, 32, 32, 3)
     printed = in_process("generate", exported, "--prompt", "a star", "--out", tmp_path / "as-trained")
     assert "1 clip of 32x32, 5 frames at 8 a second, 2 steps, guidance 2, seed 0" in printed

@@ -71,7 +71,7 @@ def test_a_frozen_test_set_is_read_as_it_was_and_needs_nothing_else(tmp_path: Pa
     ("item", "message"),
     [
         ({"split": "in_domian"}, "did you mean 'in_domain'"),
-        ({"labels": ["a", "b"]}, "labels: expected a list with an entry for each of 1 pictures"),
+        ({"labels": ["a", "b"]}, "labels: expected a list with an entry for each of 1 picture"),
         ({"id": "../up"}, "expected 1 to 80 letters"),
         ({"target": "none.mp4"}, "no clip"),
         ({"domain_code": ["Fantsy"]}, "unknown domain"),

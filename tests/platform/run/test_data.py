@@ -110,4 +110,4 @@ def test_live_encoding_says_what_it_changes(
     corpora(config, "raw")
     require_as_configured(config)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Corpus pictures, fitted to its buckets: of 1 samples 1 cropped (up to" in said
+    assert "Corpus pictures, fitted to its buckets: of 1 sample 1 cropped (up to" in said
