@@ -24,9 +24,9 @@ def selected_rows(place: Location, where: str, known: bool = False) -> np.ndarra
     with `known` also for one that names a text that no sample has, and what `Index.load` raises.
     """
     columns = RowFilter.columns(where)
-    known = set(columns) <= {*SCHEMA.names, *PLACES}
+    there = set(columns) <= {*SCHEMA.names, *PLACES}
     # with all columns, the error of an unknown name can say which there are
-    index = Index.load(place, columns if known else None, verify=False)
+    index = Index.load(place, columns if there else None, verify=False)
     condition = RowFilter(index.table, where)
     mask = condition.chosen() if known else condition.mask()
     if not mask.any():

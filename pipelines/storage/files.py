@@ -314,26 +314,22 @@ def write_file(source: Path, place: Location) -> None:
         unread: OSError | None = None
         most = LIMITS.attempts * (LIMITS.connect_seconds + LIMITS.stall_seconds)
         word = Word(redacted(place), f"uploading {source}", most, source.stat().st_size, LIMITS)
-        later = threading.Timer(word.after, word.say)
-        later.daemon = True
-        later.start()
         try:
-            filesystem, path = opened(place, LIMITS, LIMITS.attempts)
-            with filesystem.open_output_stream(path) as stream:
-                while True:
-                    try:
-                        piece = file.read(_PIECE)
-                    except OSError as error:
-                        unread = error
-                        break
-                    if not piece:
-                        break
-                    stream.write(piece)
+            with word.told():
+                filesystem, path = opened(place, LIMITS, LIMITS.attempts)
+                with filesystem.open_output_stream(path) as stream:
+                    while True:
+                        try:
+                            piece = file.read(_PIECE)
+                        except OSError as error:
+                            unread = error
+                            break
+                        if not piece:
+                            break
+                        stream.write(piece)
         except OSError as error:
             spent = time.monotonic() - began
             raise explained(redacted(place), f"uploading {source}", error, LIMITS.attempts, spent) from None
-        finally:
-            later.cancel()
     _open_files.forget(str(place))
     if unread is not None:  # a stream that was begun can only be ended, which makes an object of what it has
         delete(place)

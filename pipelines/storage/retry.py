@@ -6,6 +6,7 @@ waited for is told of, on the log, which is a command's standard error.
 
 import contextlib
 import logging
+import math
 import queue
 import random
 import re
@@ -130,8 +131,9 @@ def retried(place: str, doing: str, request: Callable[[], T], limits: Limits, si
 
 
 class Word:
-    """What people are told of a request that is not answered: after `SILENT_SECONDS`, and as long as `size` bytes may
-    take, that it is waited for, and for how long at most."""
+    """What people are told of a request that is not answered: that it is waited for, and for how long at most. After
+    `SILENT_SECONDS` and as long as `size` bytes may take, but not later than `REPEAT_SECONDS`, and then every
+    `REPEAT_SECONDS`."""
 
     _said: dict[str, float] = {}  # noqa: RUF012  # of all requests: when something was said of a store
     _lock = threading.Lock()
@@ -139,13 +141,14 @@ class Word:
     def __init__(self, place: str, doing: str, seconds: float, size: int | None, limits: Limits) -> None:
         self._place, self._doing, self._most = place, doing, seconds
         self.began, self._why = time.monotonic(), ""
-        self.after = SILENT_SECONDS + (size or 0) / limits.least_rate
+        self.after = min(SILENT_SECONDS + (size or 0) / limits.least_rate, max(SILENT_SECONDS, REPEAT_SECONDS))
         """Seconds after which it is said."""
 
     def failed(self, attempts: int, error: OSError) -> None:
         """Notes why the request is made again."""
-        self._why = f" ({attempts} attempts failed, the last: {_reason(error)})"
-        self.after = SILENT_SECONDS
+        failed = f"{attempts} attempts failed, the last" if attempts > 1 else "an attempt failed"
+        self._why = f" ({failed}: {_reason(error)})"
+        self.after = min(self.after, SILENT_SECONDS)
 
     def left(self) -> float:
         """Seconds until there is something to say."""
@@ -154,16 +157,33 @@ class Word:
     def say(self) -> None:
         """Says it, unless something was said of the same store a moment ago."""
         now = time.monotonic()
-        self.after = now - self.began + REPEAT_SECONDS
         store = "/".join(self._place.split("/")[:3])
         with self._lock:
-            if now - self._said.get(store, -REPEAT_SECONDS) < REPEAT_SECONDS:
+            free = self._said.get(store, -math.inf) + REPEAT_SECONDS
+            if now < free:
+                self.after = free - self.began
                 return
             self._said[store] = now
+        self.after = now - self.began + REPEAT_SECONDS
         logger.warning(
             "%s: %s takes longer than %.0f s%s; it is waited for up to %.0f s",
-            *(self._place, self._doing, SILENT_SECONDS, self._why, self._most),
+            *(self._place, self._doing, now - self.began, self._why, self._most),
         )
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Says it while the block lasts, which itself waits for the store."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(max(self.left(), 0.0)):
+                self.say()
+
+        threading.Thread(target=watch, name="storage-word", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 def explained(place: str, doing: str, error: OSError, attempts: int, seconds: float) -> MissingError | StorageError:

@@ -72,6 +72,26 @@ def test_an_upload_is_told_of(place: str, caplog: Any, tmp_path: Path, monkeypat
     assert ["uploading" in record.message for record in caplog.records] in ([True], [])  # refused twice is quick
 
 
+def test_a_large_upload_to_a_store_that_is_away_is_told_of_again_and_again(
+    caplog: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only once its bytes could have come through, which is after the upload was given up."""
+    monkeypatch.setattr(retry, "REPEAT_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "LIMITS", replace(QUICK, attempts=2, connect_seconds=1, stall_seconds=1))
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(10 << 30)  # of which nothing is read before the store answers
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(100)
+        place = f"s3://bucket/x?region=us-east-1&endpoint_override=http://127.0.0.1:{listening.getsockname()[1]}"
+        with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="uploading"):
+            storage.write_file(tmp_path / "a", place)
+    assert len(caplog.records) >= 3 and all("it is waited for up to 4 s" in one.message for one in caplog.records)
+    count = len(caplog.records)
+    time.sleep(0.5)
+    assert len(caplog.records) == count
+
+
 def test_what_is_answered_in_time_is_not_told_of(caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
         assert retry.retried("s3://b/x", "reading", lambda: 7, storage.LIMITS) == 7
@@ -90,6 +110,16 @@ def test_it_is_said_again_and_with_the_reason(caplog: Any, monkeypatch: pytest.M
     told = [record.message for record in caplog.records]
     assert 2 <= len(told) <= 4 and all("attempts failed, the last: nobody there" in text for text in told)
     assert "hunter2" not in "".join(told)
+
+
+def test_it_is_said_at_even_times_whenever_attempts_fail(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "REPEAT_SECONDS", 0.3)
+    limits = replace(storage.LIMITS, total_seconds=2.0, stall_seconds=0.45, first_wait=0.001, longest_wait=0.002)
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageError):
+        retry.retried("s3://bucket/x", "listing", lambda: time.sleep(9), limits, 1)
+    times = [record.created for record in caplog.records]
+    assert len(times) >= 5 and max(later - one for one, later in zip(times, times[1:], strict=False)) < 0.44
+    assert "an attempt failed: no whole answer" in caplog.records[2].message
 
 
 def test_what_can_be_done_without_is_given_up_sooner(place: str) -> None:
