@@ -54,6 +54,14 @@ class Connection:
         """What to tell people of a standing cluster that asks nobody for a token; None: it asks, or does not answer."""
 
     def __enter__(self) -> Self:
+        try:
+            self._connect()
+        except BaseException:
+            self._forget_choice()
+            raise
+        return self
+
+    def _connect(self) -> None:
         quiet_ray()
         import ray
 
@@ -80,7 +88,7 @@ class Connection:
         except ClusterError:
             raise
         except Exception as error:  # Ray raises bare ones, such as for a node that did not come up in time
-            raise ClusterError(f"{_unreachable(self.address)} ({_first_line(error)})") from error
+            raise ClusterError(f"{_unreachable(self.address)} ({first_line(error)})") from error
         self.dashboard_url = context.dashboard_url or None
         self.open_warning = open_warning(self.dashboard_url) if self.address and self.dashboard_url else None
         if self.needs:
@@ -89,7 +97,6 @@ class Connection:
             except ClusterError:
                 ray.shutdown()
                 raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -98,10 +105,13 @@ class Connection:
         from ray.exceptions import RayError, RayTaskError
 
         ray.shutdown()
+        self._forget_choice()
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # that is of a task's own code
+            raise ClusterError(f"the Ray cluster failed meanwhile: {first_line(error)}") from error
+
+    def _forget_choice(self) -> None:
         if self._chosen:
             os.environ.pop(_WATCHES, None)
-        if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # that is of a task's own code
-            raise ClusterError(f"the Ray cluster failed meanwhile: {_first_line(error)}") from error
 
 
 _WATCHES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -244,5 +254,6 @@ def _unreachable(address: str | None) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

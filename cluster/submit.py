@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from domainshuttle.cluster.local import ClusterError, open_warning, quiet_loggers, quiet_ray, speaks_http
+from domainshuttle.cluster.local import ClusterError, first_line, open_warning, quiet_loggers, quiet_ray, speaks_http
 from domainshuttle.cluster.wheel import build_wheel
 
 
@@ -262,7 +262,7 @@ def _refusals(named: str, doing: str) -> Iterator[None]:
         raise
     # a bare one for an address that is none
     except (OSError, RuntimeError, ValueError, AssertionError, RayError) as error:
-        raise ClusterError(f"{doing} {named}: {_remedy(str(error))}") from error
+        raise ClusterError(f"{doing} {named}: {_remedy(error)}") from error
 
 
 def _submit(client: Any, jobs: Sequence[Any], name: str, **job: Any) -> str:
@@ -313,9 +313,12 @@ def _without_addresses() -> Iterator[None]:
 
 def _require_dashboard(address: str) -> None:
     """Raises ClusterError for Ray's own address, or for what is none, where a dashboard's is expected."""
-    url = urlsplit(_with_scheme(address))
-    wrong = url.scheme not in ("http", "https") or not url.hostname or url.hostname == "auto"
-    if wrong or (url.scheme == "http" and speaks_http(f"http://{url.netloc}", _PATIENCE) is False):
+    try:
+        url = urlsplit(_with_scheme(address))
+        right = url.scheme in ("http", "https") and bool(url.hostname) and url.hostname != "auto" and url.port != 0
+    except ValueError:  # brackets that are open, a port that is no number or beyond 65535
+        right = False
+    if not right or (url.scheme == "http" and speaks_http(f"http://{url.netloc}", _PATIENCE) is False):
         raise ClusterError(
             f"{address} is not the address of a dashboard. Expected here: http://HOST:8265, as `ray start --head` "
             "prints it; Ray's own address (HOST:6379) is for --address of other commands and cluster.address"
@@ -343,8 +346,8 @@ def _token_mode() -> Iterator[bool]:
             del os.environ["RAY_AUTH_MODE"]
 
 
-def _remedy(error: str) -> str:
-    line = error.strip().splitlines()[0][:200].rstrip(".")
-    if "authentication" in error.lower() or "token" in error.lower():
+def _remedy(error: BaseException) -> str:
+    line = first_line(error).rstrip(".")
+    if any(word in str(error).lower() for word in ("authentication", "token")):
         return f"{line}. Put the cluster's token into ~/.ray/auth_token and set RAY_AUTH_MODE=token"
     return f"{line}. Is the address the dashboard's (http://HOST:8265), and is the cluster up?"

@@ -62,6 +62,7 @@ def test_nodes_that_go_are_watched_for_where_they_can_go(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     for check in ("require_own_address", "check_reachable", "require_no_dashboard"):
         monkeypatch.setattr(local, check, lambda address: None)
     for address in (None, "10.0.0.1:6379", None):
@@ -69,6 +70,14 @@ def test_nodes_that_go_are_watched_for_where_they_can_go(monkeypatch: pytest.Mon
             pass
         assert name not in os.environ
     assert seen == ["0", "1", "0"]
+    with pytest.raises(ClusterError, match="too few CPUs"):
+        Connection(None, Resources(2)).__enter__()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ClusterError, match="is busy"):
+            Connection(None, dashboard_port=taken.getsockname()[1]).__enter__()
+    assert name not in os.environ  # nor is it left by one that could not be had
     monkeypatch.setenv(name, "0")  # a user's own choice holds
     with Connection("10.0.0.1:6379"):
         pass

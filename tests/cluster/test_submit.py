@@ -114,9 +114,23 @@ def test_an_address_of_the_other_kind_is_refused_with_the_remedy(monkeypatch: py
         with pytest.raises(ClusterError, match=r"address of a dashboard.*RAY_ADDRESS"), Connection():
             pass
     with no_web_server() as own:
-        for address in (own, f"http://{own}", "ray://head:10001", "auto", "domainshuttle://head"):
+        others = ("ray://head:10001", "auto", "domainshuttle://head", "http://[head", "[", "http://head:99999", "head:0")
+        for address in (own, f"http://{own}", *others):
             with pytest.raises(ClusterError, match=r"not the address of a dashboard.*http://HOST:8265"):
                 submit.list_jobs(address)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError(), "not taken by here: AssertionError. Is the address"),
+        (RuntimeError("\n"), "not taken by here: RuntimeError. Is the address"),
+        (RuntimeError("Request failed with status code 401: no token.\nmore"), "code 401: no token. Put the cluster's"),
+    ],
+)
+def test_a_refusal_is_one_line_with_the_remedy_also_without_a_text(error: Exception, said: str) -> None:
+    with pytest.raises(ClusterError, match=said), submit._refusals("here", submit._SUBMITTING):
+        raise error
 
 
 def test_the_command_that_follows_a_job_goes_to_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
