@@ -15,8 +15,10 @@ def domain_id(domain: int | str | None, num_domains: int = len(DOMAINS)) -> int:
         name = domain.strip().lower().removesuffix("domain").strip()
         name = _ALIASES.get(name, name)
         found = DOMAINS.index(name) if name in DOMAINS else len(DOMAINS)
-    else:
-        found = -1 if domain is None else int(domain)
+    elif domain is None:
+        found = -1
+    else:  # a file may have said true, or 1.5
+        found = int(domain) if int(domain) == domain and not isinstance(domain, bool) else len(DOMAINS)
     if not -1 <= found < num_domains:
         known = ", ".join(f"{name} ({i})" for i, name in enumerate(DOMAINS[:num_domains]))
         raise ValueError(f"unknown domain {domain!r}; expected one of {known}, or None (-1) for no domain")

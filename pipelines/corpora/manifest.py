@@ -18,7 +18,7 @@ from domainshuttle.model.domains import DOMAINS, domain_id
 from domainshuttle.pipelines.corpora.downloads import check_folder, found_files
 from domainshuttle.pipelines.corpora.files import Shown, clip_of, picture_of, read_media, read_picture, sample_of
 from domainshuttle.pipelines.corpora.json_records import jsonl_records, parse
-from domainshuttle.pipelines.corpora.parquet_rows import parquet_columns, parquet_rows
+from domainshuttle.pipelines.corpora.parquet_rows import parquet_columns, parquet_rows, same_names
 from domainshuttle.pipelines.corpora.source import (
     Fields,
     FolderSource,
@@ -42,7 +42,8 @@ TARGETS = ("clip", "video", "image", "target", "path", "file")
 CAPTIONS = ("caption", "text", "prompt")
 _IDS = ("id", "key")
 _FIELDS = {*TARGETS, *CAPTIONS, *_IDS, "references", "subjects", "domains", "scores", "source_video"}
-_MOST_UNREAD = 20  # fields of a row that are named where they are not read
+_MOST_UNREAD = 20
+"""Fields of a row that are named where they are not read; the others are counted together."""
 _REFERENCE = re.compile(r"(?P<stem>.+)\.ref(?P<number>\d+)")
 
 
@@ -98,11 +99,11 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
             try:
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     reader = csv.DictReader(file, strict=True)
-                    names = [name.strip() for name in reader.fieldnames or ()]
-                    if again := sorted({name for name in names if names.count(name) > 1}):
-                        raise DataError(
-                            f"{path} has columns of one name, {', '.join(again)}: give them names of theirs"
-                        )
+                    # spreadsheets write columns without a name behind the others
+                    names = [name.strip() or f"column {number}" for number, name in enumerate(reader.fieldnames or (), 1)]
+                    if len(set(names)) != len(names):
+                        raise same_names(path, names)
+                    reader.fieldnames = names
                     for row in reader:
                         yield "", lambda row=row: _of_csv(row)
             except (csv.Error, UnicodeDecodeError) as error:
@@ -158,7 +159,7 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
                 "references": shown,
                 "scores": {name: scores.number(name) for name in scores.content if name in scores},
                 "video": fields.text("source_video") if "source_video" in fields else None,
-                **({"unread": unread} if (unread := sorted({*fields.content} - _FIELDS)[:_MOST_UNREAD]) else {}),
+                **({"unread": unread} if (unread := sorted({*fields.content} - _FIELDS)) else {}),
             },
             uncaptioned=uncaptioned(caption),
         )
@@ -196,7 +197,7 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
             path, which, origin = (
                 inner.text("path", "image", "file"),
                 inner.content.get("subject"),
-                inner.content.get("origin") or "photo",
+                inner.content["origin"] if "origin" in inner else "photo",
             )
         else:
             path, which = one, None
@@ -227,8 +228,11 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
     def raw_sample(self, record: Record, tables: Tables, notes: Notes) -> RawSample:
         content = record.payload
         target = content["target"]
-        for name in content.get("unread", ()):
+        unread = content.get("unread", ())
+        for name in unread[:_MOST_UNREAD]:
             notes.add(f"field {name[:40]!r} is not read")
+        if more := len(unread[_MOST_UNREAD:]):
+            notes.add("more fields are not read", more)
         data = read_media(self.root, target, "target")
         clip = Path(target).suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS
         guessed = [word for word, domain in content["subjects"] if domain is None]
@@ -250,7 +254,7 @@ def _domain(value: Any, where: str) -> int:
     try:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value.strip()) else value
         return domain_id(number)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise unknown_form(where, f"domain {value!r}: expected one of {', '.join(DOMAINS)}, or its number") from error
 
 
@@ -260,8 +264,7 @@ def _of_csv(row: dict[Any, Any]) -> dict[str, Any]:
         raise unknown_form("CSV", f"a row of another length than the header: {str(row)[:120]}")
     found: dict[str, Any] = {}
     for name, cell in row.items():
-        name, cell = name.strip(), cell.strip()
-        if not cell:
+        if not (cell := cell.strip()):
             continue
         if name in ("references", "subjects", "domains", "scores"):
             found[name] = parse(cell.encode(), name) if cell[0] in "[{" else [one.strip() for one in cell.split(";")]

@@ -10,7 +10,8 @@ from domainshuttle.pipelines.errors import DataError
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int = 64) -> Iterator[dict[str, Any]]:
-    """Each row's columns, by name. Raises DataError for a file that is no whole Parquet file."""
+    """Each row's columns, by name; maps as objects. Raises DataError for a file that is no whole Parquet file, and for
+    values that Python has no objects for."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -19,12 +20,18 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int 
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(at_once, columns=list(columns) if columns is not None else None):
                 yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # of texts that are no UTF-8, keys that repeat
+    except (KeyError, OverflowError) as error:  # a key that comes twice in a map, a date beyond Python's
+        raise DataError(f"{path} has a value that can't be read ({_text(error)}): correct it") from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last of texts that are no UTF-8
         raise _not_whole(path, error) from error
 
 
 def _not_whole(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is no whole Parquet file ({' '.join(str(error).split())[:200]}): download it again")
+    return DataError(f"{path} is no whole Parquet file ({_text(error)}): download it again")
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -38,12 +45,14 @@ def parquet_columns(path: Path) -> list[str]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _not_whole(path, error) from error
     if len(set(names)) != len(names):
-        raise DataError(f"{path} has columns of one name, {_repeated(names)}: rename them")
+        raise same_names(path, names)
     return names
 
 
-def _repeated(names: Sequence[str]) -> str:
-    return ", ".join(sorted({name for name in names if list(names).count(name) > 1}))
+def same_names(path: Path, names: Sequence[str]) -> DataError:
+    """What to raise for a table of which two columns have the same name."""
+    again = sorted({name for name in names if list(names).count(name) > 1})
+    return DataError(f"{path} has columns of one name, {', '.join(again) or 'the empty one'}: give each its own name")
 
 
 def require_columns(path: Path, wanted: Sequence[str]) -> None:

@@ -204,8 +204,8 @@ class Fields:
         return self._first(names, (str,), "a text")
 
     def caption(self, *names: str) -> str:
-        """The first of these fields that is a text and not blank, without spaces around it; '' where there is none,
-        and yet one of the fields."""
+        """The first of these fields that is not blank, a text, without spaces around it; '' where there is none, and
+        yet one of the fields."""
         if not any(name in self.content for name in names):
             return self.text(*names)  # which raises
         return next((text for name in names if name in self and (text := self.text(name).strip())), "")

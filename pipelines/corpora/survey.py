@@ -60,7 +60,8 @@ class Tally:
         kind = fault_kind(left.reason)
         self.counts[kind] += 1
         if len(named := self.examples.setdefault(kind, [])) < EXAMPLES:
-            named.append(f"{left.id}: {left.reason}" if left.reason != kind else left.id)
+            example = f"{left.id}: {left.reason}" if left.reason != kind else left.id
+            named.append(example.encode(errors="backslashreplace").decode())  # names of files may be no UTF-8
 
     def join(self, other: "Tally") -> None:
         self.counts.update(other.counts)
@@ -90,8 +91,9 @@ class Survey:
             pa.ipc.new_file(sink, _SCHEMA) as writer,
         ):
             for batch in _batches(source.survey(self.pieces[number]), tally, source.keeps_uncaptioned):
-                writer.write_batch(_as_arrow(batch, source.seed))
-                count += len(batch)
+                rows = _rows(batch, source.seed, tally)
+                writer.write_batch(rows)
+                count += len(rows)
                 _check_form(self.pieces[number], tally, count)
         _check_form(self.pieces[number], tally, count)
         content = {"records": count, "counts": tally.counts, "examples": tally.examples}
@@ -238,6 +240,22 @@ def _batches(found: Iterator[Record | LeftOut], tally: Tally, keeps_uncaptioned:
             yield batch
             batch = []
     yield batch
+
+
+def _rows(records: Sequence[Record], seed: int, tally: Tally) -> pa.RecordBatch:
+    """The records as rows; those with names that are no UTF-8, as files' may be, are left out."""
+    try:
+        return _as_arrow(records, seed)
+    except UnicodeEncodeError:
+        held = []
+        for record in records:
+            try:
+                _as_arrow([record], seed)
+            except UnicodeEncodeError:
+                tally.add(LeftOut(record.id, "unsafe name: the name of a file or folder is not UTF-8: rename it"))
+            else:
+                held.append(record)
+        return _as_arrow(held, seed)
 
 
 def _as_arrow(records: Sequence[Record], seed: int) -> pa.RecordBatch:

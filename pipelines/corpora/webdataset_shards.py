@@ -6,6 +6,7 @@ are counted and left. References are made by a later stage.
 
 import contextlib
 import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,8 @@ class WebDatasetSource(FolderSource[WebDatasetConfig]):
         found = found_files(self.root, self.config.shards, "shards")
         pieces = [Piece.of(path, self.root, in_order=True) for path in found]
         if others := self._unread():
-            pieces.append(Piece(_OTHERS, hashlib.blake2b("\0".join(others).encode(), digest_size=16).hexdigest()))
+            names = os.fsencode("\0".join(others))
+            pieces.append(Piece(_OTHERS, hashlib.blake2b(names, digest_size=16).hexdigest()))
         return pieces
 
     def _unread(self) -> list[str]:

@@ -30,10 +30,10 @@ def test_domain_names(name: str | int | None, expected: int) -> None:
     assert domain_id(name) == expected
 
 
-@pytest.mark.parametrize("name", ["alien", "", 5, -2])
-def test_unknown_domains(name: str | int) -> None:
+@pytest.mark.parametrize("name", ["alien", "", 5, -2, True, 1.5])
+def test_unknown_domains(name: str | int | float) -> None:
     with pytest.raises(ValueError, match=r"unknown domain .*human \(0\)"):
-        domain_id(name)
+        domain_id(name)  # type: ignore[arg-type]
 
 
 def test_release_line(tmp_path: Path) -> None:

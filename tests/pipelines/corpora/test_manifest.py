@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -92,10 +94,14 @@ def test_a_folder_needs_no_manifest(tmp_path: Path) -> None:
     [
         ({"domains": ["human"]}, "1 domains for 2 subjects"),
         ({"domains": ["human", "marble"]}, "domain 'marble'"),
+        ({"domains": ["human", True]}, "domain True"),
+        ({"domains": ["human", 1.5]}, "domain 1.5"),
         ({"subjects": "man"}, "expected a list"),
         ({"references": [{"path": "x.jpg", "subject": "owl"}]}, "reference"),
         ({"references": ["refs/0.jpg", "refs/1.jpg", "refs/2.jpg"]}, "reference 'refs/2.jpg'"),
         ({"references": [{"path": "refs/0.jpg", "origin": "moon"}]}, "origin"),
+        ({"references": [{"path": "refs/0.jpg", "origin": ""}]}, "origin"),
+        ({"references": [{"path": "refs/0.jpg", "origin": 0}]}, "origin"),
         ({"scores": {"quality": "high"}}, "expected a number"),
         ({"clip": None}, "no clip or video or image"),
     ],
@@ -159,6 +165,31 @@ def test_columns_of_every_type_are_read_as_they_are_meant(tmp_path: Path, scores
     assert result.notes.counts == {"field 'added' is not read": 2}
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("scores", pa.array([[("a", 1.0), ("a", 2.0)]], pa.map_(pa.string(), pa.float32())), "duplicate keys"),
+        ("caption", pa.array([2**30], pa.date32()), "days=1073741824"),
+    ],
+)
+def test_a_value_that_python_has_no_object_for_is_one_message(
+    tmp_path: Path, column: str, value: pa.Array, message: str
+) -> None:
+    root = media(tmp_path / "root")
+    pq.write_table(pa.table({"clip": ["a.mp4"], column: value}), root / "m.parquet")
+    with pytest.raises(DataError, match=rf"m.parquet has a value that can't be read .*{message}.*: correct it"):
+        made(ManifestConfig(folder=str(root), manifests=["m.parquet"]), tmp_path / "survey")
+
+
+@pytest.mark.parametrize("value", [[Decimal("1.5")], [math.inf]])
+def test_domains_of_a_table_are_whole_numbers(tmp_path: Path, value: list[Any]) -> None:
+    root = media(tmp_path / "root")
+    columns = {"clip": ["a.mp4"], "caption": ["x"], "subjects": [["cup"]], "domains": [value]}
+    pq.write_table(pa.table(columns), root / "m.parquet")
+    result = made(ManifestConfig(folder=str(root), manifests=["m.parquet"]), tmp_path / "survey")
+    assert "domain" in result.tally.examples["unknown form"][0]
+
+
 @pytest.mark.parametrize("value", [pa.array([1], pa.timestamp("us")), pa.array([b"x"]), pa.array([Decimal("1.5")])])
 def test_columns_of_another_type_are_an_unknown_form(tmp_path: Path, value: pa.Array) -> None:
     root = media(tmp_path / "root")
@@ -196,6 +227,35 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     result = made(ManifestConfig(folder=str(root), manifests=["m.csv"]), tmp_path / "survey")
     assert [sample.info.caption for sample in result] == ['A "red" cup, and\r\na man.']
     assert result.tally.counts == {"empty caption": 1} and result.notes.counts == {"field 'Rating' is not read": 1}
+
+
+def test_columns_without_a_name_are_not_read_and_lose_nothing_in_silence(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    (root / "m.csv").write_text("clip,caption,,\na.mp4,A man.,,\nb.jpg,A dog.,5,\n")
+    result = made(ManifestConfig(folder=str(root), manifests=["m.csv"]), tmp_path / "survey")
+    assert [sample.info.caption for sample in result] == ["A man.", "A dog."]
+    assert result.notes.counts == {"field 'column 3' is not read": 1}
+
+
+def test_many_fields_that_are_not_read_are_counted_too(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    (root / "m.jsonl").write_text(json.dumps({**ROWS[0], **{f"extra{n:02d}": n for n in range(25)}}))
+    result = made(ManifestConfig(folder=str(root), manifests=["m.jsonl"]), tmp_path / "survey")
+    assert result.notes.counts.total() == 25 and result.notes.counts["more fields are not read"] == 5
+
+
+def test_names_of_files_that_are_no_utf8_are_left_out_by_name(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    for name, data in ((b"\xff.jpg", jpeg(1)), (b"\xff.txt", b"X."), (b"\xfe.bin", b"?")):
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_bytes(data)
+    (root / "b.txt").write_text("B.")
+    (folder := Path(os.fsdecode(os.fsencode(root) + b"/\xfd"))).mkdir()
+    (folder / "c.jpg").write_bytes(jpeg(2))
+    (folder / "c.json").write_text(json.dumps({"id": "named", "caption": "C."}))
+    result = made(ManifestConfig(folder=str(root)), tmp_path / "survey")
+    assert [sample.info.caption for sample in result] == ["B."]
+    assert result.tally.counts == {"empty caption": 4, "unsafe name": 2, "other file": 1}
+    assert all(example.isascii() for named in result.tally.examples.values() for example in named)
 
 
 def test_what_a_folder_has_beside_its_media_is_counted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """WebDataset shards of others. Run: python -m pytest tests/pipelines/corpora/test_webdataset_shards.py"""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_names_that_are_not_utf8_stay_names(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(packed.getvalue())
     (sample,) = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
     assert "caf_xe9" in sample.key and sample.info.caption == "A cup."
+
+
+def test_shards_and_archives_whose_own_names_are_not_utf8_are_left_out_by_name(tmp_path: Path) -> None:
+    data = tar({"a.jpg": jpeg(10), "a.txt": b"A."})
+    for name in (b"0.tar", b"\xff.tar", b"\xfe.zip"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(data)
+    result = made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")
+    assert [one.info.caption for one in result] == ["A."]
+    assert result.tally.counts == {"unsafe name": 1, "other file": 1}
 
 
 def test_no_picture_gets_the_caption_of_another_of_the_same_key(tmp_path: Path) -> None:
