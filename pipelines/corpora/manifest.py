@@ -100,7 +100,9 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
                 with path.open(encoding="utf-8-sig", newline="") as file:
                     reader = csv.DictReader(file, strict=True)
                     # spreadsheets write columns without a name behind the others
-                    names = [name.strip() or f"column {number}" for number, name in enumerate(reader.fieldnames or (), 1)]
+                    names = [
+                        name.strip() or f"column {number}" for number, name in enumerate(reader.fieldnames or (), 1)
+                    ]
                     if len(set(names)) != len(names):
                         raise same_names(path, names)
                     reader.fieldnames = names

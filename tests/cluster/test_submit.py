@@ -114,7 +114,15 @@ def test_an_address_of_the_other_kind_is_refused_with_the_remedy(monkeypatch: py
         with pytest.raises(ClusterError, match=r"address of a dashboard.*RAY_ADDRESS"), Connection():
             pass
     with no_web_server() as own:
-        others = ("ray://head:10001", "auto", "domainshuttle://head", "http://[head", "[", "http://head:99999", "head:0")
+        others = (
+            "ray://head:10001",
+            "auto",
+            "domainshuttle://head",
+            "http://[head",
+            "[",
+            "http://head:99999",
+            "head:0",
+        )
         for address in (own, f"http://{own}", *others):
             with pytest.raises(ClusterError, match=r"not the address of a dashboard.*http://HOST:8265"):
                 submit.list_jobs(address)
