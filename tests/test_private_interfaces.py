@@ -76,8 +76,8 @@ USES: dict[str, tuple[str, ...]] = {
     "WorkerGroupStartupFailedError": (RESTARTS,),
     "TrainController": (RESTARTS,),
     "SplitCoordinator": (RESTARTS,),
-    "_StatsActor": (RESTARTS,),
-    "AutoscalingRequester": (RESTARTS,),
+    "SynchronizationActor": (RESTARTS,),
+    "RayTrainWorker": (RESTARTS,),
     # what is free on each node; the public function sums over all
     "ray._private.state.available_resources_per_node": ("platform/driver/group_size.py",),
     # and how the folder of a job's working directory begins
@@ -463,8 +463,8 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "TrainController": of_ray("ray.train.v2._internal.execution.controller.controller", "TrainController"),
     "SplitCoordinator": of_ray("ray.data._internal.iterator.stream_split_iterator", "SplitCoordinator"),
     TRAINER: of_ray(*TRAINER.rsplit(".", 1)),
-    "_StatsActor": of_ray("ray.data._internal.stats", "_StatsActor"),
-    "AutoscalingRequester": of_ray("ray.data._internal.execution.autoscaling_requester", "AutoscalingRequester"),
+    "SynchronizationActor": of_ray("ray.train.v2._internal.execution.checkpoint.sync_actor", "SynchronizationActor"),
+    "RayTrainWorker": of_ray("ray.train.v2._internal.execution.worker_group.worker", "RayTrainWorker"),
     "torch.utils._python_dispatch.TorchDispatchMode": _dispatch,
     **{name: of_dynamo for name in USES if name.startswith("torch._dynamo.exc.")},
     "OutOfMemoryError": of_torch("OutOfMemoryError"), "AcceleratorError": of_torch("AcceleratorError"),

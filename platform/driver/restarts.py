@@ -116,8 +116,8 @@ _NODE_GONE = re.compile(r"\bnode of .* is gone")
 
 
 def _of_workers(failures: Mapping[int, BaseException], report: str, evidence: Evidence | None) -> Fault:
-    """Of several the one that most likely came first: a hang, a death, then an error, then connections that were
-    lost."""
+    """Of several the one that most likely came first: a hang, a worker's death, an error of its own, the death of
+    another process, then what was lost with others."""
     if not failures:
         return Fault("the workers ended, and none said why", report)
     found = [one for failure in failures.values() for one in _chain(failure) if isinstance(one, FINAL)]
@@ -127,11 +127,11 @@ def _of_workers(failures: Mapping[int, BaseException], report: str, evidence: Ev
         return Fault(hang, report, final, hung=True)
     rank, failure = min(failures.items(), key=lambda item: (_follows(item[1]), item[0]))
     inner = _innermost(failure)
-    if evidence and _follows(failure) == _CONNECTION_LOST and (dead := evidence.dead()):
+    if evidence and _follows(failure) == _CONSEQUENCE and (dead := evidence.dead()):
         names = " or ".join(worker.name for worker in dead)
         return Fault(f"{names} died: it was killed, or crashed; {evidence.log(dead[0].rank)}", report, final)
     taken = isinstance(inner, RayActorError) and inner.preempted
-    log = evidence.log(rank) if evidence else ""
+    log = evidence.log(rank) if evidence and _other_process(inner) is None else ""
     what = _words(inner, evidence.name(rank) if evidence else f"worker {rank}") + (f"; {log}" if log else "")
     mistake = _last_line(inner) if any(isinstance(one, _MISTAKES) for one in _chain(failure)) else ""
     return Fault(what, report, final, counted=not taken, mistake=mistake)
@@ -157,26 +157,39 @@ def _innermost(error: BaseException) -> BaseException:
     return found
 
 
-_CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|closed by peer|gloo|NCCL|ProcessGroup|Broken pipe")
+_CONNECTION_LOST = re.compile(
+    r"(?i)connection (closed|reset|refused)|closed by peer|gloo|NCCL|ProcessGroup|Broken pipe"
+)
+_ENDED_WITH_OTHERS = re.compile(r"owner has died|references to the actor were removed|killed by `ray\.kill`")
+"""Why Ray ended an actor that had no fault of its own."""
 
-
-_DEATH, _OWN_ERROR, _CONNECTION_LOST = range(3)
+_DEATH, _OWN_ERROR, _DEATH_OF_ANOTHER, _CONSEQUENCE = range(4)
 
 
 def _follows(failure: BaseException) -> int:
-    """What a worker's failure is: its process died, an error of its own, or what it saw of another's."""
+    """What a worker's failure is: its process died, an error of its own, or what it saw of another's end."""
     inner = _innermost(failure)
     if isinstance(inner, RayActorError | OutOfMemoryError | NodeDiedError) and not isinstance(inner, RayTaskError):
-        return _DEATH
-    return _CONNECTION_LOST if _CONSEQUENCE.search(str(failure)) else _OWN_ERROR
+        if _other_process(inner) is None:
+            return _DEATH
+        return _CONSEQUENCE if _ENDED_WITH_OTHERS.search(str(inner)) else _DEATH_OF_ANOTHER
+    return _CONSEQUENCE if _CONNECTION_LOST.search(str(failure)) else _OWN_ERROR
 
 
 _NAMES = {
     "TrainController": "Ray Train's controller",
+    "SynchronizationActor": "Ray Train's barrier of the workers",
     "SplitCoordinator": "Ray Data's coordinator",
-    "_StatsActor": "Ray Data's statistics",
-    "AutoscalingRequester": "Ray Data's autoscaler",
 }
+"""Processes without which workers can't go on, by the classes of their actors."""
+
+
+def _other_process(error: BaseException) -> str | None:
+    """Whose death Ray tells of, where that is no worker: another of its processes."""
+    named = re.search(r"class_name: (?:ray::)?(\w+)", str(error))
+    if named is None or named[1] == "RayTrainWorker":
+        return None
+    return _NAMES.get(named[1], f"Ray's {named[1]}")
 
 
 def _words(error: BaseException, who: str) -> str:
@@ -184,8 +197,7 @@ def _words(error: BaseException, who: str) -> str:
     text = str(error)
     if isinstance(error, DeviceMemoryError):
         return text
-    if named := re.search(r"class_name: (?:ray::)?(\w+)", text):
-        who = _NAMES.get(named[1], who)
+    who = _other_process(error) or who
     if isinstance(error, OutOfMemoryError) or "running low on memory" in text or "out of memory" in text.lower():
         return _memory(text, who) if isinstance(error, RayError) else f"{who}: {_last_line(error)}"
     if isinstance(error, NodeDiedError) or "node has died" in text or "node was terminated" in text:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -95,6 +95,44 @@ def test_who_died_or_failed_is_named_with_its_process_machine_and_log(run: Run) 
     assert said.startswith("worker 1 (process 101 on host1) died: it was killed, or crashed; its log: ")
     said = explain(of_workers(r0=LOST, r2=ValueError("the batch is empty")), Evidence.of(run, 1)).what
     assert said.startswith("worker 2 (process 102 on host2) failed: ValueError: the batch is empty; its log: ")
+
+
+def other_died(name: str, why: str = "its worker process has died. Worker exit type: SYSTEM_ERROR") -> Exception:
+    """What a worker raises that asked another of Ray's processes."""
+    text = f"The actor died unexpectedly before finishing this task.\n\tclass_name: {name}\n\tpid: 4711\n"
+    error = RayActorError("ab12", f"{text}The actor is dead because {why}")
+    return RayTaskError("train", "traceback", error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("name", "who"),
+    [
+        ("SplitCoordinator", "Ray Data's coordinator"),
+        ("SynchronizationActor", "Ray Train's barrier of the workers"),
+        ("SomethingNew", "Ray's SomethingNew"),
+    ],
+)
+def test_no_worker_is_blamed_for_the_death_of_another_process(run: Run, name: str, who: str) -> None:
+    for rank in range(3):
+        sign(run, rank, ended="ActorDiedError: The actor died unexpectedly")
+    said = explain(of_workers(r0=other_died(name), r1=LOST, r2=other_died(name)), Evidence.of(run, 1)).what
+    assert said == f"{who} died (process 4711): it was killed, or crashed"  # and no worker's log is its
+
+
+@pytest.mark.parametrize("why", ["its owner has died", "all references to the actor were removed"])
+def test_a_process_that_ended_with_a_worker_is_not_what_ended_the_group(run: Run, why: str) -> None:
+    follows = other_died("SplitCoordinator", why)
+    for rank in (1, 2):
+        sign(run, rank, ended="ActorDiedError: The actor died unexpectedly")
+    sign(run, 0, age=6)
+    for errors in ({"r1": follows}, {"r1": follows, "r0": died(100)}):
+        assert explain(of_workers(**errors), Evidence.of(run, 1)).what.startswith(
+            "worker 0 (process 100 on host0) died: it was killed, or crashed; its log: "
+        )
+    mistake = ValueError("the batch is empty")
+    for process in (follows, other_died("SplitCoordinator")):
+        said = explain(of_workers(r1=process, r2=mistake), Evidence.of(run, 1)).what
+        assert said.startswith("worker 2 (process 102 on host2) failed: ValueError: the batch is empty; its log: ")
 
 
 def test_a_stopped_worker_is_named_by_its_silence(run: Run) -> None:
