@@ -1105,8 +1105,10 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-_GOING_ON = ("data", "train", "demo", "ablate", "evaluate")
+_GOING_ON = ("data build", "data pair", "data label", "data encode", "train", "demo", "ablate", "evaluate")
 """Commands whose work goes on when they are called again."""
+_ENDING = ("evaluate report", "evaluate rate")
+"""Of these, commands without such work."""
 
 
 def _run() -> int:
@@ -1133,12 +1135,25 @@ def _run() -> int:
 
 
 def _interrupted() -> int:
-    """Says that the work goes on when the command is called again, where it does; the exit code."""
-    if sys.argv[1:2] and sys.argv[1] in _GOING_ON and not output.reader_gone():
+    """Says how the work goes on when the command is called again, where it does; the exit code."""
+    if (told := _goes_on(sys.argv[1:])) and not output.reader_gone():
         from domainshuttle.platform.console import errors
 
-        errors.print("Stopped. The same command goes on where it was.")
+        errors.print(f"Stopped. {told}")
     return _INTERRUPTED
+
+
+def _goes_on(arguments: list[str]) -> str:
+    """By which command the work of the command of these arguments goes on; empty where it does not."""
+    names = {" ".join(arguments[:1]), " ".join(arguments[:2])}
+    if not names.intersection(_GOING_ON) or names.intersection(_ENDING):
+        return ""
+    if "demo" in names and not {"--no-fresh", "--keep"}.intersection(arguments):
+        return "The same command with --no-fresh goes on where it was."
+    anew = re.findall(r"--fresh\b|--resume(?=[ =](?!auto\b))", " ".join(arguments))
+    if "train" in names and anew:
+        return f"The same command without {' and '.join(anew)} goes on where it was."
+    return "The same command goes on where it was."
 
 
 def _message(error: BaseException | None) -> str | None:

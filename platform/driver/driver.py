@@ -74,7 +74,7 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
         from domainshuttle.platform.driver.group_size import require_room  # which imports Ray
 
         require_room(config)
-        return run_training(prepare_run(config, fresh), lock, stage, resume)
+        return run_training(prepare_run(config, fresh), lock, fresh, stage, resume)
 
 
 def _require_ray_train() -> None:
@@ -119,8 +119,9 @@ def prepare_run(config: RunConfig, fresh: bool = False) -> Run:
     return run
 
 
-def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str = AUTO) -> int:
-    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code."""
+def run_training(run: Run, lock: RunLock, fresh: bool, stage: str | None, resume: str) -> int:
+    """Trains what is left of a run, or of one stage, on the connected cluster; returns the exit code. `fresh` and
+    `resume` are what the command was given: with these it would not go on where it was."""
     config = run.config
     ids = run.read_ids()
     tracker = open_schedule(
@@ -164,11 +165,13 @@ def run_training(run: Run, lock: RunLock, stage: str | None = None, resume: str 
                 hooks.tell(failure_events(error), f"The run ended: {error}", error=type(error).__name__)
             hooks.close(HOOKS_SECONDS)
             raise
-    return _end_run(run, tracker, hooks, outcome, time.monotonic() - began)
+    again = run.train_command if fresh or resume != AUTO else ""
+    return _end_run(run, tracker, hooks, outcome, time.monotonic() - began, again)
 
 
-def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", seconds: float) -> int:
-    """Ends books and tracking of a schedule that no error ended, and says what is next; returns the exit code."""
+def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", seconds: float, again: str) -> int:
+    """Ends books and tracking of a schedule that no error ended, and says what is next; returns the exit code. `again`
+    is the command that goes on; empty: the same."""
     config, left = run.config, [segment.name for segment in run.segments() if not segment.finished]
     whole = outcome == "finished" and not left
     run.note_end(outcome)
@@ -193,11 +196,11 @@ def _end_run(run: Run, tracker: Tracker, hooks: Hooks, outcome: "Outcome", secon
     hooks.close(HOOKS_SECONDS)
     if page := page_of(tracker.ids):
         console.print(f"MLflow's page of the run: {page}", markup=False)
-    console.print(_next(run, outcome, left), markup=False)
+    console.print(_next(run, outcome, left, again), markup=False)
     return 0 if outcome == "finished" else STOPPED
 
 
-def _next(run: Run, outcome: "Outcome", left: list[str]) -> str:
+def _next(run: Run, outcome: "Outcome", left: list[str], again: str) -> str:
     """What a person can do next, of a run in which some segments may be left."""
     config = run.config
     if outcome == "budget spent":
@@ -207,13 +210,16 @@ def _next(run: Run, outcome: "Outcome", left: list[str]) -> str:
             f"it, raise the budget: --set budget_gpu_hours={2 * budget:g}"
         )
     if outcome == "stopped":
-        return "The same command goes on with the newest checkpoint."
+        return f"To go on with the newest checkpoint: {again}" if again else _SAME_COMMAND
     if left:
         return f"Next: the stages that are left, {', '.join(left)}"
     return (
         f"Next: domainshuttle export {shlex.quote(str(run.folder))} exported, and domainshuttle compare "
         f"{shlex.quote(config.tracking.experiment)} --uri {shlex.quote(mask_secrets(config.tracking_uri))}"
     )
+
+
+_SAME_COMMAND = "The same command goes on with the newest checkpoint."
 
 
 def other_tracking(config: RunConfig) -> str | None:

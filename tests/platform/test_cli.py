@@ -10,6 +10,8 @@ from importlib.metadata import version
 
 import pytest
 
+from domainshuttle.platform.cli import _goes_on
+
 HEAVY = ("torch", "ray", "mlflow", "diffusers", "transformers", "numpy", "pyarrow")
 
 
@@ -63,6 +65,28 @@ def test_an_interrupt_that_a_library_makes_another_error_of_is_one(number: str) 
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (130, "Stopped. The same command goes on where it was.\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train demo", "The same command goes on where it was."),
+        ("train demo --fresh --set name=x", "The same command without --fresh goes on where it was."),
+        ("train demo --resume auto", "The same command goes on where it was."),
+        ("train demo --resume=none", "The same command without --resume goes on where it was."),
+        ("demo", "The same command with --no-fresh goes on where it was."),
+        ("demo --no-fresh", "The same command goes on where it was."),
+        ("data encode demo", "The same command goes on where it was."),
+        ("data inspect corpus", ""),
+        ("evaluate exported --cases paper", "The same command goes on where it was."),
+        ("evaluate report folder", ""),
+        ("status run --watch 5", ""),
+        ("", ""),
+    ],
+)
+def test_an_interrupt_names_the_command_that_goes_on(command: str, told: str) -> None:
+    """`demo` and `--fresh` begin anew, and what only reads has nothing to go on with."""
+    assert _goes_on(command.split()) == told
 
 
 def test_ray_is_quiet_in_every_command_whichever_of_our_modules_imports_it() -> None:
