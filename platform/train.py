@@ -71,7 +71,6 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             config, stage, segment.expert, origin, loader.accumulation, seed=segment.seed, flow=segment.flow
         )
         engine = model.engine
-        engine.attention.require_masks(stage.micro_batch > 1 and stage.references > 0, f"stages.{stage.name}")
         store = CheckpointStore.of(config)
         checkpoints = open_checkpoints(run, store, engine.checkpoint_bytes(model.parameters.trained_count))
         sampler = Sampler(run, segment, monitor.logger, job.origins)

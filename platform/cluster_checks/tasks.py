@@ -18,8 +18,10 @@ class Nodes:
         self.ids = sorted(self._all)
 
     def named(self, node: str) -> str:
-        """For people."""
-        one = self._all[node]
+        """For people; of one that joined later its id alone."""
+        one = self._all.get(node)
+        if one is None:
+            return f"node {node[:8]}"
         return f"node {one['NodeManagerHostname']} ({one['NodeManagerAddress']}, {node[:8]})"
 
     def gpus(self, node: str) -> int:

@@ -1,5 +1,7 @@
 """The model of a stage as it is trained: its engine and its loss, both as the run's configuration says."""
 
+import contextlib
+
 import torch
 
 from domainshuttle.model.batch import TrainingBatch
@@ -50,13 +52,15 @@ class StageModel:
         """What the network was built with, as diffusers saves it."""
         self._loss, self._seed, self._flow = stage.loss, seed, FlowConfig(**flow.model_dump())
         self._snapshot = None
-        if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
-            self._snapshot = frozen_copy(blueprint(section, origin), config.engine)
-        try:
+        with contextlib.ExitStack() as made:
+            if stage.loss.cross_pair_weight and stage.loss.cross_pair_target == "snapshot":
+                self._snapshot = frozen_copy(blueprint(section, origin), config.engine)
+                made.callback(release, self._snapshot)
             self.engine = Engine(design, stage, config.engine, accumulation)
-        except BaseException:
-            self._release_snapshot()
-            raise
+            made.callback(self.engine.close)
+            padded = stage.micro_batch > 1 and stage.references > 0
+            self.engine.attention.require_masks(padded, f"stages.{stage.name}")
+            self._made = made.pop_all()
 
     def loss(self, batch: TrainingBatch, step: int) -> LossOutput:
         """The training loss of a micro-batch, which is taken to the device."""
@@ -82,10 +86,4 @@ class StageModel:
 
     def close(self) -> None:
         """Gives the memory back, for the next model of this process; it can't be used any more."""
-        self._release_snapshot()
-        self.engine.close()
-
-    def _release_snapshot(self) -> None:
-        if self._snapshot is not None:
-            release(self._snapshot)
-            self._snapshot = None
+        self._made.close()

@@ -34,7 +34,8 @@ def export_lora(
     `export_run`, and ConfigError for a stage that trains no adapters.
     """
     name, segments = chosen_segments(run, stage, checkpoint)
-    if folder.exists() and any(folder.iterdir()) and not ((folder / LORA_FILE).exists() and overwrite):
+    replaced = overwrite and any((folder / expert / LORA_FILE).exists() for expert in EXPERT_FOLDERS)
+    if folder.exists() and any(folder.iterdir()) and not replaced:
         raise ConfigError(f"{folder} is not empty: choose another folder, or replace a LoRA with --overwrite")
     if checkpoint:
         newest = [_of_checkpoint(run, checkpoint, averaged)]

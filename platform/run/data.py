@@ -47,19 +47,15 @@ def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
                         f"it again with `domainshuttle data encode CONFIG --overwrite`"
                     )
         return
-    before_live = _noted(run) or now
-    if changed := [kind for kind, _ in named if now.get(f"{kind}_files") != before_live.get(f"{kind}_files")]:
+    noted = run.noted_encoders()
+    both = {**now, **noted}  # as it was noted first, and what is here for the first time
+    if changed := [kind for kind, _ in named if (name := f"{kind}_files") in now and now[name] != both[name]]:
         raise DataError(
             f"encoders.{changed[0]} has other files than the run {run.config.name} began with: bring them back, or "
             "begin a new run with another `name`"
         )
-    write_bytes(run.encoders_path, json.dumps(now).encode())
-
-
-def _noted(run: Run) -> dict[str, str]:
-    """Digests of the encoders' files with which live encoding began; nothing before its first start."""
-    noted: dict[str, str] = json.loads(run.encoders_path.read_text()) if run.encoders_path.exists() else {}
-    return noted
+    if both != noted:
+        write_bytes(run.encoders_path, json.dumps(both).encode())
 
 
 def make_feed(config: RunConfig, segment: Segment, order: int = ORDER_VERSION) -> Feed:
@@ -87,4 +83,4 @@ def _live_encoders(config: RunConfig) -> EncoderSources | None:
     """What live encoding loads, with the digests that its actors compare their node's files with."""
     if not config.encoders.live:
         return None
-    return dataclasses.replace(config.encoders.sources(), files=tuple(sorted(_noted(Run(config)).items())))
+    return dataclasses.replace(config.encoders.sources(), files=tuple(sorted(Run(config).noted_encoders().items())))

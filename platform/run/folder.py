@@ -217,6 +217,11 @@ class Run:
         """Digests of the files of the encoders that live encoding began with."""
         return self.folder / "encoders.json"
 
+    def noted_encoders(self) -> dict[str, str]:
+        """What is in that file; nothing before live encoding's first start."""
+        noted: dict[str, str] = _read_json(self.encoders_path, {})
+        return noted
+
     def converted_path(self, segment: str, rank: int) -> Path:
         """Samples whose pixels live encoding converted, a line a sample and conversion."""
         return self.folder / "converted" / f"{segment}.rank{rank:05d}.jsonl"

@@ -15,6 +15,7 @@ from domainshuttle.model.lora import LORA_FILE, LORA_FOLDER, LoraWeights
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.engine.initialization import build_model
+from domainshuttle.platform.generation import adapters
 from domainshuttle.platform.generation.adapters import export_lora
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.weights_origin import WeightsOrigin
@@ -58,6 +59,20 @@ def test_adapters_leave_merged_into_a_pipeline_and_alone(tmp_path: Path, tiny_ya
     with pytest.raises(ConfigError, match="is not empty"):
         export_lora(made, tmp_path / "alone", checkpoint=NAME)
     export_lora(made, tmp_path / "alone", checkpoint=NAME, overwrite=True)
+
+
+def test_a_lora_of_the_expert_for_low_noise_alone_is_replaced(
+    tmp_path: Path, tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a folder of its own within that which was asked for."""
+    lora = "{lora: {rank: 3, targets: [attn1.to_q]}}"
+    experts = "experts=[{name: high, low: 0.875}, {name: low, high: 0.875}]"
+    run = Run.open(load_config(str(tiny_yaml), [f"output={tmp_path}", experts, f"stages.stage2.trained={lora}"]))
+    own = LoraWeights({"blocks.0.attn1.to_q": (torch.randn(3, 8), torch.randn(8, 3))})
+    monkeypatch.setattr(adapters, "_of_checkpoint", lambda *_: (run.segment("stage2-low"), own))
+    for overwrite in (False, True):
+        export_lora(run, tmp_path / "alone", checkpoint=NAME, overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["transformer_2"]
 
 
 def test_a_stage_without_adapters_has_none_to_export(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
 from domainshuttle.pipelines.sample import SampleInfo
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.platform.config.loading import load_config
+from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.driver.preflight import require_as_configured
 from domainshuttle.platform.run.data import make_feed, require_same_encoders
@@ -83,6 +84,15 @@ def test_live_encoders_stay_those_that_the_run_began_with(tiny_yaml: Path, tmp_p
         require_same_encoders(config, feed, run)
     save_vae(tmp_path / "wan", 0)
     require_same_encoders(config, feed, run)
+    # on a machine that does not have them they are not compared, and what was noted stays
+    (tmp_path / "wan").rename(tmp_path / "away")
+    require_same_encoders(config, feed, run)
+    save_vae(tmp_path / "wan", 1)
+    with pytest.raises(DataError, match=r"encoders\.video has other files than the run tiny.* began with"):
+        require_same_encoders(config, feed, run)
+    run.encoders_path.write_text("{")
+    with pytest.raises(ConfigError, match=r"encoders\.json is damaged"):
+        require_same_encoders(config, feed, run)
 
 
 def test_other_rules_are_refused_and_other_versions_are_told(
