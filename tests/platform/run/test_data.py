@@ -16,8 +16,7 @@ from domainshuttle.pipelines.media.decode import RULES, TRANSFORM
 from domainshuttle.pipelines.sample import SampleInfo
 from domainshuttle.pipelines.shards.tar import Member, ShardEntry
 from domainshuttle.platform.config.loading import load_config
-from domainshuttle.platform.config.schema import ConfigError
-from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.driver.preflight import require_as_configured
 from domainshuttle.platform.run.data import make_feed, require_same_encoders
 from domainshuttle.platform.run.folder import Run
