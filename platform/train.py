@@ -99,8 +99,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                     return monitor.close(step, End.DIVERGED)
                 continue
             if step in start.skipped:
-                monitor.skipped(step, parts)
-                agreed = monitor.agree()
+                agreed = monitor.skipped(step, parts)
             else:
                 for micro in parts:
                     loss = model.loss(micro.batch, step)

@@ -200,7 +200,7 @@ def _made_steps(trial: Trial) -> Steps:
             text_tokens=config.encoders.text_len,
             text_dim=int(model.network_config["text_dim"]),
             paired=stage.loss.cross_pair_weight > 0,
-            seed=dist.get_rank(),
+            seed=dist.get_rank() // config.engine.sequence_parallel,  # ranks that share a sample have the same
         )
         seconds = 0.0
         for step in range(trial.steps):

@@ -102,6 +102,8 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
             )
         elif str(best) != str(layout.policy):
             other = replace(one, layout=replace(layout, policy=best))
+            if one.fits() and one.step_seconds() <= other.step_seconds():
+                continue  # what is configured fits, and is better than what is tried here
             console.print(
                 Advice(
                     f"Least recomputation that fits {name} keeps {best}: {other.step_seconds():.2f} s a step, not "

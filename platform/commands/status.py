@@ -26,7 +26,7 @@ from domainshuttle.platform.run.journal import FAILED, MOVED, WAITING, Journal
 from domainshuttle.platform.run.ledger import CATEGORIES, AttemptRecord, Ledger
 from domainshuttle.platform.run.lock import HOLDER_NAME, PATIENCE_SECONDS
 from domainshuttle.platform.run.segments import End, Segment
-from domainshuttle.platform.run.workers import WorkerState, attempts, beat_seconds, read_workers
+from domainshuttle.platform.run.workers import SLOW, WorkerState, attempts, beat_seconds, read_workers
 
 _MOST_ATTEMPTS = 20
 """Attempts that are listed: the newest."""
@@ -406,7 +406,7 @@ def _pace(state: Mapping[str, Any]) -> str:
     if rate is None:
         return ""
     named, ranks = [], state.get("ranks", {})
-    if (share := ranks.get("slowest_share", 1.0)) < _SLOW:
+    if (share := ranks.get("slowest_share", 1.0)) < SLOW:
         named.append(f"worker {ranks['slowest_rank']} computes at {share:.0%} of the others' rate")
     if (lag := metrics.get("speed/slowest_rank_lag_s", 0.0)) > _LAG * rate:
         named.append(f"worker {metrics['speed/slowest_rank']:.0f} is the last, by {lag:.3g} s a step")
@@ -416,8 +416,6 @@ def _pace(state: Mapping[str, Any]) -> str:
 
 _LAG = 0.05
 """Share of a step by which a worker is late before it is named."""
-_SLOW = 1 / 1.15
-"""Share of the others' rate below which a worker is called slow."""
 
 
 def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:

@@ -158,11 +158,12 @@ def run_training(run: Run, lock: RunLock, fresh: bool, stage: str | None, resume
             raise  # ledger and tracking are the other driver's now
         except BaseException as error:
             run.note_end("diverged" if isinstance(error, DivergedError) else "failed", error)
-            Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
-            track_hours(run, tracker)
-            tracker.fail(error)
             if not isinstance(error, KeyboardInterrupt):
                 hooks.tell(failure_events(error), f"The run ended: {error}", error=type(error).__name__)
+            with contextlib.suppress(OSError):  # of a full disk: people are told, and the next start tells the books
+                Ledger(run.ledger_path).end_open(f"{type(error).__name__}")
+                track_hours(run, tracker)
+                tracker.fail(error)
             hooks.close(HOOKS_SECONDS)
             raise
     again = run.train_command if fresh or resume != AUTO else ""

@@ -137,6 +137,7 @@ class Schedule:
             mlflow=self._tracker.ids.to_dict(),
             times={"command": psutil.Process().create_time(), "asked": self._clock()},
         )
+        self._notices.other_workers()
         group = self._workers(self.run, job, size)
         self._echo(
             f"Stage {first.name}: "

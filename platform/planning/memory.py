@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from domainshuttle.model.spec import ModelSpec, Product
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.config.schema import EngineSection, StageSection
 from domainshuttle.platform.engine.deepspeed_config import BlockSize
 
@@ -47,7 +48,7 @@ class Policy:
         if not self.recomputed:
             return "all"
         parts = ["inputs", *(f"{product} {count}" for product, count in self.kept.items() if count)]
-        return ", ".join(parts) + (f", {self.whole} blocks whole" if self.whole else "")
+        return ", ".join(parts) + (f", {counted(self.whole, 'block')} whole" if self.whole else "")
 
     def setting(self) -> str:
         """The value of `engine.activations` that means it."""

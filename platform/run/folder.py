@@ -54,7 +54,8 @@ class Run:
             for path in run.folder.iterdir():
                 if path.name in (LOCK_NAME, HOLDER_NAME):
                     continue  # of the driver that asks for this
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                # a link to a folder elsewhere goes, and what is there stays
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         run.require_same_configuration()
         for part in ("consumed", "quarantine", "converted", "dropped", "weights", "checkpoints"):
             (run.folder / part).mkdir(parents=True, exist_ok=True)

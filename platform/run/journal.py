@@ -162,13 +162,18 @@ class Notices:
     def add(self, segment: str, kind: str, text: str, **more: str) -> None:
         """Shows and keeps a line about a segment; `kind` is `skipped`, of a checkpoint, or of workers `failed`, `moved`
         (they start again for another reason than a fault) or `waiting`. What this driver has said already, word for
-        word, is not said again. `more` is kept beside it, for programs."""
+        word, is not said again: of checkpoints at all, of workers until others start. `more` is kept beside it, for
+        programs."""
         if (segment, kind, text) in self._given:
             return
         self._given[segment, kind, text] = None
         self._echo(text)
         with contextlib.suppress(OSError):  # of a full disk: people have seen it
             self._journal.append([{"segment": segment, "kind": kind, "text": text, "time": time.time(), **more}])
+
+    def other_workers(self) -> None:
+        """From now on what is said of workers is of others than before."""
+        self._given = {key: None for key in self._given if key[1] == SKIPPED}
 
     def given(self, segment: str, kind: str) -> list[str]:
         """The texts of a kind about a segment."""

@@ -29,6 +29,9 @@ from domainshuttle.platform.run.requests import answer, take
 
 _LEAST_SECONDS, _RANKS_A_SECOND = 2.0, 32
 
+SLOW = 1 / 1.15
+"""Share of the median rank's rate below which a rank is called slow."""
+
 
 def beat_seconds(world_size: int) -> float:
     """How often a worker writes its sign of life: a shared disk gets at most some dozens a second from all."""

@@ -97,6 +97,9 @@ class Monitor:
         self._due = config.tracking.every
         self._group = job.attempt
         self._steps = 0
+        """That were trained since the last log."""
+        self._grad_norm = 0.0
+        """Of the newest of them."""
         self.last: dict[str, float] = {}
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self.ledger = Ledger(run.ledger_path, clock)
@@ -185,13 +188,19 @@ class Monitor:
             self._utilization.add(micro.batch)
         self._end_of_step.add(loss.loss)
 
-    def skipped(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> None:
-        """Notes the samples of a step that is not trained on, because it made the run diverge before."""
+    def skipped(self, step: int, parts: Iterator[MicroBatch[TrainingBatch]]) -> Agreement:
+        """Notes the samples of a step that is not trained on, because it made the run diverge before; and agrees as at
+        the end of any step."""
         for micro in parts:
             self._consume(micro, passed_over=True)  # the name that the files of earlier runs have
         self.watchdog.alive()
+        self.done = step + 1
         if self.main:
-            self._write_progress(step + 1, "training")
+            self._write_progress(self.done, "training")
+        agreed = self.agree()
+        if self._steps and self._interval_ends():
+            self._end_interval(step)
+        return agreed
 
     def _consume(self, micro: MicroBatch[TrainingBatch], **more: Any) -> None:
         if not self._notes_samples:
@@ -224,7 +233,7 @@ class Monitor:
     def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:
         """Notes that optimiser step `step` is done; logs when it is due. `saves` are checkpoints that ended."""
         self.watchdog.alive()
-        if self.main and self.done == self.first_step:
+        if self.main and self._start:
             self._note_start()
         self.done = step + 1
         self._profiler.between_steps(self.done)
@@ -232,11 +241,15 @@ class Monitor:
         self._steps += 1
         self._keys = []
         self.losses.keep()  # nothing, where it was dropped
-        planned_end = step + 1 == self.segment.stage.duration.planned_steps
-        if (step + 1) % self._due == 0 or planned_end or self._ending:
-            self._end_interval(step, result)
+        self._grad_norm = result.grad_norm
+        if self._interval_ends():
+            self._end_interval(step)
 
-    def _end_interval(self, step: int, result: StepResult) -> None:
+    def _interval_ends(self) -> bool:
+        """Whether what is not logged yet is logged after the step that was done last."""
+        return self._ending or self.done % self._due == 0 or self.done == self.segment.stage.duration.planned_steps
+
+    def _end_interval(self, step: int) -> None:
         """Compares the ranks and, on rank 0, logs what the steps since the last log were; all ranks must call."""
         metrics = self.losses.reduce()
         seconds = self._interval.take()
@@ -253,7 +266,7 @@ class Monitor:
         samples = metrics.pop("samples")
         self.last = {
             **metrics,
-            "grad_norm": result.grad_norm,
+            "grad_norm": self._grad_norm,
             "dropped_steps": float(len(self._dropped)),
             "learning_rate": learning_rate(self.segment.stage, step),
             "samples/s": samples / elapsed,
@@ -273,7 +286,7 @@ class Monitor:
             self.segment.name,
             step + 1,
             self.last.get("loss", float("nan")),
-            result.grad_norm,
+            self._grad_norm,
             self.last["learning_rate"],
             _shares(seconds, self._steps),
         )
@@ -313,7 +326,7 @@ class Monitor:
 
     def _note_start(self) -> None:
         """Writes how long each part of this start took, up to the first step, in seconds."""
-        times = {**self._start, "first_step": time.time()}
+        times, self._start = {**self._start, "first_step": time.time()}, {}
         parts = {later: round(times[later] - times[earlier], 3) for earlier, later in pairwise(times)}
         line = {"segment": self.segment.name, "attempt": self.number, "time": time.time(), "seconds": parts}
         with self._progress.suppressed():

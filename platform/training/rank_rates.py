@@ -14,11 +14,10 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from domainshuttle.platform.run.workers import SLOW
 from domainshuttle.platform.training.collective_device import collective_device
 from domainshuttle.platform.training.device_memory import peak_bytes
 
-_SLOW = 1 / 1.15
-"""Share of the median rank's rate below which a rank is slow."""
 _MOST_RANKS = 64
 """Of so many workers each has curves of its own; of more the slowest and the one with the most memory have."""
 
@@ -106,7 +105,7 @@ class SlowRanks:
         self._flops.append(rates.flops)
         usual = RankRates([sum(one) / len(one) for one in zip(*self._flops, strict=True)], rates.waits)
         full = len(self._flops) == self._flops.maxlen
-        if not full or usual.slowest_share >= _SLOW or usual.slowest in self._told:
+        if not full or usual.slowest_share >= SLOW or usual.slowest in self._told:
             return None
         self._told.add(usual.slowest)
         return usual.slowest, 100 * usual.slowest_share

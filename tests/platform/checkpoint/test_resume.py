@@ -25,7 +25,7 @@ from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import RunConfig, differences
 from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.run.folder import Run
-from domainshuttle.platform.run.journal import SKIPPED, Journal, Notices
+from domainshuttle.platform.run.journal import SKIPPED, WAITING, Journal, Notices
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.weights_digest import Fingerprints, folder_digest
@@ -236,6 +236,20 @@ def test_people_are_told_each_thing_once_and_a_file_keeps_it(tmp_path: Path) -> 
     assert notices.given("stage1", SKIPPED) == ["a is cut"]
     Notices(path, shown.append).add("stage1", SKIPPED, "a is cut")  # of another day
     assert [line["text"] for line in Journal(path).read()[0]] == ["a is cut", "b is gone", "a is cut"]
+
+
+def test_what_is_said_of_workers_is_said_again_of_the_next(tmp_path: Path) -> None:
+    """They may wait for the same room again, hours later."""
+    path, shown = tmp_path / "notices.jsonl", list[str]()
+    notices = Notices(path, shown.append)
+    for _ in range(2):
+        notices.other_workers()
+        for _ in range(2):
+            notices.add("stage1", WAITING, "no room for 2 workers")
+            notices.add("stage1", SKIPPED, "a is cut")
+    assert shown == ["no room for 2 workers", "a is cut", "no room for 2 workers"]
+    assert [line["text"] for line in Journal(path).read()[0]] == shown
+    assert notices.given("stage1", SKIPPED) == ["a is cut"]
 
 
 def test_a_resume_of_which_nothing_would_come_is_refused_with_what_to_do(tmp_path: Path) -> None:

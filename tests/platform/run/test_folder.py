@@ -183,6 +183,17 @@ def test_a_full_disk_at_a_start_leaves_the_runs_configuration(tmp_path: Path, mo
     assert not segment.finished
 
 
+def test_a_fresh_start_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    """Checkpoints on another disk, linked into the run's folder."""
+    run = Run.open(demo(tmp_path / "runs"))
+    elsewhere = run.checkpoints.rename(tmp_path / "disk")
+    (elsewhere / "kept").touch()
+    run.checkpoints.symlink_to(elsewhere)
+    again = Run.open(run.config, fresh=True)
+    assert again.checkpoints.is_dir() and not again.checkpoints.is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["kept"]
+
+
 def test_a_fresh_start_removes_all_but_the_lock(tmp_path: Path) -> None:
     run = Run.open(demo(tmp_path))
     (run.folder / "checkpoints" / "old").mkdir()

@@ -222,6 +222,28 @@ def test_a_save_between_two_logs_makes_no_time(tmp_path: Path) -> None:
     assert summary.productive * 3600 == pytest.approx(1000, abs=0.1)
 
 
+@pytest.mark.parametrize("ended", ["at the planned end", "by a stop", "at a log that is due"])
+def test_what_steps_before_a_skipped_one_gave_is_logged(tmp_path: Path, ended: str) -> None:
+    """The last step of a stage, or the one of a stop, may be one that is not trained on."""
+    kept = Kept(tmp_path, Clock(), every=4)
+    planned = kept.run.segment("stage2").stage.duration.planned_steps
+    kept.monitor.begin()
+    kept.done = {"at the planned end": planned - 2, "by a stop": 5, "at a log that is due": 6}[ended]
+    micro_batch(kept, kept.done, ["a"], 0.5)
+    kept.step(2.0)
+    logged = len(kept.log.points)
+    if ended == "by a stop":
+        kept.run.stop_path.touch()
+    part = MicroBatch(kept.done, 0, TrainingBatch.fake(1), ["b"], Counter())
+    assert bool(kept.monitor.skipped(kept.done, iter([part])).stop) == (ended == "by a stop")
+    assert kept.monitor.look()[1] == kept.done + 1
+    ((step, values),) = kept.log.points[logged:]
+    assert step == kept.done + 1 and values["loss"] == pytest.approx(0.5) and values["step_seconds"] == 2.0
+    kept.monitor.skipped(kept.done + 3, iter([part]))  # nothing was trained since
+    assert len(kept.log.points) == logged + 1
+    assert len(Journal(kept.run.starts_path).read()[0]) == 1
+
+
 def test_the_devices_are_held_from_the_processes_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Placing the workers and importing what they need is starting, not nothing."""
 
