@@ -104,6 +104,22 @@ def start(config: Path, *arguments: str, log: Path | None = None, **env: str) ->
     return process
 
 
+def submit_job(address: str, env: dict[str, str], log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """`ray job submit`, which follows the job; again while the dashboard answers and its agent is not up yet."""
+    ray = Path(sys.executable).parent / "ray"
+    command = [str(ray), "job", "submit", "--address", address, *arguments]
+    deadline = time.monotonic() + 60
+    while True:
+        with log.open("w") as out:
+            job = subprocess.Popen(command, stdout=out, stderr=out, env=env | {"PYTHONUNBUFFERED": "1"})
+        STARTED.append(job)
+        while job.poll() is None and "submitted successfully" not in log.read_text():
+            time.sleep(0.1)
+        if not job.poll() or "No available agent" not in log.read_text() or time.monotonic() > deadline:
+            return job
+        time.sleep(1)
+
+
 def end_started() -> None:
     """Ends what still runs of the drivers, with all that they started."""
     while STARTED:

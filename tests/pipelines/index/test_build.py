@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoded_corpora import inline_actors
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -101,7 +102,9 @@ def changed(members: Members, change: Mapping[str, Any] | None = None, **files: 
     return {name: data for name, data in made.items() if data is not None}
 
 
-def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Path) -> None:
+def test_scanned_shards_give_the_index_that_was_made_while_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SpritesConfig(kind="video", samples=24, identities=72, side=48, frames=9, fps=8)
     metadata = build_corpus("mine", config, BUCKETS, tmp_path / "raw", silent, 8, fps=5).metadata
     own = rows(tmp_path / "raw")
@@ -110,12 +113,14 @@ def test_scanned_shards_give_the_index_that_was_made_while_writing(tmp_path: Pat
     assert made.metadata == metadata and (made.samples, made.scanned, made.shards) == (24, 3, 3)
     assert rows(tmp_path / "raw") == own
     # and the same of the encoded shards, of which the index names the encoders
+    inline_actors(monkeypatch)
     job = EncodingJob(
         CorpusSpec("mine", "raw", str(tmp_path / "raw")), CorpusSpec("mine", "encoded", str(tmp_path / "encoded"))
     )
     (made,) = encode([job], EncoderSources("block-dct", "byte-umt5", 48), silent, ActorPool(), samples_per_part=8)
     encoded = made.metadata
     before = rows(tmp_path / "encoded")
+    monkeypatch.undo()
     again = index(tmp_path / "encoded", metadata=encoded.model_copy(update={"digest": ""}), buckets=[])
     assert (again.samples, again.metadata.encoders) == (24, encoded.encoders)
     after = rows(tmp_path / "encoded")

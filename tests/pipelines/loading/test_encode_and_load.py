@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from encoded_corpora import inline_actors
 from ray import cloudpickle
 from ray_books import reserved
 
@@ -66,9 +67,13 @@ def job_of(name: str, raw: Path, encoded: Path) -> EncodingJob:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    """Encoded in this process; what a cluster's actors make of it is compared with this."""
     folder = tmp_path_factory.mktemp("corpus")
     build_corpus("pictures", CONFIG, BUCKETS, folder / "raw", silent, samples_per_part=16)
-    encode([job_of("pictures", folder / "raw", folder / "encoded")], SOURCES, silent, ActorPool(), samples_per_part=16)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        inline_actors(monkeypatch)
+        job = job_of("pictures", folder / "raw", folder / "encoded")
+        encode([job], SOURCES, silent, ActorPool(), samples_per_part=16)
     return folder
 
 
@@ -121,7 +126,10 @@ def test_encoded_samples_are_what_the_encoders_give(corpus: Path) -> None:
     assert found.text.shape[0] == len(sample.info.caption.encode()) + 1
 
 
-def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unasked(corpus: Path) -> None:
+def test_a_second_run_makes_nothing_anew_and_other_encoders_remove_nothing_unasked(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_actors(monkeypatch)
     shard = next((corpus / "encoded").glob("*.tar"))
     before = shard.stat().st_mtime_ns
     job = job_of("pictures", corpus / "raw", corpus / "encoded")
@@ -369,8 +377,11 @@ def test_a_batch_that_does_not_divide_is_refused(corpus: Path) -> None:
         feed(corpus).accumulation(3)
 
 
-def test_wans_encoders_from_a_folder_encode_the_same_samples(corpus: Path, tmp_path: Path) -> None:
+def test_wans_encoders_from_a_folder_encode_the_same_samples(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real classes, tiny, saved on disk as a diffusers folder has them, through the same function."""
+    inline_actors(monkeypatch)
     torch.manual_seed(0)
     AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "vae")
     model, tokenizer = byte_umt5(seed=2)

@@ -5,17 +5,27 @@ Run: python -m pytest tests/platform/driver/test_training.py
 
 import json
 import re
-import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from running import CLI, cli, environment, in_process, losses, start, wait_for_step, weights, workers_of
+from running import (
+    CLI,
+    cli,
+    environment,
+    in_process,
+    losses,
+    same_weights,
+    skip_stage1,
+    start,
+    submit_job,
+    wait_for_step,
+    weights,
+    workers_of,
+)
 
 from domainshuttle.pipelines.index.parts import INDEX_NAME
 from domainshuttle.pipelines.index.table import Index
@@ -78,17 +88,15 @@ def test_frozen_parameters_stay_and_trained_ones_move(unbroken: tuple[RunConfig,
 
 
 def test_a_stopped_and_a_killed_run_end_with_the_same_bits(
-    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+    tiny: Path, unbroken: tuple[RunConfig, str], users_cluster: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
+    """By Ctrl-C at a desk, and goes on as a job of a cluster with a dashboard and a token, where a worker dies."""
     whole, _ = unbroken
     other = ["--set", f"output={tiny.parent}/broken", "--set", "cluster.max_failures=2"]
     config = load_config(str(tiny), [f"output={tiny.parent}/broken"])
     run = Run(config)
-    # its stage 1 is the whole run's: only stage 2 is to be broken
-    for part in ("weights", "consumed"):
-        shutil.copytree(Run(whole).folder / part, run.folder / part, ignore=shutil.ignore_patterns("stage2*"))
-    # Ctrl-C in stage 2, in a cluster that the command starts and ends itself
-    process = start(tiny, *other, log=tiny.parent / "broken.log")
+    skip_stage1(run, whole)  # only stage 2 is to be broken
+    process = start(tiny, *other, log=tiny.parent / "broken.log")  # in a cluster that it starts and ends itself
     wait_for_step(process, run, "stage2", 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=300) == 3
@@ -96,15 +104,25 @@ def test_a_stopped_and_a_killed_run_end_with_the_same_bits(
     assert stopped is not None
     assert 2 < stopped.state.step < 24
     runs_before = {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])}
-    # on again, in the cluster of the session; a worker dies without a word
-    process = start(tiny, *other, **cluster_variables)
-    wait_for_step(process, run, "stage2", stopped.state.step + 1)
+
+    address, env = users_cluster
+    refused = subprocess.run(
+        [*CLI, "submit", tiny, "--address", address],
+        capture_output=True, text=True, timeout=120, env=environment(HOME=str(tmp_path)), check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "RAY_AUTH_MODE=token" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    working = tmp_path / "job"
+    working.mkdir()
+    (working / "tiny.yaml").write_text(tiny.read_text())
+    command = ["--working-dir", str(working), "--", "domainshuttle", "train", "tiny.yaml", *other]
+    job = submit_job(address, env, tmp_path / "job.log", *command)
+    wait_for_step(job, run, "stage2", stopped.state.step + 1)
     workers_of(psutil.Process())[0].kill()
-    assert process.wait(timeout=400) == 0
-    ours, theirs = weights(config, "stage2"), weights(whole, "stage2")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    printed = job.wait(timeout=400), (tmp_path / "job.log").read_text()
+    assert printed[0] == 0 and "succeeded" in printed[1], printed[1][-4000:]
+    same_weights(config, whole)
     assert losses(config, "stage2") == losses(whole, "stage2")
     assert {record.name: record.id for record in read_runs(config.tracking_uri, ["tiny"])} == runs_before
     books = audit_samples(config)
@@ -261,37 +279,3 @@ def test_plan_and_inspect_show_the_run(tiny: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     assert Image.open(sheet).height == 32 + 8 * (128 + 22)
-
-
-def test_ray_job_submit_runs_the_same_training(
-    tiny: Path, unbroken: tuple[RunConfig, str], users_cluster: tuple[str, dict[str, str]], tmp_path: Path
-) -> None:
-    address, env = users_cluster
-    working = tmp_path / "job"
-    working.mkdir()
-    (working / "tiny.yaml").write_text(tiny.read_text())
-    ray = Path(sys.executable).parent / "ray"
-    output = tiny.parent / "job"
-    command = [ray, "job", "submit", "--address", address, "--working-dir", working, "--", "domainshuttle", "train"]
-    command += ["tiny.yaml", "--set", f"output={output}", "--set", "name=job", "--stage", "stage1"]
-    refused = subprocess.run(
-        [*CLI, "submit", tiny, "--address", address],
-        capture_output=True, text=True, timeout=120, env=environment(HOME=str(tmp_path)), check=False,
-    )  # fmt: skip
-    assert refused.returncode == 2
-    assert "RAY_AUTH_MODE=token" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    deadline = time.monotonic() + 60
-    while True:
-        job = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
-        # the dashboard answers before its agent is up
-        starting = "No available agent" in job.stdout + job.stderr and time.monotonic() < deadline
-        if not starting:
-            break
-        time.sleep(3)
-    assert job.returncode == 0, job.stdout[-4000:] + job.stderr[-2000:]
-    assert "succeeded" in job.stdout
-    config = load_config(str(tiny), [f"output={output}", "name=job"])
-    ours, theirs = weights(config, "stage1"), weights(unbroken[0], "stage1")
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
