@@ -41,7 +41,8 @@ def one_rank() -> Iterator[None]:
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
             patch.setenv(name, value)
         patch.setenv("MASTER_PORT", str(free_port()))
-        dist.init_process_group("gloo")
+        # by a store of its own, and not by that port, which another program may take in the meantime
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engines import environment, free_port
+from engines import environment
 from torch import Tensor
 
 from domainshuttle.model.batch import TrainingBatch
@@ -65,10 +65,9 @@ def gradients(name: str, group: TokenGroup | None, recompute: bool) -> dict[str,
     return found | {"loss": loss.detach(), "prediction": prediction.detach(), "consistent": consistent}
 
 
-def main(rank: int, ranks: int, port: int, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def main(rank: int, ranks: int, folder: Path) -> None:
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]  # what is float32 beside bf16 is float64
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     # of four ranks also two groups of two, which hold the same batch here
     for size in sorted({2, ranks}):
         own, _ = dist.new_subgroups(size)
@@ -80,16 +79,16 @@ def main(rank: int, ranks: int, port: int, folder: Path) -> None:
     dist.barrier()
 
 
-def fork(ports: list[int], folder: Path) -> int:
+def fork(folder: Path) -> int:
     """Two ranks, and then four, of processes that share what this one has imported."""
     torch.set_num_threads(1)
-    for ranks, port in zip((2, 4), ports, strict=True):
+    for ranks in (2, 4):
         children = []
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
                 try:
-                    main(rank, ranks, port, folder)
+                    main(rank, ranks, folder)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
@@ -104,7 +103,7 @@ def fork(ports: list[int], folder: Path) -> int:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
-    command = [sys.executable, __file__, str(folder), str(free_port()), str(free_port())]
+    command = [sys.executable, __file__, str(folder)]
     own = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     run = subprocess.run(command, env=own, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -129,4 +128,4 @@ def test_loss_gradients_and_norm_are_those_of_one_rank(
 
 
 if __name__ == "__main__":
-    sys.exit(fork([int(port) for port in sys.argv[2:]], Path(sys.argv[1])))
+    sys.exit(fork(Path(sys.argv[1])))

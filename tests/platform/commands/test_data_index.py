@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from encoded_corpora import inline_actors
 from typer.testing import CliRunner
 
 from domainshuttle.pipelines.corpora.sprites import SpritesBuilder, SpritesConfig
@@ -101,6 +102,7 @@ def test_what_is_altered_or_not_read_is_counted_by_each_command_and_other_rules_
                "encoders.text_len=16", "model.size.text_len=16"]  # fmt: skip
     changed = [part for change in changes for part in ("--set", change)]
     encode = ["data", "encode", str(tiny_yaml), "--corpus", "pictures", *changed]
+    inline_actors(monkeypatch)
     shown = run("data", "inspect", str(folder))[1], run(*encode)[1]
     for said in shown:
         assert altered(said).startswith("of 4 samples: 4 enlarged (up to 2 times), 4 cropped (up to 33% of the area)")

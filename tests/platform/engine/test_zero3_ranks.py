@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,6 @@ from engines import (
     engine,
     environment,
     everything,
-    free_port,
     held,
     loss_of,
     rows,
@@ -879,46 +879,64 @@ def run_alone(folder: Path) -> dict[str, str]:
     return {"closed": "passed", "alone": "passed"}
 
 
-def main(rank: int, ranks: int, port: int, folder: Path, part: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_SIZE": str(ranks)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+def main(rank: int, ranks: int, folder: Path, part: str) -> None:
+    # by MASTER_PORT nothing is sent: DeepSpeed would name what it shares by it, and another program may take a port
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getppid() + ranks)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store-{ranks}", timedelta(seconds=PATIENCE), rank=rank, world_size=ranks
+    )
+    results = run_pair(folder, RARE if part == "rare" else CHECKS) if ranks == 2 else run_alone(folder)
+    (folder / f"results-{ranks}-{rank}.json").write_text(json.dumps(results))
+
+
+def fork(folder: Path, part: str, groups: list[int]) -> None:
+    """Groups of so many ranks, which work side by side; they share what this process has imported."""
     from domainshuttle.platform.engine import zero3
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=PATIENCE))
     zero3._deepspeed()
     gc.freeze()  # DeepSpeed collects garbage for each engine, and all that was imported would be looked through
-    results = run_pair(folder, RARE if part == "rare" else CHECKS) if ranks == 2 else run_alone(folder)
-    (folder / f"results-{ranks}-{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # DeepSpeed's and gloo's threads need no farewell
+    ranks = [(rank, of) for of in groups for rank in range(of)]
+    for rank, of in ranks:
+        if os.fork():
+            continue
+        log = os.open(folder / f"log-{of}-{rank}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 1
+        try:
+            main(rank, of, folder, part)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)  # DeepSpeed's and gloo's threads need no farewell
+    for _ in ranks:
+        if os.wait()[1]:
+            (folder / "failed").touch()
 
 
 @contextlib.contextmanager
 def results_of(folder: Path, groups: list[int], part: str) -> Iterator[dict[str, Any]]:
-    """What groups of so many ranks, which work side by side, found of a part of the checks."""
-    ranks = [(rank, of, port) for of in groups for port in (free_port(),) for rank in range(of)]
-    logs = [folder / f"log-{of}-{rank}.txt" for rank, of, _ in ranks]
-    processes: list[subprocess.Popen[bytes]] = []
+    """What groups of so many ranks found of a part of the checks."""
     own = environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")  # two ranks need two GPUs, or none
-    for (rank, of, port), log in zip(ranks, logs, strict=True):
-        command = [sys.executable, __file__, str(rank), str(of), str(port), str(folder), part]
-        with log.open("w") as sink:
-            processes.append(subprocess.Popen(command, stdout=sink, stderr=sink, env=own))
-    deadline = time.monotonic() + PATIENCE
+    command = [sys.executable, __file__, str(folder), part, *map(str, groups)]
+    with (folder / "log.txt").open("w") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=own, start_new_session=True)
     try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            if any(process.poll() for process in processes):
-                (folder / "failed").touch()
-        found: dict[str, Any] = {"logs": {log.stem: log.read_text()[-3000:] for log in logs}}
-        for rank, of, _ in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        found: dict[str, Any] = {"logs": {log.stem: log.read_text()[-3000:] for log in folder.glob("log*.txt")}}
+        for rank, of in ((rank, of) for of in groups for rank in range(of)):
             path = folder / f"results-{of}-{rank}.json"
             found[f"{of}-{rank}"] = json.loads(path.read_text()) if path.exists() else {}
         yield found
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -954,4 +972,4 @@ def test_on_one_rank(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
+    fork(Path(sys.argv[1]), sys.argv[2], [int(of) for of in sys.argv[3:]])
