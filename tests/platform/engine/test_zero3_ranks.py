@@ -929,7 +929,7 @@ def results_of(folder: Path, groups: list[int], part: str) -> Iterator[dict[str,
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
         found: dict[str, Any] = {"logs": {log.stem: log.read_text()[-3000:] for log in folder.glob("log*.txt")}}
-        for rank, of in ((rank, of) for of in groups for rank in range(of)):
+        for rank, of in [(rank, count) for count in groups for rank in range(count)]:
             path = folder / f"results-{of}-{rank}.json"
             found[f"{of}-{rank}"] = json.loads(path.read_text()) if path.exists() else {}
         yield found
