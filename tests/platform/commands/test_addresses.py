@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from encoded_corpora import inline_actors
 from faulty_s3 import Proxy, serve_s3
 from running import cli
 from typer.testing import CliRunner
@@ -148,6 +149,7 @@ def test_building_and_encoding_in_folders_with_awkward_names(
     monkeypatch.chdir(tmp_path)
     config = load_config(str(tiny_yaml), AWKWARD)
     build_corpora(config, ["pictures"])
+    inline_actors(monkeypatch)  # by a cluster's actors: below, where a run is trained in such folders
     encode_corpora(config, ["pictures"])
     for stage in ("raw", "encoded"):
         assert "40samples" in run("data", "inspect", f"da#ta ?%20ü+/pictures/{stage}")

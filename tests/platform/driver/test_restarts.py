@@ -187,7 +187,7 @@ def test_workers_at_work_are_asked_to_end_when_more_would_fit(
     assert shown == ["Stage base: there is room for 2 workers; a checkpoint, then they start"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_room_of_a_start_that_failed_is_free_for_the_next(
     run: Run, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
