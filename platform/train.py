@@ -113,8 +113,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
                 else:
                     monitor.dropped(step, verdict if verdict != "good" else "gradients not finite", agreed.loss)
                     if guard.dropped(step) or step == last_trained:
-                        with contextlib.suppress(CheckpointError):
-                            checkpoints.wait()  # what is being written may be what the run goes back to
+                        end_save(checkpoints, monitor)
                         return monitor.roll_back(step, guard.bad_in_a_row)
                 monitor.step(step, result, checkpoints.ended())
 
@@ -126,6 +125,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             # what the last update made of the weights, no later loss would tell
             last = step == last_trained or stop is Stop.DURATION_REACHED
             if last and not weights_are_good(model, micro, guard):
+                end_save(checkpoints, monitor)
                 return monitor.close(step, End.DIVERGED)
             due = done % config.checkpoint.every == 0 and not guard.bad_in_a_row
             if due or stop or done == last_step:
@@ -199,6 +199,13 @@ def open_checkpoints(run: Run, store: CheckpointStore, estimated_bytes: int) -> 
         ray.train.get_context().get_local_world_size(),
         estimated_bytes=estimated_bytes,
     )
+
+
+def end_save(checkpoints: AsyncCheckpointer, monitor: Monitor) -> None:
+    """Lets the save under way end: what it writes may be what the run goes back to. All ranks must call."""
+    with contextlib.suppress(CheckpointError), monitor.checkpointing():
+        checkpoints.wait()
+    monitor.saved(checkpoints.ended())
 
 
 def restore(saved: Checkpoint, store: CheckpointStore, engine: Engine) -> None:

@@ -888,6 +888,11 @@ class RunConfig(Section):
         gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
         return {"CPU": cluster.cpus_per_worker, **gpus}
 
+    def encoder_resources(self) -> dict[str, float]:
+        """What Ray reserves for an actor that encodes while the workers train; nothing where none does."""
+        live = self.encoders.live
+        return {"CPU": live.cpus, **({"GPU": live.gpus} if live.gpus else {})} if live else {}
+
     @property
     def grace_seconds(self) -> float:
         """Seconds that a worker has for a save, an export, or to build and restore, before it counts as hanging.

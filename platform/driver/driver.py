@@ -65,10 +65,10 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
         if not fresh:
             Run(config).require_same_configuration()
         # beside the workers: a CPU for the data tasks, and what encodes while they train
-        live = config.encoders.live
+        encoder = config.encoder_resources()
         needs = (
-            workers * cluster.cpus_per_worker + 1 + (live.cpus if live else 0),
-            workers * cluster.gpus_per_worker + (live.gpus if live else 0),
+            workers * cluster.cpus_per_worker + 1 + encoder.get("CPU", 0.0),
+            workers * cluster.gpus_per_worker + encoder.get("GPU", 0.0),
         )
         stack.enter_context(connected(config, *needs, meanwhile=functools.partial(_load, config)))
         from domainshuttle.platform.driver.group_size import require_room  # which imports Ray

@@ -21,14 +21,19 @@ def group_size(
     without: Collection[str] = (),
     held: int = 0,
     labels: Mapping[str, str] | None = None,
+    beside: Mapping[str, float] | None = None,
 ) -> int:
     """The largest of `sizes` for which there is room, or else the least: Ray Train then waits for it.
 
     `need` are the resources of a worker, `without` the ids of nodes that are about to go, `held` the number of workers
-    that run now, `labels` those of the nodes that workers are placed on.
+    that run now, `labels` those of the nodes that workers are placed on. What encodes for the workers needs `beside`
+    on some node: where workers took all, they would wait for it for ever.
     """
-    nodes = _nodes(labels or {}, without)
-    room = min(_whole(nodes, need), held + _free(nodes, need))
+    places, beside = [node["NodeID"] for node in _nodes(labels or {}, without)], beside or {}
+    free = available_resources_per_node()
+    free = {node["NodeID"]: free.get(node["NodeID"], {}) for node in _nodes({}, without)}
+    # with workers what encodes for them is there too
+    room = min(_whole(places, need, without, beside), held + _room(free, places, need, {} if held else beside))
     return max((size for size in sizes if size <= room), default=min(sizes))
 
 
@@ -39,12 +44,14 @@ def settled_size(
     watch: Callable[[], None],
     seconds: float = 15.0,
     labels: Mapping[str, str] | None = None,
+    beside: Mapping[str, float] | None = None,
 ) -> int:
     """The same at a start: for so long it waits for what a group that has just ended still holds."""
-    there = _whole(_nodes(labels or {}, without), need)
+    places = [node["NodeID"] for node in _nodes(labels or {}, without)]
+    there = _whole(places, need, without, beside or {})
     whole = max((size for size in sizes if size <= there), default=min(sizes))
     until = time.monotonic() + seconds
-    while (size := group_size(sizes, need, without, labels=labels)) < whole and time.monotonic() < until:
+    while (size := group_size(sizes, need, without, labels=labels, beside=beside)) < whole and time.monotonic() < until:
         watch()
         time.sleep(0.5)
     return size
@@ -54,9 +61,12 @@ def require_room(config: RunConfig) -> None:
     """Raises ClusterError where the least workers would not fit the nodes of their labels, even if nothing else ran
     there: Ray would wait for such nodes without a word."""
     cluster, need = config.cluster, config.worker_resources()
-    if (fit := _whole(_nodes(cluster.node_labels), need)) >= cluster.least_workers:
+    places = [node["NodeID"] for node in _nodes(cluster.node_labels)]
+    if (fit := _whole(places, need, (), config.encoder_resources())) >= cluster.least_workers:
         return
+    encoder = config.encoder_resources()
     worker = f"{_amounts(need)} for each of {counted(cluster.least_workers, 'worker')}"
+    worker += f" beside {_amounts(encoder)} for an actor of encoders.live" if encoder else ""
     if not cluster.node_labels:
         raise ClusterError(
             f"the nodes have room for {counted(fit, 'worker')}, and this needs {worker}, each on one node: add nodes, "
@@ -101,15 +111,32 @@ def _nodes(labels: Mapping[str, str], without: Collection[str] = ()) -> list[dic
     ]
 
 
-def _whole(nodes: Collection[Mapping[str, Any]], need: Mapping[str, float]) -> int:
+def _whole(
+    places: Collection[str], need: Mapping[str, float], without: Collection[str], beside: Mapping[str, float]
+) -> int:
     """Workers that fit on nodes when nothing else runs there."""
-    return sum(_fit(node["Resources"], need) for node in nodes)
+    return _room({node["NodeID"]: node["Resources"] for node in _nodes({}, without)}, places, need, beside)
 
 
-def _free(nodes: Collection[Mapping[str, Any]], need: Mapping[str, float]) -> int:
-    """Workers that fit in what nobody uses of them: each is on one node."""
-    by_node = available_resources_per_node()
-    return sum(_fit(by_node.get(node["NodeID"], {}), need) for node in nodes)
+def _room(
+    there: Mapping[str, Mapping[str, float]],
+    places: Collection[str],
+    need: Mapping[str, float],
+    beside: Mapping[str, float],
+) -> int:
+    """Workers that fit in the resources that are `there` of each node, each on one of `places`, with what needs
+    `beside` on that node where it takes the fewest workers' room."""
+    fits = {node: _fit(there[node], need) for node in places}
+    if not beside:
+        return sum(fits.values())
+    taken = [
+        fits[node] - _fit({name: amount - beside.get(name, 0.0) for name, amount in free.items()}, need)
+        if node in fits
+        else 0
+        for node, free in there.items()
+        if _fit(free, beside)
+    ]
+    return sum(fits.values()) - min(taken, default=0)
 
 
 def _fit(there: Mapping[str, float], need: Mapping[str, float]) -> int:

@@ -6,7 +6,7 @@ newest complete checkpoint and goes on, until too many faults came in a row with
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,6 +45,11 @@ class Fault:
     """What it ended: workers at their work, their start, or the wait for room."""
     hung: bool = False
     """Whether workers made no step for too long."""
+
+
+def node_list(ids: Sequence[str]) -> str:
+    """Nodes of Ray for people: `node 3f2a9c01`, `nodes 3f2a9c01, 77aa0b1c`."""
+    return f"node{'' if len(ids) == 1 else 's'} {', '.join(one[:8] for one in ids)}"
 
 
 class FaultsInARow:
@@ -87,8 +92,8 @@ def explain(error: BaseException, evidence: Evidence | None = None) -> Fault:
     if isinstance(error, WorkerGroupError):
         return _of_workers(error.worker_failures, report, evidence)
     if isinstance(error, PreemptionError):
-        nodes = ", ".join(node[:8] for node in error.preemption_info.preempted_node_ids)
-        return Fault(f"node {nodes} was taken away before the workers had ended", report, counted=False)
+        nodes = node_list(list(error.preemption_info.preempted_node_ids))
+        return Fault(f"taken away before the workers had ended: {nodes}", report, counted=False)
     if isinstance(error, ControllerError):
         inner = _innermost(error.controller_failure)
         name = type(error.controller_failure).__name__

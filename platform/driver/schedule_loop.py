@@ -24,7 +24,7 @@ from domainshuttle.platform.checkpoint.store import Checkpoint, CheckpointError,
 from domainshuttle.platform.config.schema import ConfigError, HookEvent, differences
 from domainshuttle.platform.driver.culprit import Evidence
 from domainshuttle.platform.driver.group_size import group_size, settled_size
-from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, after_failed_start, explain, is_fault
+from domainshuttle.platform.driver.restarts import Fault, FaultsInARow, after_failed_start, explain, is_fault, node_list
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.engine.hub import resolve_all
 from domainshuttle.platform.engine.model_size import model_size
@@ -240,9 +240,10 @@ class Schedule:
         if len(sizes) == 1:
             return sizes[0]  # Ray Train waits until there is room
         need, labels = self._config.worker_resources(), self._config.cluster.node_labels
+        beside = self._config.encoder_resources()
         if not held:
-            return settled_size(sizes, need, self._leaving, self._watch, labels=labels)
-        return group_size(sizes, need, self._leaving, held, labels)
+            return settled_size(sizes, need, self._leaving, self._watch, labels=labels, beside=beside)
+        return group_size(sizes, need, self._leaving, held, labels, beside)
 
     def _follow(self, group: WorkerGroup, job: WorkerJob) -> None:
         """Follows the workers to their end, segment after segment, and asks them to end when more would fit."""
@@ -275,8 +276,8 @@ class Schedule:
         if end.kind is End.ROLLED_BACK:
             self._refuse_to_go_in_circles(segment)
         if end.kind is End.PREEMPTED:
-            nodes = ", ".join(node[:8] for node in end.nodes)
-            text = f"Stage {end.segment}: node {nodes} is about to go; step {end.step} is saved, the workers move"
+            nodes = node_list(end.nodes)
+            text = f"Stage {end.segment}: about to go: {nodes}; step {end.step} is saved, the workers move"
             self._notices.add(segment.name, MOVED, text)
         if End.STOPPED in (end.kind, end.asked):
             return "stopped"

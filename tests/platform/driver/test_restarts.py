@@ -447,6 +447,28 @@ def test_only_nodes_of_the_labels_have_room(monkeypatch: pytest.MonkeyPatch) -> 
     assert group_size(range(1, 25), need, {"three"}) == 3 + 8
 
 
+def test_workers_leave_room_for_what_encodes_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With workers on every GPU the actor that encodes would never start, and they would wait for it for ever."""
+    nodes = [
+        {"Alive": True, "NodeID": name, "Resources": {"CPU": 8.0, "GPU": 4.0}, "Labels": {"pool": pool}}
+        for name, pool in (("one", "trainers"), ("two", "trainers"), ("three", "encoders"))
+    ]
+    monkeypatch.setattr(sizes_module.ray, "nodes", lambda: nodes)
+    everywhere_free(monkeypatch, {"CPU": 8.0, "GPU": 4.0})
+    sizes, need = range(1, 17), {"CPU": 1.0, "GPU": 1.0}
+    beside = {"CPU": 1.0, "GPU": 1.0}
+    assert group_size(sizes, need) == 12
+    assert group_size(sizes, need, beside=beside) == 11
+    assert settled_size(sizes, need, (), lambda: None, beside=beside) == 11
+    assert group_size(sizes, need, labels={"pool": "trainers"}, beside=beside) == 8, "it fits elsewhere"
+    assert group_size(sizes, need, {"three"}, labels={"pool": "trainers"}, beside=beside) == 7
+    assert group_size(sizes, need, beside={"CPU": 4.0}) == 12, "CPUs that no worker needs"
+    # of a group at work the actor is there: it has taken what it needs
+    everywhere_free(monkeypatch, {"CPU": 4.0, "GPU": 1.0})
+    assert group_size(sizes, need, held=8, beside=beside) == 11
+    assert group_size(sizes, need, held=9, beside=beside) == 11
+
+
 def test_labels_that_no_node_has_are_refused_and_those_there_are_named(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
