@@ -17,6 +17,7 @@ from diffusers import WanTransformer3DModel
 from pydantic import Field, ValidationError
 
 from domainshuttle.pipelines.storage.atomic import atomic_folder
+from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.values import Section, Whole
 from domainshuttle.platform.commands.demo import Timer
 from domainshuttle.platform.config.loading import explain, load_config, read_mapping, read_text
@@ -219,7 +220,8 @@ def _run_variant(plan: Plan, name: str, config: RunConfig, timer: Timer) -> None
     timer.run(f"Export {name}", "export", str(run.folder), str(exported), "--overwrite")
     timer.run(f"Evaluate {name}", "evaluate", str(exported), "--run", str(run.folder), "--out", str(evaluation))
     result = json.loads((evaluation / "identity.json").read_text())
-    (evaluation / "done.json").write_text(json.dumps({**result, "config": config.digest(), "judged": judged}))
+    content = {**result, "config": config.digest(), "judged": judged}
+    write_bytes(evaluation / "done.json", json.dumps(content).encode())
 
 
 def result_of(plan: Plan, name: str) -> dict[str, Any] | None:

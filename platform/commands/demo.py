@@ -19,12 +19,14 @@ from pathlib import Path
 from rich.panel import Panel
 
 from domainshuttle.pipelines.errors import counted
+from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.sample_audit import SampleAudit, audit_samples
+from domainshuttle.platform.run.segments import Segment
 from domainshuttle.platform.run.workers import attempts
 from domainshuttle.platform.tracking.mlflow import RunIds, page_of
 
@@ -71,15 +73,16 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
     source = folder / "config.yaml"
     source.write_text(config.to_yaml())
     run, exported, evaluation = Run(config), folder / "exported", folder / "evaluation"
-    last = config.stages[-1]
-    middle = last.duration.planned_steps // 2
-    timer = Timer({})
+    last, timer = run.segments()[-1], Timer({})
+    middle = last.stage.duration.planned_steps // 2
     timer.run("Build the corpora", "data", "build", str(source))
     timer.run("Encode them", "data", "encode", str(source))
     sheet = folder / "samples.png"
     first = config.corpus(next(iter(config.corpora)), "raw").folder
     timer.run("Look at the data", "data", "inspect", str(first), "--sheet", str(sheet))
-    timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=(run, last.name, middle))
+    if not _has_begun(config, last):  # an earlier demo has stopped there, or gone further
+        stop_at = run, last.name, middle
+        timer.run(f"Train, and stop {last.name} half way", "train", str(source), expect=3, stop_at=stop_at)
     timer.run("Train on, from the checkpoint", "train", str(source))
     timer.run("Export", "export", str(run.folder), str(exported), "--overwrite")
     timer.run("Generate and judge clips", "evaluate", str(exported), "--run", str(run.folder), "--out", str(evaluation))
@@ -94,11 +97,17 @@ def run_demo(config_name: str, overrides: list[str], keep: bool) -> None:
         )
 
 
+def _has_begun(config: RunConfig, segment: Segment) -> bool:
+    """Whether a segment is trained, or has a checkpoint to go on from."""
+    return segment.finished or bool(CheckpointStore.of(config).names(segment.name))
+
+
 def _interrupt_at(process: subprocess.Popen[bytes], run: Run, stage: str, step: int) -> None:
     """Sends SIGINT, as Ctrl-C would, once the stage has passed a step; returns at once if the process ends before."""
+    began = time.time()
     while process.poll() is None:
         state = run.read_progress()
-        if state and state["segment"] == stage and state["step"] >= step:
+        if state and state["time"] > began and state["segment"] == stage and state["step"] >= step:
             console.print(f"The demo now presses Ctrl-C, at step {state['step']} of {stage}.")
             os.kill(process.pid, signal.SIGINT)
             return

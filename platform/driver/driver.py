@@ -140,14 +140,14 @@ def run_training(run: Run, lock: RunLock, fresh: bool, stage: str | None, resume
     hooks = Hooks(run, say, lambda: page_of(tracker.ids))
     for text in hooks.missing():
         say(text)
-    began = time.monotonic()
+    began, since = time.monotonic(), time.time()
 
     metrics = DriverMetrics(run)
 
     def watch() -> None:
         lock.check()
         metrics.update()
-        _show_progress(run, show)
+        _show_progress(run, show, since)
 
     from domainshuttle.platform.driver.schedule_loop import DivergedError, Schedule
 
@@ -337,10 +337,11 @@ def _git_commit() -> str:
         return ""
 
 
-def _show_progress(run: Run, show: object) -> None:
-    """Moves the bar to where rank 0 says the segment is, but for what it said before its workers ended."""
+def _show_progress(run: Run, show: object, since: float) -> None:
+    """Moves the bar to where rank 0 says the segment is, but for what it said before its workers ended, or before this
+    driver began, `since` then."""
     told = run.notices_path.stat().st_mtime if run.notices_path.exists() else 0.0
-    if (state := run.read_progress()) and state["time"] > told:
+    if (state := run.read_progress()) and state["time"] > max(told, since):
         show(state["step"], state["steps"], f"of {state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from domainshuttle.platform.commands import logs
 from domainshuttle.platform.commands.logs import print_logs
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError
@@ -117,6 +118,43 @@ def test_a_log_that_is_not_there_names_those_that_are(run: Run) -> None:
         print_logs(run.folder, rank=3)
     with pytest.raises(ConfigError, match=r"attempt 9 .*there are attempts 1-2"):
         print_logs(run.folder, attempt=9)
+
+
+def test_a_log_is_followed_from_before_the_first_workers_over_restarts_to_the_runs_end(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_PAUSE", 0.02)
+    begun, ended = threading.Event(), threading.Event()
+
+    def lives(_: Run) -> bool:
+        begun.set()
+        return not ended.is_set()
+
+    def train() -> None:
+        begun.wait(10)
+        for attempt in (1, 2, 3):
+            run.worker_path(attempt, 0).parent.mkdir(parents=True)  # the driver's, before there are workers
+            time.sleep(0.1)
+            path = run.worker_log_path(attempt, 0)
+            path.parent.mkdir(parents=True)
+            with path.open("w") as file:
+                for step in (1, 2):
+                    file.write(f"attempt {attempt}, step {step}\n")
+                    file.flush()
+                    time.sleep(0.1)
+        ended.set()
+
+    monkeypatch.setattr(logs, "driver_lives", lives)
+    training = threading.Thread(target=train)
+    training.start()
+    print_logs(run.folder, follow=True)
+    training.join(10)
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"attempt {attempt}, step {step}" for attempt in (1, 2, 3) for step in (1, 2)]
+    assert shown.err.splitlines() == ["Attempt 2:", "Attempt 3:"]
+    ended.clear()
+    print_logs(run.folder, attempt=1, follow=True)  # to which nothing comes any more
+    assert capsys.readouterr().out.splitlines() == ["attempt 1, step 1", "attempt 1, step 2"]
 
 
 def test_the_stack_of_the_thread_that_trains_is_found_among_all(tmp_path: Path) -> None:
