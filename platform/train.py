@@ -5,6 +5,7 @@ Ray Train calls `train_schedule` on every rank, with what the driver decided for
 
 import contextlib
 import functools
+import time
 from itertools import groupby
 
 import ray.train
@@ -90,7 +91,7 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
 
         # Train
         monitor.begin()
-        done, stop = start.first_step, Stop.NO
+        done, stop, state = start.first_step, Stop.NO, None
         for step, parts in groupby(monitor.waited(iter(loader)), key=lambda micro: micro.step):
             if step < start.first_step:
                 # nothing is left to train: the restored weights are checked by the step that made them
@@ -131,14 +132,12 @@ def train_segment(run: Run, job: WorkerJob, start: StartPoint, sign: WorkerSign,
             if due or stop or done == last_step:
                 with monitor.checkpointing():
                     state = training_state(run, segment, done, feed, model, origin, guard, monitor)
-                    checkpoints.save(state, engine.snapshot, functools.partial(random_snapshot, dist.get_rank()))
+                    save(checkpoints, state, engine)
             if stop:
                 break
             with monitor.measure("sampling"):
                 sampler.after(done, functools.partial(engine.export, ema=engine.averages))  # what export would take
-        with monitor.checkpointing():
-            checkpoints.wait()
-        monitor.saved(checkpoints.ended())
+        end_last_save(checkpoints, monitor, state, engine)
         with monitor.measure("sampling"):
             sampler.finish(0.0 if done < last_step else None)
 
@@ -199,6 +198,39 @@ def open_checkpoints(run: Run, store: CheckpointStore, estimated_bytes: int) -> 
         ray.train.get_context().get_local_world_size(),
         estimated_bytes=estimated_bytes,
     )
+
+
+def save(checkpoints: AsyncCheckpointer, state: TrainingState, engine: Engine) -> None:
+    """Begins a save of this rank's part; all ranks must call."""
+    checkpoints.save(state, engine.snapshot, functools.partial(random_snapshot, dist.get_rank()))
+
+
+def end_last_save(
+    checkpoints: AsyncCheckpointer, monitor: Monitor, state: TrainingState | None, engine: Engine
+) -> None:
+    """Waits for the save under way, that of `state`. Where it failed no later one makes up for it, and the steps since
+    the one before would be lost: it is tried again. All ranks must call.
+
+    Raises SavesFailedError when as many in a row have failed as may.
+    """
+    while True:
+        try:
+            with monitor.checkpointing():
+                checkpoints.wait()
+            return
+        except SavesFailedError:
+            raise
+        except CheckpointError:
+            assert state is not None, "without a save there is none that failed"
+            with monitor.checkpointing():
+                time.sleep(_AGAIN_SECONDS)
+                save(checkpoints, state, engine)
+        finally:
+            monitor.saved(checkpoints.ended())
+
+
+_AGAIN_SECONDS = 5.0
+"""Until a save that failed is tried again: a store that was away, or a disk that was full, may be back."""
 
 
 def end_save(checkpoints: AsyncCheckpointer, monitor: Monitor) -> None:
