@@ -189,6 +189,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _trial_remedy(error: str) -> str:
+    if "ConfigError" in error:
+        return "change the setting, as it says"
     if "out of memory" in error:
         return "raise recomputation or lower the micro-batch, as it says: domainshuttle plan shows what fits"
     return "run it alone with NCCL_DEBUG=INFO to see more: domainshuttle preflight CONFIG --only group"

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -337,12 +337,12 @@ def _git_commit() -> str:
         return ""
 
 
-def _show_progress(run: Run, show: object, since: float) -> None:
+def _show_progress(run: Run, show: Callable[..., None], since: float) -> None:
     """Moves the bar to where rank 0 says the segment is, but for what it said before its workers ended, or before this
     driver began, `since` then."""
     told = run.notices_path.stat().st_mtime if run.notices_path.exists() else 0.0
     if (state := run.read_progress()) and state["time"] > max(told, since):
-        show(state["step"], state["steps"], f"of {state['segment']} {_figures(state)}".rstrip())  # type: ignore[operator]
+        show(state["step"], state["steps"], f"of {state['segment']} {_figures(state)}".rstrip())
 
 
 def _figures(state: Mapping[str, Any]) -> str:
