@@ -274,6 +274,7 @@ class Schedule:
                 f"above what it was before: {self._go_on(segment)}"
             )
         if end.kind is End.ROLLED_BACK:
+            self.run.skip(segment.name, list(end.bad))
             self._refuse_to_go_in_circles(segment)
         if end.kind is End.PREEMPTED:
             nodes = node_list(end.nodes)

@@ -175,3 +175,5 @@ class SegmentEnd:
     """Why the group ends after a segment that is finished, if it was asked to."""
     nodes: tuple[str, ...] = ()
     """Ray's ids of the nodes that are about to go."""
+    bad: tuple[int, ...] = ()
+    """Of a roll-back, the steps that the next start skips."""

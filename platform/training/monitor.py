@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -224,11 +225,9 @@ class Monitor:
         if self._notes_samples:
             self._dropped_lines().put(line)
 
-    def roll_back(self, step: int, bad: list[int]) -> SegmentEnd:
-        """Ends the attempt: the run goes back to a checkpoint and skips the bad steps."""
-        if self.main:
-            self.run.skip(self.segment.name, bad)
-        return self.close(step, End.ROLLED_BACK)
+    def roll_back(self, step: int, bad: Sequence[int]) -> SegmentEnd:
+        """Ends the attempt: the driver is told to go back to a checkpoint and skip the bad steps."""
+        return replace(self.close(step, End.ROLLED_BACK), bad=tuple(bad))
 
     def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:
         """Notes that optimiser step `step` is done; logs when it is due. `saves` are checkpoints that ended."""

@@ -41,12 +41,12 @@ from domainshuttle.platform.driver import group_size as sizes_module
 from domainshuttle.platform.driver import worker_group
 from domainshuttle.platform.driver.group_size import group_size, settled_size
 from domainshuttle.platform.driver.restarts import FaultsInARow, explain
-from domainshuttle.platform.driver.schedule_loop import Schedule, WorkersFailedError
+from domainshuttle.platform.driver.schedule_loop import DivergedError, Schedule, WorkersFailedError
 from domainshuttle.platform.driver.worker_group import WorkerGroup
 from domainshuttle.platform.run.data import make_feed
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Attempt, Ledger
-from domainshuttle.platform.run.segments import StartPoint, WorkerJob
+from domainshuttle.platform.run.segments import End, SegmentEnd, StartPoint, WorkerJob
 from domainshuttle.platform.tracking.outbox import segment_journal, tell_error
 
 LOST = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:3344")
@@ -383,6 +383,22 @@ def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, sch
     schedule._attempts_before = len(ledger.attempts())
     schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
     assert tags(run)["restart.2"].startswith("worker 1 failed: ValueError: bad 9")
+
+
+def test_what_the_workers_found_bad_is_skipped_by_the_next_start(tmp_path: Path, shown: list[str]) -> None:
+    """The driver hears it from them, and reads no file of theirs, which another machine may show it late."""
+    run = Run.open(load_config("demo", [f"output={tmp_path}", "guard.most_rollbacks=1"]))
+    schedule = Schedule(run, cast(Any, None), lambda: None, shown.append)
+    assert schedule._handle_end(SegmentEnd(End.ROLLED_BACK, "base", 5, bad=(4, 5))) is None
+    assert run.skipped("base") == [[4, 5]] and schedule._skipped(run.segment("base")) == {4, 5}
+    assert shown == [f"Stage base went back, and now skips what was bad: steps 4, 5 (samples in {run.folder}/dropped)"]
+    with pytest.raises(DivergedError, match=r"went back to a checkpoint 2 times, the last time for step 9: look at"):
+        schedule._handle_end(SegmentEnd(End.ROLLED_BACK, "base", 9, bad=(9,)))
+    assert run.skipped("base") == [[4, 5], [9]]
+    alone = Schedule(Run.open(load_config("demo", [f"output={tmp_path}/b", "guard.most_rollbacks=0"])), cast(Any, None),
+                     lambda: None, shown.append)  # fmt: skip
+    with pytest.raises(DivergedError, match="went back to a checkpoint 1 time, the last"):
+        alone._handle_end(SegmentEnd(End.ROLLED_BACK, "base", 9, bad=(9,)))
 
 
 def test_a_restart_says_which_checkpoint_it_skips(run: Run, schedule: Schedule, shown: list[str]) -> None:
