@@ -75,9 +75,9 @@ def _passed_over(run: Run, found: list[tuple[str, Checkpoint | CheckpointError]]
     }
 
 
-_FIELDS = ("checkpoint", "step", "loss", "written", "size", "workers", "state", "kept")
+_FIELDS = ("checkpoint", "step", "median loss", "written", "size", "workers", "state", "kept")
 _STYLES = {"damaged": "red", "skipped": "red", "unfinished": "yellow"}
-_NUMERIC = ("step", "loss", "size", "workers")
+_NUMERIC = ("step", "median loss", "size", "workers")
 
 
 def _how_to_go_on(run: Run, whole: list[Checkpoint], in_line: list[Checkpoint]) -> Advice:

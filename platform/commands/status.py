@@ -435,7 +435,7 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     parts = ", ".join(f"{_PARTS.get(name, name)} {getattr(hours, name):.3f}" for name in CATEGORIES)
     console.print(
         Prose(
-            f"Device-hours: used {hours.used:.3f} = {parts}; {counted(hours.attempts, 'attempt')}, "
+            f"Device-hours: used {hours.used:.3f} = {parts}; {counted(hours.attempts, 'attempt')} at stages, "
             f"goodput {hours.goodput:.0%}{budget}."
         )
     )
