@@ -194,8 +194,9 @@ def _base_override(segment: Segment) -> str:
     return f"--set experts.{segment.expert.name}.base=FOLDER/{network}"
 
 
-def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[str], None]) -> None:
-    """Gives a run of a new name the finished stages before a checkpoint of another run that it goes on from.
+def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[str], None]) -> dict[str, Path]:
+    """Gives a run of a new name the finished stages before a checkpoint of another run that it goes on from; returns
+    which these were, and where their weights were taken from.
 
     They are found beside the weights that the checkpoint's segment began with, and need no space on the same disk.
     Nothing happens where the checkpoint is not whole, is of the run's first segment, or the weights are gone. Raises
@@ -204,11 +205,12 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
     try:
         checkpoint = store.read(resume, checksums=False)
     except CheckpointError:
-        return  # `choose_start` says so
+        return {}  # `choose_start` says so
     state = checkpoint.state
     names = [segment.name for segment in run.segments()]
     if state.segment not in names or state.origin is None:
-        return
+        return {}
+    adopted: dict[str, Path] = {}
     beside = _weights_beside(checkpoint, Path(state.origin))
     for segment in run.segments()[: names.index(state.segment)]:
         found = beside / segment.name
@@ -222,6 +224,8 @@ def adopt_stages(run: Run, store: CheckpointStore, resume: str, say: Callable[[s
                 if all(one.samefile(target / one.relative_to(source)) for one in weights_files(source)):
                     run.fingerprints.remember(target, digest)
         say(f"Stage {segment.name} is taken over, finished, from {found}")
+        adopted[segment.name] = found
+    return adopted
 
 
 def _weights_beside(checkpoint: Checkpoint, origin: Path) -> Path:

@@ -103,7 +103,9 @@ class Schedule:
             heard = max(last, self.run.heard_from())
             self._ledger.end_open("its driver died", until=heard + ALLOWANCE)
         if resume not in (AUTO, NONE):
-            adopt_stages(self.run, self._store, resume, self._echo)
+            adopted = adopt_stages(self.run, self._store, resume, self._echo)
+            if adopted:
+                self._tracker.tag({f"from.{name}": str(weights) for name, weights in adopted.items()})
         chosen = self.run.choose(stage)
         for segment in chosen:
             if segment.finished:
@@ -121,6 +123,8 @@ class Schedule:
         first = left[0]
         start = self._start_point(first, resume)
         self._open(first)
+        if start.checkpoint and resume != AUTO:  # of a person's choice: the run's page says what it came from
+            self._tracker.tag({f"from.{first.name}": start.checkpoint})
         size = self._size(first)
         starts = self._starts(start, left[1:], size)
         for one in starts:

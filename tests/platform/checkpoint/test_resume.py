@@ -114,7 +114,8 @@ def test_a_run_of_a_new_name_takes_the_finished_stages_over(tmp_path: Path) -> N
     found = save(old, stage2, 5)
     new = Run.open(demo(tmp_path, "name=again", "stages.stage2.learning_rate=1e-7"))
     said: list[str] = []
-    adopt_stages(new, CheckpointStore.of(new.config), found.where, said.append)
+    adopted = adopt_stages(new, CheckpointStore.of(new.config), found.where, said.append)
+    assert adopted == {"base": base.weights, "stage1": stage1.weights}
     assert [segment.finished for segment in new.segments()] == [True, True, False]
     assert new.segment("stage1").last_step == 7
     assert len(said) == 2
@@ -123,8 +124,8 @@ def test_a_run_of_a_new_name_takes_the_finished_stages_over(tmp_path: Path) -> N
     shutil.rmtree(old.folder)
     assert (new.segment("stage1").weights / "model.safetensors").read_bytes() == b"trained"
     # and nothing where there is nothing to take
-    adopt_stages(new, CheckpointStore.of(new.config), found.where, said.append)
-    adopt_stages(new, CheckpointStore.of(new.config), "stage2-step00000099", said.append)
+    for there in (found.where, "stage2-step00000099"):
+        assert adopt_stages(new, CheckpointStore.of(new.config), there, said.append) == {}
     assert len(said) == 2
 
 

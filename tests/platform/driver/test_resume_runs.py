@@ -114,6 +114,9 @@ def test_a_run_of_a_new_name_goes_on_from_another_ones_checkpoint(tiny: Path, un
     newest = CheckpointStore.of(config).newest("stage2")
     assert newest is not None
     assert newest.state.step == 27
+    (page,) = [one for one in read_runs(config.tracking_uri, ["lower-rate"]) if one.parent is None]
+    assert page.tags["from.stage2"] == found.where
+    assert page.tags["from.stage1"] == str(Run(whole).segment("stage1").weights)
     _, _, other = run_of(tiny, "other-data", "stages.stage2.global_batch=4")
     refused = cli("train", tiny, *other, "--resume", found.where, expect=2)
     assert "the data order is not the one" in refused
