@@ -111,8 +111,8 @@ def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, 
 
 
 def _require_captions(job: EncodingJob) -> None:
-    """Raises DataError where samples that are to be encoded have no caption."""
-    if not (mute := uncaptioned(job.raw.index, job.where)):
+    """Raises DataError where samples that are to be encoded have no caption, or the filter is a mistake."""
+    if not (mute := uncaptioned(job.raw.index, job.where, known=True)):
         return
     where = f"({job.where}) and {CAPTIONED}" if job.where else CAPTIONED
     raise DataError(

@@ -374,6 +374,8 @@ def _held_by(column: pa.Array, texts: list[str]) -> list[str]:
 
 def _choices(there: list[str], text: str) -> str:
     """The texts of a column, or of many those that are most like one."""
+    if not there:
+        return "none has any text there"
     if len(there) <= _MOST_NAMED:
         return f"there are {there}"
     alike = difflib.get_close_matches(text, there[:_MOST_COMPARED], 3) or there[:3]

@@ -42,11 +42,11 @@ CAPTIONED = "caption_length > 0"
 """The filter that leaves samples with a caption."""
 
 
-def uncaptioned(place: Location, where: str | None) -> int:
+def uncaptioned(place: Location, where: str | None, known: bool = False) -> int:
     """How many samples of an index file, or of those that a filter leaves, have no caption. Raises what `selected_rows`
     does."""
     empty = Index.load(place, ["caption_length"], verify=False).column("caption_length") == 0
-    return int(np.count_nonzero(empty & selected_rows(place, where) if where else empty))
+    return int(np.count_nonzero(empty & selected_rows(place, where, known) if where else empty))
 
 
 def selected_digest(part: IndexMetadata, where: str | None) -> str:

@@ -339,6 +339,11 @@ def test_a_text_that_no_sample_has_is_a_mistake_whatever_the_operator(text: str,
         assert selected_rows(tmp_path / "index.parquet", text).tolist() == held.tolist()
 
 
+def test_of_samples_without_any_text_it_is_said_that_they_have_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no sample has 'cat' in subjects; none has any text there"):
+        index_of(tmp_path, MISSING).filter("'cat' in subjects")
+
+
 @pytest.mark.parametrize(
     ("text", "keys"),
     [

@@ -75,6 +75,9 @@ def test_samples_without_a_caption_are_refused_with_a_filter_that_leaves_them_ou
     raw = CorpusSpec("clips", "raw", config.corpus("clips").folder)
     with pytest.raises(DataError, match=r"1 of its samples have no caption.* --where '\(frames > 0\) and caption_len"):
         encode([EncodingJob(raw, raw, "frames > 0")], config.encoders.sources(), lambda *told: None)
+    for text in ("kind == 'vidoe'", "kind != 'vidoe'"):  # before encoders are loaded
+        with pytest.raises(DataError, match=r"no sample has 'vidoe' in kind; there are \['image'\]"):
+            encode([EncodingJob(raw, raw, text)], config.encoders.sources(), lambda *told: None)
     with pytest.raises(DataError, match="1 of the samples that stage") as refused:
         _require_captions(config, [])
     match = re.search(r"stages\.(\w+)\.where: (\{.*\})", str(refused.value))
