@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from domainshuttle.model.batch import TrainingBatch
+from domainshuttle.model.objective import LossOutput
 from domainshuttle.pipelines.buckets import parse_bucket
 from domainshuttle.pipelines.corpora.source import Notes
 from domainshuttle.pipelines.corpora.survey import Survey
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample
 from domainshuttle.platform.cli import app
+from domainshuttle.platform.training.loss_metrics import LossMetrics
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -61,6 +63,20 @@ def test_the_loss_and_the_metric_are_what_they_say(page: dict[str, Any]) -> None
     torch.testing.assert_close(page["reference_share"](batch), torch.tensor([2 / 5, 2 / 5]))
     masked = replace(batch, reference_mask=torch.tensor([[True, False], [False, False]]))
     torch.testing.assert_close(page["reference_share"](masked), torch.tensor([1 / 4, 0.0]))
+
+
+def test_the_metric_is_added_by_the_line_that_the_page_gives(page: dict[str, Any]) -> None:
+    """To the last name, which is here that of a source without samples."""
+    metrics = LossMetrics(["fake", "last"], 0.0, torch.device("cpu"))
+    batch = TrainingBatch.fake(2, frames=3, height=4, width=4, references=2, text_tokens=5, text_dim=8)
+    losses = LossOutput(torch.tensor(1.0), torch.tensor([1.0, 3.0]), None, torch.tensor([0.1, 0.9]))
+    metrics.add(batch, losses, {})
+    before = metrics._step.clone()
+    (line,) = re.findall(r"`(self\._add\(.*\))`", (DOCS / "extending.md").read_text())
+    exec(line, page | {"self": metrics, "batch": batch, "bucket": torch.tensor([0, 3])})
+    added = metrics._step - before
+    assert before[:, 0].tolist() == [4.0, 2.0] and not added[:, :-1].any()
+    torch.testing.assert_close(added[:, -1], torch.tensor([0.8, 2.0], dtype=torch.float64))
 
 
 def test_every_file_and_verb_that_the_docs_name_is_there() -> None:

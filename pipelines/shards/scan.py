@@ -205,6 +205,10 @@ def _named(header: _Header) -> tuple[str, str | None, str, str]:
     folder, slash, base = header.name.removeprefix("./").rpartition("/")  # `tar -C folder .` writes ./key.jpg
     name, dot, extension = base.partition(".")
     stem = shown(f"{folder}{slash}{name}") or shown(header.name)
+    if header.type == tarfile.DIRTYPE:
+        return stem, None, "", (
+            f"unsafe name: member {shown(header.name)!r} is a folder: pack the files that are meant, without folders"
+        )
     if folder or slash or not KEY_PATTERN.fullmatch(name):
         return stem, None, "", (
             f"unsafe name: member {shown(header.name)!r}: expected key.extension without folders, the key 1 to 80 of "
@@ -216,7 +220,8 @@ def _named(header: _Header) -> tuple[str, str | None, str, str]:
             "digits, such as 'jpg' or 'ref0.jpg'; pack the shard again with such names"
         )  # fmt: skip
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        what = _NO_FILES.get(header.type, f"has tar type {header.type!r}: pack the shard again without it")
+        kind = header.type.decode("latin-1")
+        what = _NO_FILES.get(header.type, f"has tar type {kind!r}: pack the shard again without it")
         return stem, name, extension, f"not a file: member {shown(header.name)!r} {what}"
     return stem, name, extension, ""
 

@@ -51,17 +51,17 @@ class LossMetrics:
 
     def add(self, batch: TrainingBatch, loss: LossOutput, pair_kinds: Mapping[str, int], cut_captions: int = 0) -> None:
         """Adds the samples of a micro-batch of the step that is under way."""
-        flow = loss.flow.double()
+        flow = loss.flow
         self._add(torch.zeros_like(loss.timesteps, dtype=torch.long), flow)
         if loss.cross_pair is not None:
-            self._add(torch.ones_like(loss.timesteps, dtype=torch.long), loss.cross_pair.double())
+            self._add(torch.ones_like(loss.timesteps, dtype=torch.long), loss.cross_pair)
         bucket = (loss.timesteps * TIMESTEP_BUCKETS).long().clamp(0, TIMESTEP_BUCKETS - 1)
         self._add(2 + bucket, flow)
         none = torch.full_like(bucket, -1)
         domain = batch.reference_domains[:, 0] if batch.reference_domains.shape[1] else none
-        self._add(self._domain_offset + 1 + domain.to(flow.device), flow)
+        self._add(self._domain_offset + 1 + domain, flow)
         numbers = [self._sources[source] for source in batch.sources]
-        self._add(self._source_offset + torch.tensor(numbers, device=flow.device), flow)
+        self._add(self._source_offset + torch.tensor(numbers), flow)
         self._step_pairs.update(pair_kinds)
         b, _, f, h, w = batch.latents.shape
         self._samples += b
@@ -69,6 +69,8 @@ class LossMetrics:
         self._tokens += b * (f + batch.references.shape[1]) * h * w // 4
 
     def _add(self, places: Tensor, values: Tensor) -> None:
+        """Adds values [b] of any type and device to the sums at their places [b], by number in `_names`."""
+        places, values = places.to(self._step.device), values.to(self._step)
         self._step[0].index_add_(0, places, values)
         self._step[1].index_add_(0, places, torch.ones_like(values))
 

@@ -160,6 +160,14 @@ def test_a_hostile_member_costs_its_sample_only(
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_folder_is_called_one_and_breaks_no_sample(tmp_path: Path) -> None:
+    """Also one that is called as the sample in which it lies."""
+    folders = [special("./good/", tarfile.DIRTYPE), special("sub/", tarfile.DIRTYPE)]
+    found, faults = scanned(tar_of(tmp_path, GOOD[0], *folders, GOOD[1]))
+    assert [(entry.key, [one.extension for one in entry.members]) for entry in found] == [("good", ["json", "jpg"])]
+    assert [fault.key for fault in faults] == ["good", "sub"] and all("is a folder" in one.reason for one in faults)
+
+
 def test_other_members_of_an_odd_sample_do_not_stand_alone(tmp_path: Path) -> None:
     path = tar_of(tmp_path, ("k.json", b"{}"), ("k.JPG", b"x"), *GOOD)
     found, faults = scanned(path)
