@@ -5,10 +5,11 @@ An error of a sample puts the sample into quarantine; an error of the machine en
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, counted
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -58,6 +59,30 @@ def bad_share(bad: int, good: int) -> float:
 def accepted_share(share: float) -> str:
     """The least share of two decimals, as one types it, that accepts `share`."""
     return f"{min(math.ceil(share * 100) / 100, 1):g}"
+
+
+def percent(share: float) -> str:
+    """A share as people set it: 5% or 0.1%."""
+    return f"{100 * share:.4g}%"
+
+
+def kinds_of(reasons: Iterable[str]) -> str:
+    """How many reasons there are of each kind, the most frequent first."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(map(fault_kind, reasons)).most_common())
+
+
+def require_good(where: str, reasons: Sequence[str], good: int, most_bad: float, table: str, repair: str) -> None:
+    """Raises DataError for a corpus `where` without `good` samples, or of which more than `most_bad` are bad, for these
+    reasons, which are in `table`; they are repaired as `repair` says."""
+    bad = len(reasons)
+    share = bad_share(bad, good)
+    if share <= most_bad and good:
+        return
+    accept = f", or accept them: --most-bad {accepted_share(share)} (nothing is made again)" if good else ""
+    raise DataError(
+        f"{where}: {bad} of {counted(bad + good, 'sample')} {'is' if bad == 1 else 'are'} bad, at most "
+        f"{percent(most_bad)} may be: {kinds_of(reasons)}. Shards, keys and reasons are in {table}. {repair}{accept}"
+    )
 
 
 # of a GPU or of memory, by name, as torch is not imported here and its types differ by version

@@ -17,7 +17,7 @@ from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
 from domainshuttle.pipelines.corpora.registry import CorpusConfig, make_source
 from domainshuttle.pipelines.corpora.source import SAMPLES, LeftOut, Notes
 from domainshuttle.pipelines.corpora.survey import Rows, Survey, check_forms, open_survey
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, counted
 from domainshuttle.pipelines.index.parts import REPORT_NAME, WORK_NAME, Parts
 from domainshuttle.pipelines.index.table import IndexMetadata, IndexRow
 from domainshuttle.pipelines.media.conversions import noted_conversions
@@ -98,7 +98,7 @@ def build_part(parts: Parts, part: int, job: PartJob, rows: Rows) -> tuple[int, 
             infos[sample.key] = sample.info, bucket
     if came != len(rows):
         raise DataError(
-            f"{job.corpus}, part {part}: {came} of {len(rows)} records came: the source changed; build again"
+            f"{job.corpus}, part {part}: {came} of {counted(len(rows), 'record')} came: the source changed; build again"
         )
     parts.note(part, notes.counts)
     return parts.finish(part, [IndexRow.of(entry, *infos[entry.key]) for entry in writer.entries], bad, job.metadata)
@@ -137,8 +137,8 @@ def build_corpus(
     rows, found, repeated = survey.select(source.wanted)
     check_forms(tally, found, most_bad)
     if not len(rows):
-        counted = ", ".join(f"{kind} {count}" for kind, count in tally.counts.most_common()) or "it has no records"
-        raise DataError(f"corpus {corpus}: its source has nothing to select: {counted}{keep_hint(tally.counts)}")
+        kinds = ", ".join(f"{kind} {count}" for kind, count in tally.counts.most_common()) or "it has no records"
+        raise DataError(f"corpus {corpus}: its source has nothing to select: {kinds}{keep_hint(tally.counts)}")
     survey.write_tables()
 
     cut = parts_of(rows, samples_per_part, {n for n, piece in enumerate(survey.pieces) if piece.in_order})

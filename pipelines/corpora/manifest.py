@@ -33,7 +33,7 @@ from domainshuttle.pipelines.corpora.source import (
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, domain_of
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason
 from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, ORIGINS, VIDEO_EXTENSIONS, RawSample
 from domainshuttle.pipelines.shards.companions import companion
@@ -179,7 +179,10 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
         given = fields.items("subjects") if "subjects" in fields else ["subject"] * references
         domains = fields.items("domains") if "domains" in fields else [None] * len(given)
         if len(domains) != len(given):
-            raise unknown_form(fields.where, f"{len(domains)} domains for {len(given)} subjects: expected as many")
+            raise unknown_form(
+                fields.where,
+                f"{counted(len(domains), 'domain')} for {counted(len(given), 'subject')}: expected as many",
+            )
         subjects = []
         for one, domain in zip(given, domains, strict=True):
             if isinstance(one, dict):

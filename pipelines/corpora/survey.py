@@ -28,7 +28,7 @@ from domainshuttle.pipelines.corpora.source import (
     draw,
     name_hash,
 )
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.quarantine import fault_kind
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
@@ -213,7 +213,8 @@ def check_forms(tally: Tally, records: int, most_bad: float) -> None:
     unknown = tally.counts[UNKNOWN_FORM]
     if unknown > most_bad * (records + tally.counts.total()):
         raise DataError(
-            f"{unknown} of {records + tally.counts.total()} records are in no known form of this source, for example: "
+            f"{unknown} of {counted(records + tally.counts.total(), 'record')} {'is' if unknown == 1 else 'are'} in no "
+            f"known form of this source, for example: "
             f"{tally.examples[UNKNOWN_FORM][0]}. Compare the files with docs/datasets.md"
         )
 

@@ -26,16 +26,14 @@ from domainshuttle.pipelines.encoding.units import (
     note_place,
     read_notes,
 )
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.parts import CONVERTED_NAME, EMPTY_CAPTION_NAME, INDEX_NAME, WORK_NAME
 from domainshuttle.pipelines.index.spec import CorpusSpec
 from domainshuttle.pipelines.index.table import SCHEMA, Index, IndexMetadata, write_index
 from domainshuttle.pipelines.quarantine import (
     QUARANTINE_NAME,
     BadSample,
-    accepted_share,
-    bad_share,
-    fault_kind,
+    require_good,
 )
 from domainshuttle.pipelines.storage.files import delete, exists, list_dated, read_bytes, write_bytes
 from domainshuttle.pipelines.storage.uri import join, redacted
@@ -78,7 +76,9 @@ class Target:
         whole = Index.load(job.raw.index)
         self.raw = whole.filter(job.where) if job.where else whole
         if not len(self.raw):
-            raise DataError(f"corpus {job.raw.name!r}: {job.where!r} leaves none of its {len(whole)} samples")
+            raise DataError(
+                f"corpus {job.raw.name!r}: {job.where!r} leaves none of its {counted(len(whole), 'sample')}"
+            )
         self.left_out = len(whole) - len(self.raw)
         self._all_ids = whole.table.column("sample_id").to_numpy()
         self.units = cut_units(self.raw, recipe, samples_per_part, shard_bytes)
@@ -154,9 +154,10 @@ class Target:
         gone = ids[~np.isin(ids, self.raw.table.column("sample_id").to_numpy())]
         filtered = int(np.isin(gone, self._all_ids).sum())
         if filtered:
+            is_, it = ("is", "it") if filtered == 1 else ("are", "them")
             raise DataError(
-                f"{redacted(self.folder)}: {filtered} samples that are encoded would be removed, as --where "
-                f"{self.job.where!r} leaves them out. {_OVERWRITE}"
+                f"{redacted(self.folder)}: {counted(filtered, 'sample')} that {is_} encoded would be removed, as --where "
+                f"{self.job.where!r} leaves {it} out. {_OVERWRITE}"
             )
         own = dict(
             zip(
@@ -169,8 +170,8 @@ class Target:
         )
         if 2 * (len(gone) + other) > len(ids):
             raise DataError(
-                f"{redacted(self.folder)}: of {len(ids)} encoded samples {len(gone)} are not in the raw corpus any "
-                f"more, and {other} have another bucket. {_OVERWRITE}"
+                f"{redacted(self.folder)}: of {counted(len(ids), 'encoded sample')} {len(gone)} are not in the raw "
+                f"corpus any more, and {other} have another bucket. {_OVERWRITE}"
             )
 
     def remove_useless(self) -> None:
@@ -198,22 +199,13 @@ class Target:
         if lost := [unit.name for unit in self.missing()]:
             for name in lost:
                 delete(note_place(self.folder, name))
-            raise DataError(f"{redacted(self.folder)}: {len(lost)} units are not whole; run the command again")
+            raise DataError(f"{redacted(self.folder)}: {counted(len(lost), 'unit')} not whole; run the command again")
         notes = [self.notes[unit.name] for unit in self.units]
         table = pa.concat_tables([note.table.select(SCHEMA.names) for note in notes]).unify_dictionaries()
         bad = [one for note in notes for one in note.bad]
         self._write_lines(QUARANTINE_NAME, bad, keep=True)
-        share = bad_share(len(bad), len(table))
-        if share > most_bad or not len(table):
-            counted = ", ".join(
-                f"{kind} {n}" for kind, n in Counter(fault_kind(one.reason) for one in bad).most_common()
-            )
-            accept = f", or accept them: --most-bad {accepted_share(share)} (nothing is made again)"
-            raise DataError(
-                f"{redacted(self.folder)}: {len(bad)} of {len(bad) + len(table)} samples are bad, at most "
-                f"{most_bad:.0%} may be: {counted}. Shards, keys and reasons are in "
-                f"{redacted(join(self.folder, QUARANTINE_NAME))}. {_REPAIR}{accept if len(table) else ''}"
-            )
+        folder, listed = redacted(self.folder), redacted(join(self.folder, QUARANTINE_NAME))
+        require_good(folder, [one.reason for one in bad], len(table), most_bad, listed, _REPAIR)
         self._write_lines(CONVERTED_NAME, [one for note in notes for one in note.converted()], keep=False)
         with tempfile.TemporaryDirectory() as aside:
             save_tensors({"text": empty_caption}, Path(aside) / EMPTY_CAPTION_NAME)

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from domainshuttle.pipelines.buckets import Bucket, choose_bucket, frames_at
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, counted
 from domainshuttle.pipelines.index.alterations import Alterations, count_alterations
 from domainshuttle.pipelines.index.folder import (
     PARTS_FOLDER,
@@ -52,6 +52,8 @@ from domainshuttle.pipelines.quarantine import (
     bad_share,
     fault_kind,
     fault_reason,
+    kinds_of,
+    percent,
 )
 from domainshuttle.pipelines.ray_tasks import Progress, each_result
 from domainshuttle.pipelines.shards.checks import MOST_DESCRIPTION_BYTES, check_files, check_tensors, read_description
@@ -334,13 +336,13 @@ def _join(
     shards = {*pc.unique(table.column("shard")).to_pylist(), *(row.shard for row in bad)}
     share = max(bad_share(samples, len(table)), len(broken) / max(1, len(shards)))
     if share > most_bad or not len(table):
-        counted = ", ".join(f"{kind} {count}" for kind, count in faults.most_common())
         accept = f", or accept them: --most-bad {accepted_share(share)}" if len(table) else ""
+        of_samples = f"{samples} of {counted(samples + len(table), 'sample')}"
         raise DataError(
-            f"{redacted(parent(path))}: {samples} of {samples + len(table)} samples and {len(broken)} of {len(shards)} "
-            f"shards are bad, at most {most_bad:.0%} may be: {counted}. Shards, keys and reasons are in "
-            f"{redacted(quarantine)}. Repair what they name and run the command again (only changed shards are read)"
-            f"{accept}"
+            f"{redacted(parent(path))}: {of_samples} and {len(broken)} of {counted(len(shards), 'shard')} are "
+            f"bad, at most {percent(most_bad)} may be: {kinds_of(row.reason for row in bad)}. Shards, keys and reasons "
+            f"are in {redacted(quarantine)}. Repair what they name and run the command again (only changed shards are "
+            f"read){accept}"
         )
     written = write_index(path, table, metadata)
     altered = count_alterations(table, metadata.fps)

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.table import OLDEST_VERSION, SCHEMA, Index, IndexMetadata, IndexRow, write_index
 from domainshuttle.pipelines.quarantine import (
     MOST_BAD_IN_CORPUS,
     QUARANTINE_NAME,
     BadSample,
-    accepted_share,
-    bad_share,
-    fault_kind,
+    require_good,
 )
 from domainshuttle.pipelines.storage.files import write_bytes
 
@@ -116,20 +114,13 @@ class Parts:
         `repair` says.
         """
         if missing := self.missing():
-            raise DataError(f"{self.folder}: {len(missing)} of {self.count} parts are not made; run the command again")
+            made = f"{len(missing)} of {counted(self.count, 'part')} not made"
+            raise DataError(f"{self.folder}: {made}; run the command again")
         lines = self._quarantined()
         write_bytes(self.quarantine_path, lines.encode())
         table = pa.concat_tables(self._tables()) if any(True for _ in self._tables()) else SCHEMA.empty_table()
         bad = [json.loads(line)["reason"] for line in lines.splitlines()]
-        share = bad_share(len(bad), len(table))
-        if share > most_bad or not len(table):
-            counted = ", ".join(f"{kind} {count}" for kind, count in Counter(map(fault_kind, bad)).most_common())
-            accept = f", or accept them: --most-bad {accepted_share(share)} (nothing is made again)"
-            raise DataError(
-                f"{self.folder}: {len(bad)} of {len(bad) + len(table)} samples are bad, at most {most_bad:.0%} may be: "
-                f"{counted}. Shards, keys and reasons are in {self.quarantine_path}. "
-                f"{repair}{accept if len(table) else ''}"
-            )
+        require_good(str(self.folder), bad, len(table), most_bad, str(self.quarantine_path), repair)
         return write_index(self.index_path, table.unify_dictionaries().combine_chunks(), metadata), len(bad)
 
     def _quarantined(self) -> str:

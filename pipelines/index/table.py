@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, StorageError, counted
 from domainshuttle.pipelines.index.alterations import Alterations, count_alterations
 from domainshuttle.pipelines.index.digest import combined_digest, table_digest
 from domainshuttle.pipelines.index.filter import RowFilter, as_written
@@ -243,7 +243,7 @@ def _check_block(block: pa.Table, path: str) -> None:
     for name in SCHEMA.names:
         if name != "fps" and block.column(name).null_count:
             raise DataError(
-                f"index {path}: {name} is missing in {block.column(name).null_count} rows: expected a value"
+                f"index {path}: {name} is missing in {counted(block.column(name).null_count, 'row')}: expected a value"
             )
     for bucket in pc.unique(block.column("bucket")).to_pylist():
         parse_bucket(bucket)

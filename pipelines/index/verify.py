@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from domainshuttle.pipelines.buckets import frames_at, parse_bucket
-from domainshuttle.pipelines.errors import DataError, MissingError
+from domainshuttle.pipelines.errors import DataError, MissingError, counted
 from domainshuttle.pipelines.index.folder import VERIFY_NAME, Skipped, beside, list_folder
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME
 from domainshuttle.pipelines.index.samples import compare_with_index
@@ -133,7 +133,7 @@ def _verify_shard(
     try:
         held = size(place)
     except MissingError:
-        reason = f"missing shard: {redacted(place)} is gone, with {len(rows)} samples"
+        reason = f"missing shard: {redacted(place)} is gone, with {counted(len(rows), 'sample')}"
         return [BadSample(metadata.corpus, rows[0].shard, "", reason)], 0
     bad: list[BadSample] = []
     read = 0
@@ -217,7 +217,7 @@ def _verify_raw(row: IndexRow, members: dict[str, memoryview], fps: float | None
     except DataError as error:
         raise SampleFault("wrong bucket", f"{row.key}: {error}") from error
     if bucket.frames > frames or (bucket.frames == 1) != (frames == 1):
-        raise SampleFault("wrong bucket", f"{row.key}: {frames} frames do not fill its bucket {bucket}")
+        raise SampleFault("wrong bucket", f"{row.key}: its {counted(frames, 'frame')} can't fill its bucket {bucket}")
     if decode:
         sample = RawSample.from_members(row.key, members)
         # fitted, as training does: a clip of its full size may be gigabytes

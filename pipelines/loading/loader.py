@@ -28,7 +28,7 @@ from domainshuttle.pipelines.loading.device_prefetch import on_device
 from domainshuttle.pipelines.loading.encoded import EncodedReader
 from domainshuttle.pipelines.loading.reader import B, MicroBatch, Source, Work
 from domainshuttle.pipelines.plan.feed import Feed
-from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN, BadSample, accepted_share
+from domainshuttle.pipelines.quarantine import MOST_BAD_IN_RUN, BadSample, accepted_share, percent
 from domainshuttle.pipelines.sample import READ_AHEAD
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class Loader(Generic[B]):
             self._quarantined.add(micro.bad)
         if self.bad >= 10 and self.bad > self.most_bad * self.read:
             raise TooManyBadError(
-                f"{self.bad} of {self.read} samples could not be read, more than {self.most_bad:.0%}: see "
+                f"{self.bad} of {self.read} samples could not be read, more than {percent(self.most_bad)}: see "
                 f"{self.quarantine}, then repair the corpus or encode it again{self._accept()}"
             )
 

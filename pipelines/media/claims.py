@@ -15,7 +15,7 @@ import av
 from av.container import InputContainer
 
 from domainshuttle.pipelines.buckets import Bucket
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media.clips import chosen_stream
 from domainshuttle.pipelines.media.decode import Pixels, decode_image, fit_target, opened_clip, sampled_frames
 from domainshuttle.pipelines.media.file_types import clip_format
@@ -84,8 +84,8 @@ def _compare_clip(name: str, data: Buffer, packets: _Packets, frames: int, fps: 
     stamps, tick, mean = packets.stamps, packets.tick, packets.mean
     uncertain = packets.codec == "vp8"  # it has packets that are only referred to, and never shown
     if (uncertain or len(stamps) != frames) and (count := _count_frames(name, data, frames + 1)) != frames:
-        found = f"more than {frames}" if count > frames else str(count)
-        raise SampleFault("wrong length", f"{name}: {found} frames, key.json says {frames}")
+        found = f"more than {counted(frames, 'frame')}" if count > frames else counted(count, "frame")
+        raise SampleFault("wrong length", f"{name}: {found}, key.json says {frames}")
     if fps is None:
         return
     rates = [float(mean)] if mean else []

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from domainshuttle.model.pictures import Pixels
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media.decode import encode_frames, opened_clip, sampled_frames, shown_frames
 from domainshuttle.pipelines.media.file_types import clip_format
 from domainshuttle.pipelines.sample import Buffer
@@ -69,7 +69,7 @@ def clip_file(data: Buffer, name: str) -> ClipFile:
         with opened_clip(data, name) as clip:
             count = sum(1 for _ in clip.frames())
     if count < 2 or not rate:
-        raise DataError(f"{name}: {count} frames at {rate} a second are no clip")
+        raise DataError(f"{name}: {counted(count, 'frame')} at {rate} a second {'is' if count == 1 else 'are'} no clip")
     extension = "mkv" if matroska else "mp4"
     return ClipFile(data, extension, count, float(Fraction(rate)), (height, width))
 

@@ -22,7 +22,7 @@ from PIL import Image, features
 from domainshuttle.model import pictures
 from domainshuttle.model.pictures import Pixels, resized
 from domainshuttle.pipelines.buckets import Bucket, checked_rate, cover_geometry
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media import colours, conversions
 from domainshuttle.pipelines.media.clips import Clip, heard_decoder
 from domainshuttle.pipelines.media.conversions import note
@@ -368,7 +368,7 @@ def _collect(shown: Iterator[av.VideoFrame], clip: Clip, frames: int, fps: float
         if count == frames:
             return kept
     rate = f"{fps:g} fps" if fps else "its own rate"
-    raise DataError(f"{name}: {count} frames at {rate} could be read; the bucket needs {frames}")
+    raise DataError(f"{name}: {counted(count, 'frame')} at {rate} could be read; the bucket needs {frames}")
 
 
 def _square(size: tuple[int, int], aspect: Fraction) -> tuple[int, int]:

@@ -206,8 +206,11 @@ def _named(header: _Header) -> tuple[str, str | None, str, str]:
     name, dot, extension = base.partition(".")
     stem = shown(f"{folder}{slash}{name}") or shown(header.name)
     if header.type == tarfile.DIRTYPE:
-        return stem, None, "", (
-            f"unsafe name: member {shown(header.name)!r} is a folder: pack the files that are meant, without folders"
+        return (
+            stem,
+            None,
+            "",
+            (f"unsafe name: member {shown(header.name)!r} is a folder: pack the files that are meant, without folders"),
         )
     if folder or slash or not KEY_PATTERN.fullmatch(name):
         return stem, None, "", (

@@ -21,7 +21,7 @@ from domainshuttle.pipelines.endpoints.client import Answer, ChatClient, Questio
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.cut import frames_at
 from domainshuttle.pipelines.media.decode import decode_image, encode_jpeg
-from domainshuttle.pipelines.quarantine import fault_reason, of_sample
+from domainshuttle.pipelines.quarantine import fault_reason, of_sample, percent
 from domainshuttle.pipelines.sample import RawSample
 from domainshuttle.pipelines.values import ActorPool
 
@@ -149,8 +149,8 @@ class Ask:
             counted = ", ".join(f"{state_name(state)} {count}" for state, count in sorted(states.items()))
             raise DataError(
                 f"{self.model.name}: {failed} of {asked} answers give no labels ({counted}), at most "
-                f"{self.config.most_failed:.0%} may. The first: {self.example}. Repair the endpoint or the model, and "
-                "run the command again with --ask-again, or accept it: --set labels.most_failed=1. Nothing is lost"
+                f"{percent(self.config.most_failed)} may. The first: {self.example}. Repair the endpoint or the model, "
+                "and run the command again with --ask-again, or accept it: --set labels.most_failed=1. Nothing is lost"
             )
 
 

@@ -30,7 +30,7 @@ from domainshuttle.pipelines.curation.labels.questions import PROMPT
 from domainshuttle.pipelines.curation.labels.rules import may_need, state_name
 from domainshuttle.pipelines.curation.stage import Passing, pass_through
 from domainshuttle.pipelines.endpoints.answers import Answers
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.index.folder import BUILT_INDEX_NAME
 from domainshuttle.pipelines.index.labels import (
     FAILED_PLACE,
@@ -171,7 +171,7 @@ def label_corpus(
             progress(done, total)
         notes = read_label_notes(folder, [unit.name for unit in units])
     if lost := [unit.name for unit in units if unit.name not in notes]:
-        raise DataError(f"{redacted(folder)}: {len(lost)} units of labels are not whole; run the command again")
+        raise DataError(f"{redacted(folder)}: {counted(len(lost), 'unit')} of labels not whole; run the command again")
     ordered = [notes[unit.name] for unit in units]
     metadata, labelled = put_labels(folder, built, ordered, settings)
     report = _report(built, config, settings, ordered, total, labelled, metadata)

@@ -92,7 +92,7 @@ def test_a_folder_needs_no_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"domains": ["human"]}, "1 domains for 2 subjects"),
+        ({"domains": ["human"]}, "1 domain for 2 subjects"),
         ({"domains": ["human", "marble"]}, "domain 'marble'"),
         ({"domains": ["human", True]}, "domain True"),
         ({"domains": ["human", 1.5]}, "domain 1.5"),

@@ -175,7 +175,7 @@ def test_raw_bytes_that_are_not_those_of_the_index_are_quarantined(tmp_path: Pat
     member = next(one for one in row.members if one.extension == "jpg")
     data[member.offset + member.size - 20] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=r"1 of 8 samples are bad.*checksum differs 1"):
+    with pytest.raises(DataError, match=r"1 of 8 samples is bad.*checksum differs 1"):
         run(tmp_path)
     assert not (tmp_path / "encoded" / INDEX_NAME).exists()
     assert run(tmp_path, most_bad=0.2).bad == 1

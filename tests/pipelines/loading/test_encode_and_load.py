@@ -204,7 +204,7 @@ def test_too_many_bad_samples_end_the_work(tmp_path: Path) -> None:
     parts = Parts(tmp_path, 1, "x")
     parts.begin()
     parts.finish(0, [], [BadSample("s", "a.tar", "k", "corrupt")], IndexMetadata(corpus="c", stage="raw"))
-    with pytest.raises(DataError, match="1 of 1 samples are bad"):
+    with pytest.raises(DataError, match="1 of 1 sample is bad, at most 5% may be"):
         parts.merge(IndexMetadata(corpus="c", stage="raw"))
     assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "corrupt"
 

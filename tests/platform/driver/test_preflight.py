@@ -73,7 +73,7 @@ def test_samples_without_a_caption_are_refused_with_a_filter_that_leaves_them_ou
     place = config.corpus("clips").index
     assert (uncaptioned(place, None), uncaptioned(place, "key == 'k'"), uncaptioned(place, "key != 'k'")) == (1, 0, 1)
     raw = CorpusSpec("clips", "raw", config.corpus("clips").folder)
-    with pytest.raises(DataError, match=r"1 of its samples have no caption.* --where '\(frames > 0\) and caption_len"):
+    with pytest.raises(DataError, match=r"1 of its samples has no caption.* --where '\(frames > 0\) and caption_len"):
         encode([EncodingJob(raw, raw, "frames > 0")], config.encoders.sources(), lambda *told: None)
     for text in ("kind == 'vidoe'", "kind != 'vidoe'"):  # before encoders are loaded
         with pytest.raises(DataError, match=r"no sample has 'vidoe' in kind; there are \['image'\]"):
