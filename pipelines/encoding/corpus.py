@@ -117,8 +117,8 @@ def _require_captions(job: EncodingJob) -> None:
     where = f"({job.where}) and {CAPTIONED}" if job.where else CAPTIONED
     raise DataError(
         f"corpus {job.raw.name!r}: {mute} of its samples {'has' if mute == 1 else 'have'} no caption, and training "
-        "learns from captions. Let a model write them: domainshuttle data label CONFIG with labels.labeller=endpoint or "
-        "transformers "
+        "learns from captions. Let a model write them: domainshuttle data label CONFIG with labels.labeller=endpoint "
+        "or transformers "
         f"(docs/datasets.md). Or leave them out: domainshuttle data encode CONFIG --where {shlex.quote(where)}"
     )
 

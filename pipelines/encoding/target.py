@@ -156,8 +156,8 @@ class Target:
         if filtered:
             is_, it = ("is", "it") if filtered == 1 else ("are", "them")
             raise DataError(
-                f"{redacted(self.folder)}: {counted(filtered, 'sample')} that {is_} encoded would be removed, as --where "
-                f"{self.job.where!r} leaves {it} out. {_OVERWRITE}"
+                f"{redacted(self.folder)}: {counted(filtered, 'sample')} that {is_} encoded would be removed, as "
+                f"--where {self.job.where!r} leaves {it} out. {_OVERWRITE}"
             )
         own = dict(
             zip(
