@@ -148,7 +148,7 @@ def main() -> None:
         "restore": "restore", "first_step": "first step, with the first data",
     }  # fmt: skip
     for part, words in meaning.items():
-        table.add_row(words, *(f"{start[part]:.1f}" for start in starts))
+        table.add_row(words, *(f"{start.get(part, 0.0):.1f}" for start in starts))
     table.add_row("in all", *(f"{sum(start.values()):.1f}" for start in starts))
     console.print(table)
     own = [whole - model for whole, model in steps]

@@ -85,6 +85,7 @@ class Schedule:
         """The mistake that ended the last workers, where they had made no step."""
         self._fault: Fault | None = None
         """What ended the workers last."""
+        self._command = {"command": psutil.Process().create_time()}
         self._attempts_before = 0
         """How many attempts the ledger had when the newest workers were asked for."""
         self._leaving: set[str] = set()
@@ -139,7 +140,7 @@ class Schedule:
             starts=starts,
             origins=self._origins,
             mlflow=self._tracker.ids.to_dict(),
-            times={"command": psutil.Process().create_time(), "asked": self._clock()},
+            times=self._times(),
         )
         self._notices.other_workers()
         group = self._workers(self.run, job, size)
@@ -155,6 +156,11 @@ class Schedule:
         self._fault = None
         self._ledger.end_open("the workers ended without a last line")
         return "stopped" if group.end is None else self._handle_end(group.end)
+
+    def _times(self) -> dict[str, float]:
+        """When workers are asked for; of the first ones also when the command began, which their start waited for."""
+        began, self._command = self._command, {}
+        return {**began, "asked": self._clock()}
 
     def _starts(self, first: StartPoint, later: Sequence[Segment], size: int) -> tuple[StartPoint, ...]:
         """Where each segment of a group begins: the first where it was decided, each that can follow it at its own

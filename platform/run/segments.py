@@ -141,7 +141,7 @@ class WorkerJob:
     mlflow: Mapping[str, Any]
     """The ids of the MLflow runs (tracking/mlflow.py)."""
     times: Mapping[str, float]
-    """When the command started and the workers were asked for, in seconds since 1970."""
+    """When the workers were `asked` for, and of the first ones the `command` started, in seconds since 1970."""
 
 
 class End(StrEnum):

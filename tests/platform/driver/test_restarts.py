@@ -401,6 +401,13 @@ def test_what_the_workers_found_bad_is_skipped_by_the_next_start(tmp_path: Path,
         alone._handle_end(SegmentEnd(End.ROLLED_BACK, "base", 9, bad=(9,)))
 
 
+def test_only_the_first_start_of_a_command_counts_what_the_command_took(schedule: Schedule) -> None:
+    """Hours later another start of the workers waits for nothing of it."""
+    first, later = schedule._times(), schedule._times()
+    assert list(first) == ["command", "asked"] and first["command"] <= first["asked"]
+    assert list(later) == ["asked"] and later["asked"] >= first["asked"]
+
+
 def test_a_restart_says_which_checkpoint_it_skips(run: Run, schedule: Schedule, shown: list[str]) -> None:
     class Tags:
         def __init__(self) -> None:
