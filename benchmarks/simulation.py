@@ -426,7 +426,7 @@ class TimedSchedule(Schedule):
         with self.costs.of("where a start begins"):
             return super()._start_point(segment, resume)
 
-    def _handle_fault(self, error: BaseException, job: WorkerJob | None = None) -> None:
+    def _handle_fault(self, error: BaseException, job: WorkerJob) -> None:
         with self.costs.of("a fault"):
             super()._handle_fault(error, job)
 

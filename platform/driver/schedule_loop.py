@@ -318,14 +318,14 @@ class Schedule:
             f"PATH; domainshuttle checkpoints {shlex.quote(str(self.run.folder))} lists them"
         )
 
-    def _handle_fault(self, error: BaseException, job: WorkerJob | None = None) -> None:
+    def _handle_fault(self, error: BaseException, job: WorkerJob) -> None:
         """Records what ended the workers of `job`. Returns where another start may follow, else raises."""
         if not is_fault(error):
             raise error
-        fault = explain(error, Evidence.of(self.run, job.attempt) if job else None)
+        fault = explain(error, Evidence.of(self.run, job.attempt))
         fault = self._fault = after_failed_start(fault, self._fault)
         state = self.run.read_progress()
-        at = segment_at(state, job) if job else state.get("segment")
+        at = segment_at(state, job)
         segment = next((one for one in self.run.segments() if one.name == at and not one.finished), None)
         segment = segment or next((one for one in self.run.segments() if not one.finished), None)
         if segment is None:
@@ -340,8 +340,7 @@ class Schedule:
             ) from error
         if fault.final is not None:
             raise fault.final from error
-        if job is not None:
-            self._refuse_to_fail_alike(segment, fault, report, made_steps(state, job))
+        self._refuse_to_fail_alike(segment, fault, report, made_steps(state, job))
         most = self._config.cluster.max_failures
         faults = self._faults.setdefault(segment.name, FaultsInARow(self._store, segment.name))
         count = faults.add() if fault.counted else faults.count

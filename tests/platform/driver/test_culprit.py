@@ -215,4 +215,7 @@ def test_a_missing_package_ends_the_run_at_once(run: Run) -> None:
     tracker: Any = None
     schedule = Schedule(run, tracker, lambda: None, lambda _: None)
     with pytest.raises(WorkersFailedError, match=r"no module named flash.*install it on every node"):
-        schedule._handle_fault(of_workers(r0=ImportError("no module named flash")))
+        schedule._handle_fault(
+            of_workers(r0=ImportError("no module named flash")),
+            WorkerJob({}, 1, (StartPoint("base", 0, None, 1),), {}, {}, {}),
+        )

@@ -81,6 +81,11 @@ def of_workers(*failures: Exception) -> WorkerGroupError:
     return WorkerGroupError("a worker died", dict(enumerate(failures)))
 
 
+def fault(schedule: Schedule, error: Exception) -> None:
+    """What ended workers of the first stage, which made no step and left nothing."""
+    schedule._handle_fault(error, WorkerJob({}, 1, (StartPoint("base", 0, None, 1),), {}, {}, {}))
+
+
 def tags(run: Run, segment: str = "base") -> dict[str, str]:
     lines, _ = segment_journal(run.spool, segment).read()
     return {name: text for line in lines if line["kind"] == "tags" for name, text in line["values"].items()}
@@ -99,14 +104,14 @@ NO_ROOM = ControllerError(WorkerGroupStartupTimeoutError(2))
 
 
 def test_no_room_after_a_failed_start_counts_and_names_what_failed_first(schedule: Schedule, shown: list[str]) -> None:
-    schedule._handle_fault(NO_ROOM)
+    fault(schedule, NO_ROOM)
     assert "fault" not in shown[-1].partition(". Ray's")[0]  # others may hold it: nothing has failed
-    schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
-    schedule._handle_fault(NO_ROOM)
+    fault(schedule, ControllerError(ValueError("a bug in the set-up")))
+    fault(schedule, NO_ROOM)
     assert "no room for the workers, most likely since" in shown[-1]
     assert "ValueError: a bug in the set-up" in shown[-1] and "fault 2 of at most 2" in shown[-1]
     with pytest.raises(WorkersFailedError, match="a bug in the set-up"):
-        schedule._handle_fault(NO_ROOM)
+        fault(schedule, NO_ROOM)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +125,9 @@ def test_no_room_after_a_failed_start_counts_and_names_what_failed_first(schedul
 def test_no_room_after_other_faults_is_waited_for(schedule: Schedule, before: Exception) -> None:
     if isinstance(before, ControllerError):
         before.controller_failure.__cause__ = NodeDiedError("the node has died")
-    schedule._handle_fault(before)
+    fault(schedule, before)
     for _ in range(5):
-        schedule._handle_fault(NO_ROOM)
+        fault(schedule, NO_ROOM)
 
 
 def followed(
@@ -301,20 +306,20 @@ def test_a_death_while_they_start_is_a_fault_like_another() -> None:
 def test_what_nobody_can_help_is_not_counted(schedule: Schedule) -> None:
     taken = RayActorError("ab", "preempted", preempted=True)
     for _ in range(5):
-        schedule._handle_fault(ControllerError(WorkerGroupStartupTimeoutError(2)))
-        schedule._handle_fault(of_workers(WorkerHealthCheckFailedError("x", taken)))
-        schedule._handle_fault(PreemptionError(PreemptionInfo(None, {"node": [0]})))
+        fault(schedule, ControllerError(WorkerGroupStartupTimeoutError(2)))
+        fault(schedule, of_workers(WorkerHealthCheckFailedError("x", taken)))
+        fault(schedule, PreemptionError(PreemptionInfo(None, {"node": [0]})))
 
 
 def test_faults_are_counted_between_checkpoints(run: Run, schedule: Schedule, shown: list[str]) -> None:
     for step in range(1, 5):  # more than the two that may come in a row
-        schedule._handle_fault(of_workers(died()))
-        schedule._handle_fault(ActorDiedError())
+        fault(schedule, of_workers(died()))
+        fault(schedule, ActorDiedError())
         save(run, step)
     for _ in range(2):
-        schedule._handle_fault(of_workers(RuntimeError("CUDA error: an illegal access")))
+        fault(schedule, of_workers(RuntimeError("CUDA error: an illegal access")))
     with pytest.raises(WorkersFailedError, match=r"fault 3 in a row.*cluster.max_failures is 2.*fault-0011.txt") as end:
-        schedule._handle_fault(of_workers(died()))
+        fault(schedule, of_workers(died()))
     assert "worker 0 died" in str(end.value)
     assert any("start again (fault 2 of at most 2 in a row without a newer checkpoint)" in line for line in shown)
     assert "illegal access" in run.report_path(10).read_text()
@@ -340,7 +345,7 @@ def test_only_a_newer_checkpoint_of_the_same_segment_is_progress(run: Run) -> No
 def test_what_does_not_go_away_ends_the_run_at_once(schedule: Schedule, error: Exception) -> None:
     for raised in (error, RayTaskError("configure", "traceback", error).as_instanceof_cause()):
         with pytest.raises(type(error), match=f"^{error}$"):
-            schedule._handle_fault(of_workers(LOST, raised))
+            fault(schedule, of_workers(LOST, raised))
 
 
 def test_a_death_after_everything_is_finished_ends_nothing(run: Run, schedule: Schedule, shown: list[str]) -> None:
@@ -348,13 +353,13 @@ def test_a_death_after_everything_is_finished_ends_nothing(run: Run, schedule: S
         (segment.weights / "config.json").parent.mkdir(parents=True, exist_ok=True)
         (segment.weights / "config.json").write_text("{}")
         segment.finish(segment.stage.steps)
-    schedule._handle_fault(of_workers(died()))
+    fault(schedule, of_workers(died()))
     assert shown == ["The workers died after everything was finished: worker 0 died: it was killed, or crashed"]
 
 
 def test_an_error_of_the_driver_is_no_fault_of_the_workers(schedule: Schedule) -> None:
     with pytest.raises(KeyError):
-        schedule._handle_fault(KeyError("ours"))
+        fault(schedule, KeyError("ours"))
 
 
 def test_any_ranks_error_is_in_the_spool_before_it_dies(run: Run) -> None:
@@ -365,14 +370,14 @@ def test_any_ranks_error_is_in_the_spool_before_it_dies(run: Run) -> None:
 
 def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, schedule: Schedule) -> None:
     ledger = Ledger(run.ledger_path)
-    schedule._handle_fault(of_workers(died()))
+    fault(schedule, of_workers(died()))
     assert tags(run) == {}  # there was no attempt yet
     save(run, 1)
     for last in (7, 9):
         attempt = ledger.start(2, "base", 4)
         attempt.progress(last)
         attempt._writer.close()
-        schedule._handle_fault(of_workers(LOST, ValueError(f"bad {last}")))
+        fault(schedule, of_workers(LOST, ValueError(f"bad {last}")))
         assert Ledger(run.ledger_path).attempts()[-1].reason == f"worker 1 failed: ValueError: bad {last}"
     assert tags(run) == {
         "restart.1": "worker 1 failed: ValueError: bad 7 (step 7 was reached)",
@@ -381,7 +386,7 @@ def test_each_restart_has_a_tag_and_ends_the_attempt_in_the_ledger(run: Run, sch
     # a start that fails before the workers' first line takes no other's reason away
     save(run, 2)
     schedule._attempts_before = len(ledger.attempts())
-    schedule._handle_fault(ControllerError(ValueError("a bug in the set-up")))
+    fault(schedule, ControllerError(ValueError("a bug in the set-up")))
     assert tags(run)["restart.2"].startswith("worker 1 failed: ValueError: bad 9")
 
 
