@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from domainshuttle.model.file_mode import save_tensors
+from domainshuttle.pipelines.errors import counted
 
 FOLDER = "zero"
 """The folder of the shards in a checkpoint."""
@@ -225,8 +226,8 @@ class _Shards:
         ranks = len(found) if only is None else headers[0]["ranks"]
         if of != {(_LAYOUT, ranks, headers[0]["steps"])}:
             raise RuntimeError(
-                f"{self.folder} holds {len(found)} shards that do not belong together; their layouts, ranks and steps "
-                f"are {sorted(of, key=str)}"
+                f"{self.folder} holds no whole set of shards: {counted(len(found), 'shard')}, with layouts, ranks and "
+                f"steps {sorted(of, key=str)}"
             )
         self.ranks: int = headers[0]["ranks"]
         self.steps: int | None = headers[0]["steps"]

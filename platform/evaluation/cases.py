@@ -152,7 +152,7 @@ def require_unique(cases: Iterable[EvaluationCase]) -> None:
     if twice:
         sources = sorted({case.source for case in cases if case.id == twice[0]})
         raise ConfigError(
-            f"{len(twice)} ids are of more than one case, such as {twice[0]!r} (from {' and '.join(sources)}): give "
+            f"of more than one case: {counted(len(twice), 'id')}, such as {twice[0]!r} (from {' and '.join(sources)}): give "
             "the cases ids of their own, or one of their sources a `prefix`"
         )
 

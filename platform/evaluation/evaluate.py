@@ -93,7 +93,7 @@ def run_evaluation(
             if column.generated:
                 made = folder.generate(column, cases, config, again)
                 if made:
-                    say(f"Made {made} clips of {column.name}")
+                    say(f"Made {counted(made, 'clip')} of {column.name}")
         columns = remember_columns(out, columns)
         results = measure(out, config, cases, columns, again)
         publish(out, results, run)

@@ -455,7 +455,7 @@ def wrong_shards_are_refused_by_name(folder: Path) -> None:
         (copy / names[0]).write_bytes((good / "zero" / names[0]).read_bytes())
         if kind == "truncated":
             (copy / names[1]).write_bytes((good / "zero" / names[1]).read_bytes()[:-100])
-        refused(copy.parent, "1 shards" if kind == "missing" else names[1])
+        refused(copy.parent, "1 shard," if kind == "missing" else names[1])
     same(everything(model), before)
 
 
