@@ -152,8 +152,8 @@ def require_unique(cases: Iterable[EvaluationCase]) -> None:
     if twice:
         sources = sorted({case.source for case in cases if case.id == twice[0]})
         raise ConfigError(
-            f"of more than one case: {counted(len(twice), 'id')}, such as {twice[0]!r} (from {' and '.join(sources)}): give "
-            "the cases ids of their own, or one of their sources a `prefix`"
+            f"of more than one case: {counted(len(twice), 'id')}, such as {twice[0]!r} (from "
+            f"{' and '.join(sources)}): give the cases ids of their own, or one of their sources a `prefix`"
         )
 
 
