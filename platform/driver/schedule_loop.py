@@ -197,13 +197,18 @@ class Schedule:
             segment.name,
             first,
             checkpoint.where if checkpoint else None,
-            time.time_ns(),
+            self._next_attempt(),
             self._skipped(segment),
             feed.order,
         )
         if first < segment.last_step and start.last_trained(segment.last_step) is None:
             raise DivergedError(f"stage {segment.name}: all of its steps were bad: {self._go_on(segment)}")
         return start
+
+    def _next_attempt(self) -> int:
+        """The number of a start: the time, but larger than that of the workers that wrote last, also where the clock of
+        their driver's machine was ahead."""
+        return max(time.time_ns(), int(self.run.read_progress().get("attempt", 0)) + 1)
 
     def _choose(self, segment: Segment, resume: str) -> Checkpoint | None:
         note = functools.partial(self._notices.add, segment.name, SKIPPED)

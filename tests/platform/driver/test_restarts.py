@@ -406,6 +406,14 @@ def test_what_the_workers_found_bad_is_skipped_by_the_next_start(tmp_path: Path,
         alone._handle_end(SegmentEnd(End.ROLLED_BACK, "base", 9, bad=(9,)))
 
 
+def test_starts_are_in_order_also_where_another_machines_clock_was_ahead(run: Run, schedule: Schedule) -> None:
+    """Of two attempts at a step the later one counts, in the audit of samples too."""
+    assert schedule._next_attempt() > time.time_ns() - 10**9
+    ahead = time.time_ns() + 600 * 10**9
+    run.progress_path.write_text(json.dumps({"segment": "base", "attempt": ahead}))
+    assert schedule._next_attempt() == ahead + 1
+
+
 def test_only_the_first_start_of_a_command_counts_what_the_command_took(schedule: Schedule) -> None:
     """Hours later another start of the workers waits for nothing of it."""
     first, later = schedule._times(), schedule._times()
