@@ -106,19 +106,18 @@ class Target:
         return {name: size for name, size, _ in list_dated(self.folder) if name.endswith(".tar")}
 
     def _former_format(self, whole: Index, held: Mapping[str, int]) -> Iterator[Note]:
-        """The parts of a corpus that was encoded until November 2026, where they were made of these raw samples."""
-        place = join(self.folder, f"{WORK_NAME}/recipe.json")
-        if not exists(place):
-            return
-        raw_digest, _, made_by = str(json.loads(read_bytes(place)).get("recipe", "")).partition(" ")
-        if raw_digest != whole.digest:
+        """The parts of a corpus that was encoded until November 2026, where they were made of these raw samples; those
+        that are damaged can be made again."""
+        if (recipe := self._former_recipe(whole)) is None:
             return
         checksums = dict(zip(self._all_ids.tolist(), whole.table.column("checksum").to_pylist(), strict=True))
-        recipe = Recipe(dict(ast.literal_eval(made_by)), whole.parts[0].fps)
         for name, *_ in list_dated(join(self.folder, WORK_NAME)):
             if not (name.startswith("part-") and name.endswith(".parquet")) or name.endswith(NOTE_SUFFIX):
                 continue
-            table = Index.load(join(self.folder, f"{WORK_NAME}/{name}"), verify=False).table.select(SCHEMA.names)
+            try:
+                table = Index.load(join(self.folder, f"{WORK_NAME}/{name}"), verify=False).table.select(SCHEMA.names)
+            except DataError:
+                continue
             if not set(table.column("shard").unique().to_pylist()) <= held.keys():
                 continue
             converted: dict[str, list[str]] = {}
@@ -130,6 +129,16 @@ class Target:
             table = table.append_column("pixels", pa.array([b""] * len(ids), pa.binary()))
             noted = pa.array([converted.get(key, []) for key in keys], pa.list_(pa.string()))
             yield Note(name, table.append_column("converted", noted), (), recipe, former=True)
+
+    def _former_recipe(self, whole: Index) -> Recipe | None:
+        place = join(self.folder, f"{WORK_NAME}/recipe.json")
+        if not exists(place):
+            return None
+        try:
+            raw_digest, _, made_by = str(json.loads(read_bytes(place))["recipe"]).partition(" ")
+            return Recipe(dict(ast.literal_eval(made_by)), whole.parts[0].fps) if raw_digest == whole.digest else None
+        except (ValueError, SyntaxError, TypeError, KeyError):
+            return None
 
     def require_wanted(self) -> None:
         """Raises DataError where a whole corpus, or much of it, would be removed that nobody asked to remove."""

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.buckets import Bucket, parse_bucket
-from domainshuttle.pipelines.errors import DataError, StorageError, counted
+from domainshuttle.pipelines.errors import DataError, MissingError, StorageError, counted
 from domainshuttle.pipelines.index.alterations import Alterations, count_alterations
 from domainshuttle.pipelines.index.digest import combined_digest, table_digest
 from domainshuttle.pipelines.index.filter import RowFilter, as_written
@@ -166,6 +166,11 @@ def reading_index(place: Location) -> Iterator[None]:
     """Within it, whatever pyarrow finds wrong with an index file is a DataError that names it."""
     try:
         yield
+    except MissingError as error:
+        raise MissingError(
+            f"the index can't be read: {redacted(place)} is missing: correct the folder, or make its index "
+            "(domainshuttle data index of shards that are there, else data build or data encode)"
+        ) from error
     except (DataError, StorageError):
         raise
     except (OSError, ValueError, pa.ArrowException) as error:  # pydantic's and Unicode's are ValueErrors

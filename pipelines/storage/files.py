@@ -52,8 +52,12 @@ def read_bytes(place: Location) -> bytes:
         try:
             return local_path(place).read_bytes()
         except FileNotFoundError as error:
-            raise MissingError(f"{place} is missing: copy it again, or correct its place") from error
+            raise _missing(place) from error
     return _read(place, 0, _look(str(place)))
+
+
+def _missing(place: Location) -> MissingError:
+    return MissingError(f"{redacted(place)} is missing: copy it again, or correct its place")
 
 
 def read_ranges(place: Location, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
@@ -111,7 +115,7 @@ def _read_local(path: Path, offset: int, size: int) -> bytes:
             data = os.pread(file.fileno(), size, offset)
             held = os.fstat(file.fileno()).st_size
     except FileNotFoundError as error:
-        raise MissingError(f"{path} is missing: copy it again, or correct its place") from error
+        raise _missing(path) from error
     _check_within(str(path), offset, size, held)
     return data
 
@@ -189,7 +193,7 @@ def open_file(place: Location, buffer: int = 0) -> BinaryIO:
         try:
             return local_path(place).open("rb")
         except FileNotFoundError as error:
-            raise MissingError(f"{place} is missing: copy it again, or correct its place") from error
+            raise _missing(place) from error
     file = _StoredFile(str(place), _look(str(place)))
     return io.BufferedReader(file, buffer) if buffer else file  # type: ignore[return-value]
 
@@ -234,7 +238,10 @@ def open_parquet(place: Location) -> pq.ParquetFile:
     requests. Raises MissingError (a DataError), StorageError, and what pyarrow raises of a file that is none."""
     remote = is_remote(place)
     source = open_file(place) if remote else local_path(place)
-    return pq.ParquetFile(source, memory_map=True, pre_buffer=remote, page_checksum_verification=True)
+    try:
+        return pq.ParquetFile(source, memory_map=True, pre_buffer=remote, page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise _missing(place) from error
 
 
 def _ask(place: Location, doing: str) -> list[fs.FileInfo]:
@@ -260,7 +267,7 @@ def size(place: Location) -> int:
             return int(info.size)
     elif (path := local_path(place)).is_file():
         return path.stat().st_size
-    raise MissingError(f"{redacted(place)} is missing: copy it again, or correct its place")
+    raise _missing(place)
 
 
 def list_files(place: Location) -> list[tuple[str, int]]:

@@ -247,6 +247,13 @@ def test_a_corpus_of_the_former_format_is_converted_or_refused(tmp_path: Path, r
     with pytest.raises(DataError, match=r"encoded by an earlier version of other raw samples.*--overwrite"):
         run(tmp_path)
     write_raw(tmp_path, {"a": SAMPLES[:8]})
+    recipe = tmp_path / "encoded" / WORK_NAME / "recipe.json"
+    said = recipe.read_text()
+    for damaged in ("", "{", "[]", "{}", said.replace("[(", "[").replace("', '", "")):
+        recipe.write_text(damaged)
+        with pytest.raises(DataError, match="without notes"):
+            run(tmp_path)
+    recipe.write_text(said)
     made = run(tmp_path)
     assert (made.encoded, made.captions, made.copied, made.unchanged) == (0, 0, 8, 8)
     assert files(tmp_path) == whole
