@@ -40,6 +40,11 @@ class Finding:
         return f"{self.verdict.upper():4}  {self.check}:{where} {self.what}{remedy}"
 
 
+def node_name(host: str, address: str, node: str) -> str:
+    """A node for people; `node` is Ray's id."""
+    return f"node {host} ({address}, {node[:8]})"
+
+
 class PreflightError(UserFacingError, RuntimeError):
     """A cluster on which a run would fail, or train wrongly or slowly."""
 

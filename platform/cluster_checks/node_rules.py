@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from domainshuttle.pipelines.errors import counted
-from domainshuttle.platform.cluster_checks.findings import Finding, failure, passed, warning
+from domainshuttle.platform.cluster_checks.findings import Finding, failure, node_name, passed, warning
 from domainshuttle.platform.cluster_checks.node_facts import GpuFacts, NodeFacts
 
 _RATE = 0.95
@@ -64,7 +64,7 @@ def _good(check: str, nodes: Sequence[NodeFacts]) -> str:
 
 
 def _where(node: NodeFacts, gpu: GpuFacts | None = None) -> str:
-    name = f"node {node.host} ({node.address}, {node.node[:8]})"
+    name = node_name(node.host, node.address, node.node)
     return name if gpu is None else f"{name}, GPU {gpu.index} {gpu.name} {gpu.uuid}".rstrip()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from domainshuttle.platform.cluster_checks.findings import PreflightError
+from domainshuttle.platform.cluster_checks.findings import PreflightError, node_name
 
 
 class Nodes:
@@ -22,7 +22,7 @@ class Nodes:
         one = self._all.get(node)
         if one is None:
             return f"node {node[:8]}"
-        return f"node {one['NodeManagerHostname']} ({one['NodeManagerAddress']}, {node[:8]})"
+        return node_name(one["NodeManagerHostname"], one["NodeManagerAddress"], node)
 
     def gpus(self, node: str) -> int:
         return int(self._all[node]["Resources"].get("GPU", 0))
