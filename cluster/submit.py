@@ -7,7 +7,7 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -85,11 +85,18 @@ class Job:
 
     def _ended(self) -> bool:
         """Whether the job has ended, once the cluster answers."""
+        return bool(self._answer(self.client.get_job_status, _BROKEN).is_terminal())
+
+    def _answer(self, ask: Callable[[str], Any], broken: tuple[type[Exception], ...]) -> Any:
+        """What the cluster answers of this job, asked again while it fails in these ways.
+
+        Raises ClusterError when it does so for minutes.
+        """
         deadline = time.monotonic() + _LONGEST_SILENCE
         while True:
             try:
-                return bool(self.client.get_job_status(self.id).is_terminal())
-            except _BROKEN as error:
+                return ask(self.id)
+            except broken as error:
                 if time.monotonic() > deadline:
                     raise ClusterError(
                         f"{self.address} has not answered for {_LONGEST_SILENCE:g} s ({error}); the job may go on: "
@@ -104,12 +111,12 @@ class Job:
         """
         while not self._ended():
             time.sleep(_PAUSE)
-        info = self.client.get_job_info(self.id)
+        info = self._answer(self.client.get_job_info, _BROKEN)
         if info.driver_exit_code is not None and info.driver_exit_code >= 0:
             return int(info.driver_exit_code)
         if str(info.status) == "STOPPED":
-            with contextlib.suppress(*_BROKEN):
-                if said := _EXIT_LINE.findall(self.client.get_job_logs(self.id)):
+            with contextlib.suppress(RuntimeError):  # the cluster answers that it has no log any more
+                if said := _EXIT_LINE.findall(self._answer(self.client.get_job_logs, (OSError, aiohttp.ClientError))):
                     return int(said[-1])
         return 0 if str(info.status) == "SUCCEEDED" else 1
 

@@ -17,10 +17,10 @@ from ray import cloudpickle
 from domainshuttle.pipelines.encoding.sample_encoder import Tally, encode_rows, load_encoders, timed
 from domainshuttle.pipelines.encoding.throughput import WRITE
 from domainshuttle.pipelines.encoding.units import Before, Recipe, write_note
-from domainshuttle.pipelines.errors import DataError, StorageError
+from domainshuttle.pipelines.errors import DataError, UserFacingError, one_line
 from domainshuttle.pipelines.index.table import IndexRow
 from domainshuttle.pipelines.plan.feed import EncoderSources
-from domainshuttle.pipelines.quarantine import BadSample, fault_reason
+from domainshuttle.pipelines.quarantine import BadSample, fault_reason, of_machine
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.pipelines.storage.files import write_file
 from domainshuttle.pipelines.storage.uri import is_remote, join, local_path
@@ -56,9 +56,11 @@ class EncodingActor:
                 return
             try:
                 yield from self.make(task)
-            except (StorageError, OSError, torch.OutOfMemoryError) as error:
-                kind = "store" if isinstance(error, StorageError) else "machine"
-                yield _told(job=task.job, fault=f"on node {socket.gethostname()}: {error}", kind=kind)
+            except Exception as error:
+                if not (isinstance(error, OSError) or of_machine(error)):
+                    raise
+                said = str(error) if isinstance(error, UserFacingError) else one_line(error)
+                yield _told(job=task.job, fault=f"on node {socket.gethostname()}: {said}", of_machine=True)
                 return
 
     def make(self, task: Task) -> Iterator[dict[str, np.ndarray]]:

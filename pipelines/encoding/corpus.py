@@ -152,7 +152,7 @@ def _run(
     for batch in told.iter_batches(batch_size=1, batch_format="numpy"):
         said = json.loads(str(batch["told"][0]))
         if fault := said.get("fault"):
-            if "kind" in said:
+            if "of_machine" in said:
                 raise StorageError(f"encoding failed {fault}; what is finished stays: run the command again")
             raise DataError(fault)
         done += said["done"]

@@ -291,6 +291,28 @@ def test_waiting_for_a_job_ends_with_its_own_exit_code(
     assert Job("job-1", BrokenStreams(code, status)).exit_code() == expected
 
 
+@pytest.mark.parametrize(("gone", "expected"), [(OSError("refused"), 3), (RuntimeError("404"), 1)])
+def test_a_question_that_breaks_at_the_end_is_asked_again(
+    gone: Exception, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job that was stopped, with a checkpoint, would end as one that failed."""
+    monkeypatch.setattr(submit, "_PAUSE", 0.01)
+    broken = {"info": [OSError("refused"), RuntimeError("502")], "logs": [gone]}
+
+    class Breaking(BrokenStreams):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            if broken["info"]:
+                raise broken["info"].pop()
+            return super().get_job_info(job)
+
+        def get_job_logs(self, job: str) -> str:
+            if broken["logs"]:
+                raise broken["logs"].pop()
+            return super().get_job_logs(job)
+
+    assert Job("job-1", Breaking(None, f"STOPPED {exit_line(3, 'stopped')}")).exit_code() == expected
+
+
 class Jobs:
     """A cluster's jobs; notes what is submitted."""
 

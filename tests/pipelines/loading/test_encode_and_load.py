@@ -6,6 +6,7 @@ Run: python -m pytest tests/pipelines/loading/test_encode_and_load.py
 import itertools
 import json
 import shutil
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from domainshuttle.pipelines.encoding.corpus import encode
 from domainshuttle.pipelines.encoding.sample_encoder import decode_sample, encode_rows, to_pixels
 from domainshuttle.pipelines.encoding.target import EncodingJob
 from domainshuttle.pipelines.encoding.units import Recipe, cut_units, read_note
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, StorageError
 from domainshuttle.pipelines.index.parts import EMPTY_CAPTION_NAME, INDEX_NAME, Parts
 from domainshuttle.pipelines.index.spec import CorpusShare, CorpusSpec
 from domainshuttle.pipelines.index.table import Index, IndexMetadata, read_metadata, write_index
@@ -158,6 +159,35 @@ def test_a_node_with_other_encoders_encodes_nothing(corpus: Path, tmp_path: Path
         fault = told[-1].get("fault", "")
         assert (f"encoders.{kind} is" in fault and "give all nodes the same files" in fault) if kind else not fault
         assert (read_note(tmp_path / "encoded", unit.name) is None) == bool(kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA"), "CUDA error: an illeg"),
+        (StorageError("s3://b/x: the store is down"), "s3://b/x: the store is down"),
+        (RuntimeError("a mistake of ours"), None),
+    ],
+)
+def test_what_fails_on_a_node_is_told_with_its_name_and_a_mistake_is_a_traceback(
+    error: Exception, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: EncodingActor, task: Task) -> Any:
+        raise error
+
+    monkeypatch.setattr(EncodingActor, "__init__", lambda self: setattr(self, "fault", ""))
+    monkeypatch.setattr(EncodingActor, "make", fails)
+    task = Task(0, "f", "u", [], {}, Recipe({}, None), 1)
+    calls = EncodingActor()({"task": np.array([cloudpickle.dumps(task)], object)})  # type: ignore[call-arg]
+    if said is None:
+        with pytest.raises(RuntimeError, match="a mistake of ours"):
+            next(calls)
+        return
+    (told,) = [json.loads(str(one["told"][0])) for one in calls]
+    assert told["fault"].startswith(f"on node {socket.gethostname()}: {said}") and "\n" not in told["fault"]
+    assert told["of_machine"] is True
 
 
 def test_actors_reserve_what_they_are_told_and_alone_load_encoders(
