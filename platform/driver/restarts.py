@@ -100,7 +100,9 @@ def explain(error: BaseException, evidence: Evidence | None = None) -> Fault:
         if name in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
             return Fault("there was no room for the workers", report, counted=False, of="room")
         if name == "WorkerGroupStartupFailedError":
-            return Fault(f"a worker died while they started ({_words(inner, 'a worker')})", report, of="start")
+            # Ray often tells no more than that
+            why = "" if inner is error.controller_failure else f" ({_words(inner, 'a worker')})"
+            return Fault(f"a worker died while they started{why}", report, of="start")
         return Fault(_words(inner, "Ray Train's controller"), report, of="start")
     if isinstance(error, RayActorError):
         return Fault(_words(error, "Ray Train's controller"), report)

@@ -226,6 +226,7 @@ def test_the_room_of_a_start_that_failed_is_free_for_the_next(
             "Ray Data's coordinator died (process 4711): it was killed, or crashed",
         ),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), "there was no room for the workers"),
+        (ControllerError(WorkerGroupStartupFailedError("at least one")), "a worker died while they started"),
         (
             of_workers(WorkerHealthCheckFailedError("x", NodeDiedError("the node has died"))),
             "the node of worker 0 is gone",
