@@ -172,62 +172,71 @@ def test_a_stop_is_not_waited_for_by_nobody(tiny: Path, unbroken: tuple[RunConfi
     balanced(config)
 
 
-def test_an_unreadable_sample_is_substituted_and_the_books_say_so(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def planned_samples(config: RunConfig, run: Run, steps: int) -> list[list[str]]:
+    """The samples that the plan of stage 2 has for each step."""
+    feed = make_feed(config, run.segment("stage2"))
+    index, plan = feed.index(), feed.plan()
+    return [[f"{row.source}/{row.key}" for row in index.rows(plan[step].rows)] for step in range(steps)]
+
+
+def test_an_unreadable_sample_is_substituted_and_the_books_say_so(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     config, run, more = run_of(tiny, "unreadable")
     skip_stage1(run, unbroken[0])
     with unreadable(config) as name:
-        printed = cli("train", tiny, *more)
+        printed = cli("train", tiny, *more, **cluster_variables)
     assert "Finished after" in printed
-    feed = make_feed(config, run.segment("stage2"))
-    index, plan = feed.index(), feed.plan()
-    planned = [f"{row.source}/{row.key}" for step in range(24) for row in index.rows(plan[step].rows)]
-    assert audit_samples(config).substituted == planned.count(name) > 0
+    planned = planned_samples(config, run, 24)
+    assert audit_samples(config).substituted == sum(samples.count(name) for samples in planned) > 0
     balanced(config)
     lines = [json.loads(line) for path in (run.folder / "quarantine").iterdir() for line in path.open()]
     assert {f"{line['source']}/{line['key']}" for line in lines} == {name}
 
 
 def test_more_unreadable_samples_than_accepted_end_the_run_for_good(
-    tiny: Path, unbroken: tuple[RunConfig, str]
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
 ) -> None:
     config, run, more = run_of(tiny, "too-many", "loader.most_bad=0.001", "stages.stage2.steps=400")
     skip_stage1(run, unbroken[0])
     with unreadable(config):
-        printed = cli("train", tiny, *more, expect=2)
+        printed = cli("train", tiny, *more, expect=2, **cluster_variables)
     assert "samples could not be read, more than 0%" in printed and "loader.most_bad" in printed
     assert "Traceback" not in printed and "start again" not in printed
     assert Ledger(run.ledger_path).summary().attempts == 1
 
 
-def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path) -> None:
+def test_a_spent_budget_stops_and_a_raised_one_goes_on(tiny: Path, cluster_variables: dict[str, str]) -> None:
     config, run, more = run_of(tiny, "budget", "budget_gpu_hours=0.012")
-    printed = cli("train", tiny, *more, expect=3)
+    printed = cli("train", tiny, *more, expect=3, **cluster_variables)
     assert "The budget of 0.012 device-hours is spent" in printed
     assert "budget_gpu_hours" in printed
     assert CheckpointStore(run.checkpoints).newest(run.read_progress()["segment"]) is not None
     assert Ledger(run.ledger_path).summary(0.012).spent
     attempts = Ledger(run.ledger_path).summary().attempts
-    assert "The budget of 0.012 device-hours is spent" in cli("train", tiny, *more, expect=3)
+    assert "The budget of 0.012 device-hours is spent" in cli("train", tiny, *more, expect=3, **cluster_variables)
     assert Ledger(run.ledger_path).summary().attempts == attempts, "devices were asked for"
-    assert "Finished after" in cli("train", tiny, *more, "--set", "budget_gpu_hours=5")
+    assert "Finished after" in cli("train", tiny, *more, "--set", "budget_gpu_hours=5", **cluster_variables)
     balanced(config)
 
 
-def test_a_stage_ends_with_its_hours(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_stage_ends_with_its_hours(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     config, run, more = run_of(tiny, "hours", "stages.stage2.gpu_hours=0.01", "stages.stage2.steps=5000")
     skip_stage1(run, unbroken[0])
-    assert "Finished after" in cli("train", tiny, *more)
+    assert "Finished after" in cli("train", tiny, *more, **cluster_variables)
     segment = run.segment("stage2")
     assert 0 < segment.last_step < 5000
     assert Ledger(run.ledger_path).segment_hours("stage2") >= 0.01
     balanced(config)
-    assert "Stage stage2 is finished" in cli("train", tiny, *more)
+    assert "Stage stage2 is finished" in cli("train", tiny, *more, **cluster_variables)
 
 
-def test_stages_run_singly(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_stages_run_singly(tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]) -> None:
     config, _, more = run_of(tiny, "singly")
-    assert "train that one first" in cli("train", tiny, *more, "--stage", "stage2", expect=2)
-    printed = cli("train", tiny, *more, "--stage", "stage1")
+    assert "train that one first" in cli("train", tiny, *more, "--stage", "stage2", expect=2, **cluster_variables)
+    printed = cli("train", tiny, *more, "--stage", "stage1", **cluster_variables)
     assert "Next: the stages that are left, stage2" in printed
     same_weights(config, unbroken[0], "stage1")
 
@@ -240,24 +249,28 @@ def poison(tiny: Path) -> Iterator[str]:
 
 
 def test_a_step_that_is_not_finite_is_dropped_and_named(
-    tiny: Path, unbroken: tuple[RunConfig, str], poison: str
+    tiny: Path, unbroken: tuple[RunConfig, str], poison: str, cluster_variables: dict[str, str]
 ) -> None:
-    config, run, more = run_of(tiny, "dropped", "stages.stage2.steps=9")
+    steps = 10  # whose last one is good: else the run goes back, as in the next test
+    config, run, more = run_of(tiny, "dropped", f"stages.stage2.steps={steps}")
     skip_stage1(run, unbroken[0])
-    assert "Finished after" in cli("train", tiny, *more)
+    assert "Finished after" in cli("train", tiny, *more, **cluster_variables)
     lines = [json.loads(t) for p in run.dropped_path("stage2", 0).parent.glob("stage2*") for t in p.open()]
     assert {line["reason"] for line in lines} == {"not finite"}
-    assert len({line["step"] for line in lines}) == 3  # once an epoch of three steps
+    planned = planned_samples(config, run, steps)
+    bad = {step for step, samples in enumerate(planned) if poison in samples}
+    assert len(bad) == 3 and steps - 1 not in bad  # once an epoch of three steps
+    assert {line["step"] for line in lines} == bad
     assert sum(poison in line["samples"] for line in lines) == 3
     assert all(np.isfinite(array).all() for array in weights(config, "stage2").values())
 
 
 def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
-    tiny: Path, unbroken: tuple[RunConfig, str], poison: str
+    tiny: Path, unbroken: tuple[RunConfig, str], poison: str, cluster_variables: dict[str, str]
 ) -> None:
     config, run, more = run_of(tiny, "rolled-back", "stages.stage2.steps=6", "guard.rollback_after=1")
     skip_stage1(run, unbroken[0])
-    printed = cli("train", tiny, *more)
+    printed = cli("train", tiny, *more, **cluster_variables)
     assert "went back, and now skips what was bad: step" in printed
     assert len(run.skipped("stage2")) == 2
     balanced(config)
@@ -266,10 +279,12 @@ def test_bad_steps_in_a_row_send_the_run_back_and_are_skipped(
         tiny, "diverged", "stages.stage2.steps=6", "guard.rollback_after=1", "guard.most_rollbacks=0"
     )
     skip_stage1(run, unbroken[0])
-    assert "went back to a checkpoint 1 time," in cli("train", tiny, *never, expect=2)
+    assert "went back to a checkpoint 1 time," in cli("train", tiny, *never, expect=2, **cluster_variables)
 
 
-def test_a_rate_that_destroys_the_weights_never_finishes_a_stage(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_rate_that_destroys_the_weights_never_finishes_a_stage(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     """The last loss tells nothing of the last update: the weights that leave a stage are checked by themselves."""
     for steps in (1, 6):
         _, run, more = run_of(
@@ -280,7 +295,7 @@ def test_a_rate_that_destroys_the_weights_never_finishes_a_stage(tiny: Path, unb
             "stages.stage2.trained=['*']",
         )
         skip_stage1(run, unbroken[0])
-        printed = " ".join(cli("train", tiny, *more, expect=2).split())
+        printed = " ".join(cli("train", tiny, *more, expect=2, **cluster_variables).split())
         assert "left weights whose loss is not finite" in printed and "--resume PATH" in printed
         assert not run.segment("stage2").finished
 

@@ -129,11 +129,11 @@ def black_hole() -> Iterator[str]:
 
 
 def test_a_tracking_server_that_never_answers(
-    tiny: Path, unbroken: tuple[RunConfig, str], black_hole: str, tmp_path: Path
+    tiny: Path, unbroken: tuple[RunConfig, str], black_hole: str, tmp_path: Path, cluster_variables: dict[str, str]
 ) -> None:
     config, run, more = run_of(tiny, "black-hole", f"tracking.uri={black_hole}")
     skip_stage1(run, unbroken[0])
-    printed = cli("train", tiny, *more)
+    printed = cli("train", tiny, *more, **cluster_variables)
     assert f"domainshuttle flush {run.folder}" in printed
     same_weights(config, unbroken[0])
     balanced(config)
@@ -408,11 +408,13 @@ def test_a_node_that_is_added_later_is_used(tiny: Path, unbroken: tuple[RunConfi
 # The data
 
 
-def test_a_finite_spike_is_dropped_and_named(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_finite_spike_is_dropped_and_named(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     config, run, more = run_of(tiny, "spike", "stages.stage2.steps=12", "guard.window=4")
     skip_stage1(run, unbroken[0])
     with poisoned(config, 300.0) as sample:
-        assert "Finished after" in cli("train", tiny, *more)
+        assert "Finished after" in cli("train", tiny, *more, **cluster_variables)
     lines = [json.loads(t) for p in run.dropped_path("stage2", 0).parent.glob("stage2*") for t in p.open()]
     spikes = {line["step"] for line in lines}
     assert {line["reason"] for line in lines} == {"spike"}
@@ -439,15 +441,17 @@ def test_live_encoding_trains_the_same_weights(tiny: Path, unbroken: tuple[RunCo
 # Two experts
 
 
-def test_two_experts_are_segments_of_one_schedule(tiny: Path, tmp_path: Path) -> None:
+def test_two_experts_are_segments_of_one_schedule(
+    tiny: Path, tmp_path: Path, cluster_variables: dict[str, str]
+) -> None:
     experts = "experts=[{name: high, low: 0.875}, {name: low, high: 0.875}]"
     config, run, more = run_of(tiny, "experts", experts, "stages.stage1.steps=2", "stages.stage2.steps=3")
     names = ["stage1-high", "stage1-low", "stage2-high", "stage2-low"]
-    assert "train that one first" in cli("train", tiny, *more, "--stage", "stage2-low", expect=2)
-    printed = cli("train", tiny, *more, "--stage", "stage1-low")
+    assert "train that one first" in cli("train", tiny, *more, "--stage", "stage2-low", expect=2, **cluster_variables)
+    printed = cli("train", tiny, *more, "--stage", "stage1-low", **cluster_variables)
     assert "stage1-high, stage2-high, stage2-low" in printed
     alone = weights(config, "stage1-low")
-    printed = cli("train", tiny, *more)
+    printed = cli("train", tiny, *more, **cluster_variables)
     assert "Stage stage1-low is finished" in printed
     assert [segment.name for segment in run.segments() if segment.finished] == names
     assert all((weights(config, "stage1-low")[name] == array).all() for name, array in alone.items())

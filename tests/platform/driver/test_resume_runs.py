@@ -96,14 +96,16 @@ def test_a_run_whose_folder_was_lost_goes_on_from_its_store(
         same_weights(config, unbroken[0], stage)
 
 
-def test_a_run_of_a_new_name_goes_on_from_another_ones_checkpoint(tiny: Path, unbroken: tuple[RunConfig, str]) -> None:
+def test_a_run_of_a_new_name_goes_on_from_another_ones_checkpoint(
+    tiny: Path, unbroken: tuple[RunConfig, str], cluster_variables: dict[str, str]
+) -> None:
     """What is advised after a divergence: a lower learning rate, from a checkpoint before it, under a new name."""
     whole, _ = unbroken
     from_run = CheckpointStore.of(whole)
     found = from_run.newest("stage2")
     assert found is not None
     config, _, more = run_of(tiny, "lower-rate", "stages.stage2.learning_rate=1e-4", "stages.stage2.steps=27")
-    printed = " ".join(cli("train", tiny, *more, "--resume", found.where).split())
+    printed = " ".join(cli("train", tiny, *more, "--resume", found.where, **cluster_variables).split())
     assert "Stage stage1 is taken over, finished" in printed
     assert "stages.stage2.learning_rate was 0.001, now 0.0001" in printed
     assert "Stage stage2: goes on after step 24" in printed
@@ -118,6 +120,6 @@ def test_a_run_of_a_new_name_goes_on_from_another_ones_checkpoint(tiny: Path, un
     assert page.tags["from.stage2"] == found.where
     assert page.tags["from.stage1"] == str(Run(whole).segment("stage1").weights)
     _, _, other = run_of(tiny, "other-data", "stages.stage2.global_batch=4")
-    refused = cli("train", tiny, *other, "--resume", found.where, expect=2)
+    refused = cli("train", tiny, *other, "--resume", found.where, expect=2, **cluster_variables)
     assert "the data order is not the one" in refused
     assert "Traceback" not in refused
