@@ -15,11 +15,14 @@ from domainshuttle.platform.engine.hub import resolve
 
 if TYPE_CHECKING:
     from domainshuttle.platform.cluster_checks.group_worker import Link, Steps, Trial, TrialResult
+    from domainshuttle.platform.driver.restarts import Fault
 
 _SLOW = 0.8
 """Share of the median below which a link is slow; of gloo's on CPUs, which other work disturbs, a half."""
 _FULL = 0.95
 """Share of a device's memory above which a longer caption or a fragment too many ends the run."""
+_LONGEST = 600
+"""Characters of a finding that are shown of an error."""
 
 
 def largest_batch(config: RunConfig) -> tuple[StageSection, Bucket]:
@@ -58,7 +61,11 @@ def check_group(
     try:
         result = _run(config, trial, seconds)
     except Exception as error:
-        yield failure("trial steps", _reason(error), f"{stage.name}, {bucket}", _trial_remedy(str(error)))
+        from domainshuttle.platform.driver.restarts import explain  # which imports Ray
+
+        fault = explain(error)
+        said = str(fault.final or fault.what)[:_LONGEST]
+        yield failure("trial steps", said, f"{stage.name}, {bucket}", _remedy(fault))
         return
     yield from judged_links(result.links, result.wrong, spec, named, gpus=config.cluster.gpus_per_worker > 0)
     yield judged_steps(result.steps, stage, bucket, named(result.nodes[result.steps.rank]))
@@ -180,17 +187,10 @@ def _places(nodes: Sequence[str], named: Callable[[str], str]) -> str:
     return " and ".join(named(node) for node in nodes)
 
 
-def _reason(error: BaseException) -> str:
-    """The last line that says something, of Ray Train's account of its workers' errors."""
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "out of memory" in line or "Error:" in line]
-    return (told or lines)[-1][:600]
-
-
-def _trial_remedy(error: str) -> str:
-    if "ConfigError" in error:
-        return "change the setting, as it says"
-    if "out of memory" in error:
+def _remedy(fault: "Fault") -> str:
+    """What to do about what ended the group; nothing where its message says it."""
+    if fault.final is not None:
+        return ""
+    if "out of memory" in fault.what:
         return "raise recomputation or lower the micro-batch, as it says: domainshuttle plan shows what fits"
     return "run it alone with NCCL_DEBUG=INFO to see more: domainshuttle preflight CONFIG --only group"
