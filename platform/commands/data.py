@@ -110,7 +110,7 @@ def encode_corpora(
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     pool, grows = config.cluster.encoding.pool(nodes), config.cluster.encoding.actors is None
     more = ", more where the cluster gets room" if grows else ""
-    console.print(f"Encoding with up to {pool.actors} actors of {pool.cpus:g} CPUs and {pool.gpus:g} GPUs{more}")
+    console.print(f"Encoding with up to {counted(pool.actors, 'actor')} (cpus {pool.cpus:g}, gpus {pool.gpus:g}){more}")
     with contextlib.ExitStack() as stack:
         for job in jobs:
             stack.enter_context(being_made(job.encoded.folder))
@@ -121,9 +121,9 @@ def encode_corpora(
     for job, encoded in zip(jobs, results, strict=True):
         report_corpus("Encoded", job.encoded.name, job.encoded.folder, encoded.metadata.digest, encoded.bad, began)
         console.print(
-            f"  against the index before: {encoded.new} new samples, {encoded.changed} changed and {encoded.removed} "
-            f"removed (their copies are gone), {encoded.unchanged} unchanged; now encoded {encoded.encoded}, of "
-            f"{encoded.captions} only the caption, copied {encoded.copied}"
+            f"  against the index before: {counted(encoded.new, 'new sample')}, {encoded.changed} changed and "
+            f"{encoded.removed} removed (their copies are gone), {encoded.unchanged} unchanged; now encoded "
+            f"{encoded.encoded}, of {encoded.captions} only the caption, copied {encoded.copied}"
         )
         if encoded.left_out:
             console.print(f"  {counted(encoded.left_out, 'sample')} left out by --where {where!r}", markup=False)
@@ -186,7 +186,7 @@ def _print_left_out(report: dict[str, Any], folder: Path) -> None:
     if reasons:
         listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
         hint = keep_hint(report["left_out"])
-        console.print(f"  of {report['records']} records left out: {listed}{hint}", markup=False)
+        console.print(f"  of {counted(report['records'], 'record')} left out: {listed}{hint}", markup=False)
     if report["wanted"] and report["selected"] < report["wanted"]:
         console.print(f"  {report['wanted']} were wanted: the source has no more", markup=False)
     if mute := report["notes"].get(UNCAPTIONED):

@@ -229,7 +229,9 @@ def print_skipped(skipped: Sequence[Skipped]) -> None:
         console.print(f"  {len(names)} {kind}: {escape(', '.join(names[:_MOST_NAMED]))}{more} ({remedy})")
     if ignored := {one.file: one.count for one in skipped if one.kind == COMPANION}:
         listed = ", ".join(f"{printable(name)} {count}" for name, count in ignored.items())
-        console.print(f"{sum(ignored.values())} companion files of other tools were ignored: {escape(listed)}")
+        count = sum(ignored.values())
+        what = f"{counted(count, 'companion file')} of other tools {'was' if count == 1 else 'were'} ignored"
+        console.print(f"{what}: {escape(listed)}")
 
 
 def print_alterations(altered: Alterations) -> None:
@@ -237,9 +239,9 @@ def print_alterations(altered: Alterations) -> None:
     if changed := altered.sentences():
         console.print(f"Fitted to their buckets, of {counted(altered.samples, 'sample')}: {', '.join(changed)}")
     if altered.cut_captions:
-        console.print(
-            f"[yellow]{altered.cut_captions} captions are cut[/]: they have more tokens than encoders.text_len"
-        )
+        are, they = ("is", "it has") if altered.cut_captions == 1 else ("are", "they have")
+        cut = f"{counted(altered.cut_captions, 'caption')} {are} cut"
+        console.print(f"[yellow]{cut}[/]: {they} more tokens than encoders.text_len")
 
 
 def print_faults(faults: Counter[str], of: str) -> None:

@@ -106,7 +106,7 @@ def test_what_is_altered_or_not_read_is_counted_by_each_command_and_other_rules_
     shown = run("data", "inspect", str(folder))[1], run(*encode)[1]
     for said in shown:
         assert altered(said).startswith("of 4 samples: 4 enlarged (up to 2 times), 4 cropped (up to 33% of the area)")
-        assert "more.tar.gz" in said and "1 companion files of other tools were ignored" in " ".join(said.split())
+        assert "more.tar.gz" in said and "1 companion file of other tools was ignored" in " ".join(said.split())
     assert "4 captions are cut" in shown[1] and "captions are cut" not in shown[0]
     assert "4 captions are cut" in run("data", "inspect", str(tmp_path / "pictures" / "encoded"))[1]
     # as if it had been encoded by other rules: what the refusal says to do is done
