@@ -12,6 +12,7 @@ from domainshuttle.pipelines.buckets import Bucket
 from domainshuttle.platform.cluster_checks.findings import Finding, failure, passed, warning
 from domainshuttle.platform.config.schema import RunConfig, StageSection
 from domainshuttle.platform.engine.hub import resolve
+from domainshuttle.platform.engine.lean_imports import without
 
 if TYPE_CHECKING:
     from domainshuttle.platform.cluster_checks.group_worker import Link, Steps, Trial, TrialResult
@@ -96,7 +97,8 @@ def _run(config: RunConfig, trial: "Trial", seconds: float) -> "TrialResult":
 def _work(config: dict[str, Any]) -> "TrialResult":
     import ray
 
-    from domainshuttle.platform.cluster_checks.group_worker import run_trial
+    with without("scipy"):  # as a run's workers do
+        from domainshuttle.platform.cluster_checks.group_worker import run_trial
 
     return run_trial(config["trial"], ray.get_runtime_context().get_node_id())
 

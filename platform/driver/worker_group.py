@@ -17,6 +17,7 @@ from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.driver.group_size import free_text
 from domainshuttle.platform.driver.process_group import ProcessGroup, free_room
+from domainshuttle.platform.engine.lean_imports import without
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.segments import SegmentEnd, WorkerJob
@@ -36,8 +37,10 @@ def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
     rank, size, node_rank = context.get_world_rank(), context.get_world_size(), context.get_node_rank()
     measure = system_metrics if context.get_local_rank() == 0 else None
     with WorkerSign(run, job.attempt, rank, size, node, node_rank, measure) as sign:
-        # imported by the workers alone: torch, DeepSpeed and the model take seconds
-        from domainshuttle.platform.train import train_schedule
+        # imported by the workers alone: torch, DeepSpeed and the model take seconds. Schedulers and losses that diffusers
+        # and transformers have, and nobody uses here, would load scipy.
+        with without("scipy"):
+            from domainshuttle.platform.train import train_schedule
 
         return train_schedule(run, job, sign)
 

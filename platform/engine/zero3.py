@@ -37,6 +37,7 @@ from domainshuttle.platform.engine.attention_kernels import AttentionKernels
 from domainshuttle.platform.engine.compilation import compile_blocks
 from domainshuttle.platform.engine.deepspeed_config import BlockSize, deepspeed_config
 from domainshuttle.platform.engine.initialization import Blueprint
+from domainshuttle.platform.engine.lean_imports import without
 from domainshuttle.platform.engine.sharded_state import AVERAGE, MASTER, Partition
 from domainshuttle.platform.run.segments import learning_rate
 
@@ -407,8 +408,9 @@ def _deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-    # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start
-    with _quiet(), mock.patch.object(torch, "compile", lambda function, **_: function):
+    # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start;
+    # its search for settings, not used either, would load MLflow
+    with _quiet(), without("mlflow"), mock.patch.object(torch, "compile", lambda function, **_: function):
         import deepspeed
         import deepspeed.runtime.zero.muon.original_muon
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
