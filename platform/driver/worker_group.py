@@ -37,8 +37,8 @@ def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
     rank, size, node_rank = context.get_world_rank(), context.get_world_size(), context.get_node_rank()
     measure = system_metrics if context.get_local_rank() == 0 else None
     with WorkerSign(run, job.attempt, rank, size, node, node_rank, measure) as sign:
-        # imported by the workers alone: torch, DeepSpeed and the model take seconds. Schedulers and losses that diffusers
-        # and transformers have, and nobody uses here, would load scipy.
+        # imported by the workers alone: torch, DeepSpeed and the model take seconds. Schedulers of diffusers and losses
+        # of transformers, which nobody uses here, would load scipy.
         with without("scipy"):
             from domainshuttle.platform.train import train_schedule
 

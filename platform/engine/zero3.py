@@ -408,8 +408,8 @@ def _deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-    # its Muon optimiser, not used here, compiles where it is imported, which loads inductor: a second or two of a start;
-    # its search for settings, not used either, would load MLflow
+    # not used here are its Muon optimiser, which compiles where it is imported and so loads inductor, and its search
+    # for settings, which loads MLflow: seconds of a start
     with _quiet(), without("mlflow"), mock.patch.object(torch, "compile", lambda function, **_: function):
         import deepspeed
         import deepspeed.runtime.zero.muon.original_muon
