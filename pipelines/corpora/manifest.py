@@ -259,7 +259,7 @@ def _domain(value: Any, where: str) -> int:
     try:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value.strip()) else value
         return domain_id(number)
-    except (ValueError, TypeError, OverflowError) as error:
+    except ValueError as error:
         raise unknown_form(where, f"domain {value!r}: expected one of {', '.join(DOMAINS)}, or its number") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +31,16 @@ def test_domain_names(name: str | int | None, expected: int) -> None:
     assert domain_id(name) == expected
 
 
-@pytest.mark.parametrize("name", ["alien", "", 5, -2, True, 1.5])
-def test_unknown_domains(name: str | int | float) -> None:
+@pytest.mark.parametrize("name", ["alien", "", 5, -2, True, 1.5, float("inf"), float("nan"), [1], {}])
+def test_unknown_domains(name: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown domain .*human \(0\)"):
-        domain_id(name)  # type: ignore[arg-type]
+        domain_id(name)
+
+
+def test_an_unknown_name_is_none_of_more_domains_either() -> None:
+    with pytest.raises(ValueError, match="unknown domain 'alien'"):
+        domain_id("alien", 8)
+    assert domain_id(7, 8) == 7
 
 
 def test_release_line(tmp_path: Path) -> None:
