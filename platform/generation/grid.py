@@ -1,7 +1,8 @@
 """The pictures people look at: references beside generated clips, a row a case, and the same cases over the steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,36 +35,55 @@ class GridRow:
 
 
 def write_grid(rows: Sequence[GridRow], folder: Path, fps: float) -> list[Path]:
-    """Writes `grid.png` (three frames of each clip) and, of clips, `grid.mp4` (side by side) into a folder."""
+    """Writes `grid.png` (three frames of each clip) and, of clips, `grid.mp4` (side by side) into a folder.
+
+    Clips may be of several sizes and lengths: a shorter one stays at its last frame.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     labels = [row.label for row in rows]
-    frames, height, width, _ = rows[0].generated.shape
-    middle, last = (frames - 1) // 2, frames - 1
+    height, width = rows[0].generated.shape[1:3]
+    frames = max(len(row.generated) for row in rows)
     picture = folder / "grid.png"
-    stills = _columns(rows, sorted({0, middle, last}), middle)
+    shares = [0.0, 0.5, 1.0] if frames > 2 else [0.0, 1.0][:frames]
+    stills = _columns(rows, [partial(_at_share, share) for share in shares], partial(_at_share, 0.5))
     Image.fromarray(draw_table(labels, stills, height / width)).save(picture)
     if frames == 1:
         return [picture]
     clip = folder / "grid.mp4"
-    moving = [draw_table(labels, _columns(rows, [time], time), height / width) for time in range(frames)]
+    times = [partial(_at_time, time) for time in range(frames)]
+    moving = [draw_table(labels, _columns(rows, [time], time), height / width) for time in times]
     clip.write_bytes(encode_mp4(np.stack(moving * 3), fps))  # three times round: a second alone is hard to see
     return [picture, clip]
 
 
-def _columns(rows: Sequence[GridRow], times: Sequence[int], compared: int) -> list[Column]:
-    """The references, the generated clips at `times`, and what they are compared with at the time `compared`."""
+def _at_share(share: float, clip: Pixels) -> Pixels:
+    """The frame at a share of a clip's time."""
+    frame: Pixels = clip[int(share * (len(clip) - 1))]
+    return frame
+
+
+def _at_time(time: int, clip: Pixels) -> Pixels:
+    """A frame by its number, of a shorter clip the last."""
+    frame: Pixels = clip[min(time, len(clip) - 1)]
+    return frame
+
+
+def _columns(
+    rows: Sequence[GridRow], times: Sequence[Callable[[Pixels], Pixels]], compared: Callable[[Pixels], Pixels]
+) -> list[Column]:
+    """The references, the frames of the generated clips at `times`, and what they are compared with at `compared`."""
     most = max(len(row.references) for row in rows)
     columns: list[Column] = [
         ("" if place else "reference", [row.references[place] if place < len(row.references) else None for row in rows])
         for place in range(most)
     ]
-    columns += [("" if number else "generated", [row.generated[t] for row in rows]) for number, t in enumerate(times)]
+    columns += [("" if number else "generated", [at(row.generated) for row in rows]) for number, at in enumerate(times)]
     for head, clips in (
         ("target", [row.target for row in rows]),
         ("other reference", [row.other for row in rows]),
     ):
         if any(clip is not None for clip in clips):
-            columns.append((head, [None if clip is None else clip[compared] for clip in clips]))
+            columns.append((head, [None if clip is None else compared(clip) for clip in clips]))
     return columns
 
 
