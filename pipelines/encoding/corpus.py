@@ -10,7 +10,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import pyarrow as pa
 import ray
@@ -103,8 +102,8 @@ def _describe_encoders(sources: EncoderSources, device: str) -> tuple[dict[str, 
     """What both encoders call themselves, digests of their files, and the empty caption's bf16 states [l,d]. A task
     with an actor's resources, since the driver may have no room for UMT5-XXL."""
     video, text = load_encoders(sources, device)
-    named: tuple[tuple[Literal["video", "text"], str], ...] = (("video", sources.video), ("text", sources.text))
-    files = {f"{kind}_files": files_digest(found) for kind, source in named if (found := encoder_files(source, kind))}
+    named = [(kind, encoder_files(source, kind)) for kind, source in sources.by_kind]
+    files = {f"{kind}_files": files_digest(found) for kind, found in named if found}
     tiles = tiling_rule(sources.video, sources.tile_above)
     described = {"video": video.identity, "text": text.identity, **files, **({"tiles": tiles} if tiles else {})}
     return described, SampleEncoder(video, text).caption("")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,8 +92,7 @@ class LiveEncoder:
 def require_files(sources: EncoderSources) -> None:
     """Raises DataError where the encoders' files on this node are others than those that `sources` names: a folder may
     hold other files on each node."""
-    named: tuple[tuple[Literal["video", "text"], str], ...] = (("video", sources.video), ("text", sources.text))
-    for kind, source in named:
+    for kind, source in sources.by_kind:
         expected = dict(sources.files).get(f"{kind}_files")
         if expected and (found := encoder_files(source, kind)) and files_digest(found) != expected:
             raise DataError(

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -34,6 +34,11 @@ class EncoderSources:
     files: tuple[tuple[str, str], ...] = field(default=(), compare=False)
     """Digests of the encoders' files where the run was started (`video_files`, `text_files`), for other nodes to
     compare theirs with."""
+
+    @property
+    def by_kind(self) -> tuple[tuple[Literal["video", "text"], str], ...]:
+        """Both, with what they are."""
+        return ("video", self.video), ("text", self.text)
 
 
 @dataclass(frozen=True)

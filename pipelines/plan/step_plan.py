@@ -37,6 +37,7 @@ from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.plan.pairing import StepDraw, counts_of
 from domainshuttle.pipelines.plan.permutation import ROUNDS, hashed, permuted
+from domainshuttle.pipelines.values import MOST_BATCH
 
 ORDER_VERSION = 2  # raised with every change that makes another order of the same input
 KNOWN_VERSIONS = (1, 2)
@@ -116,8 +117,8 @@ class StepPlan:
             )
         if not len(index):
             raise DataError("the index has no rows: nothing to plan; check the filter")
-        if not 1 <= global_batch <= 1 << 17:
-            raise DataError(f"global_batch = {global_batch}: expected 1 to {1 << 17} samples")
+        if not 1 <= global_batch <= MOST_BATCH:
+            raise DataError(f"global_batch = {global_batch}: expected 1 to {MOST_BATCH} samples")
         self.seed = int(seed)
         self.global_batch = global_batch
         self.index_digest = index.digest

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from typing import Literal
 
 from domainshuttle.model.encoder_sources import encoder_files
 from domainshuttle.pipelines.errors import DataError
@@ -29,10 +28,7 @@ def require_same_encoders(config: RunConfig, feed: Feed, run: Run) -> None:
 
     Raises DataError where they are others. Encoders that are not here, and corpora that do not say, are not compared.
     """
-    named: tuple[tuple[Literal["video", "text"], str], ...] = (
-        ("video", config.encoders.video),
-        ("text", config.encoders.text),
-    )
+    named = config.encoders.sources().by_kind
     files = {kind: found for kind, source in named if (found := encoder_files(source, kind))}
     now = {f"{kind}_files": run.fingerprints.of_encoder(found) for kind, found in files.items()}
     if not feed.encoders:
