@@ -347,7 +347,9 @@ class Schedule:
             raise fault.final from error
         self._refuse_to_fail_alike(segment, fault, report, made_steps(state, job))
         most = self._config.cluster.max_failures
-        faults = self._faults.setdefault(segment.name, FaultsInARow(self._store, segment.name))
+        if segment.name not in self._faults:  # each asks the store
+            self._faults[segment.name] = FaultsInARow(self._store, segment.name)
+        faults = self._faults[segment.name]
         count = faults.add() if fault.counted else faults.count
         tail = f"Ray's report: {report}"
         if fault.counted and count > most:
