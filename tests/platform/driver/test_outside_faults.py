@@ -157,8 +157,9 @@ def test_mlflow_runs_that_are_deleted_in_the_middle_are_continued(tiny: Path, un
     config, run, more = run_of(tiny, "deleted")
     skip_stage1(run, unbroken[0])
     process = start(tiny, *more)
-    wait_for_point(config.tracking_uri, config.name, "stage2", 2)
-    with paused(workers_of(process)):
+    wait_for_step(process, run, "stage2", 2)
+    with paused(all_but_rank_0(run)):
+        wait_for_point(config.tracking_uri, config.name, "stage2", 2)
         old = {record.name: record.id for record in read_runs(config.tracking_uri, [config.name])}
         client = connect(config.tracking_uri)
         for name in ("stage2", config.name):
