@@ -52,6 +52,14 @@ PLAN_HANDED_OUT = "SIGKILL of Ray Data's coordinator"
 console = Console()
 
 
+def size_of(path: Path) -> int:
+    """0 for what was removed meanwhile, as old checkpoints are."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def processes_of(driver: int, name: str = "RayTrainWorker") -> list[psutil.Process]:
     """The processes of a driver's cluster whose title has a name: without one the training workers."""
     found = []
@@ -238,7 +246,7 @@ class Chaos:
 
     def flip_bit(self) -> bool:
         def act(folder: Path) -> None:
-            path = self.dice.choice([p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 10_000])
+            path = self.dice.choice([p for p in folder.rglob("*") if p.is_file() and size_of(p) > 10_000])
             with path.open("r+b") as file:
                 place = self.dice.randrange(path.stat().st_size)
                 file.seek(place)
@@ -250,7 +258,7 @@ class Chaos:
 
     def cut_short(self) -> bool:
         def act(folder: Path) -> None:
-            path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+            path = max((p for p in folder.rglob("*") if p.is_file()), key=size_of)
             os.truncate(path, self.dice.randrange(path.stat().st_size))
 
         return self.damage(act)
@@ -273,7 +281,7 @@ class Chaos:
 
     def no_room(self) -> bool:
         """Files of the workers can't grow to the size of a checkpoint's until one has failed."""
-        largest = max((f.stat().st_size for f in self.run.checkpoints.rglob("zero/*")), default=0)
+        largest = max(map(size_of, self.run.checkpoints.rglob("zero/*")), default=0)
         workers = self.workers() if largest else []
         for worker in workers:
             worker.rlimit(psutil.RLIMIT_FSIZE, (largest // 2, psutil.RLIM_INFINITY))
