@@ -34,7 +34,8 @@ FILE = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
 def test_a_stage_whose_corpora_are_mixed_by_their_counts_is_exported(tiny_yaml: Path, tmp_path: Path) -> None:
-    run = Run.open(load_config(str(tiny_yaml), [f"output={tmp_path}", "stages.stage1.mixture=[clips, pictures]"]))
+    own = [f"data={tmp_path}/none", f"output={tmp_path}"]  # others may have made the corpora of the tiny file
+    run = Run.open(load_config(str(tiny_yaml), [*own, "stages.stage1.mixture=[clips, pictures]"]))
     stage1 = run.segment("stage1")
     build_model(run.config.model, WeightsOrigin(None, 3)).save_pretrained(stage1.weights)
     stage1.finish(4)
