@@ -16,9 +16,7 @@ from domainshuttle.cluster.monitoring.dashboard import dashboard
 from domainshuttle.cluster.monitoring.metrics import METRICS, series
 from domainshuttle.cluster.spec import MonitoringSection
 
-PROMTOOL = shutil.which("promtool") or next(
-    (str(one) for one in Path("/tmp/kube-deb").glob("root/usr/bin/promtool")), None
-)
+PROMTOOL = shutil.which("promtool")
 RULES = alert_rules(MonitoringSection())
 NAMES = [rule["alert"] for group in RULES["groups"] for rule in group["rules"]]
 
