@@ -72,18 +72,20 @@ def each_by_actors(
     again: list[tuple[int, Any]] = []
     busy: dict[Any, tuple[Any, int, Any]] = {}
 
-    def give(actor: Any) -> None:
+    def give(actor: Any = None) -> None:
+        """The next piece to the actor, or to a new one in the place of one that died: made only where there is work."""
         following = again.pop() if again else next(numbered, None)
-        if following is None:
+        if following is not None:
+            holder: Any = actor or kind.remote(make, arguments)
+            number, piece = following
+            busy[holder.call.remote(piece)] = holder, number, piece
+        elif actor is not None:
             ray.kill(actor)
-            return
-        number, piece = following
-        busy[actor.call.remote(piece)] = actor, number, piece
 
     try:
         for first in islice(numbered, pool.actors):
             again.append(first)
-            give(kind.remote(make, arguments))
+            give()
         while busy:
             (done,), _ = ray.wait(list(busy))
             actor, number, piece = busy.pop(done)
@@ -95,7 +97,7 @@ def each_by_actors(
                 raise
             except RayActorError as error:
                 tried[number] += 1
-                actor = kind.remote(make, arguments)
+                actor = None
                 if tried[number] < tries:
                     again.append((number, piece))
                     give(actor)
