@@ -40,15 +40,20 @@ class GenerationCase:
             folder: of the file; relative paths start there, or at the working directory as in the release.
 
         Raises:
-            ValueError: naming every key that is missing, every unknown domain and every picture that is not there.
+            ValueError: naming every key that is missing or of another type, every unknown domain and every picture that
+                is not there.
         """
+        if not isinstance(item, Mapping):
+            raise ValueError(f"bad case: expected an object with a prompt and pictures, not {str(item)[:60]!r}")
         problems = []
         prompt = next((item[key] for key in _PROMPT_KEYS if item.get(key)), "")
         if not prompt:
             problems.append(f"no prompt: give one of {', '.join(_PROMPT_KEYS)}")
+        elif not isinstance(prompt, str):
+            problems.append(f"the prompt {str(prompt)[:60]!r} is no text")
         meta = item.get("seg_meta") or {}
         meta = meta[0] if isinstance(meta, list) else meta
-        names = [str(name) for name in meta.get("seg_file", ())]
+        names = [str(name) for name in _listed(meta, "seg_file", problems)]
         if not names and item.get("image_path"):
             names = [item["image_path"]]
         if item.get("face_path"):
@@ -62,18 +67,30 @@ class GenerationCase:
             else:
                 references.append(found)
         domains: list[int] = []
-        for domain in item.get("domain_code") or meta.get("domain_code") or [None] * len(names):
+        given = item if item.get("domain_code") else meta
+        for domain in _listed(given, "domain_code", problems) or [None] * len(names):
             try:
                 domains.append(domain_id(domain))
             except ValueError as error:
                 problems.append(str(error))
-        subjects = item.get("subjects") or range(len(names))
+        subjects = _listed(item, "subjects", problems) or range(len(names))
+        if not all(type(number) is int and number >= 0 for number in subjects):
+            problems.append(f"subjects {subjects}: expected the number of the subject on each picture, such as 0, 0, 1")
         for key, values in (("domain_code", domains), ("subjects", subjects)):
             if not problems and len(values) != len(names):
                 problems.append(f"{key} has {len(values)} entries for {len(names)} pictures")
         if problems:
             raise ValueError("bad case: " + "; ".join(problems))
-        return cls(prompt, tuple(references), tuple(int(s) for s in subjects), tuple(domains))
+        return cls(prompt, tuple(references), tuple(subjects), tuple(domains))
+
+
+def _listed(item: Mapping[str, Any], key: str, problems: list[str]) -> list[Any]:
+    """The list of a key; empty, with a word in `problems`, for what is none: a text would be read letter by letter."""
+    found = item.get(key) or []
+    if isinstance(found, list):
+        return found
+    problems.append(f"{key} {str(found)[:60]!r}: expected a list, with an entry for each picture")
+    return []
 
 
 def _places(name: str, root: str | None, folder: Path) -> list[Path]:

@@ -161,7 +161,7 @@ def _validated(kind: type[_Config], content: dict[str, Any], origin: str, fault:
 def read_text(path: Path) -> str:
     """The text of a file; raises ConfigError for one that can't be read, or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors write a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read: {error}") from error
 

@@ -6,10 +6,12 @@ carries each picture into the target domain), `sha256` of each picture, `target`
 `source`. The same reader takes files of the release, files of one's own, and what `freeze` wrote.
 """
 
+import difflib
+import filecmp
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,8 @@ from domainshuttle.platform.generation.cases import FiledCase, read_cases
 SPLITS = ("in_domain", "real_to_fantasy", "fantasy_to_real", "mixed")
 """In-domain: subjects stay in their domain. The others are cross-domain: the first words name where the references come
 from, the last where the video is; mixed: real with fantasy."""
+_LISTS = ("labels", "edit_prompts", "sha256", "subjects", "domain_code")
+"""The keys of a line whose values have an entry for each picture."""
 CASES_NAME, PICTURES_NAME, TARGETS_NAME = "cases.jsonl", "pictures", "targets"
 
 
@@ -104,6 +108,7 @@ def case_of(filed: FiledCase, folder: Path, split: str = SPLITS[0], source: str 
         if values is not None and (not isinstance(values, list) or len(values) != count):
             problems.append(f"{name}: expected a list with an entry for each of {counted(count, 'picture')}")
             found[name] = None
+    problems += _mistaken_keys(item, count)
     split = str(item.get("split") or split)
     if split not in SPLITS:
         problems.append(f"split {split!r}{nearest(split, SPLITS)}")
@@ -120,16 +125,25 @@ def case_of(filed: FiledCase, folder: Path, split: str = SPLITS[0], source: str 
     references = []
     for number, path in enumerate(case.references):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if said[number] and said[number] != sha256:
+        if said[number] and str(said[number]).lower() != sha256:
             problems.append(
                 f"{path} has the sha256 {sha256[:12]}..., and the case says {str(said[number])[:12]}...: restore the "
                 "picture, or remove `sha256` from the case where the picture was changed on purpose"
             )
-        label, edit = str(labels[number] or ""), str(edits[number] or "")
+        label, edit = labels[number] or "", edits[number] or ""
+        if not isinstance(label, str) or not isinstance(edit, str):
+            problems.append(f"labels and edit_prompts are texts, not {label!r} and {edit!r}")
         references.append(ReferencePicture(path, sha256, case.subjects[number], label, case.domains[number], edit))
     if problems:
         raise ValueError("; ".join(problems))
     return EvaluationCase(filed.id, split, case.prompt, tuple(references), str(item.get("source") or source), target)
+
+
+def _mistaken_keys(item: Mapping[str, Any], count: int) -> list[str]:
+    """What is said of keys that have an entry for each picture, and nearly the name of one of ours."""
+    lists = [key for key, value in item.items() if isinstance(value, list) and len(value) == count]
+    close = {key: difflib.get_close_matches(key.lower(), _LISTS, n=1, cutoff=0.85) for key in lists}
+    return [f"{key}: the key is {ours}" for key, found in close.items() for ours in found if ours not in item]
 
 
 def read_case_file(path: Path, split: str = SPLITS[0], source: str = "") -> list[EvaluationCase]:
@@ -177,7 +191,7 @@ def freeze(cases: Sequence[EvaluationCase], folder: Path) -> list[EvaluationCase
         target = case.target
         if target is not None:
             target = folder / TARGETS_NAME / f"{case.id}{case.target.suffix.lower()}"  # type: ignore[union-attr]
-            if target != case.target and (not target.exists() or target.stat().st_size != case.target.stat().st_size):  # type: ignore[union-attr]
+            if target != case.target and not (target.exists() and filecmp.cmp(target, case.target, shallow=False)):  # type: ignore[arg-type]
                 write_bytes(target, case.target.read_bytes())  # type: ignore[union-attr]
         frozen.append(EvaluationCase(case.id, case.split, case.prompt, tuple(references), case.source, target))
     with atomic_file(folder / CASES_NAME) as aside:

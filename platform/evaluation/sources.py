@@ -82,12 +82,10 @@ class OpenS2VSource(_Source):
         if unknown := [group for group in self.groups if group not in known]:
             raise ConfigError(f"{path} has no cases of {', '.join(unknown)}; it has: {', '.join(known)}")
         chosen = {key: one for key, one in records.items() if not self.groups or group_of(key) in self.groups}
-        missing = [
-            name
-            for one in chosen.values()
-            for name in (one.get("img_paths") or () if isinstance(one, dict) else ())[: self.most_references]
-            if not (path.parent / str(name)).is_file()
-        ]
+        for key, one in chosen.items():
+            _check_record(one, f"{path}, case {key}")
+        names = [name for one in chosen.values() for name in one["img_paths"][: self.most_references]]
+        missing = [name for name in names if not (path.parent / name).is_file()]
         if missing:
             raise ConfigError(
                 f"{path}: {len(missing)} of its pictures are not beside it, such as {missing[0]}: hf download "
@@ -95,23 +93,24 @@ class OpenS2VSource(_Source):
             )
         return [self._case(key, one, path) for key, one in chosen.items()]
 
-    def _case(self, key: str, record: Any, path: Path) -> EvaluationCase:
-        try:
-            prompt, pictures, labels = str(record["prompt"]), list(record["img_paths"]), list(record["class_label"])
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}, case {key}: expected prompt, img_paths and class_label ({type(error).__name__}: {error})"
-            ) from error
-        if len(pictures) != len(labels) or not prompt:
-            raise ConfigError(
-                f"{path}, case {key}: {len(pictures)} img_paths and {len(labels)} class_label: expected a prompt, and "
-                "a label for each picture"
-            )
-        references = tuple(
-            _picture(path.parent / str(name), number, str(label))
-            for number, (name, label) in enumerate(list(zip(pictures, labels, strict=True))[: self.most_references])
+    def _case(self, key: str, record: dict[str, Any], path: Path) -> EvaluationCase:
+        shown = list(zip(record["img_paths"], record["class_label"], strict=True))[: self.most_references]
+        references = tuple(_picture(path.parent / name, number, label) for number, (name, label) in enumerate(shown))
+        return EvaluationCase(safe_key(self.prefix + key), self.split, record["prompt"], references, path.name)
+
+
+def _check_record(record: Any, where: str) -> None:
+    """Raises ConfigError for what is no case of OpenS2V-Eval."""
+    content = record if isinstance(record, dict) else {}
+    prompt, pictures, labels = content.get("prompt"), content.get("img_paths"), content.get("class_label")
+    texts = isinstance(prompt, str) and prompt.strip()
+    if not texts or not isinstance(pictures, list) or not isinstance(labels, list):
+        raise ConfigError(f"{where}: expected a prompt, and lists img_paths and class_label, not {str(record)[:80]}")
+    if len(pictures) != len(labels) or not all(isinstance(text, str) and text for text in (*pictures, *labels)):
+        raise ConfigError(
+            f"{where}: {len(pictures)} img_paths and {len(labels)} class_label: expected texts, a label for each "
+            "picture"
         )
-        return EvaluationCase(safe_key(self.prefix + key), self.split, prompt, references, path.name)
 
 
 class CasesSource(_Source):
@@ -158,10 +157,18 @@ class FolderSource(_Source):
     def _case(self, place: Path, top: Path) -> EvaluationCase:
         from domainshuttle.model.cases import GenerationCase
 
-        pictures = sorted(one.name for one in place.iterdir() if one.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        more = place / "case.json"
+        there = sorted(one.name for one in place.iterdir() if not one.name.startswith("."))  # macOS leaves ._1.png
+        pictures = [name for name in there if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS]
+        more, prompt = place / "case.json", place / "prompt.txt"
         item: dict[str, Any] = json.loads(read_text(more)) if more.is_file() else {}
-        prompt = place / "prompt.txt"
+        if not isinstance(item, dict):
+            raise ValueError("case.json: expected an object")
+        used = {*pictures, more.name, prompt.name, item.get("target")}
+        if "seg_meta" not in item and (others := [name for name in there if name not in used]):
+            raise ValueError(
+                f"{', '.join(others[:3])} would not be used: pictures are {', '.join(IMAGE_EXTENSIONS)}, the text is "
+                "prompt.txt; convert or remove it, or begin its name with a dot"
+            )
         if prompt.is_file():
             item = {"prompts": read_text(prompt).strip(), **item}
         item = {"seg_meta": [{"seg_file": pictures}], **item, "id": safe_key(self.prefix + place.name)}

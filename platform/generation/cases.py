@@ -98,13 +98,16 @@ def read_cases(path: Path) -> Iterator[FiledCase]:
     """The case of each line of a JSONL file; raises ConfigError that names the line that is not understood."""
     if not path.is_file():
         raise ConfigError(f"no file {path}: expected a JSONL of cases, one a line")
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # a prompt may have other ends of lines in it
         if not line.strip():
             continue
         try:
             item = json.loads(line)
             case = GenerationCase.from_release(item, path.parent)
-            yield FiledCase(f"{path.stem}-{number:04d}", str(item.get("id") or content_id(case)), case, item)
+            json.dumps(item, ensure_ascii=False).encode()  # half a character (a lone surrogate) can't be written
+            name = item.get("id")
+            name = content_id(case) if name in (None, "") else str(name)  # 0 is a name
+            yield FiledCase(f"{path.stem}-{number:04d}", name, case, item)
         except (ValueError, TypeError, AttributeError) as error:  # of a line that is no mapping, or of other types
             raise ConfigError(f"{path}, line {number}: {error}") from error
 

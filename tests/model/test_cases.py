@@ -70,3 +70,12 @@ def test_every_fault_of_a_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     with pytest.raises(ValueError, match="domain_code has 2 entries for 1 pictures"):
         GenerationCase.from_release(item | {"prompt": "x", "domain_code": ["Human", "Human"]}, tmp_path)
+    with pytest.raises(ValueError, match=r"seg_file 'a\.jpg': expected a list"):  # not its letters
+        GenerationCase.from_release({"prompt": "x", "seg_meta": [{"seg_file": "a.jpg"}]}, tmp_path)
+    for subjects in (["man"], [0.6], [True], [-1], "0"):
+        with pytest.raises(ValueError, match=r"subjects .*: expected"):
+            GenerationCase.from_release(item | {"prompt": "x", "domain_code": None, "subjects": subjects}, tmp_path)
+    with pytest.raises(ValueError, match="is no text"):
+        GenerationCase.from_release({"prompt": ["x"]}, tmp_path)
+    with pytest.raises(ValueError, match="expected an object"):
+        GenerationCase.from_release([1], tmp_path)  # type: ignore[arg-type]

@@ -75,6 +75,9 @@ def test_a_frozen_test_set_is_read_as_it_was_and_needs_nothing_else(tmp_path: Pa
         ({"id": "../up"}, "expected 1 to 80 letters"),
         ({"target": "none.mp4"}, "no clip"),
         ({"domain_code": ["Fantsy"]}, "unknown domain"),
+        ({"label": ["cup"]}, "label: the key is labels"),
+        ({"labels": [3]}, "labels and edit_prompts are texts"),
+        ({"source": "\ud800"}, "surrogates not allowed"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(tmp_path: Path, item: dict[str, Any], message: str) -> None:
@@ -82,6 +85,31 @@ def test_what_is_wrong_with_a_line_is_said(tmp_path: Path, item: dict[str, Any],
     (tmp_path / "cases.jsonl").write_text(line("a cup", "a.png", **item))
     with pytest.raises(ConfigError, match=message):
         read_case_file(tmp_path / "cases.jsonl")
+
+
+def test_a_file_of_others_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    """A mark of Windows' editors, other ends of lines in a prompt, 0 as an id, and keys of others."""
+    picture(tmp_path / "a.png")
+    sha256 = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    one = {"prompts": "a cup\u2028on a\x85table", "seg_meta": [{"seg_file": ["a.png"]}], "id": 0, "label": "cup"}
+    text = json.dumps({**one, "sha256": [sha256.upper()]}, ensure_ascii=False)
+    (tmp_path / "cases.jsonl").write_text(f"\ufeff{text}\r\n", encoding="utf-8")
+    sources = {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}
+    config = EvaluationConfig.model_validate({"name": "t", "sources": sources, "metrics": {}})
+    build_test_set(config.sources, None, tmp_path / "out")
+    (case,) = read_case_file(tmp_path / "out" / "cases.jsonl")
+    assert (case.id, case.prompt) == ("0", one["prompts"])
+
+
+def test_a_real_clip_that_was_changed_is_taken_anew(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "cases.jsonl").write_text(line("a cup", "a.png", id="cup", target="clip.mp4"))
+    sources = {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}
+    config = EvaluationConfig.model_validate({"name": "t", "sources": sources, "metrics": {}})
+    for content in (b"one", b"two"):
+        (tmp_path / "clip.mp4").write_bytes(content)
+        (case,) = build_test_set(config.sources, None, tmp_path / "out")
+        assert case.target is not None and case.target.read_bytes() == content
 
 
 def opens2v(folder: Path, records: dict[str, Any]) -> Path:
@@ -117,6 +145,21 @@ def test_opens2v_by_groups_with_the_first_references(tmp_path: Path) -> None:
                        None, tmp_path / "again")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"prompt": None}, {"prompt": ["a"]}, {"img_paths": "a.png"}, {"img_paths": 3}, {"class_label": [None]},
+     {"class_label": []}],
+)  # fmt: skip
+def test_a_record_of_opens2v_that_is_none_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    picture(tmp_path / "a.png")
+    record = {"prompt": "a cup", "img_paths": ["a.png"], "class_label": ["Cup"], **more}
+    (tmp_path / "open.json").write_text(json.dumps({"singleobj_1": record}))
+    source = {"kind": "opens2v", "path": str(tmp_path / "open.json")}
+    config = EvaluationConfig.model_validate({"name": "t", "sources": {"open": source}, "metrics": {}})
+    with pytest.raises(ConfigError, match=r"case singleobj_1: .*expected"):
+        build_test_set(config.sources, None, tmp_path / "out")
+
+
 @pytest.mark.skipif(not EVAL.is_dir(), reason="the real JSONs of OpenS2V-Eval are not there")
 def test_the_real_opens2v_jsons(tmp_path: Path) -> None:
     """Their pictures are not public here: each stands as one of another content."""
@@ -146,6 +189,12 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     config = EvaluationConfig.model_validate({"name": "t", "sources": {"own": source}, "metrics": {}})
     (case,) = build_test_set(config.sources, None, tmp_path / "out")
     assert (case.prompt, case.split, case.labels) == ("a dog on the moon", "mixed", ("dog", "moon"))
+    (tmp_path / "sets" / "dog on the moon" / "._1.png").write_bytes(b"of macOS")
+    assert len(build_test_set(config.sources, None, tmp_path / "out")[0].references) == 2
+    (tmp_path / "sets" / "dog on the moon" / "3.bmp").write_bytes(b"BM")
+    with pytest.raises(ConfigError, match=r"3\.bmp would not be used"):
+        build_test_set(config.sources, None, tmp_path / "out")
+    (tmp_path / "sets" / "dog on the moon" / "3.bmp").unlink()
     (tmp_path / "sets" / "dog on the moon" / "prompt.txt").unlink()
     with pytest.raises(ConfigError, match="no prompt"):
         build_test_set(config.sources, None, tmp_path / "again")
