@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from domainshuttle.cluster.kuberay.manifests import ray_cluster, ray_job
+from domainshuttle.cluster.kuberay.manifests import ray_cluster, ray_job, require_room
 from domainshuttle.cluster.kuberay.pods import Manifest
 from domainshuttle.cluster.kuberay.rules import faults
 from domainshuttle.cluster.local import ClusterError
@@ -56,8 +56,10 @@ def _monitoring(spec: ClusterSpec, workload: Workload) -> Files:
 
 
 def _vm(spec: ClusterSpec, workload: Workload) -> Files:
+    launched = launcher(spec, workload.drain_seconds)
+    require_room(spec, workload)
     return {
-        "cluster.yaml": _yaml(launcher(spec, workload.drain_seconds)),
+        "cluster.yaml": _yaml(launched),
         "run.yaml": workload.config_yaml,
         **{name: text for name, text in _monitoring(spec, workload).items() if name != "monitoring.yaml"},
     }

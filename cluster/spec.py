@@ -4,17 +4,55 @@ From it `plan` predicts time, memory and cost, and `cluster render` makes manife
 Nothing here imports torch or Ray.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from domainshuttle.cluster.devices import Device, device_named
 from domainshuttle.cluster.local import ClusterError
 from domainshuttle.pipelines.values import Count, Cpus, Real, Seconds, Section, Text, Whole
 
-_LABEL_NAME = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
-Name = Annotated[str, Field(pattern=_LABEL_NAME, max_length=40)]
-"""A name that Kubernetes takes for a service too (DNS-1035)."""
+
+def _form(pattern: str, longest: int, meaning: str) -> AfterValidator:
+    """Refuses a text that Kubernetes would, in plain words."""
+
+    def check(text: str) -> str:
+        if len(text) > longest or not re.fullmatch(pattern, text):
+            raise ValueError(f"should be {meaning}, with at most {longest} characters")
+        return text
+
+    return AfterValidator(check)
+
+
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_QUALIFIED = r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
+_OF_NAMES = "small letters, digits and dashes between them"
+Name = Annotated[str, _form(r"[a-z]([-a-z0-9]*[a-z0-9])?", 40, f"{_OF_NAMES}, with a letter first")]
+"""A name that Kubernetes takes for a service too (DNS-1035), with room for what is added to it."""
+Namespace = Annotated[str, _form(_LABEL, 63, _OF_NAMES)]
+ObjectName = Annotated[
+    str, _form(rf"{_LABEL}(\.{_LABEL})*", 253, "small letters, digits, and dashes or dots between them")
+]
+"""The name of something that is there already, such as a Secret."""
+LabelKey = Annotated[
+    str,
+    _form(rf"({_LABEL}(\.{_LABEL})*/)?(?=.{{1,63}}$){_QUALIFIED}", 317, "a label's name, such as example.com/pool"),
+]
+LabelValue = Annotated[
+    str,
+    _form(rf"({_QUALIFIED})?", 63, "a label's value: letters, digits, and dashes, dots or underscores between them"),
+]
+Labels = dict[LabelKey, LabelValue]
+Image = Annotated[str, _form(r"\S+", 1000, "a container image without spaces")]
+Mount = Annotated[str, _form(r"/[^:]*", 1000, "an absolute path without a colon")]
+Store = Annotated[
+    str, _form(r"(?!file:)[a-z][a-z0-9+.-]*://\S+", 1000, "the address of a store, such as s3://bucket/mlflow")
+]
+Host = Annotated[
+    str, _form(r"[^\s,/]+", 300, "a host's name as clients give it, such as mlflow.example.com or HOST:PORT")
+]
+Address = Annotated[str, _form(r"https?://[^\s/]+\S*", 1000, "an address that begins with http:// or https://")]
 Nodes = Annotated[Whole, Field(ge=0, le=100_000)]
 
 
@@ -30,10 +68,16 @@ Range = Annotated[
 class Toleration(Section):
     """A taint of nodes that pods of a pool accept."""
 
-    key: Text
+    key: LabelKey
     operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "NoExecute", "PreferNoSchedule"] | None = None
+
+    @model_validator(mode="after")
+    def _compared(self) -> "Toleration":
+        if self.value is not None and self.operator == "Exists":
+            raise ValueError("a value goes with operator: Equal: Exists asks for the key alone")
+        return self
 
 
 class Pool(Section):
@@ -50,7 +94,7 @@ class Pool(Section):
         None, description="between that notice and the end, such as 120 at AWS, 30 at GCP and Azure; none: no notice"
     )
     device_hour_usd: Real | None = Field(None, ge=0, le=1e6, description="price of a device's hour")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="labels that its nodes have")
+    node_selector: Labels = Field(default_factory=dict, description="labels that its nodes have")
     tolerations: list[Toleration] = Field(default_factory=list)
     instance: Text | None = Field(None, description="machine type of a cloud, for VMs: p5.48xlarge, a3-highgpu-8g")
 
@@ -108,7 +152,7 @@ class HeadSection(Section):
     cpus: Cpus = Field(8.0, gt=0)
     memory_gib: Count = Field(32, ge=16, description="the head's own tables grow with jobs and events: at least 16")
     scratch_gib: Count = 100
-    node_selector: dict[str, str] = Field(default_factory=dict)
+    node_selector: Labels = Field(default_factory=dict)
     tolerations: list[Toleration] = Field(default_factory=list)
     instance: Text | None = Field(None, description="machine type of a cloud, for VMs")
 
@@ -136,7 +180,7 @@ class LinksSection(Section):
     ib_hca: Text | None = Field(None, description="NCCL_IB_HCA, such as =mlx5_0,mlx5_1")
     ib_gid_index: Whole | None = Field(None, ge=0, le=255, description="NCCL_IB_GID_INDEX, for RoCE")
     ib_traffic_class: Whole | None = Field(None, ge=0, le=255, description="NCCL_IB_TC, for RoCE")
-    resource: Text | None = Field(
+    resource: LabelKey | None = Field(
         None,
         description="the cards' resource in Kubernetes, such as rdma/hca_shared_devices_a or vpc.amazonaws.com/efa",
     )
@@ -160,25 +204,41 @@ _OF_CARDS = 0.925
 class StorageSection(Section):
     """What all nodes see, and how fast it is."""
 
-    claim: Name | None = Field("training", description="PersistentVolumeClaim of the shared folders; none: no claim")
-    mount: Text = Field("/shared", description="where nodes see it")
-    scratch: Text = Field("/scratch", description="where a node's own disk is")
-    scratch_class: Text | None = Field(
+    claim: ObjectName | None = Field(
+        "training", description="PersistentVolumeClaim of the shared folders; none: no claim"
+    )
+    mount: Mount = Field("/shared", description="where nodes see it")
+    scratch: Mount = Field("/scratch", description="where a node's own disk is")
+    scratch_class: ObjectName | None = Field(
         None, description="StorageClass of scratch; none: the node's own disk, as an emptyDir"
     )
     read_gb_s: Real = Field(10.0, gt=0, le=1e5, description="GB/s that all nodes together read")
     write_gb_s: Real = Field(10.0, gt=0, le=1e5, description="GB/s that all nodes together write")
-    endpoint: Text | None = Field(None, description="URL of the object store where it is not AWS's")
+    endpoint: Address | None = Field(None, description="URL of the object store where it is not AWS's")
     region: Text | None = None
+
+    @model_validator(mode="after")
+    def _apart(self) -> "StorageSection":
+        places = [one.rstrip("/") for one in (self.mount, self.scratch, *_PODS_OWN)]
+        if len(set(places)) < len(places) or "" in places:
+            raise ValueError(
+                f"mount={self.mount} and scratch={self.scratch} should be folders of their own, neither / nor "
+                f"{' nor '.join(_PODS_OWN)}"
+            )
+        return self
+
+
+_PODS_OWN = ("/tmp/ray", "/etc/domainshuttle")
+"""Where pods mount what is neither shared nor scratch."""
 
 
 class QueueSection(Section):
     """Who decides when a job begins."""
 
     kind: Literal["kueue", "volcano", "yunikorn"]
-    name: Text = Field(description="of the LocalQueue, or queue")
-    priority_class: Text | None = None
-    topology: Text | None = Field(
+    name: LabelValue = Field(min_length=1, description="of the LocalQueue, or queue")
+    priority_class: LabelValue | None = None
+    topology: LabelKey | None = Field(
         None, description="Kueue: label of the topology's level; Volcano: highest tier, such as 2"
     )
     topology_mode: Literal["required", "preferred"] = Field(
@@ -200,12 +260,12 @@ class QueueSection(Section):
 class KubernetesSection(Section):
     """How the cluster is managed by KubeRay."""
 
-    namespace: Name = "training"
-    operator_namespace: Name = Field("kuberay-system", description="where KubeRay's operator runs")
+    namespace: Namespace = "training"
+    operator_namespace: Namespace = Field("kuberay-system", description="where KubeRay's operator runs")
     queue: QueueSection | None = Field(None, description="none: Kubernetes' own scheduler, which can't hold back a job")
-    service_account: Name | None = None
-    image_pull_secret: Name | None = None
-    secrets: list[Name] = Field(
+    service_account: ObjectName | None = None
+    image_pull_secret: ObjectName | None = None
+    secrets: list[ObjectName] = Field(
         default_factory=list, description="Secrets whose keys are the pods' environment: AWS_..., MLFLOW_..., HF_TOKEN"
     )
     retries: Whole = Field(3, ge=0, le=100, description="new Ray clusters that a failed job gets")
@@ -217,7 +277,7 @@ class KubernetesSection(Section):
         None, description="between the notice of a pod's end and the kill: two steps and a save; none: as predicted"
     )
     log_sidecar: bool = Field(True, description="a container beside Ray's that prints what Ray writes to files")
-    log_image: Text = "fluent/fluent-bit:3.2.4"
+    log_image: Image = "fluent/fluent-bit:3.2.4"
 
 
 class VmSection(Section):
@@ -243,9 +303,11 @@ class VmSection(Section):
 class PostgresSection(Section):
     """A PostgreSQL of the cluster's own for MLflow, of one pod: for those who have no managed one."""
 
-    image: Text = Field("postgres:17", description="container image, by digest: postgres@sha256:...")
+    image: Image = Field("postgres:17", description="container image, by digest: postgres@sha256:...")
     storage_gib: Count = Field(50, description="of its volume")
-    storage_class: Name | None = Field(None, description="StorageClass of its volume; none: the cluster's default")
+    storage_class: ObjectName | None = Field(
+        None, description="StorageClass of its volume; none: the cluster's default"
+    )
     memory_gib: Count = 4
     cpus: Cpus = Field(2.0, gt=0)
 
@@ -254,33 +316,33 @@ class MlflowSection(Section):
     """The tracking server that is rendered beside the jobs."""
 
     name: Name = "mlflow"
-    image: Text | None = Field(None, description="none: the jobs' image, which has MLflow")
-    artifacts: Text = Field(description="where files go: s3://bucket/mlflow")
-    database_secret: Name = Field("mlflow-database", description="Secret whose key `uri` is the PostgreSQL URI")
+    image: Image | None = Field(None, description="none: the jobs' image, which has MLflow")
+    artifacts: Store = Field(description="where files go: s3://bucket/mlflow")
+    database_secret: ObjectName = Field("mlflow-database", description="Secret whose key `uri` is the PostgreSQL URI")
     postgres: PostgresSection | None = Field(
         None, description="a PostgreSQL beside the server; none: that of database_secret's uri exists already"
     )
-    auth_secret: Name | None = Field(
+    auth_secret: ObjectName | None = Field(
         None, description="Secret with MLFLOW_AUTH_ADMIN_PASSWORD and MLFLOW_FLASK_SERVER_SECRET_KEY; none: no login"
     )
-    hosts: list[Text] = Field(
+    hosts: list[Host] = Field(
         default_factory=list, description="other names by which clients call it, as of an ingress"
     )
     workers: Whole = Field(4, ge=1, le=64)
     pool_size: Whole = Field(5, ge=1, le=1000, description="connections to the database that each worker keeps")
-    artifacts_secrets: list[Name] = Field(default_factory=list, description="Secrets with the store's keys")
+    artifacts_secrets: list[ObjectName] = Field(default_factory=list, description="Secrets with the store's keys")
 
 
 class MonitoringSection(Section):
     """Where metrics go, and from what on somebody is called."""
 
-    namespace: Name | None = Field(None, description="of the Prometheus that scrapes; none: from everywhere")
-    labels: dict[str, str] = Field(
+    namespace: Namespace | None = Field(None, description="of the Prometheus that scrapes; none: from everywhere")
+    labels: Labels = Field(
         default_factory=lambda: {"release": "prometheus"}, description="by which it selects monitors and rules"
     )
-    prometheus_url: Text | None = Field(None, description="for Ray's dashboard")
-    grafana_url: Text | None = Field(None, description="for Ray's dashboard: as the pods reach it")
-    grafana_page_url: Text | None = Field(None, description="the same, as browsers reach it; none: grafana_url")
+    prometheus_url: Address | None = Field(None, description="for Ray's dashboard")
+    grafana_url: Address | None = Field(None, description="for Ray's dashboard: as the pods reach it")
+    grafana_page_url: Address | None = Field(None, description="the same, as browsers reach it; none: grafana_url")
     no_step_minutes: Real = Field(30.0, gt=0, le=1e5)
     mfu_drop: Real = Field(0.15, gt=0, lt=1, description="share below the usual MFU")
     data_wait: Real = Field(0.05, gt=0, lt=1, description="share of time that is spent waiting for data")
@@ -300,7 +362,7 @@ class ClusterSpec(Section):
     links: LinksSection = LinksSection()
     reliability: ReliabilitySection = ReliabilitySection()
     storage: StorageSection = StorageSection()
-    image: Text = Field("domainshuttle:latest", description="container image, by digest: REPOSITORY@sha256:...")
+    image: Image = Field("domainshuttle:latest", description="container image, by digest: REPOSITORY@sha256:...")
     kubernetes: KubernetesSection = KubernetesSection()
     vm: VmSection | None = None
     mlflow: MlflowSection | None = None
@@ -323,9 +385,9 @@ class ClusterSpec(Section):
 
     @property
     def pools(self) -> dict[str, Pool]:
-        """The pools that it has, by the name of their worker group."""
+        """The pools that have nodes, by the name of their worker group."""
         found = {"trainers": self.trainers, "encoders": self.encoders, "evaluators": self.evaluators}
-        return {name: pool for name, pool in found.items() if pool is not None}
+        return {name: pool for name, pool in found.items() if pool is not None and pool.most_nodes}
 
     @property
     def most_devices(self) -> int:

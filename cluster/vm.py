@@ -1,5 +1,6 @@
 """Clusters on VMs: the YAML of Ray's launcher (`ray up`)."""
 
+import shlex
 from typing import Any
 
 from domainshuttle.cluster.kuberay.pods import POOL_LABEL, Manifest, environment, nccl_environment
@@ -19,14 +20,14 @@ def launcher(spec: ClusterSpec, drain: float) -> Manifest:
             f"cluster {spec.name} has no section `vm`: add one, such as "
             "vm: {provider: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2, 10.0.0.3]}"
         )
-    pools = {"trainers": spec.trainers} if vm.provider == "local" else spec.pools
-    workers = len(vm.worker_ips) if vm.provider == "local" else sum(pool.most_nodes for pool in pools.values())
+    if vm.provider == "local":
+        _require_trainers_alone(spec, vm)
     variables = {**environment(spec, drain), **nccl_environment(spec), "RAY_AUTH_MODE": "token"}
-    exports = " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
-    start = f"{exports} ray start --object-spilling-directory={spec.storage.scratch}/spilled"
+    exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in sorted(variables.items()))
+    start = f"{exports} ray start --object-spilling-directory={shlex.quote(f'{spec.storage.scratch}/spilled')}"
     content: Manifest = {
         "cluster_name": spec.name,
-        "max_workers": workers,
+        "max_workers": sum(pool.most_nodes for pool in spec.pools.values()),
         "idle_timeout_minutes": 10,
         "provider": _provider(vm),
         "auth": {"ssh_user": vm.ssh_user, **({"ssh_private_key": vm.ssh_key} if vm.ssh_key else {})},
@@ -38,8 +39,8 @@ def launcher(spec: ClusterSpec, drain: float) -> Manifest:
             "run_options": [
                 "--ulimit nofile=65536:65536",
                 "--ulimit memlock=-1",
-                f"-v {spec.storage.mount}:{spec.storage.mount}",
-                f"-v {_CACHE}:{spec.storage.scratch}",
+                f"-v {shlex.quote(f'{spec.storage.mount}:{spec.storage.mount}')}",
+                f"-v {shlex.quote(f'{_CACHE}:{spec.storage.scratch}')}",
             ],
         },
         # the token by which clients, head and workers know each other
@@ -58,9 +59,24 @@ def launcher(spec: ClusterSpec, drain: float) -> Manifest:
         content["head_node_type"] = _HEAD
         content["available_node_types"] = {
             _HEAD: {"resources": {"CPU": 0}, "node_config": _node(vm, _HEAD, spec.head)},
-            **{name: _node_type(vm, name, pool) for name, pool in pools.items()},
+            **{name: _node_type(vm, name, pool) for name, pool in spec.pools.items()},
         }
     return content
+
+
+def _require_trainers_alone(spec: ClusterSpec, vm: VmSection) -> None:
+    """Raises ClusterError where machines that are given by their addresses are not the trainers that are described:
+    the launcher gives them no labels by which pools could be told apart."""
+    if others := [name for name in spec.pools if name != "trainers"]:
+        raise ClusterError(
+            f"cluster {spec.name}: all of vm.worker_ips are trainers, and it has {' and '.join(others)} too: leave "
+            f"them out with {' '.join(f'--cluster-set {name}=null' for name in others)}"
+        )
+    if (there := len(vm.worker_ips)) != spec.trainers.most_nodes:
+        raise ClusterError(
+            f"cluster {spec.name}: vm.worker_ips names {there}, and trainers.nodes has {spec.trainers.most_nodes}: "
+            f"name them all, or give --cluster-set trainers.nodes={there}"
+        )
 
 
 def _provider(vm: VmSection) -> Manifest:

@@ -1,10 +1,12 @@
 """What a run asks of a cluster, as manifests need it."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 
 RAY_VERSION = "2.60.0"
 """Of the image, the clients and the manifests: they must be the same."""
+_LONGEST = 47
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,14 @@ class Workload:
 
     @property
     def resource_name(self) -> str:
-        """The name that Kubernetes takes: of RayJobs at most 47 characters, small letters, digits and dashes."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        """The name that Kubernetes takes: of RayJobs at most 47 characters, small letters, digits and dashes.
+
+        Where more than a dot or an underscore is lost, a digest keeps it apart from those of other runs.
+        """
+        name = re.sub(r"[._]", "-", self.name)
+        if re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= _LONGEST:
+            return name
+        digest = hashlib.blake2b(self.name.encode(), digest_size=4).hexdigest()
+        name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         name = name if name[:1].isalpha() else f"run-{name}"
-        return name[:47].rstrip("-")
+        return f"{name[: _LONGEST - 1 - len(digest)].rstrip('-')}-{digest}"

@@ -29,7 +29,7 @@ def ray_job(spec: ClusterSpec, workload: Workload) -> list[Manifest]:
 
     Raises ClusterError where the cluster can't hold the run, or the operator would refuse it.
     """
-    _require_room(spec, workload)
+    require_room(spec, workload)
     name, kubernetes = workload.resource_name, spec.kubernetes
     config_map = f"{name}-config"
     arguments = ["domainshuttle", "train", f"{CONFIG_FOLDER}/run.yaml", "--stopped-code", "0", *workload.options]
@@ -75,7 +75,7 @@ def ray_cluster(spec: ClusterSpec, drain: float) -> list[Manifest]:
     return [cluster, *_guards(spec, spec.name)]
 
 
-def _require_room(spec: ClusterSpec, workload: Workload) -> None:
+def require_room(spec: ClusterSpec, workload: Workload) -> None:
     """Raises ClusterError where the most nodes of the trainers do not hold the most workers of the run."""
     trainers, most = spec.trainers, workload.workers[1]
     if workload.gpus_per_worker and not trainers.devices:
@@ -134,7 +134,7 @@ def _group(spec: ClusterSpec, name: str, pool: Pool, run: str, drain: float) -> 
         "groupName": name,
         "replicas": pool.least_nodes,
         "minReplicas": pool.least_nodes,
-        "maxReplicas": max(pool.most_nodes, 1),
+        "maxReplicas": pool.most_nodes,
         "numOfHosts": 1,
         "labels": {POOL_LABEL: name},
         "rayStartParams": {"object-spilling-directory": _spill(spec)},

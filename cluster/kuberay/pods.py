@@ -204,4 +204,4 @@ def _resources(needs: dict[str, Any]) -> Manifest:
 
 
 def _quantity(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

@@ -30,11 +30,61 @@ DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 def faults(manifest: Mapping[str, Any]) -> list[str]:
     """Every fault of a RayJob or RayCluster; none for a resource of another kind."""
-    kind = manifest.get("kind")
+    kind = str(manifest.get("kind"))
     if kind not in LONGEST_NAMES:
         return []
-    name = str((manifest.get("metadata") or {}).get("name", ""))
-    return [f"{kind} {name}: {fault}" for fault in (*_named(str(kind), name), *_of_kind[str(kind)](manifest))]
+    name = str(_at(manifest, "metadata").get("name", ""))
+    manifest = _without_nulls(manifest)
+    wrong = [*_shapes(manifest, "")]  # the rules read on only where these are right
+    return [f"{kind} {name}: {fault}" for fault in wrong or (*_named(kind, name), *_of_kind[kind](manifest))]
+
+
+def _without_nulls(content: Any) -> Any:
+    """What Kubernetes makes of a key without a value: it is not there."""
+    if isinstance(content, dict):
+        return {key: _without_nulls(value) for key, value in content.items() if value is not None}
+    return [_without_nulls(one) for one in content] if isinstance(content, list) else content
+
+
+_ENTRIES = ("workerGroupSpecs", "containers", "env", "deletionRules")
+"""Lists of mappings."""
+_SHAPES: tuple[tuple[type, str, tuple[str, ...]], ...] = (
+    (
+        dict, "keys with values",
+        ("metadata", "spec", "labels", "annotations", "rayClusterSpec", "headGroupSpec", "template", "authOptions",
+         "autoscalerOptions", "gcsFaultToleranceOptions", "deletionStrategy", "condition", "rayStartParams", "limits",
+         "clusterSelector"),
+    ),
+    (list, "a list", _ENTRIES),
+    (
+        int, "a whole number without quotes",
+        ("backoffLimit", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "minReplicas", "maxReplicas", "numOfHosts",
+         "ttlSeconds", "terminationGracePeriodSeconds"),
+    ),
+    (str, "a text", ("name", "runtimeEnvYAML", "entrypoint", "submissionMode", "groupName", "rayVersion", "version")),
+)  # fmt: skip
+"""Of what the rules read: what the values of keys are."""
+
+
+def _shapes(content: Any, path: str) -> Iterator[str]:
+    """What is not of the kind that the schema wants."""
+    for key, value in content.items():
+        here = f"{path}.{key}" if path else str(key)
+        for kind, meaning, keys in _SHAPES:
+            if key in keys and (not isinstance(value, kind) or isinstance(value, bool)):
+                yield f"{here} should be {meaning}"
+        entries = value if isinstance(value, list) else []
+        for number, entry in enumerate(entries):
+            if isinstance(entry, dict):
+                yield from _shapes(entry, f"{here}[{number}]")
+            elif key in _ENTRIES:
+                yield f"{here}[{number}] should be keys with values"
+        if isinstance(value, dict) and key not in _OF_OTHERS:
+            yield from _shapes(value, here)
+
+
+_OF_OTHERS = ("rayStartParams", "labels", "annotations", "limits", "requests", "nodeSelector")
+"""Mappings whose keys are their owner's."""
 
 
 def _named(kind: str, name: str) -> Iterator[str]:
@@ -124,8 +174,15 @@ def _ttl_faults(rules: list[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _secret_faults(runtime_env: str | None) -> Iterator[str]:
-    content = yaml.safe_load(runtime_env) if runtime_env else {}
-    for name in (content or {}).get("env_vars") or {}:
+    try:
+        content = yaml.safe_load(runtime_env) if runtime_env else {}
+    except yaml.YAMLError as error:
+        yield f"spec.runtimeEnvYAML is not valid YAML: {' '.join(str(error).split())}"
+        return
+    if not isinstance(content, dict) or not isinstance(content.get("env_vars") or {}, dict):
+        yield "spec.runtimeEnvYAML should be keys with values, env_vars too"
+        return
+    for name in content.get("env_vars") or {}:
         if _SECRET.search(name):
             yield (
                 f"spec.runtimeEnvYAML: {name} looks like a secret, and all who may see jobs read it: put it into "
@@ -215,10 +272,13 @@ def _group_faults(group: Mapping[str, Any], path: str, ray: str, needs_never: bo
         yield f"{path}.template.spec.restartPolicy must be Never with autoscaler v2 (the default from Ray 2.47)"
     drain = {one.get("name"): one.get("value") for one in containers[0].get("env") or []}.get(DRAIN)
     grace = template.get("terminationGracePeriodSeconds", 30)
-    if float(drain or 30) + 30 > grace:
+    seconds = str(drain or 30)
+    if not re.fullmatch(r"\d+(\.\d+)?", seconds):
+        yield f"{path}.template: {DRAIN} is {seconds!r}: give seconds, such as '120'"
+    elif float(seconds) + 30 > grace:
         yield (
-            f"{path}.template.spec.terminationGracePeriodSeconds is {grace}, and Ray drains for {drain or 30} s "
-            f"({DRAIN}): the pod is killed before its workers have saved: set it to {round(float(drain or 30)) + 30}"
+            f"{path}.template.spec.terminationGracePeriodSeconds is {grace}, and Ray drains for {seconds} s "
+            f"({DRAIN}): the pod is killed before its workers have saved: set it to {round(float(seconds)) + 30}"
         )
 
 

@@ -30,7 +30,7 @@ def workload_of(config: RunConfig, spec: ClusterSpec, options: tuple[str, ...] =
             f"and two steps and a save take {drain:g} s: use other nodes, or set kubernetes.drain_seconds"
         )
     cluster = config.cluster
-    if (spec.encoders or spec.evaluators) and not cluster.node_labels:
+    if len(spec.pools) > 1 and not cluster.node_labels:
         # the other pools have devices too, which workers must not take
         cluster = cluster.model_copy(update={"node_labels": {POOL_LABEL: "trainers"}})
         config = config.model_copy(update={"cluster": cluster})

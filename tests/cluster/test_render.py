@@ -1,6 +1,8 @@
 """What is rendered is what Kubernetes, KubeRay, Ray and Prometheus take, and holds what keeps a run safe."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +154,8 @@ def test_labels_of_queues() -> None:
 
 
 VMS = {
-    "local": ["vm={head_ip: 10.0.0.1, worker_ips: [10.0.0.2, 10.0.0.3]}"],
+    "local": ["vm={head_ip: 10.0.0.1, worker_ips: [10.0.0.2, 10.0.0.3]}", "trainers.nodes=2", "encoders=null",
+              "evaluators=null", "storage.endpoint='http://store:9000/?a=b&c=d'"],
     "aws": ["vm={provider: aws, region: us-east-1}", "trainers.instance=p5.48xlarge", "head.instance=m7i.4xlarge",
             "encoders.instance=g6e.12xlarge", "evaluators.instance=g6e.4xlarge"],
     "gcp": ["vm={provider: gcp, region: us-central1, zone: us-central1-a, project: p}", "head.instance=n2-standard-16",
@@ -168,9 +171,12 @@ def test_rays_launcher_takes_what_is_rendered(overrides: list[str]) -> None:
     found = importlib.util.find_spec("ray")
     assert found and found.origin
     schema = json.loads((Path(found.origin).parent / "autoscaler/ray-schema.json").read_text())
-    content = yaml.safe_load(render("vm", shipped(*overrides), workload())["cluster.yaml"])
+    content = yaml.safe_load(render("vm", shipped(*overrides), workload(workers=(8, 16)))["cluster.yaml"])
     jsonschema.validate(content, schema)
-    assert "RAY_AUTH_MODE=token" in content["head_start_ray_commands"][1]
+    words = shlex.split(content["head_start_ray_commands"][1])  # as a shell reads it
+    assert "RAY_AUTH_MODE=token" in words[: words.index("ray")]
+    if content["provider"]["type"] == "local":
+        assert "AWS_ENDPOINT_URL=http://store:9000/?a=b&c=d" in words and content["max_workers"] == 2
     if content["provider"]["type"] == "aws":
         encoders = content["available_node_types"]["encoders"]
         assert encoders["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
@@ -182,6 +188,55 @@ def test_a_vm_without_a_machine_type_is_answered() -> None:
         render("vm", shipped(VMS["aws"][0]), workload())
     with pytest.raises(ClusterError, match="no section `vm`"):
         render("vm", shipped(), workload())
+
+
+def test_what_machines_of_given_addresses_can_not_be_is_said() -> None:
+    local = "vm={head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}"
+    alone = ["encoders=null", "evaluators.nodes=0"]
+    for overrides, expected in (
+        ([local], r"has encoders and evaluators too: .*--cluster-set encoders=null"),
+        ([local, *alone], "worker_ips names 1, and trainers.nodes has 8"),
+        ([local, *alone, "trainers.nodes=1"], "holds 8 workers"),
+    ):
+        with pytest.raises(ClusterError, match=expected):
+            render("vm", shipped(*overrides), workload())
+
+
+def test_runs_of_different_names_are_different_resources() -> None:
+    names = [
+        "run",
+        "Run",
+        "run-",
+        "RUN",
+        "a" * 47,
+        "a" * 48,
+        "a" * 49,
+        "a.b",
+        "1",
+        "a--b",
+        "...",
+        "b" * 60 + "1",
+        "b" * 60 + "2",
+    ]
+    found = [workload(name=name).resource_name for name in names]
+    assert len(set(found)) == len(names)
+    for name in found:
+        assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47, name
+    assert workload(name="wan2.1-t2v_14b").resource_name == "wan2-1-t2v-14b"
+    assert (found[0], found[4]) == ("run", "a" * 47)
+
+
+def test_a_pool_without_nodes_is_none() -> None:
+    groups = job_of(shipped("encoders.nodes=0"))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [one["groupName"] for one in groups] == ["trainers", "evaluators"]
+
+
+def test_cpus_are_rendered_as_they_are_given() -> None:
+    job = job_of(shipped("trainers.cpus=12345.678", "head.cpus=20"))
+    limits = {
+        name: one["spec"]["containers"][0]["resources"]["limits"] for name, one in pods(job) if name != "submitter"
+    }
+    assert (limits["trainers"]["cpu"], limits["head"]["cpu"]) == ("12345.678", "20")
 
 
 def test_the_command_writes_and_checks(tmp_path: Path) -> None:
@@ -208,6 +263,6 @@ def test_the_command_writes_and_checks(tmp_path: Path) -> None:
 
 
 def test_each_target_has_files() -> None:
-    spec = shipped(VMS["local"][0])
+    spec = shipped(*VMS["local"])
     for target in TARGETS:
-        assert render(target, spec, workload())
+        assert render(target, spec, workload(workers=(8, 16)))

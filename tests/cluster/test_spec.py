@@ -43,12 +43,42 @@ def test_links_reach_most_of_what_their_cards_can() -> None:
         ("head.memory_gib=8", "greater than or equal to 16"),
         ("kubernetes.queue={kind: volcano, name: q, topology: rack}", "tier"),
         ("vm={provider: aws}", "needs region"),
+        # what Kubernetes' API server refuses, or pods can't be with
+        ("trainers.node_selector={a b: c}", "should be a label's name"),
+        ("trainers.node_selector={pool: big nodes}", "trainers.node_selector.pool: should be a label's value"),
+        ("trainers.node_selector={pool: " + "x" * 64 + "}", "with at most 63 characters"),
+        ("trainers.tolerations=[{key: gpu, value: yes}]", "a value goes with operator: Equal"),
+        ("kubernetes.queue.name=my queue", "should be a label's value"),
+        ("kubernetes.queue.priority_class=Umläut", "should be a label's value"),
+        ("monitoring.labels={release: my prometheus}", "should be a label's value"),
+        ("kubernetes.namespace=Training", "small letters, digits and dashes"),
+        ("kubernetes.secrets=[AWS_KEYS]", "small letters, digits, and dashes or dots"),
+        ("links.resource=rdma/a b", "should be a label's name"),
+        ("storage.mount=shared", "an absolute path without a colon"),
+        ("storage.mount=/scratch/", "should be folders of their own"),
+        ("storage.scratch=/tmp/ray", "should be folders of their own"),
+        ("storage.mount=/", "should be folders of their own"),
+        ("storage.endpoint=minio:9000", "begins with http:// or https://"),
+        ("image=my image", "without spaces"),
+        ("mlflow.artifacts=/data", "the address of a store"),
+        ("mlflow.artifacts=file:///data", "the address of a store"),
+        ("mlflow.hosts=[https://mlflow.example.com]", "a host's name"),
     ],
 )
 def test_mistakes_are_named_with_the_remedy(override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match="can't be used") as error:
         load_cluster("h100-64", [override])
     assert expected in str(error.value)
+
+
+def test_names_of_what_is_there_are_taken_as_kubernetes_takes_them() -> None:
+    longer = "a" * 60
+    spec = load_cluster(
+        "h100-64",
+        [f"kubernetes.secrets=[store.keys, {longer}]", f"kubernetes.namespace=9{longer}", "storage.claim=fast.claim",
+         "kubernetes.image_pull_secret=registry.example.com", "kubernetes.service_account=trainer.v2"],
+    )  # fmt: skip
+    assert spec.kubernetes.secrets == ["store.keys", longer] and spec.storage.claim == "fast.claim"
 
 
 def test_an_unknown_name_is_answered_with_those_that_ship() -> None:

@@ -1,6 +1,7 @@
 """What KubeRay's operator and Kueue refuse, each broken once in a job that is else good."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,14 @@ def changed(job: dict[str, Any], **paths: Any) -> dict[str, Any]:
     return found
 
 
+def inner_places(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in nested mappings and in the first entries of lists."""
+    for key in list(content) if isinstance(content, dict) else range(min(len(content), 1)):
+        yield content, key
+        if isinstance(content[key], dict | list):
+            yield from inner_places(content[key])
+
+
 CLUSTER = "spec__rayClusterSpec__"
 TRAINERS = f"{CLUSTER}workerGroupSpecs__0__"
 RULE = {"condition": {"jobStatus": "FAILED", "ttlSeconds": 0}, "policy": "DeleteCluster"}
@@ -38,6 +47,15 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "long name": ({"metadata__name": "a" * 48}, "at most 47"),
     "name of capitals": ({"metadata__name": "Run"}, "small letters"),
     "name that begins with a digit": ({"metadata__name": "1-run"}, "begin with a letter"),
+    "groups that are no list": ({f"{CLUSTER}workerGroupSpecs": {"a": 1}}, "workerGroupSpecs should be a list"),
+    "number in quotes": ({"spec__backoffLimit": "3"}, "spec.backoffLimit should be a whole number without quotes"),
+    "environment as a mapping": (
+        {f"{TRAINERS}template__spec__containers__0__env": {"A": "b"}}, "containers[0].env should be a list"),
+    "drain in minutes": (
+        {f"{TRAINERS}template__spec__containers__0__env":
+         [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "2m"}]}, "give seconds, such as '120'"),
+    "environment that is no YAML": ({"spec__runtimeEnvYAML": "env_vars: {"}, "runtimeEnvYAML is not valid YAML"),
+    "runtime environment that is a list": ({"spec__runtimeEnvYAML": "[a]"}, "runtimeEnvYAML should be keys"),
     "mode": ({"spec__submissionMode": "HttpMode"}, "submissionMode"),
     "no cluster": ({"spec__rayClusterSpec": ...}, "neither rayClusterSpec"),
     "retries of a chosen cluster": ({"spec__clusterSelector": {"a": "b"}}, "beside clusterSelector"),
@@ -91,6 +109,19 @@ def test_a_broken_rule_is_named(good: dict[str, Any], paths: dict[str, Any], exp
     found = faults(changed(good, **paths))
     assert any(expected in fault for fault in found), found
     assert "abc" not in " ".join(found)
+
+
+def test_a_key_without_a_value_is_not_there_and_no_value_ends_with_a_traceback(good: dict[str, Any]) -> None:
+    assert faults(changed(good, spec__backoffLimit=None, **{f"{TRAINERS}minReplicas": None})) == [
+        "RayJob paper-run-1-c7b97db3: spec.rayClusterSpec.workerGroupSpecs[0]: minReplicas missing"
+    ]
+    job = copy.deepcopy(good)
+    for place, key in inner_places(job):
+        kept = place[key]
+        for value in (None, "x", [], ["a"]):
+            place[key] = value
+            faults(job)
+        place[key] = kept
 
 
 def test_the_ray_container_must_be_first(good: dict[str, Any]) -> None:
