@@ -54,7 +54,7 @@ class Answers:
 
     def keep(self, key: str, answer: dict[str, Any], cost: float) -> None:
         """Appends an answer, which outlives the process."""
-        line = json.dumps({"key": key, **answer, "cost": cost}, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps({"key": key, **answer, "cost": cost}).encode() + b"\n"
         with self._lock:
             self._at[key] = self._own, self._append(line), len(line)
             self._states[key] = answer.get("state", "")

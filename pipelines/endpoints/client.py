@@ -32,7 +32,7 @@ from domainshuttle.pipelines.errors import StorageError, one_line
 State = Literal["answered", "refused", "bad_answer"]
 _PICTURE_TOKENS = 1600
 """What a picture is taken for before the endpoint says how many tokens it was."""
-_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, *range(520, 531)})
 _ODD_ANSWERS = 5
 """Answers with code 200 that are no chat completion, in a row, after which it is no such endpoint."""
 
@@ -197,17 +197,18 @@ class ChatClient:
             response = self._http.post(
                 f"{self.config.url}/chat/completions", content=body, headers={"Content-Type": "application/json"}
             )
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _TryAgain(f"{type(error).__name__}: {one_line(error)}") from None
-        if response.status_code in _AGAIN:
-            raise _TryAgain(f"HTTP {response.status_code} {_said(response)}", _retry_after(response))
-        if response.status_code in (400, 413, 422):
+        status = _status(response)
+        if status in _AGAIN:
+            raise _TryAgain(f"HTTP {status} {_said(response)}", _retry_after(response))
+        if status in (400, 413, 422):
             self._last_good = time.monotonic()
             said = _said(response)
             filtered = "content_filter" in response.text or "content_policy" in response.text
-            return {"status": response.status_code, "refusal": said} if filtered else {"fault": said}
-        if response.status_code != 200:
-            raise EndpointError(self._not_let_in(response))
+            return {"status": status, "refusal": said} if filtered else {"fault": said}
+        if status != 200:
+            raise EndpointError(self._not_let_in(status, response))
         return self._completion(response)
 
     def _completion(self, response: httpx2.Response) -> dict[str, Any]:
@@ -224,7 +225,7 @@ class ChatClient:
                 raise TypeError("content is no text")
             usage = content.get("usage") or {}
             usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens") if usage.get(name)}
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             with self._lock:
                 self._odd += 1
                 odd = self._odd
@@ -238,21 +239,23 @@ class ChatClient:
         with self._lock:
             self._odd, self._last_good = 0, time.monotonic()
         return {
-            "text": text or "",
-            "refusal": refusal or "",
+            "text": _writable(text or ""),
+            "refusal": _writable(refusal or ""),
             "finish": choice.get("finish_reason") or "",
             "usage": usage,
             **({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {}),
             **({"pictures": pictures} if pictures else {}),
         }
 
-    def _not_let_in(self, response: httpx2.Response) -> str:
+    def _not_let_in(self, status: int, response: httpx2.Response) -> str:
         said = _said(response)
-        if response.status_code in (401, 403):
+        if status in (401, 403):
             where = f"the key in {self.config.key_variable}" if self.config.key_variable else "no key (key_variable)"
-            return f"{self.config.url} refused the request with {where}: HTTP {response.status_code} {said}"
+            return f"{self.config.url} refused the request with {where}: HTTP {status} {said}"
+        if moved := response.headers.get("location"):
+            said = f"it has moved to {moved[:200]}"
         return (
-            f"{self.config.url}/chat/completions with model {self.config.model!r}: HTTP {response.status_code} {said}. "
+            f"{self.config.url}/chat/completions with model {self.config.model!r}: HTTP {status} {said}. "
             "Check url and model: curl URL/models lists what it serves"
         )
 
@@ -351,13 +354,33 @@ def _picture(content: dict[str, Any]) -> bytes:
     raise BadAnswer(f"no picture as a data URL: {content.get('text', '')[:80]!r}")
 
 
-def _said(response: httpx2.Response) -> str:
+def _error(response: httpx2.Response) -> Any:
+    """The error that an answer names, also with code 200, as gateways do: its own, or that of its choice."""
     try:
-        error = response.json()["error"]
-        text = error["message"] if isinstance(error, dict) else error
-    except (ValueError, LookupError, TypeError):
-        text = response.text
-    return one_line(ValueError(str(text)[:200].strip() or "without a text"))
+        content = response.json()
+    except (ValueError, RecursionError):
+        return None
+    places = [content, *(content["choices"] if isinstance(content, dict) and content.get("choices") else ())]
+    return next((one["error"] for one in places if isinstance(one, dict) and one.get("error")), None)
+
+
+def _status(response: httpx2.Response) -> int:
+    """The code of an answer; of an error that came with code 200 the one that it names, or 500."""
+    if response.status_code != 200 or not (error := _error(response)):
+        return response.status_code
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def _said(response: httpx2.Response) -> str:
+    error = _error(response)
+    text = (error.get("message") or error) if isinstance(error, dict) else error or response.text
+    return one_line(ValueError(_writable(str(text))[:200].strip() or "without a text"))
+
+
+def _writable(text: str) -> str:
+    """A text in which halves of surrogate pairs, which no UTF-8 can hold, are spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _retry_after(response: httpx2.Response) -> float:

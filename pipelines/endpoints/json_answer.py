@@ -8,10 +8,11 @@ from pydantic import BaseModel, ValidationError
 
 Form = TypeVar("Form", bound=BaseModel)
 
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_THOUGHT = re.compile(r"\A(?!\s*[{`]).*?</think>", re.DOTALL)
+"""Up to its end: its beginning may stand in the question, where a chat template puts it."""
+_FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(
-    r"\A\W*(?:i'?m sorry|sorry|i apologi[sz]e|i can(?:no|'|’)?t|i am (?:unable|not able)|i'?m (?:unable|not able)"
+    r"\A\W*(?:i['’]?m sorry|sorry|i apologi[sz]e|i can(?:no|['’])?t|i(?: a|['’]?)m (?:unable|not able)"
     r"|unfortunately,? i|as an ai)\b",
     re.IGNORECASE,
 )

@@ -67,8 +67,12 @@ def test_the_same_question_at_the_same_time_is_asked_once(tmp_path: Path) -> Non
         Reply(GOOD, cut=True),
         Reply(body=b"<html>a proxy's page</html>"),
         Reply(body=b'{"choices": []}'),
+        Reply(GOOD, headers={"Content-Encoding": "gzip"}),
+        Reply(body=b"[" * 100_000),
+        Reply(body=b'{"choices": [{"message": {"content": "{}"}}], "usage": {"prompt_tokens": Infinity}}'),
+        Reply(body=b'{"choices": [{"error": {"code": 502}, "finish_reason": "error", "message": {"content": ""}}]}'),
     ],
-    ids=["429", "500", "cut connection", "nonsense", "no choices"],
+    ids=["429", "500", "cut connection", "nonsense", "no choices", "no gzip", "deep", "infinite", "choice's error"],
 )
 def test_what_says_nothing_of_the_question_is_tried_again(tmp_path: Path, fault: Reply) -> None:
     with openai_server(lambda _, number: fault if number < 2 else Reply(GOOD)) as server:
@@ -89,6 +93,10 @@ def test_what_says_nothing_of_the_question_is_tried_again(tmp_path: Path, fault:
         (Reply(GOOD[:9], finish="length"), "bad_answer", 3),
         (Reply(code=400, body=b'{"error": {"message": "too many tokens"}}'), "bad_answer", 3),
         (Reply('{"score": 1, "why": "a copy"}'), "answered", 1),
+        (Reply("I\u2019m sorry, but I can\u2019t help with that."), "refused", 1),
+        (Reply('{"score": 1, "why": "half a face: \ud83d"}'), "bad_answer", 3),
+        (Reply(f"first {{...}}, then\n</think>\n\n{GOOD}"), "answered", 1),
+        (Reply('{"score": 1, "why": "it says </think>"}'), "answered", 1),
     ],
 )
 def test_a_refusal_a_bad_answer_and_a_low_score_are_three(tmp_path: Path, reply: Reply, state: str, asked: int) -> None:
@@ -125,6 +133,22 @@ def test_an_endpoint_that_is_none_is_one_message_for_all_threads(tmp_path: Path)
         pytest.raises(EndpointError, match="Is it up"),
     ):
         asks.ask(question())
+
+
+def test_an_error_with_code_200_is_what_it_says(tmp_path: Path) -> None:
+    """As gateways answer, which are busy more often in a row than an address that is none is asked."""
+    busy = Reply(body=b'{"error": {"code": 429, "message": "slow down"}}', headers={"Retry-After": "0"})
+    with openai_server(lambda _, number: busy if number < 6 else Reply(GOOD)) as server:
+        with client(server.url, tmp_path, patience=600.0) as asks:
+            asks._wait = lambda _: 0.0  # type: ignore[method-assign]
+            assert asks.ask(question()).state == "answered"
+    with openai_server(lambda *_: Reply(body=b'{"error": {"code": 401, "message": "no such key"}}')) as server:
+        with client(server.url, tmp_path) as asks, pytest.raises(EndpointError, match="HTTP 401 no such key"):
+            asks.ask(question("another"))
+    moved = Reply(code=301, headers={"Location": "https://node/v1/chat/completions"})
+    with openai_server(lambda *_: moved) as server, client(server.url, tmp_path) as asks:
+        with pytest.raises(EndpointError, match="HTTP 301 it has moved to https://node/v1/chat/completions"):
+            asks.ask(question("another"))
 
 
 def test_the_key_is_sent_and_never_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
