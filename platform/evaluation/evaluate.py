@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from domainshuttle.pipelines.endpoints.answers import Answers
 from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.pipelines.storage.locks import locked
@@ -25,6 +26,7 @@ from domainshuttle.platform.evaluation.cases import CASES_NAME, EvaluationCase, 
 from domainshuttle.platform.evaluation.choices import title_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig, load_evaluation
 from domainshuttle.platform.evaluation.judges.pairs import PairJudge
+from domainshuttle.platform.evaluation.metrics.edits import edit_answers
 from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
 from domainshuttle.platform.evaluation.stages import say_terms
@@ -111,16 +113,20 @@ def _alone(out: Path) -> Iterator[None]:
 def measure(
     out: Path, config: EvaluationConfig, cases: Sequence[EvaluationCase], columns: Sequence[Column], again: bool = False
 ) -> Results:
-    """Computes the rows that are missing; returns all."""
+    """Computes the rows that are missing, and `again` those that failed; returns all."""
     from domainshuttle.platform.evaluation.scoring import score_missing
 
     folder, store = VideoFolder(out / "videos"), ResultStore(out)
     clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
+    if again:
+        for kept in (out / "answers", edit_answers(out)):
+            if kept.is_dir():
+                Answers(kept).forget(("refused", "bad_answer"))
     count = score_missing(cases, clips, config.metrics, store, config.scoring, out, again)
     results = _results(out, config, cases, columns, clips, store)
-    count += results.tests.measure(config.metrics, out, config.scoring)
+    count += results.tests.measure(config.metrics, out, config.scoring, again)
     if results.pair_judge is not None:
-        count += results.pair_judge.measure(cases, columns, clips)
+        count += results.pair_judge.measure(cases, columns, clips, again)
     say(f"Measured {counted(count, 'value')}; {len(store)} are in {out}")
     return results
 

@@ -135,11 +135,11 @@ def _figure(results: Results, stratum: str, metric: str, column: str) -> dict[st
     one = results.estimates[stratum, metric, column]
     many = one.share_missing > results.config.statistics.most_missing
     return {
-        "mean": None if not one.cases or (column, metric) in results.voids else one.mean,
+        "mean": None if one.mean != one.mean else one.mean,
         "low": None if one.low != one.low else one.low,
         "high": None if one.high != one.high else one.high,
         "missing": one.missing,
-        "bounds": (one.worst, one.best) if many and one.cases else None,
+        "bounds": (one.worst, one.best) if many and one.worst == one.worst else None,
         "beside": results.beside(column, metric, stratum),
     }
 
@@ -172,14 +172,14 @@ def _verdicts(results: Results) -> list[dict[str, Any]]:
     found = []
     for (stratum, left, right), by_metric in results.comparisons.items():
         for metric, one in by_metric.items():
+            void = [shown[name] for name in (left, right) if (name, metric) in results.voids]
+            said = {1: f"{shown[left]} is better", -1: f"{shown[right]} is better", 0: "no difference shown"}
             found.append(
                 {
                     "stratum": stratum.replace("_", " "), "left": left, "right": right, "metric": titles[metric],
                     "difference": one.difference.mean, "low": one.difference.low, "high": one.difference.high,
                     "cases": one.difference.cases, "missing": one.difference.missing, "p": one.adjusted,
-                    "text": {1: f"{shown[left]} is better", -1: f"{shown[right]} is better", 0: "no difference shown"}[
-                        one.verdict
-                    ],
+                    "text": f"void: {' and '.join(void)}" if void else said[one.verdict],
                 }
             )  # fmt: skip
     return found

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from math import isnan
@@ -107,7 +107,7 @@ class Results:
 
     @cached_property
     def estimates(self) -> dict[tuple[str, str, str], Estimate]:
-        """By stratum, metric and column."""
+        """By stratum, metric and column; of one that is void no more than how many cases have a value."""
         settings, found = self.config.statistics, {}
         for stratum in self.strata:
             for metric in self.metrics:
@@ -117,12 +117,16 @@ class Results:
                 least, most = self._ranges[metric.label]
                 rows = estimates(table, settings.confidence, settings.resamples, settings.seed, least, most)
                 for column, one in zip(self.columns, rows, strict=True):
+                    if (column.name, metric.label) in self.voids:
+                        nan = float("nan")
+                        one = replace(one, mean=nan, low=nan, high=nan, worst=nan, best=nan)
                     found[stratum, metric.label, column.name] = one
         return found
 
     @cached_property
     def comparisons(self) -> dict[tuple[str, str, str], dict[str, Comparison]]:
-        """By stratum and two models, of each metric: how much more the first has. Controls are compared with theirs."""
+        """By stratum and two models, of each metric: how much more the first has; nothing where a value of the two is
+        void. Controls are compared with theirs."""
         judged = [column.name for column in self.columns if column.judged]
         pairs = [*combinations(judged, 2), *((one.of, one.name) for one in self.columns if one.control)]
         settings = self.config.statistics
@@ -131,6 +135,7 @@ class Results:
             names = [metric.label for metric in self.metrics if self.cases_of(metric.label, stratum)]
             values = {
                 (column.name, name): self.values(column.name, name, stratum)
+                * (float("nan") if (column.name, name) in self.voids else 1.0)
                 for column in self.columns for name in names
             }  # fmt: skip
             tables = {

@@ -111,9 +111,10 @@ class Sensitivity:
         self._cases = {case.id: case for case in cases}
         self._clips = {(clip.column, clip.case): clip for clip in clips if clip.repeat == 0 and clip.sha256}
 
-    def measure(self, config: MetricsConfig, folder: Path, pool: ScoringPool | None) -> int:
-        """Computes the rows that are missing; returns how many. Raises what scoring does."""
-        tasks, count = list(self._tasks()), 0
+    def measure(self, config: MetricsConfig, folder: Path, pool: ScoringPool | None, again: bool = False) -> int:
+        """Computes the rows that are missing, and `again` those that failed; returns how many. Raises what scoring
+        does."""
+        tasks, count = list(self._tasks(again)), 0
         total = sum(len(metrics) for task in tasks for metrics in task.trials.values())
         if not tasks:
             return 0
@@ -170,7 +171,7 @@ class Sensitivity:
                     found[case.id] = next(alike, after[0])
         return found
 
-    def _tasks(self) -> Iterator[_Task]:
+    def _tasks(self, again: bool) -> Iterator[_Task]:
         wanted: dict[str, tuple[EvaluationCase, Clip, dict[Trial, list[str]]]] = {}
         for metric in self.metrics:
             for case, clip in self._chosen(metric):
@@ -178,7 +179,7 @@ class Sensitivity:
                     if trial == "no_references" or (trial in _OF_TWO and case.id not in self._partners):
                         continue
                     key = _key(case, self._partners.get(case.id), clip.sha256, trial, metric.digest, self.settings)
-                    if self.altered.get(key) is None:
+                    if self.altered.missing([key], again):
                         of_case = wanted.setdefault(case.id, (case, clip, {}))
                         of_case[2].setdefault(trial, []).append(metric.digest)
         for case, clip, trials in wanted.values():

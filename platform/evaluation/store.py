@@ -61,13 +61,8 @@ class ResultStore:
         return len(self._rows)
 
     def missing(self, keys: Iterable[RowKey], again: bool = False) -> list[RowKey]:
-        """The keys without a row, in order; `again`: also those that have only a failure."""
-        found = []
-        for key in keys:
-            row = self._rows.get(key)
-            if row is None or (again and row.score.state in ("failed", "refused")):
-                found.append(key)
-        return found
+        """The keys without a row, in order; `again`: also those of which something failed."""
+        return [key for key in keys if (row := self._rows.get(key)) is None or (again and row.score.in_part)]
 
     def add(self, rows: Iterable[Row]) -> None:
         """Writes rows, so that they outlive this process."""

@@ -74,12 +74,15 @@ class PairJudge:
         }  # fmt: skip
         return hashlib.blake2b(json.dumps(decisions, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def measure(self, cases: Sequence[EvaluationCase], columns: Sequence[Column], clips: Sequence[Clip]) -> int:
-        """Asks what is missing; returns how many cases were compared. Raises EndpointError, CostLimitError."""
+    def measure(
+        self, cases: Sequence[EvaluationCase], columns: Sequence[Column], clips: Sequence[Clip], again: bool = False
+    ) -> int:
+        """Asks what is missing, and `again` what failed; returns how many cases were compared. Raises EndpointError,
+        CostLimitError."""
         wanted = [
             (case, left, right)
             for case, left, right in self._pairs(cases, columns, clips)
-            if self.store.get(self._key(case, left, right)) is None
+            if self.store.missing([self._key(case, left, right)], again)
         ]
         if not wanted:
             return 0
@@ -98,23 +101,25 @@ class PairJudge:
     def results(
         self, cases: Sequence[EvaluationCase], columns: Sequence[Column], clips: Sequence[Clip]
     ) -> list[PairResult]:
-        """What the rows say of each two models."""
+        """What the rows say of each two models of which any case is compared; a case without a row is missing."""
         found: dict[tuple[str, str], list[Score]] = {}
         for case, left, right in self._pairs(cases, columns, clips):
             row = self.store.get(self._key(case, left, right))
             if row is not None:
                 found.setdefault((left.column, right.column), []).append(row.score)
-        return [summed(left, right, scores) for (left, right), scores in found.items()]
+        whole = sum(self._chosen(case) for case in cases)
+        return [summed(left, right, scores, whole) for (left, right), scores in found.items()]
+
+    def _chosen(self, case: EvaluationCase) -> bool:
+        wanted = self.choices.cases
+        return wanted == "all" or case.cross_domain == (wanted == "cross_domain")
 
     def _pairs(
         self, cases: Sequence[EvaluationCase], columns: Sequence[Column], clips: Sequence[Clip]
     ) -> Iterator[tuple[EvaluationCase, Clip, Clip]]:
         by_place = {(clip.column, clip.case): clip for clip in clips if clip.repeat == 0 and clip.sha256}
         for left, right in combinations([column.name for column in columns if column.judged], 2):
-            for case in cases:
-                wanted = self.choices.cases
-                if wanted != "all" and case.cross_domain != (wanted == "cross_domain"):
-                    continue
+            for case in filter(self._chosen, cases):
                 one, other = by_place.get((left, case.id)), by_place.get((right, case.id))
                 if one is not None and other is not None:
                     yield case, one, other
@@ -184,8 +189,8 @@ def verdict_of(forward: Answer, backward: Answer) -> tuple[int | None, bool]:
     return (one, False) if one == other else (0, True)
 
 
-def summed(left: str, right: str, scores: Sequence[Score]) -> PairResult:
-    """The cases of two models counted."""
+def summed(left: str, right: str, scores: Sequence[Score], whole: int) -> PairResult:
+    """The cases of two models counted, of `whole` that there are."""
     values = np.array([one.value for one in scores if one.value is not None])
     wins, losses = int((values > 1e-9).sum()), int((values < -1e-9).sum())
     p = float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
@@ -193,5 +198,5 @@ def summed(left: str, right: str, scores: Sequence[Score]) -> PairResult:
     return PairResult(
         left, right, len(values), wins, losses, len(values) - wins - losses,
         float(values.mean()) if len(values) else 0.0, float(np.mean(dependent)) if dependent else 0.0,
-        len(scores) - len(values), p,
+        whole - len(values), p,
     )  # fmt: skip

@@ -189,7 +189,8 @@ class QwenImageEditor:
 def make_editor(choices: EditorChoices, folders: MetricModels, models: Models, metric: str) -> Editor:
     """The editor of these choices, loaded once a process."""
     if choices.endpoint is not None:
-        folder = edit_folder(models) / "answers"
+        assert models.folder is not None
+        folder = edit_answers(models.folder)
         key = ("editor", choices.model_dump_json())
         return models.once(key, lambda: EndpointEditor(choices, folder))
     path = folders.folder("image_editor", metric)
@@ -201,3 +202,8 @@ def edit_folder(models: Models) -> Path:
     if models.folder is None:
         raise ValueError("edits are kept in the folder of the evaluation: Models(folder=)")
     return models.folder / "edits"
+
+
+def edit_answers(folder: Path) -> Path:
+    """Where what hosted editors answered lies in an evaluation's folder."""
+    return folder / "edits" / "answers"

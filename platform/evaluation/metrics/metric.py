@@ -163,6 +163,12 @@ class Score:
         if self.state != "measured" and not self.reason:
             raise ValueError(f"a score that is {self.state} says why")
 
+    @property
+    def in_part(self) -> bool:
+        """Whether all of it, or an answer of a judge, failed or was refused: another try may give more."""
+        answers = self.details.get("answers", {})
+        return self.state in ("failed", "refused") or any(answers.get(one) for one in ("refused", "bad_answer"))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON, for `from_dict`."""
         return asdict(self)

@@ -3,14 +3,19 @@
 Run: pytest tests/platform/evaluation/test_evaluate.py
 """
 
+import base64
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from openai_server import Reply, openai_server
+from PIL import Image
 from running import in_process
 
 from domainshuttle.pipelines.media.decode import encode_mp4
@@ -143,6 +148,46 @@ def test_a_baseline_is_a_folder_of_videos(config: EvaluationConfig, model: Path,
     assert (pair.difference.cases, pair.difference.missing, pair.verdict) == (4, 2, 0)
     page = (out / "report/index.html").read_text()
     assert "there is no video" in page and (out / "report/videos/Kling/case-0.mp4").is_file()
+
+
+def test_what_is_void_says_nothing_and_is_asked_again(config: EvaluationConfig, tmp_path: Path) -> None:
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            shown = np.arange(level + 10 * number, level + 10 * number + 9, 3, np.uint8)  # no two frames are alike
+            shown = np.broadcast_to(shown[:, None, None, None], (3, 32, 32, 3)).copy()
+            (tmp_path / name / f"case-{number}.mp4").write_bytes(encode_mp4(shown, 8))
+    broken = True
+
+    def answer(request: dict[str, Any], number: int) -> Reply:
+        pictures = [part["image_url"]["url"] for part in request["messages"][1]["content"][:-1]]
+        levels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.split(",")[1])))).mean() for one in pictures]
+        if broken and (len(pictures) == 3 or levels[1] < 42):  # one frame of a dark clip
+            return Reply("a good one")
+        score = json.dumps({"score": 5 if levels[1] > 150 else 1})
+        return Reply('{"better": "neither"}' if len(pictures) == 3 else score)
+
+    with openai_server(answer) as server:
+        endpoint = {"url": server.url, "model": "judge", "answers": 1}
+        judged = {"endpoint": endpoint, "frames": 2, "cases": "all"}
+        more = {"cd_score": {**judged, "questions": ["cross_domain"]}}
+        config = changed(config, metrics=more, pairs=judged, sensitivity={"cases": 1})
+        models = [str(tmp_path / "dark"), str(tmp_path / "light")]
+        results = run_evaluation(models, config, tmp_path / "out")
+        assert "1 of 12 answers" in results.voids["dark", "cd_score"]
+        (one,) = results.comparisons["all", "dark", "light"].values()
+        assert one.verdict == 0 and one.p != one.p and one.difference.cases == 0
+        mean = results.estimates["all", "cd_score", "dark"]
+        assert mean.cases == 6 and mean.mean != mean.mean and not results.pairs[0].cases
+        page = (tmp_path / "out/report/index.html").read_text()
+        assert "void: dark" in page and "light is better" not in page
+        asked, broken = len(server.requests), False
+        run_evaluation(models, config, tmp_path / "out")
+        assert len(server.requests) == asked  # what failed stays so
+        results = run_evaluation(models, config, tmp_path / "out", again=True)
+    assert not results.voids and results.estimates["all", "cd_score", "dark"].mean == 0
+    assert (results.pairs[0].cases, results.pairs[0].missing) == (6, 0)
+    assert "light is better" in (tmp_path / "out/report/index.html").read_text()
 
 
 def test_the_commands(model: Path, config: EvaluationConfig, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_no_answer_in_one_order_is_no_verdict(cases: Any, tmp_path: Path) -> Non
 
 def test_cases_are_counted_by_the_side_of_their_preference() -> None:
     scores = [Score("measured", value, beside={"order_dependent": 0.5}) for value in (0.25, 1, -0.5, 0)]
-    result = summed("a", "b", [*scores, Score("failed", reason="why")])
-    assert (result.wins, result.losses, result.ties, result.cases, result.missing) == (2, 1, 1, 4, 1)
+    result = summed("a", "b", [*scores, Score("failed", reason="why")], 7)
+    assert (result.wins, result.losses, result.ties, result.cases, result.missing) == (2, 1, 1, 4, 3)
     assert result.preference == pytest.approx(0.1875) and result.order_dependent == 0.5
     assert result.p == pytest.approx(binomtest(2, 3, 0.5).pvalue)
