@@ -9,7 +9,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
 from domainshuttle.platform.evaluation.stages import say_terms
 from domainshuttle.platform.evaluation.store import ResultStore
-from domainshuttle.platform.evaluation.videos import Clip, Column, VideoFolder, columns_of
+from domainshuttle.platform.evaluation.videos import Clip, Column, VideoFolder, columns_of, read_manifest, strangers
 from domainshuttle.platform.report.text import Prose, Records
 from domainshuttle.platform.run.folder import Run
 
@@ -89,11 +89,17 @@ def run_evaluation(
         say_terms(metrics)
         columns = columns_of(models, config, cases)
         _say_cases(config, cases)
+        for column in columns:
+            read_manifest(column)
+            if others := strangers(column, cases, config.repeats):
+                are = f"{counted(len(others), 'video')} of no case, such as {others[0]}: a case's is called CASE.mp4"
+                console.print(Prose(f"{column.name} has {are}"))
         write_bytes(out / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         folder = VideoFolder(out / "videos")
-        for column in columns:
+        for number, column in enumerate(columns):
             if column.generated:
-                made = folder.generate(column, cases, config, again)
+                made, how = folder.generate(column, cases, config, again)
+                columns[number] = replace(column, how=how)
                 if made:
                     say(f"Made {counted(made, 'clip')} of {column.name}")
         columns = remember_columns(out, columns)
@@ -117,7 +123,7 @@ def measure(
     from domainshuttle.platform.evaluation.scoring import score_missing
 
     folder, store = VideoFolder(out / "videos"), ResultStore(out)
-    clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
+    clips = [clip for column in columns for clip in folder.clips(column, cases, config)]
     if again:
         for kept in (out / "answers", edit_answers(out)):
             if kept.is_dir():
@@ -142,7 +148,7 @@ def read_results(out: Path) -> Results:
     config = load_evaluation(str(out / CONFIG_NAME))
     cases, columns = read_case_file(out / CASES_NAME), read_columns(out)
     folder = VideoFolder(out / "videos")
-    clips = [clip for column in columns for clip in folder.clips(column, cases, config.repeats)]
+    clips = [clip for column in columns for clip in folder.clips(column, cases, config)]
     return _results(out, config, cases, columns, clips, ResultStore(out))
 
 
@@ -176,13 +182,19 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
     if results.config.identity is not None:
         clips = {column.name: [c for (name, _), found in results.clips.items() if name == column.name for c in found]
                  for column in results.columns}  # fmt: skip
+        candidates = results.config.identity.candidates
         for column in results.columns:
-            if column.judged and (found := measure_identity(
-                results.cases, clips, column.name, results.config.identity.candidates,
-                results.config.generation.fps or 8, out,
-            )):  # fmt: skip
+            if not (column.judged and column.generated):
+                continue
+            found = measure_identity(
+                results.cases, clips, column.name, candidates, results.config.generation.fps or 8, out
+            )
+            if found is not None:
                 identities[column.name], files = found
-                print_result(identities[column.name])
+                print_result(column.name, identities[column.name])
+            else:
+                why = f"it needs the control `other`, and {candidates} cases (identity.candidates) with all their clips"
+                console.print(Prose(f"The identity of {column.name} is not tested: {why}"))
     if identities:
         files = [write_identities(out, identities), *files]
     print_table(results)
@@ -218,7 +230,10 @@ def print_table(results: Results) -> None:
         for column in results.columns
     ]
     if rows:
-        console.print(Records(fields, rows, "Means over cases, and their 95% intervals", fields[1:]), soft_wrap=True)
+        level = 100 * results.config.statistics.confidence
+        console.print(
+            Records(fields, rows, f"Means over cases, and their {level:g}% intervals", fields[1:]), soft_wrap=True
+        )
 
 
 def figure(results: Results, metric: str, column: str, stratum: str = "all") -> str:

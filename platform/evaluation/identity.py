@@ -7,7 +7,7 @@ that of the metric `hue_identity`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from domainshuttle.model.domains import DOMAINS
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media.decode import Pixels, decode_image
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.console import console
@@ -69,21 +70,35 @@ def measure_identity(
 ) -> tuple[IdentityResult, list[Path]] | None:
     """The test of a model with the control `other`, and its files: a grid of pictures, still and moving.
 
-    `clips` are those of each column, in the order of the cases. Cases of which a clip or the reference is missing are
-    left out; None where there are no clips of the control, or no group is whole.
+    `clips` are those of each column, in the order of the cases. Cases of which a clip or the reference is missing, or
+    can't be decoded, are left out; None where there are no clips of the control, or no group is whole.
     """
     control = f"{model}{CONTROL_MARK}other"
     by_case = {name: {clip.case: clip for clip in found if not clip.repeat} for name, found in clips.items()}
     columns = [name for name in (model, control, REAL) if name in clips]
-    whole = sorted(
-        (case for case in cases if case.references and all(not by_case[name][case.id].failure for name in columns)),
-        key=lambda case: case.id,
-    )
-    whole = whole[: len(whole) // candidates * candidates]
-    if control not in clips or not whole:
+    if control not in clips:
         return None
-    frames = {name: [Video.read(by_case[name][case.id].path).frames for case in whole] for name in columns}
-    references = [decode_image(case.references[0].path.read_bytes(), case.id) for case in whole]
+    whole: list[EvaluationCase] = []
+    frames: dict[str, list[Pixels]] = {name: [] for name in columns}
+    references: list[Pixels] = []
+    for case in sorted((case for case in cases if case.references), key=lambda case: case.id):
+        there = [by_case[name][case.id] for name in columns]
+        if any(clip.failure for clip in there):
+            continue
+        try:
+            shown = [Video.read(clip.path).frames for clip in there]
+            reference = decode_image(case.references[0].path.read_bytes(), case.id)
+        except DataError:
+            continue
+        whole.append(case)
+        references.append(reference)
+        for name, one in zip(columns, shown, strict=True):
+            frames[name].append(one)
+    count = len(whole) // candidates * candidates
+    whole, references = whole[:count], references[:count]
+    frames = {name: shown[:count] for name, shown in frames.items()}
+    if not whole:
+        return None
     hits = {name: hit_rate(frames[name], references, candidates) for name in columns}
     by_domain = {
         name: float(np.mean([hit for hit, case in zip(hits[model], whole, strict=True) if case.domains == name]))
@@ -96,7 +111,7 @@ def measure_identity(
         chance=1 / candidates, by_domain=by_domain,
         hits={case.id: hit for case, hit in zip(whole, hits[model], strict=True)},
     )  # fmt: skip
-    targets = frames.get(REAL, [None] * len(whole))
+    targets: Sequence[Pixels | None] = frames.get(REAL, [None] * len(whole))
     rows = [
         GridRow(case.prompt, case.domains, [reference], own, target, other)
         for case, reference, own, target, other in zip(
@@ -127,9 +142,10 @@ def read_identities(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def print_result(result: IdentityResult) -> None:
-    """Prints the table of the result."""
-    table = Table(title=f"Own subject closest among {result.candidates}, {result.clips} clips of held-out identities")
+def print_result(name: str, result: IdentityResult) -> None:
+    """Prints the table of a model's result."""
+    clips = counted(result.clips, "clip")
+    table = Table(title=f"{name}: own subject closest among {result.candidates}, {clips} of held-out identities")
     table.add_column("clips from")
     table.add_column("hits", justify="right")
     for name, value in (
@@ -138,7 +154,8 @@ def print_result(result: IdentityResult) -> None:
         ("chance", result.chance),
         ("the real clips (what the descriptor can reach)", result.target),
     ):
-        table.add_row(name, f"{value:.1%}")
+        if value == value:
+            table.add_row(name, f"{value:.1%}")
     console.print(table)
     console.print("By domain: " + ", ".join(f"{name} {value:.0%}" for name, value in result.by_domain.items()))
 

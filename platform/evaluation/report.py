@@ -28,7 +28,7 @@ from domainshuttle.platform.evaluation.rating import agreement, preferences, rea
 from domainshuttle.platform.evaluation.results import ALL, Results
 from domainshuttle.platform.evaluation.sources import expected_counts
 from domainshuttle.platform.evaluation.statistics import Estimate, as_plain
-from domainshuttle.platform.evaluation.videos import Clip, Column
+from domainshuttle.platform.evaluation.videos import Clip, Column, read_manifest
 from domainshuttle.platform.report import page
 
 _WIDTH, _ROW, _NAMES = 450, 26, 165
@@ -189,6 +189,8 @@ def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """How each model's clips were made, as the JSON beside them says."""
     found = []
     for column in results.columns:
+        if manifest := read_manifest(column):
+            found.append((column.name, [(str(name), str(value)) for name, value in manifest.items()]))
         if not column.generated:
             continue
         clips = [clip for (name, _), some in results.clips.items() if name == column.name for clip in some]

@@ -184,12 +184,19 @@ class Results:
         return {name: fmean(values) for name, values in found.items()}
 
     def failures(self) -> list[tuple[str, str, str, str]]:
-        """Column, metric, case and reason of each value that is not there."""
-        return [
-            (column, metric, case, cell.reason)
-            for (column, metric, case), cell in self._cells.items()
-            if isnan(cell.value)
-        ]
+        """Column, metric, case and reason of each value that is not there; of a case that has some of its clips' also
+        of the others."""
+        found = []
+        for (column, metric, case), cell in self._cells.items():
+            if isnan(cell.value):
+                found.append((column, metric, case, cell.reason))
+            else:
+                found += [
+                    (column, metric, case, f"clip {number} of {len(cell.scores)}: {one.state}: {one.reason}")
+                    for number, one in enumerate(cell.scores, 1)
+                    if one.value is None
+                ]
+        return found
 
 
 def _score_of(case: EvaluationCase, clip: Clip, metric: Metric[Any], store: ResultStore) -> Score:

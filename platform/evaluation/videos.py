@@ -10,14 +10,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.media.decode import encode_mp4
 from domainshuttle.pipelines.ray_tasks import each_by_actors
+from domainshuttle.pipelines.sample import VIDEO_EXTENSIONS
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import progress
 from domainshuttle.platform.evaluation.cases import EvaluationCase
@@ -43,6 +45,8 @@ class Column:
     control: Control | None = None
     of: str = ""
     """Of a control, the column that it is one of."""
+    how: dict[str, Any] = field(default_factory=dict)
+    """Of one that is made here: model, pipeline and settings of its clips, as their JSONs have them."""
 
     @property
     def judged(self) -> bool:
@@ -99,14 +103,51 @@ def columns_of(models: Sequence[str], config: EvaluationConfig, cases: Sequence[
 
 def partner(case: EvaluationCase, cases: Sequence[EvaluationCase], group: int | None = None) -> EvaluationCase:
     """The case whose references a control `other` takes: of the cases of the same split, in order of ids, the one half
-    of them further on; half of its group where they are tested in groups of `group` (identity)."""
-    ring = sorted((one for one in cases if one.split == case.split and one.references), key=lambda one: one.id)
-    here = next((n for n, one in enumerate(ring) if one.id == case.id), None)
-    if here is None:
-        return case
-    start = here // (group or len(ring)) * (group or len(ring))
-    ring = ring[start : start + (group or len(ring))]
-    return ring[(here - start + max(1, len(ring) // 2)) % len(ring)]
+    of them further on; half of its group where they are tested in groups of `group` (identity) and it is not alone in
+    its own. Of a split of one case it is one of another split; the case itself where no other has references."""
+    whole = sorted((one for one in cases if one.references), key=lambda one: one.id)
+    split = [one for one in whole if one.split == case.split]
+    place = next((n for n, one in enumerate(split) if one.id == case.id), 0)
+    start = place // (group or len(whole)) * (group or len(whole))
+    for ring in (split[start : start + (group or len(whole))], split, whole):
+        here = next((n for n, one in enumerate(ring) if one.id == case.id), None)
+        if here is not None and len(ring) > 1:
+            return ring[(here + len(ring) // 2) % len(ring)]
+    return case
+
+
+MANIFEST_NAME = "manifest.json"
+"""Of a folder of videos: what people are to know of how they were made, an object of texts and numbers."""
+
+
+def read_manifest(column: Column) -> dict[str, Any]:
+    """What the folder of a column says of its videos; nothing where it says nothing. Raises ConfigError for what is no
+    object."""
+    path = Path(column.path) / MANIFEST_NAME
+    if column.generated or column.name == REAL or not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f'{path}: expected an object, such as {{"model": "Kling 1.6", "fps": 24}}')
+    return content
+
+
+def strangers(column: Column, cases: Sequence[EvaluationCase], repeats: int) -> list[str]:
+    """The videos in a column's folder that are of no case. Raises ConfigError where all of them are."""
+    if column.generated or column.name == REAL:
+        return []
+    names = {f"{case.id}{f'.r{number}' if number else ''}.mp4" for case in cases for number in range(repeats)}
+    files = (one.name for one in Path(column.path).iterdir() if one.is_file() and not one.name.startswith("."))
+    videos = sorted(name for name in files if name.lower().rpartition(".")[2] in VIDEO_EXTENSIONS)
+    if not names.intersection(videos):
+        raise ConfigError(
+            f"{column.path}: no video has the name of a case: they are called {', '.join(videos[:3])}, and cases "
+            f"{', '.join(case.id for case in cases[:3])}: rename them to CASE.mp4"
+        )
+    return [name for name in videos if name not in names]
 
 
 @dataclass(frozen=True)
@@ -154,11 +195,9 @@ class VideoFolder:
         orders = []
         for repeat in range(config.repeats):
             for case in cases:
-                shown = case
-                if column.control is not None:
-                    group = config.identity.candidates if config.identity else None
-                    theirs = partner(case, cases, group).references if column.control == "other" else ()
-                    shown = replace(case, references=theirs)
+                shown = _as_shown(column, case, cases, config)
+                if shown is None:
+                    continue
                 # a control has the noise of the clip that it is compared with
                 seed = case_seed(config.seed, case.id, repeat)
                 made = {**how, "case": shown.digest, "seed": seed}
@@ -174,12 +213,12 @@ class VideoFolder:
 
     def generate(
         self, column: Column, cases: Sequence[EvaluationCase], config: EvaluationConfig, again: bool = False
-    ) -> int:
-        """Makes what is missing of a column; returns how many clips. Raises ConfigError for a model that can't be
-        loaded, or settings that it can't have."""
+    ) -> tuple[int, dict[str, Any]]:
+        """Makes what is missing of a column; returns how many clips, and how those of the column are made. Raises
+        ConfigError for a model that can't be loaded, or settings that it can't have."""
         orders, how = self.orders(column, cases, config, again)
         if not orders:
-            return 0
+            return 0, how
         (self.folder / column.name).mkdir(parents=True, exist_ok=True)
         size = config.generation.batch
         batches = list(_batches(orders, size))
@@ -195,33 +234,67 @@ class VideoFolder:
                         _write_failure(order, f"the worker that made it died each time: {result}")
                 done += len(batch)
                 show(done, len(orders))
-        return len(orders)
+        return len(orders), how
 
-    def clips(self, column: Column, cases: Sequence[EvaluationCase], repeats: int) -> list[Clip]:
-        """The videos of a column, with their digests; a digest is computed again only where the file has changed."""
+    def clips(self, column: Column, cases: Sequence[EvaluationCase], config: EvaluationConfig) -> list[Clip]:
+        """The videos of a column, with their digests; a digest is computed again only where the file has changed.
+
+        One that was made of another form of its case, with another seed or otherwise than those of its column is a
+        failure: a model that is not named again keeps what it had."""
         return [
-            self._clip(column, case, repeat)
+            self._clip(column, case, repeat, cases, config)
             for case in cases
-            for repeat in range(repeats if column.name != REAL else 1)
+            for repeat in range(config.repeats if column.name != REAL else 1)
         ]
 
-    def _clip(self, column: Column, case: EvaluationCase, repeat: int) -> Clip:
-        note = self.note(column, case, repeat)
+    def _clip(
+        self, column: Column, case: EvaluationCase, repeat: int, cases: Sequence[EvaluationCase],
+        config: EvaluationConfig,
+    ) -> Clip:  # fmt: skip
+        def failed(why: str) -> Clip:
+            return Clip(column.name, case.id, repeat, path, "", why, there)
+
+        note, path = self.note(column, case, repeat), Path()
         there = read_note(note) or {}
+        if not column.generated:  # a model that was made here may have had its name
+            there = {name: value for name, value in there.items() if name in ("sha256", "bytes", "changed")}
         if column.name == REAL and case.target is None:
-            return Clip(column.name, case.id, repeat, Path(), "", "the case has no real clip", {})
+            return failed("the case has no real clip")
         path = self.path(column, case, repeat)
-        if column.generated and "failure" in there:
-            return Clip(column.name, case.id, repeat, path, "", str(there["failure"]), there)
+        if column.generated:
+            if (shown := _as_shown(column, case, cases, config)) is None:
+                return failed("no other case has references to take")
+            made = {**column.how, "case": shown.digest, "seed": case_seed(config.seed, case.id, repeat)}
+            if other := [key for key, value in made.items() if key in there and there[key] != value]:
+                return failed(
+                    f"made otherwise than is asked for now ({', '.join(other)}): evaluate {column.path} again"
+                )
+            if "failure" in there:
+                return failed(str(there["failure"]))
         try:
             status = path.stat()
+            known = (there.get("bytes"), there.get("changed")) == (status.st_size, status.st_mtime_ns)
+            sha256 = str(there["sha256"]) if known else hashlib.sha256(path.read_bytes()).hexdigest()
         except FileNotFoundError:
-            return Clip(column.name, case.id, repeat, path, "", f"there is no video {path}", there)
-        if (there.get("bytes"), there.get("changed")) != (status.st_size, status.st_mtime_ns):
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            return failed(f"there is no video {path}")
+        except OSError as error:  # a folder of that name, or a file of another user
+            return failed(f"{path} can't be read: {error.strerror}")
+        if not known:
             there |= {"sha256": sha256, "bytes": status.st_size, "changed": status.st_mtime_ns}
             write_note(note, there)
-        return Clip(column.name, case.id, repeat, path, str(there["sha256"]), "", there)
+        return Clip(column.name, case.id, repeat, path, sha256, "", there)
+
+
+def _as_shown(
+    column: Column, case: EvaluationCase, cases: Sequence[EvaluationCase], config: EvaluationConfig
+) -> EvaluationCase | None:
+    """A case as the model of a column is shown it; None where a control would be shown it as it is."""
+    if column.control is None:
+        return case
+    if column.control == "none" or not case.references:
+        return replace(case, references=())
+    other = partner(case, cases, config.identity.candidates if config.identity else None)
+    return None if other is case else replace(case, references=other.references)
 
 
 class _ClipMaker:

@@ -20,9 +20,12 @@ from running import in_process
 
 from domainshuttle.pipelines.media.decode import encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import console
+from domainshuttle.platform.evaluation.cases import read_case_file
 from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
 from domainshuttle.platform.evaluation.store import ResultStore
+from domainshuttle.platform.evaluation.videos import partner
 from domainshuttle.platform.generation.cases import case_seed
 
 
@@ -148,6 +151,77 @@ def test_a_baseline_is_a_folder_of_videos(config: EvaluationConfig, model: Path,
     assert (pair.difference.cases, pair.difference.missing, pair.verdict) == (4, 2, 0)
     page = (out / "report/index.html").read_text()
     assert "there is no video" in page and (out / "report/videos/Kling/case-0.mp4").is_file()
+
+
+def test_clips_of_another_time_are_not_taken_for_those_of_now(
+    config: EvaluationConfig, cases_file: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model that is not named again keeps its clips, but none of a case that has changed since."""
+    lines = [json.loads(line) for line in cases_file.read_text().splitlines()]
+    for one in lines:
+        one["seg_meta"] = [{"seg_file": [str(cases_file.parent / one["seg_meta"][0]["seg_file"][0])]}]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    theirs, out, model = tmp_path / "theirs", tmp_path / "out", make_model(tmp_path / "ours")
+    theirs.mkdir()
+    for name in ("case-0.mp4", "Case-1.mp4", "case-2.MP4", "notes.txt"):
+        (theirs / name).write_bytes(encode_mp4(np.zeros((3, 32, 32, 3), np.uint8), 8))
+    (theirs / "case-3.mp4").mkdir()
+    (theirs / "manifest.json").write_text('{"made with": "<b>Kling</b> 1.6", "fps": 24}')
+    sources = {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}
+    config = changed(config, sources=sources, metrics={"steadiness": {}}, sensitivity={"cases": 0})
+    run_evaluation([str(model)], config, out)
+    lines[1]["prompts"] = "something else"
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with console.capture() as printed:
+        results = run_evaluation([str(theirs)], changed(config, repeats=2), out)
+    assert "theirs has 2 videos of no case, such as Case-1.mp4" in " ".join(printed.get().split())
+    reasons = {(column, case): reason for column, _, case, reason in results.failures()}
+    assert "made otherwise than is asked for now (case)" in reasons["ours", "case-1"]
+    assert "clip 2 of 2: failed: there is no video" in reasons["ours", "case-0"]  # a part of a value is told too
+    assert "can't be read: Is a directory" in reasons["theirs", "case-3"]
+    page = (out / "report/index.html").read_text()
+    assert "&lt;b&gt;Kling&lt;/b&gt; 1.6" in page
+    # of a model that was stopped while its clips were made anew, old and new ones are not averaged
+    columns = json.loads((out / "columns.json").read_text())
+    columns[0]["how"]["settings"]["steps"] = 40
+    (out / "columns.json").write_text(json.dumps(columns))
+    assert {reason for column, _, case, reason in read_results(out).failures() if (column, case) == ("ours", "case-0")}
+    assert read_results(out).estimates["all", "steadiness", "ours"].cases == 0
+    for path in theirs.glob("case-0*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"no video has the name of a case.*rename them to CASE\.mp4"):
+        run_evaluation([str(theirs)], config, out)
+    (theirs / "manifest.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="expected an object"):
+        run_evaluation([str(theirs)], config, out)
+
+
+def test_a_control_has_the_references_of_another_case(cases_file: Path) -> None:
+    cases = read_case_file(cases_file)
+    for group in (None, 2, 3, 4):  # the last group of a split may be of one case alone
+        assert all(partner(case, cases, group).id != case.id for case in cases)
+    assert partner(cases[0], cases[:2]).id == cases[1].id  # another split's, where there is no other of its own
+    assert partner(cases[0], cases[:1]) is cases[0]
+
+
+def test_an_identity_test_that_can_not_be_made_says_so(
+    config: EvaluationConfig, cases_file: Path, model: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in cases_file.read_text().splitlines()[:4:2]]
+    for one in lines:
+        one["seg_meta"] = [{"seg_file": [str(cases_file.parent / one["seg_meta"][0]["seg_file"][0])]}]
+        one["target"] = "target.mp4"
+    (tmp_path / "target.mp4").write_bytes(b"damaged")
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = {
+        "sources": {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}, "identity": {"candidates": 2},
+        "metrics": {"steadiness": {}}, "statistics": {"confidence": 0.9, "resamples": 100}, "controls": ["other"],
+    }  # fmt: skip
+    with console.capture() as printed:
+        run_evaluation([str(model)], changed(config, **more), tmp_path / "out")
+    said = " ".join(printed.get().split())
+    assert "The identity of model is not tested: it needs the control `other`, and 2 cases" in said
+    assert "their 90% intervals" in said
 
 
 def test_what_is_void_says_nothing_and_is_asked_again(config: EvaluationConfig, tmp_path: Path) -> None:
