@@ -156,9 +156,9 @@ def _step_texts(steps: list[Step]) -> tuple[list[str], list[list[str]]]:
         [
             f"{one.row} against {one.before}",
             one.metric.replace("_", " "),
-            f"{one.comparison.difference.mean:+.3f} "
-            f"[{one.comparison.difference.low:+.3f}, {one.comparison.difference.high:+.3f}]",
-            ", ".join(f"{seed:+.3f}" for seed in one.by_seed),
+            f"{one.comparison.difference.mean:+z.3f} "
+            f"[{one.comparison.difference.low:+z.3f}, {one.comparison.difference.high:+z.3f}]",
+            ", ".join(f"{seed:+z.3f}" for seed in one.by_seed),
             one.text,
         ]
         for one in steps

@@ -121,9 +121,10 @@ def plot(uri: str, rows: Sequence[Row], path: Path | str) -> Path:
         borders = {piece.first_step: piece.segment for piece in found if piece.first_step}
         for piece in found:
             look = looks[piece.schedule]
+            alone = "o" if len(piece.values) == 1 else ""  # a line of one point is none
             for axes, x in ((by_step, piece.steps), (by_hours, piece.hours)):
                 axes.plot(x, piece.values, color=look["color"], linewidth=0.7, alpha=0.25)
-                axes.plot(x, _smooth(piece.values), **look, linewidth=1.8)
+                axes.plot(x, _smooth(piece.values), **look, linewidth=1.8, marker=alone, markersize=4)
         for step, segment in borders.items():
             by_step.axvline(step, color="#888888", linewidth=1, linestyle=":")
             if number == 0:

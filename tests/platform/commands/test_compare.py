@@ -169,6 +169,16 @@ def test_runs_without_any_metric_can_be_shown(uri: str, tmp_path: Path) -> None:
     assert compare_page.write_page(uri, rows, curves.plot(uri, rows, tmp_path / "x.png"), tmp_path / "x.html").exists()
 
 
+def test_a_stage_of_one_logged_point_is_seen(uri: str, tmp_path: Path) -> None:
+    tracker = open_schedule(uri, "short", "one", {}, {}, tmp_path / "spool")
+    tracker.open_segment("stage1")
+    assert tracker.log({"loss": 0.5}, 3, "stage1")
+    picture = curves.plot(uri, compare.compare(uri, ["short"]), tmp_path / "losses.png")
+    image = Image.open(picture).convert("RGB").crop((0, 100, 1440, 10_000))  # below the legend
+    colour = tuple(bytes.fromhex(curves.COLOURS[0][1:]))
+    assert any(found == colour for _, found in image.getcolors(maxcolors=1 << 24) or [])
+
+
 def test_what_differs_in_stages_is_a_table_of_its_own_and_failures_say_why(uri: str, tmp_path: Path) -> None:
     for name, steps, data in (("first", 100, "a: 1"), ("second", 200, "b: 1")):
         tracker = open_schedule(uri, "stages", name, {"stages.s1.steps": steps, "seed": 1}, {}, tmp_path / name)
