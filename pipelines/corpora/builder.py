@@ -27,7 +27,7 @@ from domainshuttle.pipelines.sample import safe_key
 from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.pipelines.storage.files import write_bytes
 
-_RECIPE_VERSION = 2
+_RECIPE_VERSION = 3
 """Of what builders make of the same configuration and files; a change makes all corpora anew."""
 
 

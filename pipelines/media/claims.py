@@ -16,15 +16,11 @@ from av.container import InputContainer
 
 from domainshuttle.pipelines.buckets import Bucket
 from domainshuttle.pipelines.errors import DataError, counted
-from domainshuttle.pipelines.media.clips import chosen_stream
+from domainshuttle.pipelines.media.clips import RATE_TOLERANCE, chosen_stream, timed_rate
 from domainshuttle.pipelines.media.decode import Pixels, decode_image, fit_target, opened_clip, sampled_frames
 from domainshuttle.pipelines.media.file_types import clip_format
 from domainshuttle.pipelines.quarantine import SampleFault
 from domainshuttle.pipelines.sample import Buffer, RawSample
-
-RATE_TOLERANCE = 0.01
-"""How far a claimed rate may be from the file's, as a part of it: 30 for 29.97 is taken, 25 for 24 is not. A bucket of
-81 frames, sampled by either, ends less than a frame apart."""
 
 
 def target_pixels(sample: RawSample, bucket: Bucket, fps: float | None = None) -> Pixels:
@@ -88,14 +84,11 @@ def _compare_clip(name: str, data: Buffer, packets: _Packets, frames: int, fps: 
         raise SampleFault("wrong length", f"{name}: {found}, key.json says {frames}")
     if fps is None:
         return
-    rates = [float(mean)] if mean else []
-    known = [stamp for stamp in stamps if stamp is not None]
-    if len(known) > 1 and tick and (span := (max(known) - min(known)) * tick) > 0:
-        # timestamps are whole ticks, of which a short clip has few
-        if abs(span - (len(known) - 1) / Fraction(fps)) <= Fraction(RATE_TOLERANCE) * span + tick:
-            return
-        rates.append(float((len(known) - 1) / span))
-    if rates and not any(abs(fps - rate) <= RATE_TOLERANCE * rate for rate in rates):
+    said = Fraction(fps)
+    if (timed := timed_rate(stamps, tick, said)) == said:
+        return
+    rates = [float(rate) for rate in (mean, timed) if rate]
+    if not any(abs(fps - rate) <= RATE_TOLERANCE * rate for rate in rates):
         raise SampleFault(
             "wrong rate",
             f"{name}: {rates[-1]:.4g} frames a second, key.json says {fps:g}; {RATE_TOLERANCE:.0%} may differ",

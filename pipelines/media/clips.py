@@ -28,6 +28,10 @@ from domainshuttle.pipelines.media.container_tags import CleanAperture, Containe
 from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.sample import Buffer
 
+RATE_TOLERANCE = 0.01
+"""How far a claimed rate may be from the file's, as a part of it: 30 for 29.97 is taken, 25 for 24 is not. A bucket of
+81 frames, sampled by either, ends less than a frame apart."""
+
 _NO_PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 _RGB, _UNSPECIFIED = 0, 2
 _MATRICES = {1, _UNSPECIFIED, 4, 5, 6, 7, 9}
@@ -43,6 +47,17 @@ _BT2020, _HDR_TRANSFERS = 9, (16, 18)
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _SWSCALE_WHITE = 65283
 """What swscale makes white of other than RGB of 16 bits when it goes to 16 bits."""
+
+
+def _unnamed(number: int) -> Any:
+    """A note that FFmpeg has a number for and PyAV no name, such as the EXIF of a frame: without it, none of the
+    frame's notes would be given."""
+    member: Any = object.__new__(SideData)
+    member._name_, member._value_ = f"number {number}", number
+    return member
+
+
+SideData._missing_ = _unnamed  # type: ignore[assignment]
 logging.getLogger("libav").addHandler(logging.NullHandler())  # what is heard here is not for the terminal
 _TURN = 0.017
 """Sine of one degree: as far as FFmpeg takes a turn for a right one."""
@@ -68,6 +83,18 @@ def chosen_stream(container: InputContainer, name: str) -> av.VideoStream:
     if chosen.codec_context is None:
         raise DataError(f"{name}: not a readable clip: there is no decoder for its video stream")
     return chosen
+
+
+def timed_rate(stamps: list[int | None], tick: Fraction | None, said: Fraction | None) -> Fraction | None:
+    """The mean rate of frames that begin at these ticks of so many seconds, or `said` where it is the same: timestamps
+    are whole ticks, of which a short clip has few. `said` too where they tell nothing."""
+    known = [stamp for stamp in stamps if stamp is not None]
+    if not known or not tick or max(known) == min(known):
+        return said
+    span = (max(known) - min(known)) * tick
+    if said and abs(span - (len(known) - 1) / said) <= Fraction(RATE_TOLERANCE) * span + tick:
+        return said
+    return (len(known) - 1) / span
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""What MP4, QuickTime and Matroska say of a clip that PyAV does not tell: its crop, speed, and Dolby Vision."""
+"""What MP4, QuickTime and Matroska say of a clip that PyAV does not tell: its crop, speed, Dolby Vision and end."""
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.sample import Buffer
 
 
@@ -74,11 +75,41 @@ def mp4_tags(data: Buffer, track: int) -> ContainerTags:
     return ContainerTags()
 
 
+def check_whole(data: Buffer, kind: str, name: str) -> None:
+    """Raises DataError for a file that ends before what its container says, as where a download broke off: what is
+    left of it decodes, as a shorter clip."""
+    view = memoryview(data).cast("B")
+    for part, end in _mp4s_parts(view) if kind == "mov" else _matroskas_parts(view):
+        if end > len(view):
+            raise DataError(f"{name}: damaged: it is cut at byte {len(view)}, and its {part} goes on to byte {end}")
+
+
+def _mp4s_parts(view: memoryview) -> Iterator[tuple[str, int]]:
+    """The boxes without which there is no clip, or less of it, and where each ends."""
+    for kind, _, end in _placed_boxes(view):
+        if kind in (b"moov", b"moof", b"mdat"):
+            yield kind.decode(), end
+
+
+def _matroskas_parts(view: memoryview) -> Iterator[tuple[str, int]]:
+    """The parts of a file that lie one after another, and where each ends: its segment or, where that has no length,
+    as of a live stream, what is in it; and so for its clusters."""
+    starts = [0]
+    while starts:
+        for number, start, end in _placed_elements(view, starts.pop()):
+            if end is not None:
+                yield "segment" if number == _SEGMENT else f"element {number:X}", end
+            elif number in (_SEGMENT, _CLUSTER):
+                starts.append(start)
+            if number == _SEGMENT:
+                break
+
+
 def matroska_tags(data: Buffer, number: int) -> ContainerTags:
     """Of the video track at that place among the video tracks."""
     view, seen = memoryview(data).cast("B"), 0
     for kind, segment in _elements(view):
-        if kind != 0x18538067:
+        if kind != _SEGMENT:
             continue
         for kind, tracks in _elements(segment):
             if kind != 0x1654AE6B:
@@ -97,6 +128,7 @@ def matroska_tags(data: Buffer, number: int) -> ContainerTags:
     return ContainerTags()
 
 
+_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 _DOLBY_BOXES = (b"dvcC", b"dvvC", b"dvwC")
 _DOLBY_ALONE, _DOLBY_BY_COMPATIBILITY = 5, 10
 """The profile whose pictures are only Dolby Vision's, and the first of those that say what else they are."""
@@ -135,6 +167,12 @@ def _aspect_of_track(header: memoryview, aperture: CleanAperture, coded: tuple[i
 
 def _boxes(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and content of each box; what is cut off or has no sense ends it."""
+    for kind, start, end in _placed_boxes(view):
+        yield kind, view[start:end]
+
+
+def _placed_boxes(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
+    """Kind of each box, and where its content begins and should end, which may be after the end of what there is."""
     position = 0
     while position + 8 <= len(view):
         size, head = int.from_bytes(view[position : position + 4], "big"), 8
@@ -144,7 +182,7 @@ def _boxes(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
             size = len(view) - position
         if size < head:
             return
-        yield bytes(view[position + 4 : position + 8]), view[position + head : position + size]
+        yield bytes(view[position + 4 : position + 8]), position + head, position + size
         position += size
 
 
@@ -184,7 +222,13 @@ def _edit_rates(edits: memoryview) -> Iterator[int]:
 
 def _elements(view: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and content of each element of EBML; those of unknown length go to the end."""
-    position = 0
+    for number, start, end in _placed_elements(view):
+        yield number, view[start:end]
+
+
+def _placed_elements(view: memoryview, position: int = 0) -> Iterator[tuple[int, int, int | None]]:
+    """Number of each element of EBML from a byte on, and where its content begins and should end, which may be after
+    the end of what there is; None for one of unknown length, which is the last."""
     while position < len(view):
         first = view[position]
         length = 9 - first.bit_length()
@@ -199,6 +243,7 @@ def _elements(view: memoryview) -> Iterator[tuple[int, memoryview]]:
         size = int.from_bytes(view[position : position + length], "big") & ((1 << 7 * length) - 1)
         position += length
         if size == (1 << 7 * length) - 1:
-            size = len(view) - position
-        yield number, view[position : position + size]
+            yield number, position, None
+            return
+        yield number, position, position + size
         position += size

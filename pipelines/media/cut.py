@@ -12,6 +12,7 @@ import numpy as np
 
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.errors import DataError, counted
+from domainshuttle.pipelines.media.clips import timed_rate
 from domainshuttle.pipelines.media.decode import encode_frames, opened_clip, sampled_frames, shown_frames
 from domainshuttle.pipelines.media.file_types import clip_format
 from domainshuttle.pipelines.sample import Buffer
@@ -63,7 +64,8 @@ def clip_file(data: Buffer, name: str) -> ClipFile:
         clip.read_rest()
         count, (height, width) = len(clip.stamps), clip.size
         rate = clip.stream.average_rate or clip.stream.guessed_rate
-        matroska = clip_format(data, name) == "matroska"
+        if matroska := clip_format(data, name) == "matroska":  # which says no mean, but how long a frame lasts
+            rate = timed_rate(clip.stamps, clip.stream.time_base, rate)
         hidden = clip.stream.codec_context.name == "vp8"  # whose packets may be of no frame
     if hidden:
         with opened_clip(data, name) as clip:

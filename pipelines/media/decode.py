@@ -25,6 +25,7 @@ from domainshuttle.pipelines.buckets import Bucket, checked_rate, cover_geometry
 from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media import colours, conversions
 from domainshuttle.pipelines.media.clips import Clip, heard_decoder
+from domainshuttle.pipelines.media.container_tags import check_whole
 from domainshuttle.pipelines.media.conversions import note
 from domainshuttle.pipelines.media.file_types import clip_format, picture_format
 from domainshuttle.pipelines.media.picture_tags import GREY, RGB, PngTags, check_png, jpeg_is_plain, png_tags
@@ -296,6 +297,7 @@ def sampled_frames(clip: Clip, frames: int, fps: float | None, fit: Bucket | Non
 def opened_clip(data: Buffer, name: str = "video") -> Iterator[Clip]:
     """A clip to read. Whatever its bytes make the decoder raise within the block is a DataError with the reason."""
     kind = clip_format(data, name)
+    check_whole(data, kind, name)
     try:
         # some stock footage has tags that are not UTF-8: they must not stop the decoding
         with (

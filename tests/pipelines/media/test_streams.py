@@ -22,6 +22,7 @@ from PIL import Image
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media import colours
 from domainshuttle.pipelines.media.clips import Clip
+from domainshuttle.pipelines.media.cut import clip_file
 from domainshuttle.pipelines.media.decode import Pixels, decode_video
 
 GREYS = 5
@@ -87,6 +88,16 @@ def test_the_last_frame_lasts_as_long_as_the_clip_says(container: str, durations
 def test_a_frame_in_the_middle_lasts_as_long_as_the_clip_says(container: str, bframes: int) -> None:
     durations = [2] * 8 + [30] + [2] * 8
     assert numbers(decode_all(clip(durations, container, bframes), 16.0)) == shown_at(durations, 16)
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+@pytest.mark.parametrize("durations", [[2] * 20 + [40] * 5, [40] * 5 + [2] * 20, [2, 3] * 12, [2] * 24])
+def test_frames_over_rate_are_the_seconds_of_a_clip(container: str, durations: list[int]) -> None:
+    """Also where the rate varies, and Matroska says 24 for all of them."""
+    found = clip_file(clip(durations, container), "clip")
+    assert found.frames == len(durations)
+    assert abs(found.frames / found.fps - sum(durations) / 48) <= max(durations) / 48
+    assert set(durations) != {2} or found.fps == 24.0
 
 
 def decode_all(data: bytes, fps: float | None = None) -> Pixels:
@@ -235,6 +246,61 @@ def ffmpegs_errors(path: Path) -> Iterator[str]:
     """What the FFmpeg program says of a clip's decoding as an error."""
     command = ["ffmpeg", "-v", "error", "-threads", "1", "-err_detect", "crccheck", "-i", str(path), "-f", "null", "-"]
     yield from subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("container", "options"),
+    [
+        ("mp4", {"movflags": "faststart"}),
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("matroska", {}),
+        ("matroska", {"live": "1"}),
+    ],
+    ids=["mp4", "fragments", "matroska", "live"],
+)
+def test_a_file_that_is_cut_is_no_shorter_clip(container: str, options: dict[str, str], tmp_path: Path) -> None:
+    """Frame by frame it decodes without a fault, as far as it goes."""
+    path = tmp_path / "clip"
+    with av.open(str(path), mode="w", format=container, options=options) as out:
+        stream = out.add_stream("libx264", rate=24, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound = out.add_stream("aac", rate=8000)
+        for number in range(48):
+            out.mux(stream.encode(grey(number % 24)))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 333), np.float32), format="fltp", layout="mono")
+            samples.sample_rate = 8000
+            out.mux(sound.encode(samples))
+        out.mux(stream.encode())
+        out.mux(sound.encode())
+    whole = path.read_bytes()
+    with av.open(str(path)) as opened:
+        last = max(packet.pos + packet.size for packet in opened.demux() if packet.size)
+    assert clip_file(whole + bytes(99), "clip").frames == 48
+    for size in (last * 4 // 5, last - 1):
+        with pytest.raises(DataError, match=rf"clip: damaged: it is cut at byte {size}, and its .* goes on to byte"):
+            clip_file(whole[:size], "clip")
+
+
+@pytest.mark.parametrize("container", ["mov", "matroska"])
+def test_exif_of_frames_is_obeyed(container: str) -> None:
+    """As cameras write it into Motion JPEG; PyAV has no name for it."""
+    exif, pictures = Image.Exif(), []
+    exif[0x0112] = 6
+    halves = Image.fromarray(np.repeat([[10, 200]], 48, 0).repeat(32, 1).astype(np.uint8)).convert("RGB")
+    for _ in range(4):
+        one = io.BytesIO()
+        halves.save(one, "JPEG", exif=exif)
+        pictures.append(one.getvalue())
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format=container) as out:
+        stream = out.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number, data in enumerate(pictures):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 24)
+            out.mux(packet)
+    found = decode_video(buffer.getvalue(), 3)[2]
+    assert found.shape == (64, 48, 3) and found[:20].mean() < 30 and found[-20:].mean() > 180
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the FFmpeg program")
