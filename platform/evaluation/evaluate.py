@@ -208,18 +208,24 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
 
 def rate(out: Path, answers: Sequence[Path]) -> None:
     """Adds people's answers to an evaluation, and prints how much they and the metrics agree."""
-    from domainshuttle.platform.evaluation.rating import agreement, read_answers
+    from domainshuttle.platform.evaluation.rating import agreement, of_now, read_answers
 
-    ratings = read_answers(out, answers)
+    given, results = read_answers(out, answers), read_results(out)
+    ratings = of_now(given, results)
+    if others := len(given) - len(ratings):
+        console.print(Prose(f"Left out: {counted(others, 'answer')} to clips that were replaced since"))
     rows = [
         [one.question, one.metric or "people among themselves", str(one.pairs), *(
             "–" if value != value else f"{value:.2f}" for value in (one.alpha, one.agree, one.tau)
         )]
-        for one in agreement(ratings, read_results(out))
+        for one in agreement(ratings, results)
     ]  # fmt: skip
     people = len({one.rater for one in ratings})
     fields = ("question", "with", "pairs", "alpha", "same order", "tau")
-    console.print(Records(fields, rows, f"Agreement of {people} people", fields[2:]), soft_wrap=True)
+    console.print(
+        Records(fields, rows, f"Agreement of {people} {'person' if people == 1 else 'people'}", fields[2:]),
+        soft_wrap=True,
+    )
 
 
 def print_table(results: Results) -> None:

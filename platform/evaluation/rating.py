@@ -25,6 +25,7 @@ from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.choices import title_of
 from domainshuttle.platform.evaluation.results import Results
 from domainshuttle.platform.evaluation.statistics import Estimate, estimate, krippendorff_alpha
+from domainshuttle.platform.evaluation.videos import Clip
 from domainshuttle.platform.report import page
 
 PAGE_FOLDER, KEY_NAME, ANSWERS_NAME = "rating", "rating-key.json", "ratings.jsonl"
@@ -46,6 +47,8 @@ class Pair:
     left: str
     """The column whose clip is on the left."""
     right: str
+    clips: tuple[str, ...] = ()
+    """sha256 of the left and of the right clip; of a page of November 2026 or before not known."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +61,26 @@ class Rating:
     first: str
     second: str
     value: float
+    clips: tuple[str, ...] = ()
+    """sha256 of the clips of the two; not known: none."""
 
 
 def make_pages(out: Path, results: Results, pairs_per_rater: int | None = None, seed: int = 0) -> Path:
     """Writes the page of an evaluation in `out`, and its key; returns the page.
 
     Every two models that both have a clip of a case are a pair; which clip is left, and the order, are drawn. With
-    `pairs_per_rater` only so many. Raises ConfigError where there are no two models with clips.
+    `pairs_per_rater` only so many. The key keeps the pairs of earlier pages, so that answers to them are understood.
+    Raises ConfigError where there are no two models with clips.
     """
     judged = [column.name for column in results.columns if column.judged]
     found = []
     for case in results.cases:
-        there = [name for name in judged if _first(results, name, case.id) is not None]
-        for first, second in combinations(sorted(there), 2):
-            name = hashlib.sha256(json.dumps([seed, case.id, first, second]).encode()).hexdigest()[:16]
-            left, right = (first, second) if int(name, 16) % 2 else (second, first)
-            found.append(Pair(name, case.id, left, right))
+        there = {name: clip.sha256 for name in judged if (clip := _first(results, name, case.id)) is not None}
+        for pair in combinations(sorted(there), 2):
+            seen = [seed, case.id, case.digest, *pair, *(there[name] for name in pair)]
+            name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+            left, right = pair if int(name, 16) % 2 else pair[::-1]
+            found.append(Pair(name, case.id, left, right, (there[left], there[right])))
     if not found:
         raise ConfigError(f"{out} has no case of which two models have clips: evaluate another model with --out {out}")
     found = sorted(found, key=lambda pair: pair.id)[:pairs_per_rater]  # ids are drawn, and so is their order
@@ -87,21 +94,33 @@ def make_pages(out: Path, results: Results, pairs_per_rater: int | None = None, 
         for side, column in (("left", pair.left), ("right", pair.right)):
             clip = _first(results, column, pair.case)
             assert clip is not None
-            videos.append(_copied(clip, folder, f"{pair.id}{side}{seed}"))
+            videos.append(_copied(clip.path, folder, f"{pair.id}{side}{seed}"))
         pictures = [_copied(one.path, folder, one.sha256) for one in cases[pair.case].references]
         shown.append(
             {"id": pair.id, "prompt": cases[pair.case].prompt, "pictures": pictures, "left": videos[0],
              "right": videos[1]}
         )  # fmt: skip
-    write_bytes(out / KEY_NAME, json.dumps([asdict(pair) for pair in found], indent=1).encode())
+    every = {**_read_key(out / KEY_NAME), **{pair.id: pair for pair in found}}
+    write_bytes(out / KEY_NAME, json.dumps([asdict(pair) for pair in every.values()], indent=1).encode())
     return page.write_page(
         folder / "index.html", "rating.html", title="Which clip is better?", pairs=shown, questions=QUESTIONS
     )
 
 
-def _first(results: Results, column: str, case: str) -> Path | None:
+def _read_key(path: Path) -> dict[str, Pair]:
+    """The pairs of a key by their ids; none where there is no key. Raises ConfigError for one that is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        pairs = [Pair(**{**one, "clips": tuple(one.get("clips", ()))}) for one in json.loads(read_text(path))]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): restore it") from error
+    return {pair.id: pair for pair in pairs}
+
+
+def _first(results: Results, column: str, case: str) -> Clip | None:
     """The first clip of a case that a column has."""
-    return next((clip.path for clip in results.clips.get((column, case), ()) if clip.sha256), None)
+    return next((clip for clip in results.clips.get((column, case), ()) if clip.sha256), None)
 
 
 def _copied(source: Path, folder: Path, secret: str) -> str:
@@ -118,30 +137,31 @@ def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:
     Raises ConfigError for a line that is no answer, or of a pair that the key does not have.
     """
     key_path, kept = out / KEY_NAME, out / ANSWERS_NAME
-    if not key_path.is_file():
-        if not files:
-            return []
+    if not files and not kept.is_file():
+        return []
+    key = _read_key(key_path)
+    if not key:
         raise ConfigError(
-            f"there is no {key_path}: make the page with domainshuttle evaluate rate {shlex.quote(str(out))}"
+            f"there is no {key_path}, which says whose clips were rated: restore it, or make the page again with "
+            f"domainshuttle evaluate rate {shlex.quote(str(out))}"
         )
-    key = {one["id"]: Pair(**one) for one in json.loads(read_text(key_path))}
     lines: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in (*([kept] if kept.is_file() else []), *files):
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 one = json.loads(line)
-                rater, pair, question, answer = (str(one[name]) for name in ("rater", "pair", "question", "answer"))
-            except (ValueError, KeyError, TypeError) as error:
+                rater, pair, question, answer = (one[name].strip() for name in ("rater", "pair", "question", "answer"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(
                     f"{path}, line {number}: expected rater, pair, question and answer ({type(error).__name__}: "
                     f"{error}): give the file that the page saved"
                 ) from error
             if pair not in key or question not in QUESTIONS or answer not in _SIDES:
                 raise ConfigError(
-                    f"{path}, line {number}: pair {pair}, question {question}, answer {answer}: they are not those of "
-                    f"the page in {out / PAGE_FOLDER}, which was perhaps made again since"
+                    f"{path}, line {number}: pair {pair}, question {question}, answer {answer}: they are of no "
+                    f"page that was made of {out} ({key_path}): give them to the evaluation that they are of"
                 )
             lines[rater, pair, question] = {"rater": rater, "pair": pair, "question": question, "answer": answer}
     if files:
@@ -150,9 +170,20 @@ def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:
     for one in lines.values():
         shown = key[one["pair"]]
         first, second = sorted((shown.left, shown.right))
-        value = _SIDES[one["answer"]] * (1 if shown.left == first else -1)
-        ratings.append(Rating(one["rater"], one["question"], shown.case, first, second, value))
+        turn = 1 if shown.left == first else -1
+        value = _SIDES[one["answer"]] * turn
+        ratings.append(Rating(one["rater"], one["question"], shown.case, first, second, value, shown.clips[::turn]))
     return ratings
+
+
+def of_now(ratings: Sequence[Rating], results: Results) -> list[Rating]:
+    """Those of clips that are still the models' first of their case: an answer to another clip says nothing of it."""
+
+    def same(one: Rating) -> bool:
+        clips = [_first(results, column, one.case) for column in (one.first, one.second)]
+        return all(clips) and one.clips in ((), tuple(clip.sha256 for clip in clips if clip))
+
+    return [one for one in ratings if same(one)]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from domainshuttle.platform.evaluation.identity import read_identities
 from domainshuttle.platform.evaluation.latency import latency_rows
 from domainshuttle.platform.evaluation.metrics.metric import Metric
 from domainshuttle.platform.evaluation.published import published_table
-from domainshuttle.platform.evaluation.rating import agreement, preferences, read_answers
+from domainshuttle.platform.evaluation.rating import agreement, of_now, preferences, read_answers
 from domainshuttle.platform.evaluation.results import ALL, Results
 from domainshuttle.platform.evaluation.sources import expected_counts
 from domainshuttle.platform.evaluation.statistics import Estimate, as_plain
@@ -39,7 +39,8 @@ def write_report(folder: Path, results: Results) -> Path:
     """Writes the report into `folder`; returns its page. Posters and links that are there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [column.name for column in results.columns]
-    ratings = read_answers(folder.parent)
+    answers = read_answers(folder.parent)
+    ratings = of_now(answers, results)
     return page.write_page(
         folder / "index.html",
         "evaluation.html",
@@ -64,6 +65,7 @@ def write_report(folder: Path, results: Results) -> Path:
         ratings=agreement(ratings, results),
         preferences=preferences(ratings, results),
         raters=len({one.rater for one in ratings}),
+        outdated=len(answers) - len(ratings),
         decisions=[(title_of(one), json.dumps(_decisions(one), indent=1, default=str)) for one in results.metrics],
         open_points=open_points(results),
         failures=results.failures()[:_MOST_FAILURES],

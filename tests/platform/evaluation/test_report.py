@@ -26,7 +26,7 @@ from domainshuttle.platform.evaluation.evidence import edited_pictures, found_su
 from domainshuttle.platform.evaluation.metrics.metric import Score
 from domainshuttle.platform.evaluation.metrics.subjects import outline_of
 from domainshuttle.platform.evaluation.published import published
-from domainshuttle.platform.evaluation.rating import agreement, make_pages, read_answers
+from domainshuttle.platform.evaluation.rating import agreement, make_pages, of_now, read_answers
 from domainshuttle.platform.evaluation.videos import Clip
 
 CHROMIUM = shutil.which("chromium")
@@ -175,8 +175,38 @@ def test_the_rating_page_is_blind_and_its_answers_come_back(out: Path, tmp_path:
     assert 0 < found[""].alpha < 1
     assert "People: 3" in (tmp_path / "out/report/index.html").read_text()
     (tmp_path / "bad.jsonl").write_text('{"rater": "x", "pair": "none", "question": "subject", "answer": "left"}')
-    with pytest.raises(ConfigError, match="made again since"):
+    with pytest.raises(ConfigError, match="they are of no page"):
         read_answers(tmp_path / "out", [tmp_path / "bad.jsonl"])
+
+
+def test_answers_hold_for_the_clips_that_were_seen(out: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    make_pages(folder, read_results(folder))
+    key = json.loads((folder / "rating-key.json").read_text())
+    lines = [{"rater": "ann", "pair": one["id"], "question": "subject", "answer": "left"} for one in key]
+    (tmp_path / "ann.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [lines[0], *lines]))
+    ratings = read_answers(folder, [tmp_path / "ann.jsonl"])
+    assert len(ratings) == 5 == len(of_now(ratings, read_results(folder)))
+    # a page of fewer pairs, or of others, does not make the answers to the one before worthless
+    make_pages(folder, read_results(folder), pairs_per_rater=1, seed=3)
+    assert len(read_answers(folder, [tmp_path / "ann.jsonl"])) == 5
+    assert "Report:" in in_process("evaluate", "report", folder)
+    # a clip that was made anew: what was said of the one before says nothing of it
+    columns = json.loads((folder / "columns.json").read_text())
+    columns[0]["path"] = str(shutil.copytree(columns[0]["path"], tmp_path / "colours"))
+    (folder / "columns.json").write_text(json.dumps(columns))
+    (tmp_path / "colours/case-0.mp4").write_bytes(encode_mp4(np.zeros((6, 32, 32, 3), np.uint8), 8))
+    assert [one.case for one in ratings if one not in of_now(ratings, read_results(folder))] == ["case-0"]
+    printed = in_process("evaluate", "rate", folder, "--answers", tmp_path / "ann.jsonl")
+    assert "Left out: 1 answer to clips that were replaced since" in printed and "Agreement of 1 person" in printed
+    assert "the clips that they saw were replaced: 1" in (folder / "report/index.html").read_text()
+    (tmp_path / "half.jsonl").write_text(json.dumps(lines[0])[:-9])
+    with pytest.raises(ConfigError, match=r"half\.jsonl, line 1: expected rater"):
+        read_answers(folder, [tmp_path / "half.jsonl"])
+    (folder / "rating-key.json").unlink()
+    with pytest.raises(ConfigError, match="make the page again"):
+        read_answers(folder)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -188,10 +218,16 @@ def test_the_rating_page_writes_the_lines_that_are_read(out: Path, tmp_path: Pat
   for (const name of ["subject", "prompt", "quality"]) document.querySelector(`[data-question=${name}] [data-answer=left]`).click();
   document.getElementById("next").click();
   document.querySelector("[data-question=quality] [data-answer=same]").click();
+  window.confirm = () => true;  // another person at the same browser
+  document.getElementById("rater").value = "bob";
+  document.getElementById("rater").dispatchEvent(new Event("change"));
+  document.body.dataset.others = `${document.querySelectorAll(".chosen").length} ${lines().length}`;
+  document.getElementById("rater").value = "ann";
   document.body.dataset.lines = lines();
 });</script>"""  # noqa: E501
     page.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
     dom = browsed(page, "--dump-dom")
+    assert 'data-others="0 0"' in dom
     text = re.search(r'data-lines="([^"]*)"', dom)[1].replace("&quot;", '"')  # type: ignore[index]
     (tmp_path / "answers.jsonl").write_text(text)
     ratings = read_answers(tmp_path / "out", [tmp_path / "answers.jsonl"])
