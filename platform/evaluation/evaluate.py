@@ -133,7 +133,8 @@ def measure(
     count += results.tests.measure(config.metrics, out, config.scoring, again)
     if results.pair_judge is not None:
         count += results.pair_judge.measure(cases, columns, clips, again)
-    say(f"Measured {counted(count, 'value')}; {len(store)} are in {out}")
+    whole = len(store) + len(results.tests.altered) + (len(results.pair_judge.store) if results.pair_judge else 0)
+    say(f"Measured {counted(count, 'value')}; {whole} are in {out}")
     return results
 
 

@@ -76,10 +76,10 @@ def make_pages(out: Path, results: Results, pairs_per_rater: int | None = None, 
     found = []
     for case in results.cases:
         there = {name: clip.sha256 for name in judged if (clip := _first(results, name, case.id)) is not None}
-        for pair in combinations(sorted(there), 2):
-            seen = [seed, case.id, case.digest, *pair, *(there[name] for name in pair)]
+        for first, second in combinations(sorted(there), 2):
+            seen = [seed, case.id, case.digest, first, second, there[first], there[second]]
             name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-            left, right = pair if int(name, 16) % 2 else pair[::-1]
+            left, right = (first, second) if int(name, 16) % 2 else (second, first)
             found.append(Pair(name, case.id, left, right, (there[left], there[right])))
     if not found:
         raise ConfigError(f"{out} has no case of which two models have clips: evaluate another model with --out {out}")

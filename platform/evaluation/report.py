@@ -13,6 +13,7 @@ from dataclasses import asdict
 from math import isnan
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown_frames
@@ -333,18 +334,18 @@ def _write_poster(video: Path, path: Path) -> None:
 
 
 def _linked(folder: Path, source: Path, name: Path) -> str:
-    """Puts a file into the folder; returns its name there."""
-    there = folder / name
+    """Puts a file into the folder; returns the link to it, which holds for an ending such as `.png?x` too."""
+    there, link = folder / name, quote(str(name))
     there.parent.mkdir(parents=True, exist_ok=True)
     if there.exists() and os.path.samestat(there.stat(), source.stat()):
-        return str(name)
+        return link
     there.unlink(missing_ok=True)
     try:
         os.link(source, there)
     except OSError:  # another file system, or one without links
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(source, there)
-    return str(name)
+    return link
 
 
 def _data(results: Results, columns: Sequence[str]) -> Any:

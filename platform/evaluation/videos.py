@@ -81,7 +81,10 @@ def columns_of(models: Sequence[str], config: EvaluationConfig, cases: Sequence[
         if not equals or "/" in name:
             name, path = Path(text).name, text
         if not _NAME.fullmatch(name) or name == REAL:
-            raise ConfigError(f"model {text!r}: give it a name of letters, digits, ., - and _: NAME={path}")
+            raise ConfigError(
+                f"model {text!r}: give it a name of 1 to 61 letters, digits, ., - and _, a letter or digit first, not "
+                f"{REAL!r}: NAME={path}"
+            )
         if any(column.name == name for column in columns):
             raise ConfigError(f"two models are called {name!r}: give each a name, such as {name}-2={path}")
         folder = Path(path).expanduser()

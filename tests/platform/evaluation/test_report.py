@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -277,7 +278,9 @@ def test_a_text_of_others_is_text(make_model: Callable[..., Path], cases_file: P
     lines = [json.loads(line) for line in cases_file.read_text().splitlines()[:2]]
     lines[0]["prompts"] = "</p><script>document.title='ERROR'</script>"
     for one in lines:
-        one["seg_meta"] = [{"seg_file": [str(cases_file.parent / one["seg_meta"][0]["seg_file"][0])]}]
+        name = f"{one['id']} é.png?x=%20#1"
+        shutil.copy(cases_file.parent / one["seg_meta"][0]["seg_file"][0], tmp_path / name)
+        one |= {"seg_meta": [{"seg_file": [name]}], "edit_prompts": ["turn it into clay, " * 30]}
     (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
     videos = tmp_path / "theirs"
     videos.mkdir()
@@ -286,4 +289,15 @@ def test_a_text_of_others_is_text(make_model: Callable[..., Path], cases_file: P
     source = {"own": {"kind": "cases", "path": str(tmp_path / "cases.jsonl")}}
     config = EvaluationConfig.model_validate({"name": "x", "sources": source, "metrics": {"steadiness": {}}})
     run_evaluation([str(videos)], config, tmp_path / "out")
-    assert "<script>document.title" not in (tmp_path / "out/report/index.html").read_text()
+    page = tmp_path / "out/report/index.html"
+    assert "<script>document.title" not in page.read_text()
+    for name in Media(page.read_text()).files:
+        assert (page.parent / unquote(urlsplit(name).path)).is_file()
+    if CHROMIUM is None:
+        return
+    probe = """<script>window.addEventListener("load", () => {
+  const figures = [...document.querySelectorAll(".strip figure")];
+  document.body.dataset.widest = Math.max(...figures.map(one => one.offsetWidth));
+});</script>"""
+    page.write_text(page.read_text().replace("<body>", f"<body>{probe}"))
+    assert int(re.search(r'data-widest="(\d+)"', browsed(page, "--dump-dom"))[1]) <= 300  # type: ignore[index]
