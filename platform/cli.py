@@ -512,7 +512,10 @@ def plan(
         sys.stdout.write(json.dumps(deepspeed_configs(settings), indent=2) + "\n")
     else:
         from domainshuttle.platform.config.loading import load_cluster
+        from domainshuttle.platform.config.schema import ConfigError
 
+        if cluster_set and not cluster:
+            raise ConfigError("--cluster-set changes the cluster that --cluster names: give both, such as h100-8")
         print_plan(settings, samples, load_cluster(cluster, cluster_set) if cluster else None)
 
 

@@ -83,6 +83,11 @@ def require_room(spec: ClusterSpec, workload: Workload) -> None:
             f"cluster {spec.name}: trainers.device is null, and the run has cluster.gpus_per_worker="
             f"{workload.gpus_per_worker}: name a device, or --set cluster.gpus_per_worker=0"
         )
+    if trainers.devices and not workload.gpus_per_worker:
+        raise ClusterError(
+            f"cluster {spec.name}: trainers have {trainers.device}, and the run would leave them idle with "
+            "cluster.gpus_per_worker=0: give --set cluster.gpus_per_worker=1, or --cluster-set trainers.device=null"
+        )
     per_node = trainers.devices // workload.gpus_per_worker if workload.gpus_per_worker else 10**6
     per_node = min(per_node, int(trainers.cpus // workload.cpus_per_worker))
     if most > (room := per_node * trainers.most_nodes):

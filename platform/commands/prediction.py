@@ -1,9 +1,11 @@
 """What a run takes on a cluster, as `plan` prints it: memory, time, data, hours and cost, and the layouts that fit."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from domainshuttle.cluster.spec import ClusterSpec
+from domainshuttle.pipelines.errors import counted
 from domainshuttle.pipelines.plan.step_plan import StepPlan
 from domainshuttle.platform.config.schema import RunConfig, StageSection
 from domainshuttle.platform.console import console
@@ -17,8 +19,6 @@ from domainshuttle.platform.report.text import Advice, Prose, Records
 from domainshuttle.platform.run.segments import Segment
 
 _PAPERS_HOURS = "The paper reports about 30,000 GPU-hours for both stages of both experts of Wan2.2."
-_MOST_RANKS = 128
-"""Devices of the largest layout that is tried where the cluster does not say how many there are."""
 _LAYOUTS = 6
 """Layouts that are shown of a stage."""
 
@@ -28,6 +28,15 @@ def print_prediction(
 ) -> None:
     """Prints what each segment takes. `plans` are those whose corpora are there; `cluster` None: workers on CPUs."""
     forecasts = {segment.name: forecast(config, segment, plans.get(segment.name), cluster) for segment in segments}
+    if cluster is not None and (short := [name for name, one in forecasts.items() if not _holds(cluster, one)]):
+        ranks = max(forecasts[name].layout.ranks for name in short)
+        console.print(
+            Prose(
+                f"{cluster.name} has {counted(cluster.most_devices, 'device')}, too few for the workers of "
+                f"{', '.join(short)}: all before the layouts is said of {ranks} devices. Raise trainers.nodes, or set "
+                "cluster.workers to the devices of a layout that fits"
+            )
+        )
     unknown = [name for name, one in forecasts.items() if not one.work.data.known]
     if unknown:
         console.print(
@@ -43,6 +52,10 @@ def print_prediction(
     _print_times(forecasts, cluster)
     _print_hours(config, segments, forecasts, cluster)
     _print_layouts(segments, forecasts, cluster)
+
+
+def _holds(cluster: ClusterSpec, one: Forecast) -> bool:
+    return one.layout.ranks <= cluster.most_devices
 
 
 def forecast(config: RunConfig, segment: Segment, plan: StepPlan | None, cluster: ClusterSpec | None) -> Forecast:
@@ -193,16 +206,16 @@ def _print_hours(
         one = forecasts[segment.name]
         hours, share, known = one.hours(_steps_of(segment.stage, one)), one.goodput(every), one.reliability
         best = known.best_interval() / one.step_seconds()
-        with_failures = hours / share
+        with_failures = hours / share if share > _NO_GOODPUT else math.inf
         total, days = total + with_failures, days + with_failures / one.layout.ranks / 24
         rows.append(
             [
                 segment.name, f"{hours:,.0f}", f"{known.between_failures / 3600:,.0f} h", f"{share:.1%}",
-                f"{every}, best {max(1, round(best)):,}", f"{with_failures:,.0f}",
-                f"{with_failures / one.layout.ranks / 24:.2f}", _cost(with_failures, price),
+                f"{every}, best {max(1, round(best)):,}",
+                *_with_failures(with_failures, with_failures / one.layout.ranks / 24, price),
             ]
         )  # fmt: skip
-    rows.append(["all", "", "", "", "", f"{total:,.0f}", f"{days:.2f}", _cost(total, price)])
+    rows.append(["all", "", "", "", "", *_with_failures(total, days, price)])
     fields = (
         "stage", f"{cluster.device.name}-hours", "a failure every", "goodput", "checkpoint every (steps)",
         "hours with failures", "days", "US$",
@@ -217,6 +230,15 @@ def _print_hours(
         console.print(Prose(f"budget_gpu_hours={config.budget_gpu_hours:g} ends the run before its last step"))
 
 
+_NO_GOODPUT = 1e-3
+"""Below it a stage does not come to its end."""
+
+
+def _with_failures(hours: float, days: float, price: float | None) -> tuple[str, str, str]:
+    """Hours, days and cost; of a stage that failures never let come to its end, that."""
+    return ("never", "never", "") if math.isinf(hours) else (f"{hours:,.0f}", f"{days:,.2f}", _cost(hours, price))
+
+
 def _cost(hours: float, price: float | None) -> str:
     return f"{hours * price:,.0f}" if price is not None else ""
 
@@ -228,7 +250,7 @@ def _print_layouts(segments: Sequence[Segment], forecasts: dict[str, Forecast], 
         if stage.name in seen:  # experts are alike
             continue
         seen.add(stage.name)
-        found = layouts(one.work, cluster, min(cluster.most_devices, _MOST_RANKS))
+        found = layouts(one.work, cluster, cluster.most_devices)
         shown, sizes = [], dict[int, int]()
         for other in found:
             # of each number of devices the two cheapest

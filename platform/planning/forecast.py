@@ -196,7 +196,8 @@ def layouts(work: Work, cluster: ClusterSpec, most_ranks: int) -> list[Forecast]
     """
     found: list[Forecast] = []
     node = cluster.trainers.devices
-    for ranks in range(1, most_ranks + 1):
+    most = work.stage.global_batch * max(_sharings(work, node), default=1)  # more have nothing to do
+    for ranks in range(1, min(most, most_ranks) + 1):
         if ranks > node and ranks % node:
             continue
         of_ranks: list[Forecast] = []

@@ -28,8 +28,11 @@ class Reliability:
         starts that follow, until one comes through, takes (e^(l start) - 1) / l + e^(l start) detect.
         """
         rate = 1 / self.between_failures
-        whole = math.exp(-rate * self.write) / math.expm1(rate * (interval + self.stall))
-        begun = math.exp(rate * self.start)
+        try:
+            whole = math.exp(-rate * self.write) / math.expm1(rate * (interval + self.stall))
+            begun = math.exp(rate * self.start)
+        except OverflowError:  # no checkpoint becomes whole, or no start comes through
+            return 0.0
         return interval * whole / (begun * (self.between_failures + self.detect))
 
     def best_interval(self) -> float:

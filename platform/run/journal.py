@@ -73,9 +73,11 @@ class Journal:
         return records, offset
 
     def bookmark(self) -> dict[str, Any]:
-        """What the journal's reader saved of how far it has got; at first {"offset": 0}."""
+        """What the journal's reader saved of how far it has got; at first, and where that is damaged, {"offset": 0}."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.path.with_suffix(".read.json").read_text())
+            state = json.loads(self.path.with_suffix(".read.json").read_text())
+            if isinstance(state, dict) and isinstance(state.get("offset"), int):
+                return state
         return {"offset": 0}
 
     def set_bookmark(self, state: Mapping[str, Any]) -> None:

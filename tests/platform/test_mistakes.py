@@ -214,6 +214,8 @@ MISTAKES = [
     (["plan", "plain.yaml"], "no configuration"),
     (["cluster", "check", "none.jsonl", "plain"], "nothing was checked"),
     (["plan", "empty"], "no configuration"),
+    (["plan", "demo", "--cluster-set", "trainers.nodes=4"], "the cluster that --cluster names"),
+    (["cluster", "render", "kuberay", "demo", "--cluster", "h100-1", "--out", "m"], "cluster.gpus_per_worker=1"),
     (["submit", "demo", "--address", "http://127.0.0.1:1"], "not taken by http://127.0.0.1:1"),
     (["submit", "demo", "--address", "foo://bar"], "foo://bar is not the address of a dashboard"),
     (["jobs", "--address", "http://127.0.0.1:1"], "no list of jobs came from http://127.0.0.1:1"),

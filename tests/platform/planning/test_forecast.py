@@ -330,3 +330,23 @@ def test_plan_prints_at_eighty_columns_without_a_network(
     assert "Memory of a device in GB" in out
     # beside a terminal, prose and commands stay on one line
     assert not [line for line in out.splitlines() if len(line) > 80 and line[0] in "│┃┏┡└ "]
+
+
+def test_plan_says_where_the_cluster_is_too_small_for_the_run_and_where_failures_let_nothing_end(
+    offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from domainshuttle.platform.commands.plan import print_plan
+
+    print_plan(load_config("wan2.1-t2v-14b"), cluster=load_cluster("h100-8"))
+    small = capsys.readouterr().out
+    assert "h100-8 has 8 devices, too few for the workers of stage1, stage2" in small and "said of 64 devices" in small
+    print_plan(load_config("wan2.1-t2v-14b"), cluster=load_cluster("h100-64", ["reliability.device_hours=0.001"]))
+    failing = capsys.readouterr().out
+    assert "too few" not in failing and failing.count("never") == 6
+
+
+def test_layouts_of_a_large_cluster_are_as_many_devices_as_the_batch_holds() -> None:
+    one = work((Steps(BUCKET, 1.0, ((5, 5),) * 256),))
+    one = replace(one, spec=WAN, stage=one.stage.model_copy(update={"global_batch": 256}))
+    found = {other.layout.ranks for other in layouts(one, cluster(), 100_000)}
+    assert max(found) >= 256 and max(found) <= 256 * 8

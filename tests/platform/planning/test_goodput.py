@@ -49,3 +49,11 @@ def test_the_best_interval_is_that_of_the_highest_goodput() -> None:
         assert max(around) == around[2]
         # Young's rule, where failures are rare
         assert best == pytest.approx((2 * world.stall * world.between_failures) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "world", [replace(WORLD, between_failures=0.05), replace(WORLD, write=1e11), replace(WORLD, start=1e9)]
+)
+def test_where_no_step_comes_to_count_it_is_nothing(world: Reliability) -> None:
+    assert world.goodput(300.0) == 0.0
+    assert world.best_interval() > 0

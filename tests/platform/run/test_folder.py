@@ -16,6 +16,7 @@ import yaml
 from domainshuttle.platform.config.loading import load_config
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.run.folder import Run, find_run
+from domainshuttle.platform.run.journal import Journal
 from domainshuttle.platform.run.ledger import Ledger
 from domainshuttle.platform.run.lock import RunLock
 from domainshuttle.platform.run.sample_audit import read_consumed
@@ -250,3 +251,13 @@ def test_a_worker_that_hangs_dies_and_says_where(tmp_path: Path) -> None:
     assert worker.stdout == "alive\n"  # as long as it made steps it was left alone
     assert time.monotonic() - began < 30
     assert "hanging_collective" in stacks.read_text()
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "3", '{"offset": "x"}', '{"offset": null}'])
+def test_a_damaged_bookmark_is_at_the_beginning(tmp_path: Path, text: str) -> None:
+    journal = Journal(tmp_path / "schedule.jsonl")
+    journal.append([{"a": 1}])
+    journal.set_bookmark({"offset": journal.size()})
+    assert journal.unread() == 0
+    journal.path.with_suffix(".read.json").write_text(text)
+    assert journal.bookmark() == {"offset": 0} and journal.unread() == journal.size()
