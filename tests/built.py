@@ -38,14 +38,16 @@ def made(config: Any, folder: Path, corpus: str = "mine") -> Made:
     for number in survey.missing():
         survey.take(number, source)
     survey.write_tables()
-    rows, _, _ = survey.select(source.wanted)
+    tally = survey.tally()
+    rows, _, repeated = survey.select(source.wanted)
+    tally.join(repeated)
     records = [*survey.records(rows)]
     samples, bad = [], []
     parts = parts_of(rows, 3, {n for n, piece in enumerate(survey.pieces) if piece.in_order})
     for part in parts:
         for one in source.make([*survey.records(part)], survey, notes):
             (bad if isinstance(one, LeftOut) else samples).append(one)  # type: ignore[arg-type]
-    return Made(records, samples, survey.tally(), bad, notes)
+    return Made(records, samples, tally, bad, notes)
 
 
 def encoded(mask: np.ndarray) -> str:

@@ -136,6 +136,7 @@ def build_corpus(
     tally = survey.tally()
     rows, found, repeated = survey.select(source.wanted)
     check_forms(tally, found, most_bad)
+    tally.join(repeated)
     if not len(rows):
         kinds = ", ".join(f"{kind} {count}" for kind, count in tally.counts.most_common()) or "it has no records"
         raise DataError(f"corpus {corpus}: its source has nothing to select: {kinds}{keep_hint(tally.counts)}")
@@ -161,8 +162,8 @@ def build_corpus(
     report = {
         "corpus": corpus,
         "build": config.model_dump(mode="json"),
-        "records": found + repeated + tally.counts.total(),
-        "left_out": {**dict(tally.counts.most_common()), **({"same name": repeated} if repeated else {})},
+        "records": found + tally.counts.total(),
+        "left_out": dict(tally.counts.most_common()),
         "wanted": source.wanted,
         "selected": len(rows),
         "not_drawn": found - len(rows),

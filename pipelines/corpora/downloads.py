@@ -48,15 +48,24 @@ def check_download(path: Path) -> Path:
 
 
 def found_files(root: Path, patterns: Iterable[str], what: str) -> list[Path]:
-    """The files of some patterns below a folder, by name. Raises DataError where there are none, or one of them is not
-    what was to be downloaded."""
+    """The files of some patterns below a folder, which may be given in full, by name. Raises DataError where there are
+    none, or one of them is not what was to be downloaded."""
     check_folder(root)
-    patterns = list(patterns)
+    patterns = [_below(root, pattern, what) for pattern in patterns]
     every = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     found = sorted(path for path in every if not companion(path.relative_to(root).as_posix()))
     if not found:
         raise DataError(f"{root}: no {what} ({' or '.join(patterns)}); it has {_listing(root)}. {_remedy(root)}")
     return [check_download(path) for path in found]
+
+
+def _below(root: Path, pattern: str, what: str) -> str:
+    path = Path(pattern)
+    if path.is_relative_to(root):
+        path = path.relative_to(root)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise DataError(f"{pattern!r} names no files below {root}, where {what} are looked for: give a path in it")
+    return path.as_posix()
 
 
 def check_folder(root: Path) -> None:

@@ -20,9 +20,9 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None, at_once: int 
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(at_once, columns=list(columns) if columns is not None else None):
                 yield from batch.to_pylist(maps_as_pydicts="strict")
-    except (KeyError, OverflowError) as error:  # a key that comes twice in a map, a date beyond Python's
+    except (KeyError, OverflowError, UnicodeDecodeError) as error:  # a map's key that comes twice, a date too far off
         raise DataError(f"{path} has a value that can't be read ({_text(error)}): correct it") from error
-    except (pa.ArrowException, OSError, ValueError) as error:  # the last of texts that are no UTF-8
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _not_whole(path, error) from error
 
 

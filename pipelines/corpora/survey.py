@@ -35,6 +35,7 @@ from domainshuttle.pipelines.storage.files import write_bytes
 
 EXAMPLES = 20
 """Records that a report names of each reason."""
+_SAME_NAME = "same name"
 _BATCH = 4096
 _SCHEMA = pa.schema(
     [
@@ -112,9 +113,9 @@ class Survey:
         """The pieces of a role."""
         return [number for number, piece in enumerate(self.pieces) if piece.role == role]
 
-    def select(self, wanted: int | None) -> tuple[Rows, int, int]:
-        """The rows of the records that are drawn, in their order; how many there are to draw from; and how many more
-        had the name of an earlier one."""
+    def select(self, wanted: int | None) -> tuple[Rows, int, Tally]:
+        """The rows of the records that are drawn, in their order; how many there are to draw from; and those that had
+        the name of an earlier one."""
         numbers = self.numbers(SAMPLES)
         columns = [self._table(number).column("draw").to_numpy() for number in numbers]
         sizes = [len(column) for column in columns]
@@ -123,7 +124,10 @@ class Survey:
         rows = np.stack([np.repeat(np.array(numbers, np.int64), sizes), places], 1)
         _, first = np.unique(draws, return_index=True)
         kept = np.sort(first[:wanted])  # by draw, of which one has the first place
-        return rows[kept].astype(np.int64), len(first), len(draws) - len(first)
+        again = np.delete(np.arange(len(draws)), first)
+        named = [record.id for record in self.records(rows[again[:EXAMPLES]])]
+        repeated = Tally(Counter({_SAME_NAME: len(again)}), {_SAME_NAME: named}) if named else Tally()
+        return rows[kept].astype(np.int64), len(first), repeated
 
     def records(self, rows: Rows) -> Iterator[Record]:
         """The records of rows."""

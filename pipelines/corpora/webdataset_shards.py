@@ -35,7 +35,8 @@ from domainshuttle.pipelines.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, R
 from domainshuttle.pipelines.shards.companions import companion
 
 _TARGETS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)  # a clip may have a picture of itself beside it
-_PACKED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".tzst": "zstd", ".bz2": "bz2"}
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+"""By a shard's first bytes: some programs unpack what they download, and leave it its name."""
 _SHARDS = ["**/*.tar", "**/*.tar.gz", "**/*.tgz", "**/*.tar.zst", "**/*.tzst", "**/*.tar.bz2"]
 _ARCHIVE = re.compile(
     r".+\.(tar(\.(lz4|lzma|zst|bz2|z|\d+|[a-z]{2}))?|tgz|tzst|tbz2?|txz|tlz4?|zip|7z|rar)", re.IGNORECASE
@@ -210,9 +211,12 @@ class _Header(tarfile.TarInfo):
 def _unpacked(path: Path, opened: contextlib.ExitStack) -> IO[bytes]:
     import pyarrow as pa
 
-    kind = _PACKED.get(path.suffix.lower())
+    file = opened.enter_context(path.open("rb"))
+    head = file.read(4)
+    kind = next((kind for start, kind in _PACKED.items() if head.startswith(start)), None)
     if kind is None:
-        return opened.enter_context(path.open("rb"))
+        file.seek(0)
+        return file
     stream: Any = opened.enter_context(pa.input_stream(str(path), compression=kind))
     return stream
 

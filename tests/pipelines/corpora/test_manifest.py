@@ -70,6 +70,16 @@ def test_references_may_say_their_subject_and_origin(tmp_path: Path) -> None:
     assert [(one.word, one.domain) for one in sample.info.subjects] == [("cat", 2), ("hat", 1)]
 
 
+def test_rows_of_one_name_are_named(tmp_path: Path) -> None:
+    root = media(tmp_path / "root")
+    rows = [ROWS[0], {**ROWS[0], "caption": "other"}, *({**ROWS[1], "caption": str(number)} for number in range(30))]
+    (root / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = made(ManifestConfig(folder=str(root), manifests=["m.jsonl"]), tmp_path / "survey")
+    assert sorted(sample.info.caption for sample in result) == ["0", "A man and a cup."]
+    assert result.tally.counts == {"same name": 30}
+    assert result.tally.examples == {"same name": ["first", *["b.jpg"] * 19]}
+
+
 def test_a_folder_needs_no_manifest(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
@@ -122,10 +132,15 @@ def test_dirty_rows_and_wrong_folders(tmp_path: Path) -> None:
     (root / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = made(ManifestConfig(folder=str(root), manifests=["m.jsonl"]), tmp_path / "survey")
     assert reasons(result.bad) == ["missing target", "unreadable clip", "unsafe name"]
+    in_full = made(ManifestConfig(folder=str(root), manifests=[str(root / "m.jsonl")]), tmp_path / "full")
+    assert reasons(in_full.bad) == reasons(result.bad)
     with pytest.raises(DataError, match=r"no manifests \(x.jsonl\)"):
         made(ManifestConfig(folder=str(root), manifests=["x.jsonl"]), tmp_path / "a")
     with pytest.raises(DataError, match="manifests end with"):
         made(ManifestConfig(folder=str(root), manifests=["a.mp4"]), tmp_path / "b")
+    for outside in ("/etc/*", "../*.jsonl", ""):
+        with pytest.raises(DataError, match=r"names no files below .*root, where manifests are looked for"):
+            made(ManifestConfig(folder=str(root), manifests=[outside]), tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no pictures or clips"):
         made(ManifestConfig(folder=str(tmp_path / "empty")), tmp_path / "c")
@@ -170,6 +185,7 @@ def test_columns_of_every_type_are_read_as_they_are_meant(tmp_path: Path, scores
     [
         ("scores", pa.array([[("a", 1.0), ("a", 2.0)]], pa.map_(pa.string(), pa.float32())), "duplicate keys"),
         ("caption", pa.array([2**30], pa.date32()), "days=1073741824"),
+        ("caption", pa.array([b"Caf\xe9"]).view(pa.string()), "'utf-8' codec"),
     ],
 )
 def test_a_value_that_python_has_no_object_for_is_one_message(

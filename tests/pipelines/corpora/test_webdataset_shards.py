@@ -1,5 +1,6 @@
 """WebDataset shards of others. Run: python -m pytest tests/pipelines/corpora/test_webdataset_shards.py"""
 
+import bz2
 import io
 import os
 import tarfile
@@ -30,6 +31,15 @@ def test_shards_are_read_however_they_are_packed(tmp_path: Path, ending: str, co
     assert result.notes.counts == {"members of other kinds": 2}
     kept = made(WebDatasetConfig(folder=str(tmp_path), empty_captions="keep"), tmp_path / "kept")
     assert kept.tally.counts == {"not downloaded": 1, "unknown form": 1} and "" in [one.info.caption for one in kept]
+
+
+def test_shards_are_known_by_their_bytes(tmp_path: Path) -> None:
+    """Some programs unpack what they download, and leave it its name."""
+    data = tar({"a.jpg": jpeg(1), "a.txt": b"A."})
+    (tmp_path / "0.tar.gz").write_bytes(data)
+    (tmp_path / "1.tar").write_bytes(pa.compress(data, "zstd", asbytes=True))
+    (tmp_path / "2.tgz").write_bytes(bz2.compress(data))
+    assert [one.info.caption for one in made(WebDatasetConfig(folder=str(tmp_path)), tmp_path / "survey")] == ["A."] * 3
 
 
 def _gzip(data: bytes) -> bytes:
