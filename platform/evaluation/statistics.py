@@ -133,7 +133,9 @@ def _bca_of(values: NDArray[np.float64], resampled: NDArray[np.float64], confide
     """Efron's bias-corrected and accelerated interval; `resampled` are the sorted means [resamples, rows]."""
     count = len(resampled)
     means = values.mean(axis=1)
-    below, upto = (resampled < means).sum(axis=0), (resampled <= means).sum(axis=0)
+    # means that are equal but for rounding are equal, as many are of grades or of hits and misses
+    rounding = 1e-12 * np.abs(values).max(axis=1)
+    below, upto = (resampled < means - rounding).sum(axis=0), (resampled <= means + rounding).sum(axis=0)
     bias = special.ndtri((below + upto) / (2 * count))
     apart = values - means[:, None]
     acceleration = (apart**3).sum(axis=1) / (6 * (apart**2).sum(axis=1) ** 1.5)

@@ -28,6 +28,14 @@ def test_an_interval_is_that_of_scipy_and_covers_the_mean_as_often_as_it_says() 
     one = estimate(values, resamples=2000, seed=4)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(4))
     assert (one.low, one.high) == pytest.approx(tuple(theirs.confidence_interval), rel=1e-9)
+    for count in range(8, 40):  # grades, and hits and misses: many resamples have the mean of the cases
+        for values in (np.arange(count) % 3 % 2 * 1.0, np.arange(count) % 4 * 1.0):
+            one, thirds = estimates(np.stack([values, values / 3]), resamples=2000, seed=4)
+            theirs = stats.bootstrap((values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(4))
+            assert (one.low, one.high) == pytest.approx(tuple(theirs.confidence_interval), abs=1e-9)
+            assert (thirds.low, thirds.high) == pytest.approx((one.low / 3, one.high / 3))
+    values = rng.gamma(2.0, 1.0, 30)
+    one = estimate(values, resamples=2000, seed=4)
     percentile = np.quantile(rng.choice(values, (2000, 30)).mean(axis=1), [0.025, 0.975])
     assert abs(one.high - percentile[1]) > 1e-3
     samples = rng.normal(3.0, 1.0, (200, 40))
