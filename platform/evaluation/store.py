@@ -2,9 +2,10 @@
 
 A row's key is (digest of the case, sha256 of the video, digest of the metric's decisions). So a stopped evaluation goes
 on, a metric or a model that is added computes only its own rows, and scoring again what nobody changed computes none.
-Rows are lines of a journal, each whole or skipped; a row that is written again replaces the one before.
+Rows are lines of a journal, each whole or skipped and then measured again; of two with one key the later one holds.
 """
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,9 @@ class ResultStore:
         """Reads what was written since."""
         records, self._offset = self._journal.read(self._offset)
         for record in records:
-            row = _row_of(record)
-            self._rows[row.key] = row
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of damage, or of another version
+                row = _row_of(record)
+                self._rows[row.key] = row
 
     def get(self, key: RowKey) -> Row | None:
         """The newest row of a key."""

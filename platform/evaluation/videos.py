@@ -282,6 +282,8 @@ class VideoFolder:
             return failed(f"there is no video {path}")
         except OSError as error:  # a folder of that name, or a file of another user
             return failed(f"{path} can't be read: {error.strerror}")
+        if column.generated and there.get("sha256") != sha256:  # a stop came between the two, or somebody changed it
+            return failed(f"{path} is not the clip that its JSON is of: remove it, and evaluate {column.path} again")
         if not known:
             there |= {"sha256": sha256, "bytes": status.st_size, "changed": status.st_mtime_ns}
             write_note(note, there)

@@ -181,6 +181,12 @@ def test_clips_of_another_time_are_not_taken_for_those_of_now(
     assert "can't be read: Is a directory" in reasons["theirs", "case-3"]
     page = (out / "report/index.html").read_text()
     assert "&lt;b&gt;Kling&lt;/b&gt; 1.6" in page
+    (out / "videos/ours/case-2.mp4").write_bytes((out / "videos/ours/case-4.mp4").read_bytes()[:-1])
+    reasons = {(column, case): reason for column, _, case, reason in read_results(out).failures()}
+    assert "is not the clip that its JSON is of" in reasons["ours", "case-2"]
+    with (out / "rows.jsonl").open("a") as rows:  # neither damage nor lines of another version end anything
+        rows.write('{"case": "x"}\n{"case": "x", "video": "y", "metric": "z", "name": "n", "score": {"state": 3}}\n')
+    read_results(out)
     # of a model that was stopped while its clips were made anew, old and new ones are not averaged
     columns = json.loads((out / "columns.json").read_text())
     columns[0]["how"]["settings"]["steps"] = 40
