@@ -15,6 +15,7 @@ from PIL import Image
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.schema import RunConfig
+from domainshuttle.platform.evaluation.cases import read_case_file
 from domainshuttle.platform.evaluation.config import load_evaluation
 from domainshuttle.platform.evaluation.metrics.metric import Metric, MetricCase, Models, Reference, Video, Work
 from domainshuttle.platform.evaluation.stages import say_terms
@@ -27,8 +28,11 @@ METRICS_NAME = "metrics.json"
 
 
 def check_training_metrics(config: RunConfig) -> None:
-    """Raises ConfigError for an evaluation that is not there, and what its metrics say is wrong with their models."""
+    """Raises ConfigError for an evaluation that is not there, for cases whose labels or split are none, and what its
+    metrics say is wrong with their models."""
     if config.sampling is not None and config.sampling.metrics is not None:
+        if config.sampling.cases_file is not None:
+            read_case_file(Path(config.sampling.cases_file))
         metrics = load_evaluation(config.sampling.metrics).metrics.build()
         for metric in metrics:
             metric.check()
@@ -62,14 +66,17 @@ def measured(metrics: Sequence[Metric[Any]], cases: Sequence[Case], out: Path) -
             video = Video.read(clip)
         else:
             video = Video(np.asarray(Image.open(still))[None], 1.0, hashlib.sha256(still.read_bytes()).hexdigest())
+        words = case.words or ("",) * len(case.references)
+        names = ["" if domain < 0 else DOMAINS[domain] for domain in case.domains]
         references = tuple(
-            Reference(picture, "", subject, domain=DOMAINS[domain] if domain >= 0 else "")
-            for picture, subject, domain in zip(case.references, case.subjects, case.domains, strict=True)
+            Reference(picture, word or "", subject, name == "background", name)
+            for picture, word, subject, name in zip(case.references, words, case.subjects, names, strict=True)
         )
-        works.append(Work(MetricCase(case.key, case.caption, references, "in_domain"), video))
+        works.append(Work(MetricCase(case.key, case.caption, references, case.split), video))
     found: dict[str, list[float]] = {}
     for metric in metrics:
-        chosen = [work for work in works if metric.applies(work.case)]
+        # samples of a corpus are of no split: a metric that is named for them is measured
+        chosen = [work for work in works if not work.case.split or metric.applies(work.case)]
         scores = metric.score_all(chosen)
         found[metric.label] = [float("nan") if one.value is None else one.value for one in scores]
     return found

@@ -51,6 +51,10 @@ class Case:
     """Domain id wanted for each reference, -1 for none."""
     target: Pixels | None = None
     """The real clip, where there is one."""
+    words: tuple[str, ...] = ()
+    """What each reference shows, as a detector is asked for it; none: nobody said."""
+    split: str = ""
+    """That of an evaluation (in_domain, ...); empty where nobody said."""
 
     @property
     def domain(self) -> str:
@@ -77,7 +81,8 @@ def load_cases(index: Index, count: int, spread: bool = False) -> list[Case]:
         sample = RawSample.from_members(row.key, read_members(row.folder, row.shard, row.members))
         target, references = decode_sample(sample, parse_bucket(row.bucket))
         one = next((n for n, origin in enumerate(row.reference_origins) if origin == "other_clip"), 0)
-        cases.append(Case(row.key, sample.info.caption, (references[one],), (0,), (row.domains[0],), target))
+        word = sample.info.subjects[sample.info.references[one].subject].word
+        cases.append(Case(row.key, sample.info.caption, (references[one],), (0,), (row.domains[0],), target, (word,)))
     return cases
 
 
@@ -131,9 +136,10 @@ def cases_of_file(path: Path) -> list[Case]:
     """The cases of a JSONL file with their pictures; raises ConfigError, or DataError for a picture that is none."""
     cases = []
     for filed in read_cases(path):
-        case = filed.case
+        case, item = filed.case, filed.item
         pictures = tuple(decode_image(picture.read_bytes(), str(picture)) for picture in case.references)
-        cases.append(Case(filed.id, case.prompt, pictures, case.subjects, case.domains))
+        words, split = tuple(item.get("labels") or ()), str(item.get("split") or "")
+        cases.append(Case(filed.id, case.prompt, pictures, case.subjects, case.domains, None, words, split))
     if not cases:
         raise ConfigError(f"{path} has no cases: expected one a line")
     return cases
