@@ -820,6 +820,7 @@ def compare(
     _require_png("--plot", plot)
     from domainshuttle.platform.commands import compare as comparison
     from domainshuttle.platform.console import console
+    from domainshuttle.platform.report.text import Prose
 
     store = uri or _nearest_store()
     rows = comparison.compare(store, experiment, run or ())
@@ -828,9 +829,10 @@ def compare(
         from domainshuttle.platform.commands import compare_page, curves
 
         picture = curves.plot(store, rows, plot or page.with_suffix(".png"))  # type: ignore[union-attr]
-        console.print(f"Curves: {picture}")
+        console.print(Prose(f"Curves: {picture}"))
         if page:
-            console.print(f"Page: {compare_page.write_page(store, rows, picture, page, ', '.join(experiment))}")
+            written = compare_page.write_page(store, rows, picture, page, ", ".join(experiment))
+            console.print(Prose(f"Page: {written}"))
     if shown := comparison.mlflow_page(store, rows):
         console.print(f"MLflow's page of these runs: {shown}", markup=False)
 

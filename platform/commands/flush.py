@@ -6,6 +6,7 @@ from pathlib import Path
 from domainshuttle.pipelines.errors import counted, mask_secrets
 from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.console import console
+from domainshuttle.platform.report.text import Prose
 from domainshuttle.platform.run.folder import find_run
 from domainshuttle.platform.tracking.mlflow import RunIds, flush_spool, page_of
 from domainshuttle.platform.tracking.outbox import failed_uploads, reachable
@@ -19,15 +20,17 @@ def flush_run(folder: Path, uri: str | None = None, timeout: float = 600.0) -> b
     run = find_run(folder)
     ids = run.read_ids()
     if ids is None:
-        console.print(f"Run {run.config.name} was never started: there is nothing to send.")
+        console.print(Prose(f"Run {run.config.name} was never started: there is nothing to send."))
         return True
     address = absolute_uri(uri or run.config.tracking_uri)
     redacted = mask_secrets(address)
     known = RunIds.from_dict(ids, address)
     if not reachable(address) or flush_spool(known, run.spool, timeout):
         console.print(
-            f"Not all of {run.spool} could be sent: {redacted} did not take it within {timeout:g} s. Start the server, "
-            "or name another with --uri, and run this again"
+            Prose(
+                f"Not all of {run.spool} could be sent: {redacted} did not take it within {timeout:g} s. Start the "
+                "server, or name another with --uri, and run this again"
+            )
         )
         return False
     if uri is None:

@@ -41,8 +41,9 @@ def print_runs(folder: Path) -> None:
 def _row(record: dict[str, Any]) -> list[str]:
     stage = next((one for one in record["stages"] if not one["finished"]), record["stages"][-1])
     loss, heard = record["metrics"].get("loss"), record["heard"]
+    folder = Path(record["folder"]).name
     return [
-        record["run"],
+        folder if folder == record["run"] else f"{folder} (run {record['run']})",  # one that was copied or renamed
         record["state"],
         stage["stage"],
         f"{stage['step']} of {stage['steps']}" if stage["steps"] else str(stage["step"]),

@@ -685,7 +685,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(match[2]) if match else None
 
 
-def _server_or_store(uri: str) -> str:
+def server_or_store(uri: str) -> str:
     """What MLflow can be given as a server or store, absolute. Raises ValueError for what it would take for another."""
     address = urlsplit(uri)
     if address.scheme in ("http", "https"):
@@ -710,7 +710,7 @@ _DATABASE = re.compile(r"(postgresql|mysql|mssql|databricks|uc)(\+\w+)?://")
 
 
 class TrackingSection(Section):
-    uri: Annotated[Text, AfterValidator(_server_or_store)] | None = Field(
+    uri: Annotated[Text, AfterValidator(server_or_store)] | None = Field(
         None, description="MLflow server or store; none: sqlite beside the runs"
     )
     experiment: Text = "domainshuttle"

@@ -202,7 +202,7 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
     page = write_report(out / REPORT_NAME, results)
     console.print(Prose(f"Report: {page}"))
     if files:
-        console.print(f"Grid: {' and '.join(map(str, files[1:]))}; table: {files[0]}")
+        console.print(Prose(f"Grid: {' and '.join(map(str, files[1:]))}; table: {files[0]}"))
     if run is not None:
         tracking.log_results(run, out, results, next(reversed(identities.values()), None), files)
 

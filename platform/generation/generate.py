@@ -27,6 +27,7 @@ from domainshuttle.platform.console import console, progress
 from domainshuttle.platform.generation.assemble import UNREADABLE
 from domainshuttle.platform.generation.cases import as_pixels, case_seed, read_cases
 from domainshuttle.platform.generation.export import SETTINGS_NAME
+from domainshuttle.platform.report.text import Prose
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,10 @@ def generate_clips(
             per_step = sum(result.seconds_per_step) / len(result.seconds_per_step)
             show((number + 1) * sampling.steps, total, f"clip {number + 1} of {len(todo)}, {per_step:.2f} s a step")
     console.print(
-        f"Wrote {counted(len(written), 'clip' if sampling.frames > 1 else 'picture')} to {out}; {per_step:.2f} s a "
-        f"step, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+        Prose(
+            f"Wrote {counted(len(written), 'clip' if sampling.frames > 1 else 'picture')} to {out}; {per_step:.2f} s a "
+            f"step, peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+        )
     )
     return written
 

@@ -363,20 +363,28 @@ def find_run(folder: str | Path) -> Run:
     What its configuration says to lie in the folder, or beside it in `output`, is meant where the folder is now.
     """
     path = Path(folder).expanduser().absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that Python could not decode
+        raise ConfigError(f"{path} is no name in UTF-8: rename the folder, or set LANG=C.UTF-8") from None
     saved = path / "config.yaml"
     if not saved.is_file():
-        near = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
-        hint = (
-            f"; runs beside it: {', '.join(near)}"
-            if near
-            else "; a run's folder is <output>/<name> of its configuration"
-        )
-        raise ConfigError(f"no run in {path}{hint}")
+        raise ConfigError(f"no run in {path}; {_where_runs_are(path)}")
     config = read_config(saved)
     if config.run_folder.exists() and config.run_folder.samefile(path):
         return Run(config)
     path = path.resolve()
     return Run(_moved(config, path), path)
+
+
+def _where_runs_are(path: Path) -> str:
+    """What helps who named a folder that is no run's."""
+    if around := next((one for one in path.parents if (one / "config.yaml").is_file()), None):
+        return f"it lies in that of a run: {around}"
+    for where, folder in (("in", path), ("beside", path.parent)):
+        if found := sorted(one.parent.name for one in folder.glob("*/config.yaml") if one.is_file()):
+            return f"runs {where} it: {', '.join(found)}"
+    return "a run's folder is <output>/<name> of its configuration"
 
 
 def require_meant(source: str, overrides: Sequence[str], config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from domainshuttle.pipelines.errors import mask_secrets
-from domainshuttle.platform.config.schema import absolute_uri, sqlite_file
+from domainshuttle.platform.config.schema import absolute_uri, server_or_store, sqlite_file
 from domainshuttle.platform.tracking.metric_names import known, shown
 from domainshuttle.platform.tracking.mlflow import (
     PARENT_TAG,
@@ -66,6 +66,10 @@ def read_runs(uri: str, experiments: Sequence[str]) -> list[RunRecord]:
     if store and not store.is_file():  # of a folder SQLAlchemy would try again for minutes
         kind = "that is a folder" if store.is_dir() else "train first, or set tracking.uri"
         raise UnknownRecordError(f"there is no store {uri}: {kind}")
+    try:
+        server_or_store(uri)
+    except ValueError as error:
+        raise UnknownRecordError(f"{mask_secrets(uri)} can't be read: it {error}") from None
     if not reachable(uri):
         raise ServerAwayError(f"the tracking server {mask_secrets(uri)} does not answer: start it or set tracking.uri")
     client = ask(uri, lambda: connect(uri))

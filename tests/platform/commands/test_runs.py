@@ -1,6 +1,7 @@
 """`domainshuttle runs` and `stop`. Run: python -m pytest tests/platform/commands/test_runs.py"""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ def test_runs_are_listed_the_last_heard_of_first(tmp_path: Path) -> None:
     assert rows[2][1:4] == ["not begun", "base", "0 of 220"]
     assert f"Left out: {tmp_path / 'odd'}" in shown
     assert "no run in" in in_process("runs", tmp_path / "odd", expect=2)
+    shutil.copytree(old.folder, tmp_path / "old copy")
+    assert "│ old copy (run old) │" in in_process("runs", tmp_path)
 
 
 def test_a_run_is_stopped_through_its_folder(tmp_path: Path) -> None:
