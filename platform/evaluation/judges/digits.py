@@ -17,15 +17,15 @@ def expected_grade(raw: str, logprobs: Any) -> float | None:
         return None
     try:
         text = "".join(one["token"] for one in tokens)
-        places = list(_SCORE.finditer(text))
-        if not places or _SCORE.search(raw) is None:
+        places, said = list(_SCORE.finditer(text)), _SCORE.findall(raw)
+        if not places or not said or places[-1][1] != said[-1]:
             return None
         end, at = places[-1].start(1), 0
         for one in tokens:
             if at <= end < at + len(one["token"]):
                 return _expectation([one, *(one.get("top_logprobs") or [])]) if _digit(one["token"]) else None
             at += len(one["token"])
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, OverflowError):
         return None
     return None
 

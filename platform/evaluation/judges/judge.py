@@ -42,7 +42,7 @@ class JudgeScore(Metric[JudgeChoices]):
     """One question of one judge."""
 
     source = "the paper's rubric in words of our own (evaluation/judges/prompts.py)"
-    code_version = 1
+    code_version = 2
 
     def __init__(
         self, config: JudgeChoices, models: Models | None = None, folders: MetricModels | None = None,

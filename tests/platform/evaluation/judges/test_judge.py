@@ -94,7 +94,8 @@ def test_a_grade_is_the_expectation_where_there_are_logprobs(tmp_path: Path) -> 
     [
         None, {}, {"content": None}, {"content": [{"token": '{"score": 4}', "logprob": 0.0}]},
         {"content": [{"logprob": 0.0}]}, {"content": [{"token": '{"score": ', "logprob": 0}, {"token": "44"}]},
-        {"content": "text"},
+        {"content": "text"}, {"content": [{"token": '{"score": '}, {"token": "2", "logprob": 0.0}]},
+        {"content": [{"token": '{"score": '}, {"token": "4", "logprob": 1e6}]},
     ],
 )  # fmt: skip
 def test_without_logprobs_of_the_digit_the_digit_stands(given: Any) -> None:

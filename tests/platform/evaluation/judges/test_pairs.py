@@ -49,7 +49,7 @@ def levels(request: dict[str, Any]) -> list[float]:
 
 
 def judge(url: str, folder: Path, **choices: Any) -> PairJudge:
-    endpoint = {"url": url, "model": "judge", "patience": 0.3, "answers": 1}
+    endpoint = {"url": url, "model": "judge", "patience": 30, "answers": 1}
     return PairJudge(PairChoices.model_validate({"endpoint": endpoint, "frames": 2, **choices}), folder)
 
 
