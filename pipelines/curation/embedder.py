@@ -56,11 +56,13 @@ class Embedder:
     def prepared(self, pictures: Sequence[Pixels]) -> torch.Tensor:
         """Pictures as the model takes them, [n,3,side,side]."""
         if self.fit == "crop":
-            cropped: torch.Tensor = self.processor([*pictures], return_tensors="pt")["pixel_values"]
-            return cropped
+            return self._processed(pictures)
         squares = [_on_square(picture) for picture in pictures]
-        size = {"height": self.side, "width": self.side}
-        prepared = self.processor(squares, size=size, do_center_crop=False, return_tensors="pt")
+        return self._processed(squares, size={"height": self.side, "width": self.side}, do_center_crop=False)
+
+    def _processed(self, pictures: Sequence[Pixels], **more: Any) -> torch.Tensor:
+        # told where the colours are, since it would guess it of a cut-out that is 3 pixels high
+        prepared = self.processor([*pictures], input_data_format="channels_last", return_tensors="pt", **more)
         values: torch.Tensor = prepared["pixel_values"]
         return values
 

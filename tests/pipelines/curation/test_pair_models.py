@@ -100,6 +100,10 @@ def test_vectors_are_the_models_of_the_whole_picture_on_white(models: dict[str, 
         output = embedder.model(pixel_values=expected[None])
     raw = output.pooler_output if role == "dino" else output.image_embeds
     np.testing.assert_allclose(embedder.vectors([tall])[0], (raw / raw.norm())[0].numpy(), atol=1e-5)
+    small = _frames(1, 3, 3)[0]  # its height could be taken for its colours
+    values = np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC), np.float64) / 255
+    expected = torch.from_numpy(((values - mean) / deviation).transpose(2, 0, 1)).float()
+    assert torch.allclose(embedder.prepared([small])[0], expected, atol=1e-5)
     both = embedder.vectors([tall, square])
     assert both[0] @ both[1] == pytest.approx(1, abs=1e-5)  # on white they are the same picture
 
