@@ -28,6 +28,7 @@ from domainshuttle.platform.evaluation.config import EvaluationConfig, load_eval
 from domainshuttle.platform.evaluation.judges.pairs import PairJudge
 from domainshuttle.platform.evaluation.metrics.edits import edit_answers
 from domainshuttle.platform.evaluation.results import Results, summary
+from domainshuttle.platform.evaluation.sensitivity import choose_column
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
 from domainshuttle.platform.evaluation.stages import say_terms
 from domainshuttle.platform.evaluation.store import ResultStore
@@ -88,6 +89,7 @@ def run_evaluation(
             metric.check()
         say_terms(metrics)
         columns = columns_of(models, config, cases)
+        choose_column([*read_columns(out), *columns], config.sensitivity)
         _say_cases(config, cases)
         for column in columns:
             read_manifest(column)

@@ -21,6 +21,7 @@ from domainshuttle.model.pictures import Pixels, fit_reference
 from domainshuttle.pipelines.errors import DataError, counted, one_line
 from domainshuttle.pipelines.media.decode import encode_mp4, opened_clip, shown_frames
 from domainshuttle.pipelines.ray_tasks import each_by_actors
+from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.console import progress
 from domainshuttle.platform.evaluation.cases import EvaluationCase
 from domainshuttle.platform.evaluation.config import ScoringPool, SensitivitySettings
@@ -84,10 +85,14 @@ def _only(task: _Task, stage: Stage) -> _Task:
 
 
 def choose_column(columns: Sequence[Column], settings: SensitivitySettings) -> Column | None:
-    """Whose videos the tests take; None where there is none."""
-    judged = [column for column in columns if column.judged]
-    wanted = settings.column or (REAL if any(column.name == REAL for column in columns) else "")
-    return next((column for column in columns if column.name == wanted), judged[0] if judged else None)
+    """Whose videos the tests take; None where there is none. Raises ConfigError where those that are wanted are not
+    there."""
+    named = {column.name: column for column in columns}
+    if settings.column and settings.column not in named:
+        there = ", ".join(named)
+        raise ConfigError(f"sensitivity.column={settings.column}: there is no model of that name, there are: {there}")
+    judged = (column for column in columns if column.judged)
+    return named.get(settings.column or REAL, next(judged, None))
 
 
 class Sensitivity:

@@ -5,6 +5,7 @@ Run: pytest tests/platform/evaluation/test_generators.py
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from domainshuttle.pipelines.media.decode import encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evaluate import run_evaluation
-from domainshuttle.platform.evaluation.generators import Settings, load_generator, model_digest
+from domainshuttle.platform.evaluation.generators import Latency, Settings, load_generator, model_digest
+from domainshuttle.platform.evaluation.latency import latency_rows
+from domainshuttle.platform.evaluation.videos import Clip, Column
 from domainshuttle.platform.generation.cases import case_seed
 
 
@@ -122,3 +125,13 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="can't be read"):
         load_generator(str(tmp_path))
     assert Settings.of(str(tmp_path), EvaluationConfig.model_fields["generation"].default).width == 832
+
+
+def test_a_model_that_was_made_on_two_devices_says_both() -> None:
+    latency = Latency(2, 4, denoising=8.0, total=10.0, device="H200", dtype="bfloat16").to_dict()
+    made = [{"latency": latency | {"device": name}, "settings": {"frames": 5, "height": 32, "width": 48}}
+            for name in ("H200", "CPU, 2 threads", "H200")]  # fmt: skip
+    clips = {("a", str(n)): [Clip("a", str(n), 0, Path(), "sha", "", one)] for n, one in enumerate(made)}
+    (row,) = latency_rows(SimpleNamespace(columns=[Column("a", "", True)], clips=clips))  # type: ignore[arg-type]
+    assert (row["device"], row["size"], row["batch"]) == ("H200 and CPU, 2 threads", "5x32x48", "2")
+    assert (row["total"], row["step"]) == (5.0, 1.0)

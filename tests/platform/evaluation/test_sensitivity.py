@@ -10,6 +10,7 @@ from metric_inputs import clip
 from PIL import Image
 
 from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.platform.config.schema import ConfigError
 from domainshuttle.platform.evaluation.cases import EvaluationCase, ReferencePicture
 from domainshuttle.platform.evaluation.metrics.config import DESK
 from domainshuttle.platform.evaluation.metrics.metric import Metric, MetricCase, Reference, Video, Work
@@ -116,6 +117,8 @@ def test_the_tests_take_the_real_clips_where_there_are_some() -> None:
     assert choose_column([model, control, real], SensitivitySettings()) == real
     assert choose_column([model, control, real], SensitivitySettings(column="a")) == model
     assert choose_column([], SensitivitySettings()) is None
+    with pytest.raises(ConfigError, match=r"no model of that name, there are: a, real"):
+        choose_column([model, real], SensitivitySettings(column="A"))
 
 
 def altered(trial: Any, frames: np.ndarray, *references: np.ndarray) -> np.ndarray:
