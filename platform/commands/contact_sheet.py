@@ -88,7 +88,7 @@ def _row(row: IndexRow, fps: float | None) -> _Row:
         _reference(sample, row, picture, bucket, altered)
         for picture, altered in zip(pairing.set_b, pairing.augment_b, strict=True)
     ]
-    return _Row(f"{label}: {' '.join(sample.info.caption.split())}", (target, set_a, set_b))
+    return _Row(f"{label}: {sample.info.caption}", (target, set_a, set_b))
 
 
 def _reference(sample: RawSample, row: IndexRow, number: int, bucket: Bucket, altered: bool) -> Cell:
@@ -123,7 +123,7 @@ def _drawn(cell: Cell | None, side: int) -> Image.Image:
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, room: int) -> None:
     """One line of text, cut where it does not fit."""
     font = ImageFont.load_default(12)
-    shown = text
+    shown = text = " ".join(text.split())
     while text and pen.textlength(shown, font=font) > room:
         text = text[: -max(1, len(text) // 20)]
         shown = f"{text.rstrip()} …"

@@ -49,7 +49,7 @@ def sample(key: str) -> RawSample:
         fps=8.0 if video else None,
         frames=9 if video else 1,
         size=(96, 96),
-        subjects=[Subject(id=0, word="cat", domain=1), Subject(id=1, word="dog", domain=1)],
+        subjects=[Subject(id=0, word="cat", domain=1), Subject(id=1, word="a dog\nin two lines", domain=1)],
         references=[
             Reference(file=file, subject=subject, origin="photo", size=(96, 64))
             for subject, file in zip((0, 0, 1), references, strict=True)
