@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,9 +29,11 @@ _STUBS = (
         f"a server's refusal and not the file: {_AGAIN}",
     ),
 )
-_SPLIT = re.compile(r"(?P<stem>.+\.(?:tar|tgz|zip|gz)(?:\.(?:split|part))?)[._-]?(?P<number>\d+|[a-z]{2,3})")
+_SPLIT = re.compile(r"(?P<stem>.+\.(?:tar|tgz|zip|gz|bz2|xz|zst)(?:\.(?:split|part))?)[._-]?(?P<number>\d+|[a-z]{2,3})")
 """A piece of a split archive, such as part1.tar.split.003 or local.tar.gz.aa."""
-_ARCHIVE = re.compile(r".+\.(tar|tgz|zip|tar\.gz|tar\.zst)", re.IGNORECASE)
+_ARCHIVE = re.compile(r".+\.(tar|tgz|zip|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
+_UNPACKING = {".gz": "-xz", ".tgz": "-xz", ".bz2": "-xj", ".xz": "-xJ", ".zst": "--zstd -x"}
+"""How tar unpacks what it is not given the name of."""
 
 
 def check_download(path: Path) -> Path:
@@ -129,10 +132,18 @@ def _extract(folder: Path, archives: list[Path]) -> str:
                 f"{_written(max(held), numbers[0])}: download them, then extract it"
             )
     if pieces:
-        stem = next(iter(pieces))
-        flag = "xz" if "gz" in stem else "x"
-        return f"{folder} holds archives that are not extracted: run `cat {stem}* | tar -{flag}` in it, for each"
-    return f"{folder} holds archives that are not extracted: run `tar -xf {archives[0].name}` in it, for each of them"
+        stem, numbers = next(iter(pieces.items()))
+        names = f"{shlex.quote(stem)}*"
+        if len({len(number) for number in numbers}) > 1:  # else 10 would come before 2
+            names = f"$(ls -v {names})"
+        whole = Path(stem.removesuffix(".split").removesuffix(".part"))
+        command = f"cat {names} | tar {_UNPACKING.get(whole.suffix, '-x')}"
+        if whole.suffix == ".zip":  # which can't be read from a pipe
+            command = f"cat {names} > whole && unzip whole && rm whole"
+    else:
+        name = archives[0].name
+        command = f"{'unzip' if name.lower().endswith('.zip') else 'tar -xf'} {shlex.quote(name)}"
+    return f"{folder} holds archives that are not extracted: run `{command}` in it, for each of them"
 
 
 def _counted(number: str) -> int:
