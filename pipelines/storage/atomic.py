@@ -28,8 +28,12 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """An empty file to write, which is at `path` when the block ends; where the block raises, `path` is as it was.
 
     It has the mode that the umask leaves, and its folder is made where there is none. `sync`: it outlives a loss of
-    power. Raises OSError, for a full disk for example.
+    power. Raises OSError, for a full disk for example, and before the block for what is no file, such as a device: a
+    rename would take it from the machine. The place of a link is taken too, and what it pointed to stays as it was.
     """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(errno.EEXIST, "there is something that is no file: name another path", str(path))
     with _reserved(path) as aside:
         try:
             yield aside

@@ -69,6 +69,25 @@ def test_a_file_is_replaced_when_the_block_ends_and_kept_where_it_raises(tmp_pat
         assert place.read_text() == "two" and names(place.parent) == ["file"]
 
 
+def test_devices_pipes_and_folders_are_not_replaced_by_a_file_and_links_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "out").symlink_to("/dev/null")  # as /dev/stdout is one
+    for name in ("pipe", "folder", "out"):
+        before = os.lstat(tmp_path / name)
+        with pytest.raises(FileExistsError, match=f"is no file.* path.*{name}"), atomic_file(tmp_path / name):
+            pytest.fail("the work has begun")
+        assert os.path.samestat(os.lstat(tmp_path / name), before)
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "broken"):
+        with atomic_file(tmp_path / name) as aside:
+            aside.write_text("new")
+        assert (tmp_path / name).read_text() == "new" and not (tmp_path / name).is_symlink()
+    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / "nowhere").exists()
+
+
 def test_a_folder_is_replaced_when_the_block_ends_and_kept_where_it_raises(tmp_path: Path) -> None:
     place = tmp_path / "in" / "folder"
     for content in ("one", "two"):
