@@ -79,11 +79,17 @@ def described_as(folder: Location, corpus: str | None, fps: float | None, bucket
 
 
 def index_location(location: Location) -> Location:
-    """Where the index file is that a command line names: itself, or the folder that it is in."""
+    """Where the index file is that a command line names: itself, or the folder that it is in. Raises ConfigError for a
+    file that is none, such as a shard or a configuration."""
     is_index = name_of(location).endswith(".parquet")
     if not is_remote(location):
         path = local_path(location)
-        is_index = path.is_file() or (is_index and not path.is_dir())
+        if path.is_file() and not is_index:
+            raise ConfigError(
+                f"{path} is no index: give an index.parquet, or the folder that it is in; that of a configuration's "
+                "corpus is DATA/CORPUS/raw, or /encoded"
+            )
+        is_index = is_index and not path.is_dir()
     return location if is_index else join(location, INDEX_NAME)
 
 

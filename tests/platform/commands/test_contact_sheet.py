@@ -20,6 +20,7 @@ from domainshuttle.pipelines.shards.tar import ShardWriter
 from domainshuttle.platform.commands.contact_sheet import GAP, HEAD, LABEL, SPACE, draw_sheet
 from domainshuttle.platform.commands.corpus_page import write_corpus_page
 from domainshuttle.platform.commands.data import inspect_corpus
+from domainshuttle.platform.config.schema import ConfigError
 
 SIDE = 64
 RNG = np.random.default_rng(0)
@@ -148,6 +149,8 @@ def test_an_index_is_shown_with_its_own_quarantine(
     inspect_corpus(tmp_path / "other.parquet", None, 8, None)
     said = " ".join(capsys.readouterr().out.split())
     assert "2 samples in quarantine" in said and "such as: too small" in said
+    with pytest.raises(ConfigError, match=r"quarantine.jsonl is no index: give an index.parquet, or the folder"):
+        inspect_corpus(tmp_path / "quarantine.jsonl", None, 8, None)
 
 
 def test_the_page_counts_each_row_of_what_was_left_out_and_converted(index: Index, tmp_path: Path) -> None:
