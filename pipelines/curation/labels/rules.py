@@ -71,13 +71,17 @@ def needs_of(config: LabelConfig, info: SampleInfo) -> Needs:
     """What of a sample is to be labelled."""
     every, values = config.which == "all", config.values
     unnamed = tuple(one.id for one in info.subjects if every or is_unnamed(one.word))
-    guessed = FROM_WORDS in info.scores or any(one.domain < 0 for one in info.subjects)
     return Needs(
         caption="caption" in values and (every or not info.caption.strip() or CAPTION_IS_INSTRUCTION in info.scores),
         words=unnamed if "words" in values else (),
-        domains="domains" in values and bool(info.subjects) and (every or guessed),
+        domains="domains" in values and bool(info.subjects) and (every or _is_guessed(info)),
         find="words" in values and not info.subjects,
     )
+
+
+def _is_guessed(info: SampleInfo) -> bool:
+    """Whether no source knew the domains of all subjects."""
+    return FROM_WORDS in info.scores or any(one.domain < 0 for one in info.subjects)
 
 
 def may_need(config: LabelConfig, index: Index) -> np.ndarray:
@@ -146,7 +150,7 @@ class _Labelling:
         self.info, self.asked = info, asked
         self.value = asked.value if asked is not None and asked.state == "labelled" else None
         self.subjects, self.scores = list(info.subjects), dict(info.scores)
-        self.text, self.labels = info.caption, dict(info.labels)
+        self.text, self.labels, self.guessed = info.caption, dict(info.labels), _is_guessed(info)
         self.counts: list[str] = []
         self.was: dict[str, Any] = {}
         if asked is not None and asked.value is not None:
@@ -182,7 +186,8 @@ class _Labelling:
                 self.subjects[number] = one.model_copy(update={"word": self.value.subjects[number].word})
             elif named and is_unnamed(one.word):
                 # a domain that followed from the word that stood for one follows from the new one
-                domain = domain_of(named[0]) if one.domain == domain_of(one.word) else one.domain
+                follows = self.guessed and one.domain == domain_of(one.word)
+                domain = domain_of(named[0]) if follows else one.domain
                 self.subjects[number] = Subject(id=number, word=named[0], domain=domain)
         self._note("words", "words" if [one.word for one in self.subjects] != before else "source")
 
@@ -196,9 +201,9 @@ class _Labelling:
             self.subjects[number] = one.model_copy(update={"domain": domain})
         if self.value is not None:
             self.scores.pop(FROM_WORDS, None)
-        else:
+        elif self.guessed:
             self.scores[FROM_WORDS] = 1.0
-        self._note("domains", "words")
+        self._note("domains", "words" if self.guessed else "source")
 
     def finished(self) -> Labelled:
         update = {
@@ -212,7 +217,7 @@ class _Labelling:
         asked = self.asked
         if asked is None:
             if else_by == "source":
-                self.counts.append(f"{name}: word lists know none")
+                self.counts.append(f"{name}: as the source has it")
                 return
             self.labels[name] = Label(by="words", state="labelled", prompt=_WORDS)
             self.counts.append(f"{name}: by word lists")

@@ -52,7 +52,7 @@ from domainshuttle.pipelines.shards.tar import LABELS_FOLDER, Member, ShardWrite
 from domainshuttle.pipelines.storage.files import write_bytes, write_file
 from domainshuttle.pipelines.storage.uri import Location, is_remote, join, local_path, redacted
 
-_RULES = 1
+_RULES = 2
 """Of what labels make of the same answers; a change makes all labels anew, without asking again."""
 _SHARD_BYTES = 1 << 30
 

@@ -134,6 +134,14 @@ def test_word_lists_keep_what_a_source_knew() -> None:
     unknown = info("A caption", ("dragons",), domain=-1)
     made = label(unknown, needs_of(ALL, unknown), None)
     assert made.info.subjects[0].domain == domain_of("dragon") and made.info.scores == {FROM_WORDS: 1.0}
+    known = info("A dragon flies", ("subject",))  # no guess: its manifest says that it is an object
+    for which in (ALL, LabelConfig(which="all")):
+        needs = needs_of(which, known)
+        assert not (made := label(known, needs, None).info).scores and "domains" not in made.labels
+        assert [(one.word, one.domain) for one in made.subjects] == [("dragon", 1)]
+        no_answer = label(known, needs, Asked("endpoint", "m", PROMPT, "refused", "I'm sorry"))
+        assert not no_answer.info.scores and no_answer.info.subjects == made.subjects
+        assert needs.domains == (which is not ALL) == ("domains: refused, as the source has it" in no_answer.counts)
     both = info("A man and a woman", ("subject 1", "subject 2"))
     assert label(both, needs_of(ALL, both), None).info.subjects == both.subjects  # which is which can't be told
 
