@@ -23,7 +23,7 @@ from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError, RunConfig
 from domainshuttle.platform.console import console, say
 from domainshuttle.platform.evaluation.cases import CASES_NAME, EvaluationCase, read_case_file
-from domainshuttle.platform.evaluation.choices import title_of
+from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig, load_evaluation
 from domainshuttle.platform.evaluation.judges.pairs import PairJudge
 from domainshuttle.platform.evaluation.metrics.edits import edit_answers
@@ -31,6 +31,7 @@ from domainshuttle.platform.evaluation.results import Results, summary
 from domainshuttle.platform.evaluation.sensitivity import choose_column
 from domainshuttle.platform.evaluation.sources import build_test_set, expected_counts
 from domainshuttle.platform.evaluation.stages import say_terms
+from domainshuttle.platform.evaluation.statistics import as_plain
 from domainshuttle.platform.evaluation.store import ResultStore
 from domainshuttle.platform.evaluation.videos import Clip, Column, VideoFolder, columns_of, read_manifest, strangers
 from domainshuttle.platform.report.text import Prose, Records
@@ -46,6 +47,11 @@ def chosen_config(source: str | None, run: RunConfig | None, overrides: Sequence
 
     Raises ConfigError where there is neither.
     """
+    if source is not None and source.lower().endswith(".jsonl"):
+        raise ConfigError(
+            f"{source} has cases, and --cases takes the evaluation, whose sources such files are: write a YAML with "
+            "a source of kind `cases` (docs/evaluation.md), or give one that ships and --set sources.NAME.path"
+        )
     if source is not None:
         return load_evaluation(source, list(overrides))
     if run is None:
@@ -81,9 +87,16 @@ def run_evaluation(
     out = out.absolute()  # an actor on another node has another working directory
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
+        before: list[EvaluationCase] = []
+        with contextlib.suppress(ConfigError):  # none yet, or damaged: it is made now
+            before = read_case_file(out / CASES_NAME)
         cases = build_test_set(
             config.sources, run.config if run else None, out, lambda text: console.print(Prose(text))
         )
+        there = {case.id: case.digest for case in cases}
+        if others := sum(there.get(case.id) != case.digest for case in before):
+            what = f"{others} of the {counted(len(before), 'case')} that {out} had are others now, or gone"
+            console.print(Prose(f"{what}: another test set may want another folder (--out)"))
         metrics = config.metrics.build()
         for metric in metrics:
             metric.check()
@@ -179,7 +192,9 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
     )
     from domainshuttle.platform.evaluation.report import write_report
 
-    write_bytes(out / RESULTS_NAME, json.dumps(summary(results), indent=1).encode())
+    more = {"choices": choices_of(results), "judges": judges_of(results)}
+    content = summary(results) | {name: as_plain([asdict(one) for one in found]) for name, found in more.items()}
+    write_bytes(out / RESULTS_NAME, json.dumps(content, indent=1).encode())
     identities: dict[str, IdentityResult] = {}
     files: list[Path] = []
     if results.config.identity is not None:

@@ -161,7 +161,8 @@ def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:
             if pair not in key or question not in QUESTIONS or answer not in _SIDES:
                 raise ConfigError(
                     f"{path}, line {number}: pair {pair}, question {question}, answer {answer}: they are of no "
-                    f"page that was made of {out} ({key_path}): give them to the evaluation that they are of"
+                    f"page that was made of {out} ({key_path}): "
+                    + ("remove the line" if path == kept else "give them to the evaluation that they are of")
                 )
             lines[rater, pair, question] = {"rater": rater, "pair": pair, "question": question, "answer": answer}
     if files:

@@ -72,8 +72,12 @@ class OpenS2VSource(_Source):
 
     def read(self, run: RunConfig | None, folder: Path) -> list[EvaluationCase]:
         path = Path(str(self.path)).expanduser()
+        download = f"hf download BestWishYsh/OpenS2V-Eval --repo-type dataset --local-dir {path.parent}"
+        if not path.is_file():
+            raise ConfigError(f"there is no {path}: {download}")
+        text = read_text(path)
         try:
-            records = json.loads(read_text(path))
+            records = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON: {error}") from error
         if not isinstance(records, dict):
@@ -88,8 +92,7 @@ class OpenS2VSource(_Source):
         missing = [name for name in names if not (path.parent / name).is_file()]
         if missing:
             raise ConfigError(
-                f"{path}: {len(missing)} of its pictures are not beside it, such as {missing[0]}: hf download "
-                f"BestWishYsh/OpenS2V-Eval --repo-type dataset --local-dir {path.parent}"
+                f"{path}: {len(missing)} of its pictures are not beside it, such as {missing[0]}: {download}"
             )
         return [self._case(key, one, path) for key, one in chosen.items()]
 

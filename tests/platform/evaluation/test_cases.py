@@ -136,6 +136,10 @@ def test_opens2v_by_groups_with_the_first_references(tmp_path: Path) -> None:
     assert [case.id for case in cases] == ["open-multihuman_1", "open-multihuman_2"]
     assert cases[0].labels == ("man", "woman", "cup", "beach")
     assert cases[0].domains == "human, object, background"
+    with pytest.raises(ConfigError, match=r"there is no .*Open-Domain_Eval\.json: hf download"):
+        load_evaluation("opens2v", [f"sources.open-domain.path={tmp_path}/x/Open-Domain_Eval.json"]).sources[
+            "open-domain"
+        ].read(None, tmp_path)
     (tmp_path / "Images/multihuman/2b.png").unlink()
     with pytest.raises(ConfigError, match=r"1 of its pictures are not beside it.*hf download"):
         build_test_set(config.sources, None, tmp_path / "again")

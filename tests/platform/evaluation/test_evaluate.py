@@ -174,7 +174,10 @@ def test_clips_of_another_time_are_not_taken_for_those_of_now(
     (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with console.capture() as printed:
         results = run_evaluation([str(theirs)], changed(config, repeats=2), out)
-    assert "theirs has 2 videos of no case, such as Case-1.mp4" in " ".join(printed.get().split())
+    said = " ".join(printed.get().split())
+    assert "theirs has 2 videos of no case, such as Case-1.mp4" in said and "1 of the 6 cases that" in said
+    found = json.loads((out / "results.json").read_text())
+    assert {one["choice"] for one in found["choices"]} > {"as in the table"} and found["judges"] == []
     reasons = {(column, case): reason for column, _, case, reason in results.failures()}
     assert "made otherwise than is asked for now (case)" in reasons["ours", "case-1"]
     assert "clip 2 of 2: failed: there is no video" in reasons["ours", "case-0"]  # a part of a value is told too
@@ -282,5 +285,6 @@ def test_the_commands(model: Path, config: EvaluationConfig, tmp_path: Path) -> 
     assert "index.html" in in_process("evaluate", "report", tmp_path / "out")
     assert (tmp_path / "out/report/index.html").is_file()
     assert "or --run RUN" in in_process("evaluate", model, expect=2)
+    assert "whose sources such files are" in in_process("evaluate", model, "--cases", tmp_path / "c.jsonl", expect=2)
     assert "no evaluation 'papr'" in in_process("evaluate", model, "--cases", "papr", expect=2)
     assert "is no folder of an evaluation" in in_process("evaluate", "report", tmp_path, expect=2)
