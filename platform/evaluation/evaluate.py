@@ -94,8 +94,8 @@ def run_evaluation(
             config.sources, run.config if run else None, out, lambda text: console.print(Prose(text))
         )
         there = {case.id: case.digest for case in cases}
-        if others := sum(there.get(case.id) != case.digest for case in before):
-            what = f"{others} of the {counted(len(before), 'case')} that {out} had are others now, or gone"
+        if changed := sum(there.get(case.id) != case.digest for case in before):
+            what = f"{changed} of the {counted(len(before), 'case')} that {out} had are others now, or gone"
             console.print(Prose(f"{what}: another test set may want another folder (--out)"))
         metrics = config.metrics.build()
         for metric in metrics:
@@ -192,8 +192,8 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
     )
     from domainshuttle.platform.evaluation.report import write_report
 
-    more = {"choices": choices_of(results), "judges": judges_of(results)}
-    content = summary(results) | {name: as_plain([asdict(one) for one in found]) for name, found in more.items()}
+    choices, judges = ([asdict(one) for one in found] for found in (choices_of(results), judges_of(results)))
+    content = summary(results) | as_plain({"choices": choices, "judges": judges})
     write_bytes(out / RESULTS_NAME, json.dumps(content, indent=1).encode())
     identities: dict[str, IdentityResult] = {}
     files: list[Path] = []

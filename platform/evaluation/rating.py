@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from scipy import stats
 
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.decode import opened_clip, shown_frames
 from domainshuttle.pipelines.storage.files import write_bytes
 from domainshuttle.platform.config.loading import read_text
 from domainshuttle.platform.config.schema import ConfigError
@@ -68,14 +71,15 @@ class Rating:
 def make_pages(out: Path, results: Results, pairs_per_rater: int | None = None, seed: int = 0) -> Path:
     """Writes the page of an evaluation in `out`, and its key; returns the page.
 
-    Every two models that both have a clip of a case are a pair; which clip is left, and the order, are drawn. With
-    `pairs_per_rater` only so many. The key keeps the pairs of earlier pages, so that answers to them are understood.
-    Raises ConfigError where there are no two models with clips.
+    Every two models that both have a clip of a case that can be shown are a pair; which clip is left, and the order,
+    are drawn. With `pairs_per_rater` only so many. The key keeps the pairs of earlier pages, so that answers to them
+    are understood. Raises ConfigError where there are no two models with clips.
     """
     judged = [column.name for column in results.columns if column.judged]
     found = []
     for case in results.cases:
-        there = {name: clip.sha256 for name in judged if (clip := _first(results, name, case.id)) is not None}
+        clips = {name: clip for name in judged if (clip := _first(results, name, case.id)) and _shows(clip)}
+        there = {name: clip.sha256 for name, clip in clips.items()}
         for first, second in combinations(sorted(there), 2):
             seen = [seed, case.id, case.digest, first, second, there[first], there[second]]
             name = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
@@ -123,12 +127,21 @@ def _first(results: Results, column: str, case: str) -> Clip | None:
     return next((clip for clip in results.clips.get((column, case), ()) if clip.sha256), None)
 
 
+def _shows(clip: Clip) -> bool:
+    """Whether there is something to see: nobody is asked about a damaged clip."""
+    try:
+        with opened_clip(clip.path.read_bytes(), str(clip.path)) as opened:
+            return next(shown_frames(opened), None) is not None
+    except DataError:
+        return False
+
+
 def _copied(source: Path, folder: Path, secret: str) -> str:
-    """Copies a file under a name that says nothing of where it comes from; returns the name."""
+    """Copies a file under a name that says nothing of where it comes from; returns the link to it."""
     name = f"media/{hashlib.sha256(secret.encode()).hexdigest()[:20]}{source.suffix}"
     if not (folder / name).exists():
         shutil.copyfile(source, folder / name)  # not its times, which tell models apart
-    return name
+    return quote(name)
 
 
 def read_answers(out: Path, files: Sequence[Path] = ()) -> list[Rating]:

@@ -293,6 +293,13 @@ def test_a_text_of_others_is_text(make_model: Callable[..., Path], cases_file: P
     assert "<script>document.title" not in page.read_text()
     for name in Media(page.read_text()).files:
         assert (page.parent / unquote(urlsplit(name).path)).is_file()
+    shutil.copytree(videos, tmp_path / "others")
+    (tmp_path / "others/case-1.mp4").write_bytes(b"damaged")
+    results = run_evaluation([str(tmp_path / "others")], config, tmp_path / "out")
+    rating = make_pages(tmp_path / "out", results)  # nobody is asked about a clip that can't be shown
+    (pair,) = json.loads(re.search(r"const pairs = (\[.*?\]), questions", rating.read_text())[1])  # type: ignore[index]
+    for name in (*pair["pictures"], pair["left"], pair["right"]):
+        assert (rating.parent / unquote(urlsplit(name).path)).is_file()
     if CHROMIUM is None:
         return
     probe = """<script>window.addEventListener("load", () => {
