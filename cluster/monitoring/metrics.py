@@ -4,6 +4,8 @@ Ray calls them `ray_NAME` and adds labels of the node and the process. As a proc
 queries aggregate: `max by (run)`.
 """
 
+import atexit
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,26 +64,58 @@ def series(name: str) -> str:
     return f"ray_{PREFIX}{name}"
 
 
+AGAIN_SECONDS = 5.0
+"""Ray's nodes forget a gauge that was not set for 20 s: the newest values are set again so often."""
+
+
 class RunMetrics:
-    """Sets the metrics of one process of a run. Without a connection to Ray it does nothing."""
+    """Sets the metrics of one process of a run, until it is closed. Without a connection to Ray it does nothing."""
 
     def __init__(self, **tags: str) -> None:
         """`tags` are run, segment and rank, as far as the process has them."""
         self._tags = tags
         self._gauges: dict[str, Any] = {}
+        self._newest: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
 
     def set(self, values: Mapping[str, float | None], **tags: str) -> None:
         """Sets metrics by their names; None: the value is not known. `tags` take the place of those of the process."""
         import ray
+
+        if not ray.is_initialized() or self._closed.is_set():
+            return
+        known = {**self._tags, **tags}
+        with self._lock:
+            for name, value in values.items():
+                if value is not None:
+                    self._newest[name, tuple(known[key] for key in ("run", *METRICS[name].tags))] = float(value)
+            self._set_newest()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._keep, name="run-metrics", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """From now on nothing is set: what was is forgotten soon."""
+        self._closed.set()
+        atexit.unregister(self.close)
+        if self._thread is not None:
+            self._thread.join(AGAIN_SECONDS)
+
+    def _keep(self) -> None:
+        import ray
+
+        while not self._closed.wait(AGAIN_SECONDS):
+            with self._lock:
+                if ray.is_initialized():
+                    self._set_newest()
+
+    def _set_newest(self) -> None:
         from ray.util.metrics import Gauge
 
-        if not ray.is_initialized():
-            return
-        for name, value in values.items():
-            if value is None:
-                continue
-            metric, known = METRICS[name], {**self._tags, **tags}
-            keys = ("run", *metric.tags)
+        for (name, tags), value in self._newest.items():
+            keys = ("run", *METRICS[name].tags)
             if name not in self._gauges:
-                self._gauges[name] = Gauge(PREFIX + name, metric.text, tag_keys=keys)
-            self._gauges[name].set(float(value), {key: known[key] for key in keys})
+                self._gauges[name] = Gauge(PREFIX + name, METRICS[name].text, tag_keys=keys)
+            self._gauges[name].set(value, dict(zip(keys, tags, strict=True)))

@@ -151,7 +151,7 @@ def run_training(run: Run, lock: RunLock, fresh: bool, stage: str | None, resume
 
     from domainshuttle.platform.driver.schedule_loop import DivergedError, Schedule
 
-    with _StopOnSignal(run), progress("Training", "steps") as show:
+    with contextlib.closing(metrics), _StopOnSignal(run), progress("Training", "steps") as show:
         try:
             outcome = Schedule(run, tracker, watch, say, hooks.tell).train(stage, resume)
         except RunLockedError:

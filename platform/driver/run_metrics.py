@@ -21,6 +21,10 @@ class DriverMetrics:
         self._metrics = RunMetrics(run=run.config.name)
         self._scores, self._read = Journal(run.scores_path), 0
 
+    def close(self) -> None:
+        """The run is no longer this process's."""
+        self._metrics.close()
+
     def update(self) -> None:
         """Reads the run's folder, at most every few seconds."""
         now = self._clock()

@@ -401,6 +401,7 @@ class Monitor:
 
     def _end_lines(self) -> None:
         self._profiler.close()
+        self._metrics.close()
         self.watchdog.close()
         self._consumed.close()
         for lines in (self._dropped_lines, self._failed_lines):
