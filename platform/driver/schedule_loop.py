@@ -90,6 +90,7 @@ class Schedule:
         """How many attempts the ledger had when the newest workers were asked for."""
         self._leaving: set[str] = set()
         self._opened: set[str] = set()
+        self._told_finished: set[str] = set()
         self._selections: dict[str, TrainedParameters] = {}
         self._verified: Checkpoint | None = None
 
@@ -108,16 +109,22 @@ class Schedule:
             if adopted:
                 self._tracker.tag({f"from.{name}": str(weights) for name, weights in adopted.items()})
         chosen = self.run.choose(stage)
-        for segment in chosen:
-            if segment.finished:
-                self._echo(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
+        self._tell_finished(chosen)
         while left := [segment for segment in chosen if not segment.finished]:
             if self._ledger.summary(self._config.budget_gpu_hours).spent:
                 return "budget spent"
             outcome, resume = self._start(left, resume), AUTO
+            self._tell_finished(chosen)
             if outcome is not None and any(not segment.finished for segment in chosen):
                 return outcome
         return "finished"
+
+    def _tell_finished(self, segments: Sequence[Segment]) -> None:
+        """Says of each segment that is finished where its weights are; once."""
+        for segment in segments:
+            if segment.finished and segment.name not in self._told_finished:
+                self._told_finished.add(segment.name)
+                self._echo(f"Stage {segment.name} is finished; its weights are in {segment.weights}")
 
     def _start(self, left: list[Segment], resume: str) -> Outcome | None:
         """One worker group, for as many of the segments as can follow each other in it; None: another may follow."""
@@ -241,6 +248,7 @@ class Schedule:
         """Opens a segment's MLflow run, with its data, and shows what it trains; once."""
         if segment.name in self._opened:
             return
+        self._tell_finished([self.run.segment(name) for name in self._opened])
         self._opened.add(segment.name)
         params = dataclasses.asdict(SegmentParams.of(segment))
         self._tracker.open_segment(segment.name, params=params, tags={HOURS_TAG: OWN_HOURS})

@@ -43,8 +43,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tuple[RunConfig, str]) -> None:
     config, printed = unbroken
-    assert "Finished after" in printed
-    assert "Next: domainshuttle export" in printed
+    said = [
+        *(f"Stage stage1 {what}" for what in ("trains ", "is finished; its weights are in ")),
+        *(f"Stage stage2 {what}" for what in ("trains ", "is finished; its weights are in ")),
+        "Finished after", "Next: domainshuttle export",
+    ]  # fmt: skip
+    assert [printed.count(one) for one in said] == [1] * len(said) and sorted(said, key=printed.index) == said
     books = audit_samples(config)
     assert books.planned == books.trained == (4 + 24) * 8
     assert (books.lost, books.repeated, books.recomputed) == (0, 0, 0)
