@@ -42,6 +42,9 @@ _FAST = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 _PRECISE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 _HARMLESS = ("SEI type", "unable to decode APP fields")
 """What decoders call errors though no picture is touched: messages beside the frames that they can't read."""
+_OF_THE_START = "mmco: unref short failure"
+"""What H.264's decoder says, before it shows a first frame, of a clip that was cut out of another without encoding: its
+first pictures let go of ones that stayed behind, and those that need them are not shown."""
 _OF_HDR = {SideData.MASTERING_DISPLAY_METADATA, SideData.CONTENT_LIGHT_LEVEL, SideData.DYNAMIC_HDR_PLUS}
 _BT2020, _HDR_TRANSFERS = 9, (16, 18)
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -205,7 +208,8 @@ class Clip:
     def _check_said(self) -> None:
         own = self.stream.codec_context.name
         for level, codec, message in self.said:
-            if level > av.logging.ERROR or message.startswith(_HARMLESS):
+            harmless = _HARMLESS if self._frames else (*_HARMLESS, _OF_THE_START)
+            if level > av.logging.ERROR or message.startswith(harmless):
                 continue
             if codec in (own, _ALPHA_DECODERS.get(own)):
                 raise DataError(

@@ -281,6 +281,33 @@ def test_a_file_that_is_cut_is_no_shorter_clip(container: str, options: dict[str
             clip_file(whole[:size], "clip")
 
 
+def test_a_clip_that_was_cut_out_without_encoding_is_not_damaged() -> None:
+    """Of a stream whose parts lean on each other (open GOPs), from a key frame on: players show all that is whole."""
+    buffer, made = io.BytesIO(), io.BytesIO()
+    options = {"crf": "10", "threads": "1", "bf": "3", "g": "24", "refs": "3", "x264-params": "open-gop=1"}
+    blocks = np.kron(np.random.default_rng(0).integers(0, 256, (20, 36, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    with av.open(buffer, mode="w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=24, options=options)
+        stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
+        for k in range(96):
+            frame = np.ascontiguousarray(blocks[k // 4 : k // 4 + 128, k : k + 192])
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    whole = decode_video(buffer.getvalue(), 96)
+    with av.open(io.BytesIO(buffer.getvalue())) as source, av.open(made, mode="w", format="mp4") as out:
+        copy = out.add_stream_from_template(source.streams.video[0])
+        keys = 0
+        for packet in source.demux(video=0):
+            keys += packet.is_keyframe
+            if keys > 1 and packet.size:
+                packet.stream = copy
+                out.mux(packet)
+    with av.open(io.BytesIO(made.getvalue())) as opened:
+        assert sum(1 for _ in opened.demux(video=0)) > 60
+    found = decode_all(made.getvalue())
+    assert len(found) > 60 and np.array_equal(found, whole[-len(found) :])
+
+
 @pytest.mark.parametrize("container", ["mov", "matroska"])
 def test_exif_of_frames_is_obeyed(container: str) -> None:
     """As cameras write it into Motion JPEG; PyAV has no name for it."""
