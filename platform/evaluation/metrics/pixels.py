@@ -15,7 +15,7 @@ from domainshuttle.platform.evaluation.metrics.hues import describe
 from domainshuttle.platform.evaluation.metrics.metric import Direction, Metric, Score, Trial, Work
 
 Luma = NDArray[np.float64]
-"""[frames,h,w], 0 to 1."""
+"""[h,w], 0 to 1."""
 
 
 class HueIdentity(Metric[FrameChoices]):
@@ -55,9 +55,12 @@ class Steadiness(Metric[MetricConfig]):
     def measure(self, work: Work) -> Score:
         if len(work.video.frames) < 2:
             return Score("missing", reason="the video has one frame")
-        luma = work.once("luma", lambda: luma_of(work.video.frames))
-        steps = np.abs(np.diff(luma, axis=0)).mean(axis=(1, 2))
-        far = float(np.abs(luma[-1] - luma[0]).mean())
+        first = last = luma_of(work.video.frames[0])
+        found = []
+        for frame in work.video.frames[1:]:  # one at a time: a clip of 1080p takes gigabytes as floats
+            before, last = last, luma_of(frame)
+            found.append(np.abs(last - before).mean())
+        steps, far = np.array(found), float(np.abs(last - first).mean())
         return Score(
             "measured", float(1 - steps.mean()), beside={"first_to_last": far}, details={"steps": steps.tolist()}
         )
@@ -74,27 +77,27 @@ class Sharpness(Metric[FrameChoices]):
     expects: ClassVar[Mapping[Trial, Direction]] = {"blurred": "falls", "shuffled": "same"}
 
     def measure(self, work: Work) -> Score:
-        luma = luma_of(np.stack(work.frames(self.config.frames)))
-        if min(luma.shape[1:]) < 4:
-            return Score("missing", reason=f"frames of {luma.shape[2]}x{luma.shape[1]} pixels: at least 4x4 are needed")
-        before, after = _energy(luma), _energy(_mean_3x3(luma))
+        frames = work.frames(self.config.frames)
+        height, width = frames[0].shape[:2]
+        if min(height, width) < 4:
+            return Score("missing", reason=f"frames of {width}x{height} pixels: at least 4x4 are needed")
+        lumas = (luma_of(frame) for frame in frames)
+        before, after = np.array([(_energy(luma), _energy(_mean_3x3(luma))) for luma in lumas]).T
         values = np.where(before > 1e-9, 1 - after / np.maximum(before, 1e-9), 0.0)
         return Score("measured", float(values.mean()), details={"frames": values.tolist()})
 
 
-def luma_of(frames: Pixels) -> Luma:
-    """Brightness of [f,h,w,3] by BT.601."""
-    weights = np.array([0.299, 0.587, 0.114]) / 255
-    return np.stack([frame @ weights for frame in frames])
+def luma_of(frame: Pixels) -> Luma:
+    """Brightness of [h,w,3] by BT.601."""
+    return frame @ (np.array([0.299, 0.587, 0.114]) / 255)
 
 
-def _energy(luma: Luma) -> NDArray[np.float64]:
-    """Mean square of the steps to the right and down, of each frame."""
-    across, down = np.diff(luma, axis=2), np.diff(luma, axis=1)
-    return (across**2).mean(axis=(1, 2)) + (down**2).mean(axis=(1, 2))
+def _energy(luma: Luma) -> np.float64:
+    """Mean square of the steps to the right and down."""
+    return (np.diff(luma, axis=1) ** 2).mean() + (np.diff(luma, axis=0) ** 2).mean()
 
 
 def _mean_3x3(luma: Luma) -> Luma:
     """The mean of each pixel and its 8 neighbours, without the border."""
-    height, width = luma.shape[1] - 2, luma.shape[2] - 2
-    return np.sum([luma[:, y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0) / 9
+    height, width = luma.shape[0] - 2, luma.shape[1] - 2
+    return np.sum([luma[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0) / 9

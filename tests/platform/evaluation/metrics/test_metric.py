@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import ClassVar
 
@@ -178,3 +179,16 @@ def test_variants_are_the_same_metrics_with_other_choices_and_names(tmp_path: Pa
     assert second.config.not_found == "left_out" and first.config.not_found == "zero"
     with pytest.raises(DataError, match=r"clip_i needs models\.detector"):
         first.check()
+
+
+def test_a_long_clip_is_not_held_as_floats() -> None:
+    """Baselines come in 1080p: eight times their pixels' bytes would not fit into memory."""
+    frames = np.random.default_rng(0).integers(0, 255, (40, 90, 160, 3), dtype=np.uint8)
+    one = Work(MetricCase("a", ""), Video(frames, 8.0, ""))
+    for metric in (Steadiness(MetricConfig()), Sharpness(FrameChoices(frames=40))):
+        tracemalloc.start()
+        try:
+            assert metric.measure(one).state == "measured"
+            assert tracemalloc.get_traced_memory()[1] < frames.nbytes * 1.5
+        finally:
+            tracemalloc.stop()
