@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import isnan
@@ -192,11 +193,12 @@ def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
     """How each model's clips were made, as the JSON beside them says."""
     found = []
     for column in results.columns:
-        if manifest := read_manifest(column):
-            found.append((column.name, [(str(name), str(value)) for name, value in manifest.items()]))
-        if not column.generated:
-            continue
         clips = [clip for (name, _), some in results.clips.items() if name == column.name for clip in some]
+        if not column.generated:
+            headers = Counter(clip.made["header"] for clip in clips if clip.sha256 and "header" in clip.made)
+            told = [(str(name), str(value)) for name, value in read_manifest(column).items()]
+            found.append((column.name, [*told, *((header, f"{count} clips") for header, count in headers.items())]))
+            continue
         made = next((clip.made for clip in clips if clip.made.get("settings")), None)
         if made is None:
             continue

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from domainshuttle.pipelines.media.decode import encode_mp4
+from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.media.decode import encode_mp4, opened_clip
 from domainshuttle.pipelines.ray_tasks import each_by_actors
 from domainshuttle.pipelines.sample import VIDEO_EXTENSIONS
 from domainshuttle.pipelines.storage.atomic import atomic_file
@@ -260,7 +261,7 @@ class VideoFolder:
         note, path = self.note(column, case, repeat), Path()
         there = read_note(note) or {}
         if not column.generated:  # a model that was made here may have had its name
-            there = {name: value for name, value in there.items() if name in ("sha256", "bytes", "changed")}
+            there = {name: value for name, value in there.items() if name in ("sha256", "bytes", "changed", "header")}
         if column.name == REAL and case.target is None:
             return failed("the case has no real clip")
         path = self.path(column, case, repeat)
@@ -277,17 +278,30 @@ class VideoFolder:
         try:
             status = path.stat()
             known = (there.get("bytes"), there.get("changed")) == (status.st_size, status.st_mtime_ns)
-            sha256 = str(there["sha256"]) if known else hashlib.sha256(path.read_bytes()).hexdigest()
+            data = b"" if known else path.read_bytes()
         except FileNotFoundError:
             return failed(f"there is no video {path}")
         except OSError as error:  # a folder of that name, or a file of another user
             return failed(f"{path} can't be read: {error.strerror}")
+        sha256 = str(there["sha256"]) if known else hashlib.sha256(data).hexdigest()
         if column.generated and there.get("sha256") != sha256:  # a stop came between the two, or somebody changed it
             return failed(f"{path} is not the clip that its JSON is of: remove it, and evaluate {column.path} again")
         if not known:
             there |= {"sha256": sha256, "bytes": status.st_size, "changed": status.st_mtime_ns}
+            there |= {} if column.generated else {"header": _header(data)}
             write_note(note, there)
         return Clip(column.name, case.id, repeat, path, sha256, "", there)
+
+
+def _header(data: bytes) -> str:
+    """What a video says of itself; clips of other lengths, sizes and rates are measured as they are."""
+    try:
+        with opened_clip(data) as clip:
+            stream = clip.stream
+            rate = float(stream.average_rate or 0)
+            return f"{stream.frames} frames of {stream.width}x{stream.height} at {rate:g} a second"
+    except DataError:
+        return "not a readable clip"
 
 
 def _as_shown(

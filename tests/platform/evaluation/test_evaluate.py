@@ -183,7 +183,7 @@ def test_clips_of_another_time_are_not_taken_for_those_of_now(
     assert "clip 2 of 2: failed: there is no video" in reasons["ours", "case-0"]  # a part of a value is told too
     assert "can't be read: Is a directory" in reasons["theirs", "case-3"]
     page = (out / "report/index.html").read_text()
-    assert "&lt;b&gt;Kling&lt;/b&gt; 1.6" in page
+    assert "&lt;b&gt;Kling&lt;/b&gt; 1.6" in page and "3 frames of 32x32 at 8 a second" in page
     (out / "videos/ours/case-2.mp4").write_bytes((out / "videos/ours/case-4.mp4").read_bytes()[:-1])
     reasons = {(column, case): reason for column, _, case, reason in read_results(out).failures()}
     assert "is not the clip that its JSON is of" in reasons["ours", "case-2"]
