@@ -42,6 +42,8 @@ TARGETS = ("clip", "video", "image", "target", "path", "file")
 CAPTIONS = ("caption", "text", "prompt")
 _IDS = ("id", "key")
 _FIELDS = {*TARGETS, *CAPTIONS, *_IDS, "references", "subjects", "domains", "scores", "source_video"}
+_ENDINGS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
+"""Of one name that ends in several ways the first is taken: a clip may have a picture of itself beside it."""
 _MOST_UNREAD = 20
 """Fields of a row that are named where they are not read; the others are counted together."""
 _REFERENCE = re.compile(r"(?P<stem>.+)\.ref(?P<number>\d+)")
@@ -116,19 +118,23 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
         that belong to none."""
         every = sorted(_found(folder, deep=False))
         media = [path for path in every if _is_media(path)]
-        stems = {path.stem for path in media if not _REFERENCE.fullmatch(path.stem)}
+        targets: dict[str, Path] = {}
+        for path in sorted(media, key=lambda path: (_ENDINGS.index(_ending(path)), path)):
+            if not _REFERENCE.fullmatch(path.stem):
+                targets.setdefault(path.stem, path)
         for path in every:
             match = _REFERENCE.fullmatch(path.stem)
-            beside = path.suffix in (".txt", ".json") and path.stem in stems
-            if not (beside or (_is_media(path) and (match is None or match["stem"] in stems))):
+            beside = path.suffix in (".txt", ".json") and path.stem in targets
+            if not (beside or (_is_media(path) and (match is None or match["stem"] in targets))):
                 yield path.name, f"other file: no picture or clip, nor what belongs to one; {_endings()}"
+            elif match is None and not beside and targets[path.stem] != path:
+                yield path.name, f"other file: {targets[path.stem].name} has its name, and the caption; rename one"
         references: dict[str, list[tuple[int, Path]]] = {}
         for path in media:
             if match := _REFERENCE.fullmatch(path.stem):
                 references.setdefault(match["stem"], []).append((int(match["number"]), path))
-        for path in media:
-            if path.stem in stems:
-                yield path.name, lambda path=path: self._beside(path, references.get(path.stem, []))
+        for stem, path in sorted(targets.items(), key=lambda one: one[1]):
+            yield path.name, lambda stem=stem, path=path: self._beside(path, references.get(stem, []))
 
     def _beside(self, path: Path, references: list[tuple[int, Path]]) -> dict[str, Any]:
         row: dict[str, Any] = {}
@@ -239,7 +245,7 @@ class ManifestSource(FolderSource[ManifestConfig], RecordSource):
         if more := len(unread[_MOST_UNREAD:]):
             notes.add("more fields are not read", more)
         data = read_media(self.root, target, "target")
-        clip = Path(target).suffix.lower().removeprefix(".") in VIDEO_EXTENSIONS
+        clip = _ending(Path(target)) in VIDEO_EXTENSIONS
         guessed = [word for word, domain in content["subjects"] if domain is None]
         subjects = [(word, domain_of(word) if domain is None else domain) for word, domain in content["subjects"]]
         shown = [Shown(which, origin, read_picture(self.root, path)) for path, which, origin in content["references"]]
@@ -287,7 +293,11 @@ def _found(folder: Path, deep: bool = True) -> Iterator[Path]:
 
 
 def _is_media(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+    return _ending(path) in _ENDINGS
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
 
 
 def _stamp(folder: Path) -> str:
@@ -298,4 +308,4 @@ def _stamp(folder: Path) -> str:
 
 
 def _endings() -> str:
-    return f"they end with {', '.join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))}"
+    return f"they end with {', '.join(_ENDINGS)}"

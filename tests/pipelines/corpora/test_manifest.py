@@ -274,6 +274,20 @@ def test_names_of_files_that_are_no_utf8_are_left_out_by_name(tmp_path: Path) ->
     assert all(example.isascii() for named in result.tally.examples.values() for example in named)
 
 
+def test_a_picture_of_a_clip_beside_it_does_not_take_its_caption(tmp_path: Path) -> None:
+    """As programs that download clips leave them."""
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, data in {"a.mp4": mp4(), "a.webp": jpeg(1), "a.jpg": jpeg(1), "b.JPG": jpeg(2), "b.png": jpeg(3)}.items():
+        (root / name).write_bytes(data)
+    for stem in "ab":
+        (root / f"{stem}.txt").write_text(stem)
+    result = made(ManifestConfig(folder=str(root)), tmp_path / "survey")
+    assert [(sample.info.kind, sample.info.caption) for sample in result] == [("video", "a"), ("image", "b")]
+    assert result.tally.counts == {"other file": 3}
+    assert result.tally.examples["other file"][0].endswith("a.mp4 has its name, and the caption; rename one")
+
+
 def test_what_a_folder_has_beside_its_media_is_counted(tmp_path: Path) -> None:
     root = tmp_path / "root"
     pictures = dict.fromkeys(("a.jpg", "b.jpg", "e.ref0.jpg"), jpeg(3))
