@@ -71,7 +71,7 @@ def status_record(folder: Path) -> dict[str, Any]:
         "metrics": {name: _finite(value) for name, value in state.get("metrics", {}).items()},
         "seconds_left": {"stage": left.stage, "known_stages": left.known, "budget": left.budget} if left else None,
         "workers": [{**asdict(worker), "log": str(run.folder / worker.log)} for worker in _workers(run, alive)],
-        "notices": Journal(run.notices_path).read()[0][-_MOST_NOTICES:],
+        "notices": _notices(run)[-_MOST_NOTICES:],
         "device_hours": {name: getattr(hours, name) for name in ("used", *CATEGORIES, "budget")},
         "goodput": hours.goodput,
         "damaged_checkpoints": {name: str(found) for name, found in checkpoints if isinstance(found, CheckpointError)},
@@ -81,6 +81,12 @@ def status_record(folder: Path) -> dict[str, Any]:
         "unsent_bytes": run.unsent_bytes(),
         "next": run.train_command if not alive and word != "finished" else None,
     }
+
+
+def _notices(run: Run) -> list[dict[str, Any]]:
+    """What the driver has told people, without lines that are damaged."""
+    lines = Journal(run.notices_path).read()[0]
+    return [one for one in lines if isinstance(one.get("time"), int | float) and isinstance(one.get("text"), str)]
 
 
 def _finite(value: float) -> float | None:
@@ -125,9 +131,9 @@ def print_status(folder: Path) -> None:
     ledger = Ledger(run.ledger_path)
     _print_progress(run, state, word, alive, ledger)
     _print_workers(run, alive)
-    for notice in Journal(run.notices_path).read()[0][-_MOST_NOTICES:]:
-        if notice.get("text") != why:
-            console.print(Prose(f"{_date(notice.get('time', 0.0))} {notice.get('text', '')}"))
+    for notice in _notices(run)[-_MOST_NOTICES:]:
+        if notice["text"] != why:
+            console.print(Prose(f"{_date(notice['time'])} {notice['text']}"))
     _print_hours(run, ledger, alive)
     for name, found in checkpoints:
         if isinstance(found, UnfinishedCheckpoint):
@@ -181,8 +187,8 @@ def run_state(run: Run, state: Mapping[str, Any], alive: bool) -> tuple[str, str
     if not alive:
         return _ended(run, state, left)
     since = _driver_started(run)
-    told = [line for line in Journal(run.notices_path).read()[0]
-            if line.get("kind") in (FAILED, MOVED, WAITING) and line.get("time", 0.0) >= since]  # fmt: skip
+    told = [line for line in _notices(run)
+            if line.get("kind") in (FAILED, MOVED, WAITING) and line["time"] >= since]  # fmt: skip
     number = max(attempts(run), default=0)
     workers = _workers(run, alive)
     newest = max((worker.started for worker in workers), default=0.0)
@@ -422,7 +428,7 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     hours = ledger.summary(run.config.budget_gpu_hours)
     attempts = ledger.attempts()
     listed = [one for one in attempts[-_MOST_ATTEMPTS:] if one.devices]
-    causes = [line for line in Journal(run.notices_path).read()[0] if line.get("kind") == FAILED and "cause" in line]
+    causes = [line for line in _notices(run) if line.get("kind") == FAILED and "cause" in line]
     rows = [_attempt(one, one is attempts[-1] and alive, _cause(one, attempts, causes)) for one in listed]
     columns = ("stage", "steps", "workers", "began", "used", *CATEGORIES, "ended")
     title, numeric = "Attempts at each stage, in seconds of the wall clock", columns[2:3] + columns[4:-1]

@@ -293,7 +293,8 @@ class Run:
 
     def dropped_steps(self, segment: str) -> set[int]:
         """The steps of a segment whose gradients were thrown away, in any attempt."""
-        return {line["step"] for line in Journal(self.dropped_path(segment, 0)).read()[0]}
+        lines = Journal(self.dropped_path(segment, 0)).read()[0]
+        return {line["step"] for line in lines if isinstance(line.get("step"), int)}
 
     def quarantined(self) -> int:
         """Samples that could not be read: attempts and epochs meet the same sample again, which counts once."""
@@ -333,10 +334,10 @@ class Run:
     def read_end(self) -> dict[str, Any]:
         """What `note_end` noted last; empty while the run is at work, or where its driver was killed."""
         try:
-            end: dict[str, Any] = json.loads(self.end_path.read_text())
+            end: Any = json.loads(self.end_path.read_text())
         except (OSError, ValueError):
             return {}
-        return end
+        return end if isinstance(end, dict) and {"how", "error"} <= end.keys() else {}
 
     def read_ids(self) -> dict[str, Any] | None:
         """The ids of the run's MLflow runs, as they were saved last."""

@@ -31,6 +31,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shlex
 import time
 import uuid
@@ -136,9 +137,29 @@ def ask(uri: str, question: Callable[[], T]) -> T:
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             if pause is None or getattr(error, "error_code", None) not in _TEMPORARY:
                 hint = _HOST_REFUSED if "403" in str(error) else ""
-                raise TrackingError(f"{mask_secrets(uri)} can't be read: {one_line(error)}{hint}") from error
+                raise TrackingError(f"{mask_secrets(uri)} can't be read: {explained(error, uri)}{hint}") from error
             time.sleep(pause)
     raise AssertionError
+
+
+def explained(error: BaseException, uri: str) -> str:
+    """An error of MLflow's in a line; of a database of another version with what to do, since of a newer one too MLflow
+    says that it is out of date."""
+    found = re.search(r"out-of-date database schema \(found version (\w+)", str(error))
+    if found is None:
+        return one_line(error)
+    import mlflow
+
+    known = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if any(known.glob(f"{found[1]}_*.py")):
+        return (
+            f"an older MLflow made its tables: back it up, end what writes to it, then: mlflow db upgrade "
+            f"{shlex.quote(mask_secrets(uri))}"
+        )
+    return (
+        f"a newer MLflow than {mlflow.__version__}, which is installed here, made its tables ({found[1]}): use that "
+        "one, through its server (http://HOST:5000)"
+    )
 
 
 _HOST_REFUSED = (
@@ -261,7 +282,7 @@ class _Sender:
             except Exception as error:  # whatever a store raises, training goes on and the events stay on disk
                 self._run_id = None  # it may have been deleted: look for it again
                 if not self._failing:
-                    logger.warning("tracking: %s; events wait in %s", one_line(error), self.folder)
+                    logger.warning("tracking: %s; events wait in %s", explained(error, self._server), self.folder)
                 self._failing = True
         return False
 

@@ -389,3 +389,17 @@ def test_how_a_run_ended_is_what_its_stage_says_too(
         run.note_end(how, ValueError("the cause") if how != "stopped" else None)
         assert state_of(run) == (how, "" if how == "stopped" else "the cause")
         assert stage_state(run, capsys, monkeypatch) == how
+
+
+@pytest.mark.parametrize("change", [{"time": None}, {"time": "x"}, {"text": None}, {"text": 3}])
+def test_a_damaged_line_of_a_file_of_the_run_does_not_hide_its_status(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    run = a_run(tmp_path)
+    an_attempt(run, "base", 0, 57, 100, "fault")
+    line = {"segment": "base", "kind": FAILED, "text": "worker 1 died", "cause": "worker 1 died", "time": time.time()}
+    run.notices_path.write_text(json.dumps({**line, **change}) + "\n")
+    run.dropped_path("base", 0).write_text('{"reason": "x"}\n')
+    run.end_path.write_text('{"how": "failed"}')
+    print_status(run.folder)
+    assert status_record(run.folder)["notices"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from domainshuttle.platform.config.schema import absolute_uri
 from domainshuttle.platform.tracking import mlflow as tracking
 from domainshuttle.platform.tracking import outbox
 from domainshuttle.platform.tracking import queries as records
-from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, TrackingError
+from domainshuttle.platform.tracking.mlflow import RunIds, Tracker, TrackingError, explained
 
 
 @contextmanager
@@ -115,3 +116,26 @@ def test_an_sqlite_uri_may_have_options(store: str, tmp_path: Path) -> None:
     assert absolute_uri(uri) == uri
     assert Tracker(RunIds(uri, "options", "a run"), tmp_path / "spool").tag({"a": 1})
     assert [run.name for run in records.read_runs(uri, ["options"])] == ["a run"]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("451aebb31d03", "an older MLflow made its tables: .*mlflow db upgrade 'sqlite:///a b.db'"),
+        ("f" * 12, "a newer"),
+    ],
+)
+def test_a_store_of_another_mlflow_is_answered_with_what_to_do(tmp_path: Path, version: str, expected: str) -> None:
+    """Of a newer one MLflow itself says that it is out of date, and its upgrade fails."""
+    import sqlalchemy
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.db.utils import _verify_schema
+
+    engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/mlflow.db")
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("create table alembic_version (version_num varchar(32))"))
+        connection.execute(sqlalchemy.text(f"insert into alembic_version values ('{version}')"))
+    with pytest.raises(MlflowException) as error:
+        _verify_schema(engine)
+    assert re.match(expected, explained(error.value, "sqlite:///a b.db"))
+    assert explained(ValueError("else"), "sqlite:///a.db") == "else"
