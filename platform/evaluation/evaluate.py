@@ -221,7 +221,7 @@ def publish(out: Path, results: Results, run: Run | None = None) -> None:
     if files:
         console.print(Prose(f"Grid: {' and '.join(map(str, files[1:]))}; table: {files[0]}"))
     if run is not None:
-        tracking.log_results(run, out, results, next(reversed(identities.values()), None), files)
+        tracking.log_results(run, out, results, identities, files)
 
 
 def rate(out: Path, answers: Sequence[Path]) -> None:

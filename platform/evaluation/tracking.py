@@ -5,38 +5,31 @@ replaces the one before.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from domainshuttle.pipelines.storage.files import write_bytes
+from domainshuttle.platform.console import console
 from domainshuttle.platform.evaluation.identity import IdentityResult
 from domainshuttle.platform.evaluation.results import ALL, Results
+from domainshuttle.platform.report.text import Prose
 from domainshuttle.platform.run.folder import Run
 from domainshuttle.platform.tracking.mlflow import RunIds, Tracker
 
 TABLE_NAME = "table.json"
 
 
-def log_results(run: Run, out: Path, results: Results, identity: IdentityResult | None, files: Sequence[Path]) -> None:
-    """Logs to the run of the last stage; to none where the run has no ids yet."""
+def log_results(
+    run: Run, out: Path, results: Results, identities: Mapping[str, IdentityResult], files: Sequence[Path]
+) -> None:
+    """Logs to the run of the last stage; to none, with a word, where the run has no ids yet."""
     saved = run.read_ids()
     if saved is None:
+        console.print(Prose(f"Nothing is logged: the run {run.config.name} has not begun, and is not in MLflow"))
         return
     last = run.segments()[-1]
     tracker = Tracker(RunIds.from_dict(saved, run.config.tracking_uri), run.spool)
-    judged = [column.name for column in results.columns if column.judged]
-    values: dict[str, float] = {}
-    for (stratum, metric, column), one in results.estimates.items():
-        if column not in judged or not one.cases or (column, metric) in results.voids:
-            continue
-        name = f"evaluation/{metric}" if stratum == ALL else f"evaluation/{stratum}/{metric}"
-        name = name if len(judged) == 1 else f"{name}/{column}"
-        values[name] = one.mean
-        if one.low == one.low:
-            values |= {f"{name}_low": one.low, f"{name}_high": one.high}
-    if identity is not None:
-        parts = {"own": identity.own, "other": identity.other, "chance": identity.chance, "target": identity.target}
-        values |= {f"evaluation/identity_{name}": value for name, value in parts.items() if value == value}
+    values = logged_values(results, identities)
     steps = last.stage.duration.planned_steps
     tracker.log(values, steps, last.name)
     run.note_scores(last.name, steps, {name: value for name, value in values.items() if value == value})
@@ -50,6 +43,26 @@ def log_results(run: Run, out: Path, results: Results, identity: IdentityResult 
     for path in (out / TABLE_NAME, *files):
         tracker.artifact(path.absolute(), "evaluation", last.name)
     tracker.artifact((out / "report").absolute(), "evaluation/report", last.name)
+
+
+def logged_values(results: Results, identities: Mapping[str, IdentityResult]) -> dict[str, float]:
+    """The figures by their names in MLflow: of several models with the model's, since nobody says which is the run's.
+    What is void has none."""
+    judged = [column.name for column in results.columns if column.judged]
+    values: dict[str, float] = {}
+    for (stratum, metric, column), one in results.estimates.items():
+        if column not in judged or not one.cases or (column, metric) in results.voids:
+            continue
+        name = f"evaluation/{metric}" if stratum == ALL else f"evaluation/{stratum}/{metric}"
+        name = name if len(judged) == 1 else f"{name}/{column}"
+        values[name] = one.mean
+        if one.low == one.low:
+            values |= {f"{name}_low": one.low, f"{name}_high": one.high}
+    for column, identity in identities.items():
+        parts = {"own": identity.own, "other": identity.other, "chance": identity.chance, "target": identity.target}
+        of = "" if len(judged) == 1 else f"/{column}"
+        values |= {f"evaluation/identity_{name}{of}": value for name, value in parts.items() if value == value}
+    return values
 
 
 def write_table(path: Path, results: Results) -> None:

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -20,14 +21,17 @@ from running import in_process
 
 from domainshuttle.pipelines.media.decode import encode_mp4
 from domainshuttle.platform.config.schema import ConfigError
+from domainshuttle.platform.console import console
 from domainshuttle.platform.evaluation.choices import choices_of
 from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evaluate import read_results, run_evaluation
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
+from domainshuttle.platform.evaluation.identity import IdentityResult
 from domainshuttle.platform.evaluation.metrics.metric import Score
 from domainshuttle.platform.evaluation.metrics.subjects import outline_of
 from domainshuttle.platform.evaluation.published import published
 from domainshuttle.platform.evaluation.rating import agreement, make_pages, of_now, read_answers
+from domainshuttle.platform.evaluation.tracking import log_results, logged_values
 from domainshuttle.platform.evaluation.videos import Clip
 
 CHROMIUM = shutil.which("chromium")
@@ -143,6 +147,23 @@ window.addEventListener("load", () => {
     picture = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     colours = picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     assert colours.shape == (3000, 1400) and len(np.unique(colours)) > 50
+
+
+def test_figures_of_several_models_have_their_names_in_mlflow(out: Path) -> None:
+    """Else those of a baseline would stand as the run's."""
+    results = read_results(out)
+    identities = {name: IdentityResult(4, 2, own, 0.5, float("nan"), 0.5, {})
+                  for name, own in (("colours", 1.0), ("noise", 0.25))}  # fmt: skip
+    values = logged_values(results, identities)
+    assert values["evaluation/identity_own/colours"] == 1.0 and values["evaluation/identity_own/noise"] == 0.25
+    assert values["evaluation/steadiness/colours"] == results.estimates["all", "steadiness", "colours"].mean
+    assert not [name for name in values if name.startswith("evaluation/identity_target")]
+    new = SimpleNamespace(read_ids=lambda: None, config=SimpleNamespace(name="new"))
+    with console.capture() as printed:
+        log_results(new, out, results, {}, [])  # type: ignore[arg-type]
+    assert "Nothing is logged: the run new has not begun" in printed.get()
+    results.columns = results.columns[:1]
+    assert logged_values(results, {"colours": identities["colours"]})["evaluation/identity_own"] == 1.0
 
 
 def test_which_choice_changes_the_winner_is_said(out: Path) -> None:
