@@ -2,6 +2,7 @@
 
 import os
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
@@ -16,6 +17,9 @@ def _url(value: str) -> str:
         raise ValueError("should begin with http:// or https:// and end before /chat/completions")
     if mask_secrets(value) != value:
         raise ValueError("has a secret in it: name the variable that holds the key as key_variable")
+    parts = urlsplit(value)  # whose port raises ValueError where it is none
+    if not parts.hostname or parts.port == 0 or set(value) & set("?#\\ ") or not value.isprintable():
+        raise ValueError("should be a machine, a port and a path: no query, no fragment, no spaces")
     return value.rstrip("/").removesuffix("/chat/completions")
 
 
@@ -48,6 +52,11 @@ class EndpointConfig(Section):
             return None
         if not (key := os.environ.get(self.key_variable, "").strip()):
             raise DataError(f"{self.url}: the key is to be in {self.key_variable}, which is not set: export it")
+        if not (key.isascii() and key.isprintable()):
+            raise DataError(
+                f"{self.url}: what is in {self.key_variable} is no key: it has a line break, or characters that are "
+                "no ASCII, as where it was copied out of a text: export it again"
+            )
         return key
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:

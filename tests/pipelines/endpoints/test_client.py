@@ -161,8 +161,21 @@ def test_the_key_is_sent_and_never_said(tmp_path: Path, monkeypatch: pytest.Monk
                 asks.ask(question())
         assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
         assert "very-secret" not in str(error.value) + repr(asks.config)
+    for odd in ("sk-a\nb", "sk\u2013abc"):
+        monkeypatch.setenv("MY_KEY", odd)
+        with pytest.raises(DataError, match="what is in MY_KEY is no key"):
+            client("http://127.0.0.1:9/v1", tmp_path, key_variable="MY_KEY")
     with pytest.raises(ValueError, match="has a secret in it"):
         EndpointConfig(url="http://me:pass@host/v1", model="m")
+
+
+def test_an_address_is_asked_or_refused() -> None:
+    for url in ("http://h/v1?api-version=1", "http://h/v1#a", "http://h:99999/v1", "http://h:x/v1", "http://ho st/v1",
+                "http:///v1", "http://h\\v1"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"should be a machine|[Pp]ort"):
+            EndpointConfig(url=url, model="m")
+    for url in ("http://h:8000/v1", "http://[::1]:8000/v1/", "https://h/a%20b/v1/chat/completions"):
+        assert EndpointConfig(url=url, model="m").url == url.removesuffix("/chat/completions").rstrip("/")
 
 
 def test_the_cost_limit_is_never_passed_and_outlives_a_stop(tmp_path: Path) -> None:
