@@ -5,7 +5,6 @@ videos are given. Boxes are those of a frame that was made smaller, to 768 pixel
 outside, for reasons that nobody has found: these are clamped and counted, and left out where much is cut.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic import Field
 from domainshuttle.model.pictures import Pixels
 from domainshuttle.pipelines.corpora.downloads import found_files, media_folder
 from domainshuttle.pipelines.corpora.files import Picture, Shown, clip_of, drawn_picture, read_media, sample_of
+from domainshuttle.pipelines.corpora.json_records import parse
 from domainshuttle.pipelines.corpora.parquet_rows import parquet_columns, parquet_rows, require_columns
 from domainshuttle.pipelines.corpora.source import (
     Fields,
@@ -31,7 +31,7 @@ from domainshuttle.pipelines.corpora.source import (
     unknown_form,
 )
 from domainshuttle.pipelines.corpora.words import FROM_WORDS, HUMAN, domain_of
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media.cut import ClipFile, cut_clip, frames_at
 from domainshuttle.pipelines.quarantine import SampleFault, fault_reason
 from domainshuttle.pipelines.sample import RawSample
@@ -39,6 +39,8 @@ from domainshuttle.pipelines.values import Real, Share
 
 CANVAS = 768
 """Pixels of the longer side of the frame that boxes are of; smaller ones are not enlarged."""
+_MOST_MISSING = 0.05
+"""Of a clip, that may be after the end of its video: times are rounded, and copies of a video end a little apart."""
 _VID = re.compile(r"(?P<uuid>.+)_(?P<start>\d+(?:\.\d+)?)_(?P<stop>\d+(?:\.\d+)?)")
 
 
@@ -80,9 +82,9 @@ class PhantomDataSource(FolderSource[PhantomDataConfig], RecordSource):
         id_ = fields.text(named)
         caption = fields.caption("video_caption")
         try:
-            pairs = json.loads(fields.text("cross_pair"))
-        except ValueError as error:
-            raise SampleFault("broken pair", f"{id_}: cross_pair is no JSON: {error}") from error
+            pairs = parse(fields.text("cross_pair").encode(), f"{id_}: cross_pair")
+        except DataError as error:
+            raise SampleFault("broken pair", str(error)) from error
         phrases = [
             _phrase(phrase, Fields(pair, f"{id_}: {phrase}")) for phrase, pair in Fields(pairs, id_).content.items()
         ]
@@ -138,6 +140,10 @@ class PhantomDataSource(FolderSource[PhantomDataConfig], RecordSource):
         name = self.config.videos.format(vid=vid, uuid=match["uuid"])
         whole = clip_of(read_media(self.root, name, "video"), name)
         start, stop = (round(float(match[end]) * whole.fps) for end in ("start", "stop"))
+        if stop - whole.frames > max(1, (stop - start) * _MOST_MISSING):
+            raise SampleFault(
+                "short clip", f"{name} has {counted(whole.frames, 'frame')}, {vid} is of {start} to {stop}"
+            )
         return cut_clip(whole.data, start, min(stop, whole.frames), None, whole.fps, f"{name} for {vid}")
 
     def _crop(self, box: dict[str, Any], clip: ClipFile | None, notes: Notes) -> Picture:

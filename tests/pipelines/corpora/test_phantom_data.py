@@ -39,6 +39,11 @@ def test_clips_are_cut_out_of_whole_videos(tmp_path: Path) -> None:
     assert (sample.info.frames, sample.info.fps) == (10, 10.0)
     levels = decode_video(sample.target, 10).mean((1, 2, 3))
     np.testing.assert_allclose(levels, 150 + 10 * np.arange(10), atol=3)
+    for frames, left in ((24, 9), (20, 0)):  # a download that is another cut of the video, or broke off
+        (tmp_path / "root" / "whole" / f"{UUID}.mp4").write_bytes(mp4(0, frames=frames))
+        result = made(config, tmp_path / f"survey{frames}")
+        assert [one.info.frames for one in result] == [left] * bool(left)
+        assert reasons(result.bad) == ["short clip"] * (not left)
 
 
 def test_boxes_are_those_of_the_smaller_frame(tmp_path: Path) -> None:
@@ -60,6 +65,8 @@ def test_dirty_rows_are_left_out_by_reason(tmp_path: Path) -> None:
         (A, "good", {"a man": pair(bbox_loc=[[50, 0, 66, 30]])}),
         (B, "", {"a man": pair()}),
         ("c_0_1", "x", "{broken"),
+        ("i_0_1", "x", '{"a man": {}, "a man": {}}'),
+        ("j_0_1", "x", "[" * 100_000),
         ("d_0_1", "x", {}),
         ("e_0_1", "x", {"a man": pair("e_0_1")}),
         ("f_0_1", "x", {"a man": pair(frame_idx=1.5)}),
@@ -67,7 +74,7 @@ def test_dirty_rows_are_left_out_by_reason(tmp_path: Path) -> None:
         ("h_0_1", "x", {"a man": []}),
     ]
     result = made(source(tmp_path / "root", rows), tmp_path / "survey")
-    assert result.tally.counts == {"empty caption": 1, "broken pair": 1, "no subject": 1, "unknown form": 3}
+    assert result.tally.counts == {"empty caption": 1, "broken pair": 3, "no subject": 1, "unknown form": 3}
     assert reasons(result.bad) == ["missing clip"]
     assert result.notes.counts["boxes that were clamped"] == 1
     # a lost reference leaves the target's own
