@@ -1,9 +1,10 @@
 """Which facts of nodes are faults. A node is compared with the others of its kind: most of them are right."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 
+from domainshuttle.cluster.devices import Device, device_shown_as
 from domainshuttle.pipelines.errors import counted
 from domainshuttle.platform.cluster_checks.findings import Finding, failure, node_name, passed, warning
 from domainshuttle.platform.cluster_checks.node_facts import GpuFacts, NodeFacts
@@ -21,10 +22,16 @@ _LEAST_DISK = 10_000_000_000
 _GIB = 1 << 30
 
 
-def judged(nodes: Sequence[NodeFacts], driver: dict[str, str], asked: tuple[float, float], gpus: int) -> list[Finding]:
+def judged(
+    nodes: Sequence[NodeFacts],
+    driver: dict[str, str],
+    asked: tuple[float, float],
+    gpus: int,
+    device: Device | None = None,
+) -> list[Finding]:
     """The findings on nodes. `driver` are its versions, `asked` the Unix times between which all nodes told theirs,
-    `gpus` what a node of trainers must have, where that is known."""
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+    `gpus` and `device` what a node of trainers must have, where that is known."""
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "versions": lambda: _versions(nodes, driver),
         "clocks": lambda: _clocks(nodes, asked),
         "CPU rate": lambda: _cpus(nodes),
@@ -33,7 +40,7 @@ def judged(nodes: Sequence[NodeFacts], driver: dict[str, str], asked: tuple[floa
     }
     if any(node.held_gpus for node in nodes):
         checks |= {
-            "GPUs": lambda: _counts(nodes, gpus),
+            "GPUs": lambda: (*_counts(nodes, gpus), *_kinds(nodes, device)),
             "GPU health": lambda: _health(nodes),
             "GPU rate": lambda: _rates(nodes),
             "GPU results": lambda: _results(nodes),
@@ -105,6 +112,18 @@ def _counts(nodes: Sequence[NodeFacts], gpus: int) -> Iterator[Finding]:
         elif node.held_gpus and len(node.gpus) < max(gpus, node.held_gpus):
             yield failure("GPUs", f"{len(node.gpus)} of {max(gpus, node.held_gpus)}", _where(node),
                           "look for one that fell off the bus: nvidia-smi, dmesg (XID 79)")  # fmt: skip
+
+
+def _kinds(nodes: Sequence[NodeFacts], device: Device | None) -> Iterator[Finding]:
+    if device is None:
+        return
+    for node in nodes:
+        for gpu in node.gpus:
+            if device_shown_as(gpu.name) != device:
+                yield failure(
+                    "GPUs", f"it is no {device.name}, as the cluster's description says", _where(node, gpu),
+                    "keep workers off it (cluster.node_labels), or correct trainers.device, by which plan reckons",
+                )  # fmt: skip
 
 
 def _health(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:

@@ -59,7 +59,9 @@ def _check_nodes(config: RunConfig, spec: ClusterSpec | None, nodes: Nodes) -> l
     before = time.time()
     arguments = {node: (folders, hosts, nodes.gpus(node) if node in trainers else 0) for node in nodes.ids}
     facts = list(nodes.each(node_facts, arguments, trainers).values())
-    findings = judged(facts, versions(), (before, time.time()), spec.trainers.devices if spec and wanted else 0)
+    pool = spec.trainers if spec and wanted else None
+    asked = before, time.time()
+    findings = judged(facts, versions(), asked, pool.devices if pool else 0, pool.accelerator if pool else None)
     if wanted and not any(node.gpus for node in facts):
         findings.append(failure("GPUs", "no node has one", "", "add some, or --set cluster.gpus_per_worker=0"))
     return findings

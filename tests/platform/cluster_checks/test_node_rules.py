@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from domainshuttle.cluster.devices import device_named
 from domainshuttle.platform.cluster_checks.findings import Finding, PreflightError, Verdict, require_none_failed
 from domainshuttle.platform.cluster_checks.group import judged_links, judged_steps, largest_batch
 from domainshuttle.platform.cluster_checks.group_worker import Link, Steps, _groups, _rounds
@@ -46,6 +47,14 @@ def test_nodes_that_are_well_pass_every_check() -> None:
     found = findings(node(3))
     assert {one.verdict for one in found} == {Verdict.PASS}
     assert {"GPU rate", "GPU results", "versions", "clocks", "network cards", "names"} <= {one.check for one in found}
+
+
+def test_gpus_are_of_the_kind_that_the_description_names() -> None:
+    nodes = [node(1), with_gpu(2, 1, name="NVIDIA A100-SXM4-80GB")]
+    for name, wrong in (("H100", 1), ("A100", 3), ("H100 NVL", 4)):
+        found = judged(nodes, VERSIONS, (99.0, 101.0), 2, device_named(name))
+        kinds = [one for one in found if one.check == "GPUs" and one.verdict is Verdict.FAIL]
+        assert len(kinds) == wrong and all(f"no {name}," in one.what for one in kinds)
 
 
 FAULTS: dict[str, tuple[NodeFacts, str, str]] = {
