@@ -622,8 +622,10 @@ def submit(
     from domainshuttle.cluster.submit import overriding_address, submit_training
     from domainshuttle.platform.console import console, errors
     from domainshuttle.platform.report.text import Advice, Prose
+    from domainshuttle.platform.run.folder import Run
 
     settings = _load_run(config, set_)
+    Run(settings).choose(stage)  # before the cluster is asked for anything
     options = [*(["--fresh"] if fresh else []), *(["--stage", stage] if stage else []), "--resume", resume]
     options += ["--preflight"] if preflight else []
     dashboard = dashboard or address

@@ -52,11 +52,12 @@ class Networks:
 def chosen_segments(run: Run, stage: str | None, checkpoint: str | None) -> tuple[str, list[Segment]]:
     """The name of what is asked for, and the segments whose weights it has, the one for high noise first: of the last
     stage, or of the named one, of which every segment is finished; of a checkpoint none, as it has a network of its
-    own. Raises ConfigError where no such stage is finished, and for both at once."""
+    own. Raises ConfigError where no such stage is finished or there is none, and for both at once."""
     if stage and checkpoint:
         raise ConfigError("--stage and --checkpoint: a checkpoint is of one stage, so give one of the two")
     if checkpoint:
         return checkpoint, []
+    run.choose(stage)
     for section in reversed(run.config.stages):
         segments = stage_segments(run, section.name)
         if stage in (None, section.name) and all(segment.finished for segment in segments):
