@@ -37,7 +37,8 @@ _RGB, _UNSPECIFIED = 0, 2
 _MATRICES = {1, _UNSPECIFIED, 4, 5, 6, 7, 9}
 """Of H.273, those that swscale knows; unspecified is BT.601's, as FFmpeg takes it."""
 _FAST_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p"}
-"""Formats for which swscale has code that is ten times as fast, and within three levels."""
+"""Formats for which swscale has code that is ten times as fast: it repeats samples of colour and interpolates none, as
+FFmpeg does where nothing else is asked for. Beside edges between saturated colours that is twenty levels apart."""
 _FAST = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 _PRECISE = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 _HARMLESS = ("SEI type", "unable to decode APP fields")
