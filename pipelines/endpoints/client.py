@@ -181,7 +181,8 @@ class ChatClient:
                     "command again"
                 ) from None
             usage = content.get("usage") or {}
-            cost = self.config.cost(usage.get("prompt_tokens", tokens_in), usage.get("completion_tokens", 0))
+            tokens_out = len(content.get("text", "").encode()) // 3  # of endpoints that do not say how many
+            cost = self.config.cost(usage.get("prompt_tokens", tokens_in), usage.get("completion_tokens", tokens_out))
             state = judged(question, key, content).state
             said = {"prompt": question.prompt, "model": self.config.model, "state": state}
             self.answers.keep(key, {**said, **content}, cost)

@@ -192,6 +192,15 @@ def test_the_cost_limit_is_never_passed_and_outlives_a_stop(tmp_path: Path) -> N
         assert len(server.requests) == 20  # none of before is asked again
 
 
+def test_answers_whose_tokens_are_not_said_are_paid_for(tmp_path: Path) -> None:
+    text = json.dumps({"score": 3, "why": "so " * 1000})
+    body = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+    with openai_server(lambda *_: Reply(body=body)) as server:
+        with client(server.url, tmp_path, price_out=1e6, most_cost=4500.0) as asks, pytest.raises(CostLimitError):
+            list(asks.ask_all([question(str(number)) for number in range(9)]))
+        assert 1 <= len(server.requests) <= 4 and asks.answers.spent >= 1000 * len(server.requests)
+
+
 def test_rates_are_kept() -> None:
     now = [0.0]
     config = EndpointConfig(url="http://x/v1", model="m", requests_per_minute=60, tokens_per_minute=600)
