@@ -91,9 +91,9 @@ def chosen_stream(container: InputContainer, name: str) -> av.VideoStream:
 
 def timed_rate(stamps: list[int | None], tick: Fraction | None, said: Fraction | None) -> Fraction | None:
     """The mean rate of frames that begin at these ticks of so many seconds, or `said` where it is the same: timestamps
-    are whole ticks, of which a short clip has few. `said` too where they tell nothing."""
+    are whole ticks, of which a short clip has few. `said` too where some have none, as in files that were AVI's."""
     known = [stamp for stamp in stamps if stamp is not None]
-    if not known or not tick or max(known) == min(known):
+    if not known or len(known) < len(stamps) or not tick or max(known) == min(known):
         return said
     span = (max(known) - min(known)) * tick
     if said and abs(span - (len(known) - 1) / said) <= Fraction(RATE_TOLERANCE) * span + tick:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.pipelines.media import colours
-from domainshuttle.pipelines.media.clips import Clip
+from domainshuttle.pipelines.media.clips import Clip, timed_rate
 from domainshuttle.pipelines.media.cut import clip_file
 from domainshuttle.pipelines.media.decode import Pixels, decode_video
 
@@ -98,6 +98,7 @@ def test_frames_over_rate_are_the_seconds_of_a_clip(container: str, durations: l
     assert found.frames == len(durations)
     assert abs(found.frames / found.fps - sum(durations) / 48) <= max(durations) / 48
     assert set(durations) != {2} or found.fps == 24.0
+    assert timed_rate([0, None, 80], Fraction(1, 1000), Fraction(24)) == 24
 
 
 def decode_all(data: bytes, fps: float | None = None) -> Pixels:
