@@ -1,12 +1,14 @@
 """Manifests of a cluster, with a run on it, and checks of such that others have changed."""
 
 import math
+import shlex
 from pathlib import Path
 
 import yaml
 
 from domainshuttle.cluster.kuberay.pods import POOL_LABEL
 from domainshuttle.cluster.kuberay.rules import faults, manifests_of
+from domainshuttle.cluster.mlflow.manifests import PORT
 from domainshuttle.cluster.render import render
 from domainshuttle.cluster.spec import ClusterSpec
 from domainshuttle.cluster.workload import Workload
@@ -46,8 +48,38 @@ def workload_of(config: RunConfig, spec: ClusterSpec, options: tuple[str, ...] =
     )
 
 
+def _require_shared(config: RunConfig, spec: ClusterSpec) -> None:
+    """Raises ConfigError for places that containers do not see: a run there would end with its pod, or find no data."""
+    places = {
+        "data": config.data,
+        "output": config.output,
+        "checkpoint.store": config.checkpoint.store,
+        "model.base": config.model.base,
+        "encoders.video": config.encoders.video,
+        "encoders.text": config.encoders.text,
+        **{f"experts.{expert.name}.base": expert.base for expert in config.experts},
+    }
+    mount = spec.storage.mount
+    outside = {
+        key: place
+        for key, place in places.items()
+        if place and place.startswith("/") and not Path(place).is_relative_to(mount)
+    }
+    if outside:
+        raise ConfigError(
+            f"containers of cluster {spec.name} see {mount} (storage.mount) and stores, but not "
+            f"{', '.join(f'{key}={place}' for key, place in outside.items())}: give "
+            + " ".join(f"--set {key}={shlex.quote(str(Path(mount) / key.rpartition('.')[2]))}" for key in outside)
+        )
+
+
 def render_cluster(target: str, config: RunConfig, spec: ClusterSpec, out: Path) -> None:
-    """Writes the files of a target (cluster/render.py) into a folder, and says what comes next."""
+    """Writes the files of a target (cluster/render.py) into a folder, and says what comes next.
+
+    Raises ConfigError for a run whose places are not there.
+    """
+    if target in ("kuberay", "vm"):
+        _require_shared(config, spec)
     files = render(target, spec, workload_of(config, spec))
     out.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -59,6 +91,13 @@ def render_cluster(target: str, config: RunConfig, spec: ClusterSpec, out: Path)
             Prose(
                 f"image: {spec.image} is a tag, which may name another image tomorrow: give its digest "
                 "(REPOSITORY@sha256:...)"
+            )
+        )
+    if spec.mlflow and config.tracking.uri is None and target in ("kuberay", "mlflow"):
+        console.print(
+            Prose(
+                f"tracking.uri is not set: the run's numbers go into {config.output}/mlflow.db, not to the rendered "
+                f"MLflow: --set tracking.uri=http://{spec.mlflow.name}:{PORT}"
             )
         )
     console.print(Advice("Next:", _NEXT[target].format(out=out)))

@@ -248,6 +248,7 @@ def test_the_command_writes_and_checks(tmp_path: Path) -> None:
                          "--set", "data=/shared/data", "--set", "output=/shared/runs")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "give its digest" in " ".join(done.stdout.split())
+    assert "--set tracking.uri=http://mlflow:5000" in " ".join(done.stdout.split())
     assert domainshuttle("check", "m/rayjob.yaml", "m/raycluster.yaml").returncode == 0
     path = tmp_path / "m/rayjob.yaml"
     path.write_text(path.read_text().replace("shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false"))
