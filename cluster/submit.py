@@ -157,7 +157,9 @@ def submit_training(
         with _refusals(named, _SUBMITTING):
             jobs = client.list_jobs()
         live = [job for job in jobs if _run_of(job) == name and not job.status.is_terminal()]
-        for before in live:
+        output = metadata.get("output")
+        # in another folder it is another run, such as a colleague's; a job that does not say where is taken for this
+        for before in (job for job in live if job.metadata.get("output", output) == output):
             job = Job(str(before.submission_id), client, by_token)
             raise ClusterError(
                 f"run {name} is trained by job {job.id} of {named} already ({str(before.status).lower()}). Follow it: "

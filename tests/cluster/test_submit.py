@@ -359,6 +359,14 @@ def test_a_run_that_is_trained_is_not_submitted_again(cluster_of: Any, status: s
     assert client.submitted == {}
 
 
+def test_a_run_of_the_same_name_in_another_folder_is_another(cluster_of: Any) -> None:
+    client = cluster_of(("x-1", "x", "RUNNING"))
+    client.jobs[0].metadata["output"] = "/shared/colleague"
+    assert submit.submit_training("", "x", "http://head:8265", metadata={"output": "/shared/mine"}).id == "x-2"
+    with pytest.raises(ClusterError, match="trained by job x-1"):
+        submit.submit_training("", "x", "http://head:8265", metadata={"output": "/shared/colleague"})
+
+
 def test_a_stopped_run_goes_on_under_the_next_number_with_this_tree_and_no_secrets(
     cluster_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
