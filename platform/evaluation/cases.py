@@ -124,7 +124,7 @@ def case_of(filed: FiledCase, folder: Path, split: str = SPLITS[0], source: str 
     labels, edits, said = (found[name] or [""] * count for name in ("labels", "edit_prompts", "sha256"))
     references = []
     for number, path in enumerate(case.references):
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = _sha256(path.read_bytes())
         if said[number] and str(said[number]).lower() != sha256:
             problems.append(
                 f"{path} has the sha256 {sha256[:12]}..., and the case says {str(said[number])[:12]}...: restore the "
@@ -175,16 +175,16 @@ def freeze(cases: Sequence[EvaluationCase], folder: Path) -> list[EvaluationCase
     """Writes a test set that needs nothing else into `folder`; returns its cases with the pictures that lie there.
 
     Pictures have their digest for a name, so one that several cases use is there once. The bytes are those that were
-    read, checked by their digest.
+    read, checked by their digest; one that was changed there is written anew.
     """
     frozen = []
     for case in cases:
         references = []
         for one in case.references:
             path = folder / PICTURES_NAME / f"{one.sha256}{one.path.suffix.lower()}"
-            if not path.exists():
+            if not path.exists() or _sha256(path.read_bytes()) != one.sha256:
                 content = one.path.read_bytes()
-                if hashlib.sha256(content).hexdigest() != one.sha256:
+                if _sha256(content) != one.sha256:
                     raise ConfigError(f"{one.path} was changed while the test set was made: run the command again")
                 write_bytes(path, content)
             references.append(replace(one, path=path))
@@ -197,6 +197,10 @@ def freeze(cases: Sequence[EvaluationCase], folder: Path) -> list[EvaluationCase
     with atomic_file(folder / CASES_NAME) as aside:
         aside.write_text("".join(json.dumps(to_item(case, folder), ensure_ascii=False) + "\n" for case in frozen))
     return frozen
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def to_item(case: EvaluationCase, folder: Path) -> dict[str, Any]:

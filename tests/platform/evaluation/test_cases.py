@@ -65,6 +65,9 @@ def test_a_frozen_test_set_is_read_as_it_was_and_needs_nothing_else(tmp_path: Pa
     picture(first.references[1].path, 9)
     with pytest.raises(ConfigError, match="restore the picture"):
         read_case_file(tmp_path / "out" / "cases.jsonl")
+    picture(tmp_path / "in" / "a.png", 1)
+    build_test_set(config.sources, None, tmp_path / "out")
+    assert read_case_file(tmp_path / "out" / "cases.jsonl") == again
 
 
 @pytest.mark.parametrize(
