@@ -25,7 +25,7 @@ from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_ty
 
 from domainshuttle.pipelines.endpoints.answers import Answers
 from domainshuttle.pipelines.endpoints.config import EndpointConfig
-from domainshuttle.pipelines.endpoints.json_answer import BadAnswer, is_refusal, parse_answer
+from domainshuttle.pipelines.endpoints.json_answer import BadAnswer, Declined, is_refusal, parse_answer
 from domainshuttle.pipelines.endpoints.limits import Limits
 from domainshuttle.pipelines.errors import StorageError, one_line
 
@@ -337,8 +337,9 @@ def judged(question: Question, key: str, content: dict[str, Any], cached: bool =
     try:
         value = _picture(content) if question.form is PictureForm else parse_answer(raw, question.form)
     except BadAnswer as error:
-        if is_refusal(raw):
-            return Answer("refused", key, raw, reason=raw[:120], cached=cached)
+        if is_refusal(raw) or isinstance(error, Declined):
+            reason = str(error) if isinstance(error, Declined) else raw[:120]
+            return Answer("refused", key, raw, reason=reason, cached=cached)
         return Answer("bad_answer", key, raw, reason=str(error), cached=cached)
     return Answer("answered", key, raw, value, cached=cached, logprobs=content.get("logprobs"))
 

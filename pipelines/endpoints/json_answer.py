@@ -22,11 +22,15 @@ class BadAnswer(ValueError):
     """An answer that has not the form that was asked for."""
 
 
+class Declined(BadAnswer):
+    """What a form raises of a text in it that declines the task, as a model writes that is held to the form."""
+
+
 def parse_answer(text: str, form: type[Form]) -> Form:
     """The value of an answer: one JSON object, alone, in a code fence, or after what a model thought aloud.
 
     Nothing is guessed: text around the object, a second one, a key that comes twice, NaN, and values of another type
-    are faults. Raises BadAnswer.
+    are faults. Raises BadAnswer, of which Declined is one.
     """
     body = _THOUGHT.sub("", text)
     if fenced := _FENCE.match(body):
@@ -37,6 +41,9 @@ def parse_answer(text: str, form: type[Form]) -> Form:
             raise BadAnswer(f"no JSON object: {_shown(text)}")
         return form.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
+        for one in error.errors():
+            if isinstance(declined := one.get("ctx", {}).get("error"), Declined):
+                raise declined from None
         faults = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'answer'}: {one['msg']}" for one in error.errors()[:3])
         raise BadAnswer(f"not the form that was asked for: {faults}") from None
     except (ValueError, RecursionError) as error:

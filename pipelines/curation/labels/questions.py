@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from domainshuttle.model.domains import DOMAINS
 from domainshuttle.pipelines.endpoints.client import Question
+from domainshuttle.pipelines.endpoints.json_answer import Declined, is_refusal
 from domainshuttle.pipelines.sample import SampleInfo
 
 MOST_SUBJECTS = 5
@@ -65,6 +66,8 @@ class Needs:
 
 
 def _caption(text: str) -> str:
+    if is_refusal(text):
+        raise Declined(text[:120])
     if not 1 <= len(plain := " ".join(text.split())) <= _MOST_CAPTION:
         raise ValueError(f"should have 1 to {_MOST_CAPTION} characters")
     return plain

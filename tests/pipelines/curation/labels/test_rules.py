@@ -16,7 +16,7 @@ from domainshuttle.pipelines.corpora.words import CAPTION_IS_INSTRUCTION, FROM_W
 from domainshuttle.pipelines.curation.labels.config import LabelConfig
 from domainshuttle.pipelines.curation.labels.questions import PROMPT, Needs, answer_form, question_of
 from domainshuttle.pipelines.curation.labels.rules import SCORE, Asked, label, may_need, needs_of
-from domainshuttle.pipelines.endpoints.client import Answer
+from domainshuttle.pipelines.endpoints.client import Answer, judged
 from domainshuttle.pipelines.endpoints.json_answer import BadAnswer, parse_answer
 from domainshuttle.pipelines.index.table import Index
 from domainshuttle.pipelines.sample import SampleInfo, Subject
@@ -124,6 +124,24 @@ def test_without_an_answer_that_counts_word_lists_label_and_the_state_is_kept(st
         "caption": ("source", state), "words": ("words", state), "domains": ("words", state)
     }  # fmt: skip
     assert {line.partition(", ")[0].partition(": ")[2] for line in made.counts} == {state.replace("_", " ")}
+
+
+def test_a_refusal_in_the_caption_of_an_answer_is_a_refusal() -> None:
+    """A model that is held to a form can write it nowhere else."""
+    sample = info(**EDIT)
+    question = question_of(sample, needs_of(ALL, sample), 1, (), [b"\xff\xd8"])
+    for caption, state in (
+        ("I\u2019m sorry, but I can\u2019t help with that.", "refused"),
+        ("As an AI, I do not describe people.", "refused"),
+        ("A man who is sorry holds a sign.", "answered"),
+    ):
+        content = {"caption": caption, "subjects": [{"word": "man", "domain": "human"}], "score": 5}
+        answer = judged(question, "d" * 32, {"text": json.dumps(content)})
+        assert answer.state == state and (state == "answered" or answer.reason == caption)
+        kept = Asked.of("endpoint", "m", PROMPT, answer, 3)
+        assert label(sample, needs_of(ALL, sample), kept).info.caption == (
+            caption if state == "answered" else sample.caption
+        )
 
 
 def test_word_lists_keep_what_a_source_knew() -> None:
