@@ -433,6 +433,13 @@ def _print_hours(run: Run, ledger: Ledger, alive: bool) -> None:
     columns = ("stage", "steps", "workers", "began", "used", *CATEGORIES, "ended")
     title, numeric = "Attempts at each stage, in seconds of the wall clock", columns[2:3] + columns[4:-1]
     console.print(Records(columns, rows, title, numeric, _STYLES, heads=2))
+    if not attempts and run.read_progress():  # workers note a start before their first step
+        console.print(
+            Prose(
+                f"{run.ledger_path} has no attempt that can be read, though steps were made: their hours are those "
+                "that the newest checkpoint knows, which the next start takes"
+            )
+        )
     if earlier := [one for one in attempts if one not in listed]:
         used = sum(sum(one.hours.values()) for one in earlier)
         known = counted(len(earlier), "earlier attempt") if all(one.devices for one in earlier) else "Earlier attempts"

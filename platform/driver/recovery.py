@@ -10,14 +10,14 @@ from domainshuttle.platform.run.ledger import Ledger
 
 
 def recover_run(run: Run, say: Callable[[str], None]) -> None:
-    """Gives a run that has no books of its own those of its newest whole checkpoint.
+    """Gives a run that has no books of its own, or emptied ones, those of its newest whole checkpoint.
 
     These are the ledger with the hours used, the ids of the MLflow runs, the steps that are skipped, and after how
     many steps the finished stages ended: their weights, which were in the folder, are then exported from their last
     checkpoints. The ledger comes last: where this was killed before, it is done again, and what was written stays as it
     is. Raises StorageError when the store does not answer.
     """
-    if run.ledger_path.exists():
+    if Ledger(run.ledger_path).attempts():
         return
     newest = _newest(run)
     if newest is None or newest.state.config_digest != run.config.digest():
@@ -36,8 +36,8 @@ def recover_run(run: Run, say: Callable[[str], None]) -> None:
         Ledger(run.ledger_path).restore(state.ledger)
     hours = Ledger(run.ledger_path).summary().used
     say(
-        f"{run.folder} had no ledger: what checkpoint {newest.name} knows of the run is taken, with {hours:.3f} "
-        "device-hours used. Finished stages are exported again from their last checkpoints"
+        f"{run.folder} had no ledger that can be read: what checkpoint {newest.name} knows of the run is taken, with "
+        f"{hours:.3f} device-hours used. Finished stages without weights are exported again from their last checkpoints"
     )
 
 

@@ -275,9 +275,9 @@ class Ledger:
         }  # fmt: skip
 
     def restore(self, snapshot: Mapping[str, Any]) -> bool:
-        """Begins the ledger with a checkpoint's snapshot if its file is gone or empty (on another disk); True if so."""
+        """Begins the ledger with a checkpoint's snapshot if its file is gone, or has nothing of it; True if so."""
         self._read()
-        if self._offset:
+        if self._records:
             return False
         self.journal.append([snapshot], sync=True)
         return True

@@ -201,6 +201,18 @@ def test_a_folder_that_has_books_keeps_its_own(tmp_path: Path) -> None:
     assert run.skipped("stage2") == [[3, 4], [9]]
 
 
+@pytest.mark.parametrize("left", [b"", b"\0" * 300, b"\0" * 300 + b"\n", b'{"kind": "sta'])
+def test_a_ledger_that_was_emptied_is_taken_from_the_checkpoint_again(tmp_path: Path, left: bytes) -> None:
+    run, _ = lose_folder(tmp_path)
+    whole = books(run)
+    run.ledger_path.write_bytes(left)
+    assert Ledger(run.ledger_path).summary().used == 0
+    said: list[str] = []
+    recover_run(run, said.append)
+    assert books(run) == whole and len(said) == 1
+    recover_run(run, pytest.fail)
+
+
 def test_books_of_another_configuration_are_not_taken(tmp_path: Path) -> None:
     run, _ = lose_folder(tmp_path)
     shutil.rmtree(run.folder)

@@ -403,3 +403,15 @@ def test_a_damaged_line_of_a_file_of_the_run_does_not_hide_its_status(
     run.end_path.write_text('{"how": "failed"}')
     print_status(run.folder)
     assert status_record(run.folder)["notices"] == []
+
+
+def test_an_emptied_ledger_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path)
+    an_attempt(run, "base", 0, 57, 100)
+    run.progress_path.write_text(json.dumps({"segment": "base", "step": 57, "steps": 220, "state": "stopped",
+                                             "time": time.time(), "metrics": {}}))  # fmt: skip
+    print_status(run.folder)
+    assert "no attempt that can be read" not in capsys.readouterr().out
+    run.ledger_path.write_bytes(b"")
+    print_status(run.folder)
+    assert "ledger.jsonl has no attempt that can be read, though steps were made" in capsys.readouterr().out
