@@ -417,7 +417,17 @@ def _pace(state: Mapping[str, Any]) -> str:
     if (lag := metrics.get("speed/slowest_rank_lag_s", 0.0)) > _LAG * rate:
         named.append(f"worker {metrics['speed/slowest_rank']:.0f} is the last, by {lag:.3g} s a step")
     alike = ["all workers are equally fast"] if "speed/slowest_rank" in metrics else []
-    return "; ".join([f"A step takes {rate:.3g} s", *(named or alike)]) + "."
+    rates = ", ".join(text.format(metrics[name]) for name, text in _RATES.items() if name in metrics)
+    step = f"A step takes {rate:.3g} s{f' ({rates})' if rates else ''}"
+    return "; ".join([step, *(named or alike)]) + "."
+
+
+_RATES = {
+    "tokens/s/device": "{:,.0f} tokens/s a device",
+    "mfu": "MFU {:.1%}",
+    "data_wait_fraction": "{:.1%} of the time waiting for data",
+}
+"""Of the metrics of the last logged steps, as Prometheus has them too."""
 
 
 _LAG = 0.05

@@ -251,6 +251,10 @@ def test_a_worker_that_others_wait_for_is_named(
         ({"metrics": {**metrics, "speed/slowest_rank_lag_s": 0.01}}, "all workers are equally fast"),
         ({"ranks": {"slowest_rank": 5, "slowest_share": 0.7}}, "worker 5 computes at 70% of the others' rate"),
         ({}, "A step takes 2 s.\n"),
+        (
+            {"metrics": {"tokens/s/device": 9876.5, "mfu": 0.3812, "data_wait_fraction": 0.004}},
+            "A step takes 2 s (9,876 tokens/s a device, MFU 38.1%, 0.4% of the time waiting for data).",
+        ),
     ):
         progress(run, "base", 40, **more)
         with RunLock(run.folder):
