@@ -52,7 +52,10 @@ class GenerationCase:
         elif not isinstance(prompt, str):
             problems.append(f"the prompt {str(prompt)[:60]!r} is no text")
         meta = item.get("seg_meta") or {}
-        meta = meta[0] if isinstance(meta, list) else meta
+        if isinstance(meta, list):
+            if len(meta) > 1:
+                problems.append(f"seg_meta has {len(meta)} entries, of which one is read: put all pictures into one")
+            meta = meta[0]
         names = [str(name) for name in _listed(meta, "seg_file", problems)]
         if not names and item.get("image_path"):
             names = [item["image_path"]]

@@ -72,6 +72,8 @@ def test_every_fault_of_a_line_is_named(tmp_path: Path) -> None:
         GenerationCase.from_release(item | {"prompt": "x", "domain_code": ["Human", "Human"]}, tmp_path)
     with pytest.raises(ValueError, match=r"seg_file 'a\.jpg': expected a list"):  # not its letters
         GenerationCase.from_release({"prompt": "x", "seg_meta": [{"seg_file": "a.jpg"}]}, tmp_path)
+    with pytest.raises(ValueError, match="seg_meta has 2 entries, of which one is read"):
+        GenerationCase.from_release({"prompt": "x", "seg_meta": [{"seg_file": ["a.jpg"]}] * 2}, tmp_path)
     for subjects in (["man"], [0.6], [True], [-1], "0"):
         with pytest.raises(ValueError, match=r"subjects .*: expected"):
             GenerationCase.from_release(item | {"prompt": "x", "domain_code": None, "subjects": subjects}, tmp_path)

@@ -20,13 +20,13 @@ Luma = NDArray[np.float64]
 
 class HueIdentity(Metric[FrameChoices]):
     """How near the video's colours are to each reference's: the Bhattacharyya coefficient of hue histograms weighted by
-    chroma, 0 to 1; mean over the references. That of another case is the
+    chroma, 0 to 1; mean over the references that have colour. That of another case is the
     sensitivity test `other_reference`."""
 
     name = "hue_identity"
     title = "Hue identity"
     source = "ours: the demo's identity test, case by case"
-    code_version = 1
+    code_version = 2
     expects: ClassVar[Mapping[Trial, Direction]] = {
         "other_reference": "falls", "still_reference": "ceiling", "shuffled": "same", "no_references": "falls",
     }  # fmt: skip
@@ -36,8 +36,12 @@ class HueIdentity(Metric[FrameChoices]):
             return Score("missing", reason="the case has no reference")
         frames = np.stack(work.frames(self.config.frames))
         found = work.once(("hues", self.config.frames), lambda: describe(frames))
-        values = [float(found @ describe(one.picture[None])) for one in work.case.references]
-        return Score("measured", float(np.mean(values)), details={"references": values})
+        wanted = [describe(one.picture[None]) for one in work.case.references]
+        values = [float(found @ one) if one.any() else None for one in wanted]
+        coloured = [value for value in values if value is not None]
+        if not coloured:
+            return Score("missing", reason="no reference has any colour")
+        return Score("measured", float(np.mean(coloured)), details={"references": values})
 
 
 class Steadiness(Metric[MetricConfig]):

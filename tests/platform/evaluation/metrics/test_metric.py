@@ -134,6 +134,10 @@ def test_hue_identity_is_highest_for_the_own_reference() -> None:
     still = np.repeat(clips[0][:1], 5, 0)
     assert metric.measure(work(still, clips[0][0])).value == pytest.approx(1, abs=1e-9)
     assert metric.measure(work(clips[0])).state == "missing"
+    grey = np.full_like(clips[0][0], 128)  # says nothing of hues: neither 0 nor 1
+    assert metric.measure(work(clips[0], grey)).reason == "no reference has any colour"
+    assert metric.measure(work(clips[0], clips[0][0], grey)).value == values[0][0]
+    assert metric.measure(work(np.repeat(grey[None], 5, 0), clips[0][0])).value == 0
 
 
 def test_steadiness_is_the_mean_step_of_luma() -> None:
