@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from domainshuttle.pipelines.errors import DataError
+from domainshuttle.pipelines.errors import DataError, counted
 from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown_frames
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.evaluation.cases import EvaluationCase
@@ -225,7 +225,10 @@ def open_points(results: Results) -> list[tuple[str, str]]:
             else "one value for both experts. The paper says 4 at high and 3 at low noise; the released code, given "
             "its default (4, 3), applies 3 and 4",
         ),
-        ("Seeds and clips a case", f"run seed {config.seed}, {config.repeats} clip(s) a case; not stated by the paper"),
+        (
+            "Seeds and clips a case",
+            f"run seed {config.seed}, {counted(config.repeats, 'clip')} a case; not stated by the paper",
+        ),
         ("Rate and compression", "the decoded MP4 is measured, at the rate and CRF below; not stated by the paper"),
         ("The metrics' own choices", "frames, models, rules for missing subjects, prompts: listed with each, below"),
         *[("Note", note) for note in config.notes],
