@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from metric_inputs import work
+from metric_inputs import SHARED, work
 from ray import cloudpickle
 
 from domainshuttle.cluster.local import Connection
 from domainshuttle.pipelines.errors import DataError
 from domainshuttle.platform.evaluation.metrics.choices import SmoothnessChoices
 from domainshuttle.platform.evaluation.metrics.isolated import Isolated, installed
-from domainshuttle.platform.evaluation.metrics.metric import Models, Needs
+from domainshuttle.platform.evaluation.metrics.metric import MetricCase, Models, Needs, Video, Work
 from domainshuttle.platform.evaluation.metrics.motion import Smoothness, artefact_frames, windows
 from domainshuttle.platform.evaluation.metrics.one_align import WEIGHTS, WORDS
 from domainshuttle.platform.evaluation.metrics.weights import MetricModels
@@ -170,3 +170,19 @@ def test_one_align_runs_with_what_it_is_pinned_to(tmp_path: Path) -> None:
         expected.append(float(np.exp(logits) / np.exp(logits).sum() @ WEIGHTS))
     assert score.details["scores"] == pytest.approx(expected, abs=1e-5)
     assert score.details["artefacts"] == artefact_frames(expected, 0.025) and 0 < (score.value or 0) < 1
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif("DOMAINSHUTTLE_ONE_ALIGN" not in os.environ, reason="needs the released weights")
+@pytest.mark.parametrize("name", ["singleface_3", "faceobj_14"])
+def test_released_weights_give_opens2vs_smoothness(name: str) -> None:
+    demo = SHARED / "media/opens2v_nexus/eval/demo_result"
+    golden = json.loads((demo / "model_name_output_json/motion_smoothness.json").read_text())[name]
+    video = Video.read(demo / f"model_name_input_video/{name}.mp4")
+    folders = MetricModels(one_align=os.environ["DOMAINSHUTTLE_ONE_ALIGN"])
+    with Connection():
+        score = Smoothness(SmoothnessChoices(runs_model_code=True), Models(), folders).score(
+            Work(MetricCase(name, ""), video)
+        )
+    assert score.value == pytest.approx(golden["motion_smoothness"], abs=1e-6), score.reason
