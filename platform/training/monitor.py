@@ -227,6 +227,8 @@ class Monitor:
 
     def roll_back(self, step: int, bad: Sequence[int]) -> SegmentEnd:
         """Ends the attempt: the driver is told to go back to a checkpoint and skip the bad steps."""
+        if self.logger:  # of a segment's last step no later point would tell
+            self.logger.log(step + 1, {"dropped_steps": float(len(self._dropped))})
         return replace(self.close(step, End.ROLLED_BACK), bad=tuple(bad))
 
     def step(self, step: int, result: StepResult, saves: Sequence[Saved]) -> None:

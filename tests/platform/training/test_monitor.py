@@ -405,6 +405,16 @@ def test_cut_captions_are_a_share_of_the_samples_in_the_interval(tmp_path: Path)
     assert first["cut_captions"] == 3 / 8 and "cut_captions" not in second
 
 
+def test_a_roll_back_tells_what_was_dropped_at_once(tmp_path: Path) -> None:
+    """Nothing may follow: of a segment's last step no other point would say that it was dropped."""
+    kept = Kept(tmp_path, Clock(), every=5)
+    kept.monitor.begin()
+    micro_batch(kept, 0, ["a"], float("nan"))
+    kept.monitor.dropped(0, "not finite", float("nan"))
+    assert kept.monitor.roll_back(0, [0]).bad == (0,)
+    assert kept.log.points == [(1, {"dropped_steps": 1.0})]
+
+
 def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
     first = Kept(tmp_path, Clock(), every=1)
     first.monitor.begin()
