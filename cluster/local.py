@@ -6,7 +6,8 @@ import os
 import socket
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,8 +22,17 @@ class Resources:
 
     cpus: float
     gpus: float = 0.0
-    remedy: str = ""
-    """What the user may set to need less."""
+    remedy: str = "Add nodes"
+    """What the user may do, but for asking for less."""
+    lighter: "Mapping[str, Resources]" = field(default_factory=dict)
+    """Settings of the command with which it would need less, as `--set` takes them."""
+
+    def missing(self, available: Mapping[str, float]) -> str | None:
+        """What a cluster as a whole has too few of, and how many; None where it has enough."""
+        for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
+            if (there := available.get(name, 0.0)) < wanted:
+                return f"too few {name}s: this needs {wanted:g}, the Ray cluster has {there:g}"
+        return None
 
 
 class Connection:
@@ -127,14 +137,13 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a job."""
 
 
-def check_resources(available: dict[str, float], needs: Resources) -> None:
-    """Raises ClusterError when a cluster as a whole is too small."""
-    for name, wanted in (("CPU", needs.cpus), ("GPU", needs.gpus)):
-        there = available.get(name, 0.0)
-        if there < wanted:
-            raise ClusterError(
-                f"too few {name}s: this needs {wanted:g}, the Ray cluster has {there:g}. {needs.remedy}".rstrip()
-            )
+def check_resources(available: Mapping[str, float], needs: Resources) -> None:
+    """Raises ClusterError when a cluster as a whole is too small, with the settings for which it is large enough."""
+    if (missing := needs.missing(available)) is None:
+        return
+    fitting = [f"--set {setting}" for setting, less in needs.lighter.items() if less.missing(available) is None]
+    less = f", or ask for less: {', or '.join(fitting)}" if fitting else ""
+    raise ClusterError(f"{missing}. {needs.remedy}{less}")
 
 
 def check_reachable(address: str, timeout: float = 3.0) -> None:

@@ -161,7 +161,7 @@ def data_build(config: Config, set_: Set = None, corpus: Corpus = None, most_bad
     from domainshuttle.platform.driver.ray_cluster import connected
 
     check_sources(settings, corpus)  # before a cluster is asked for anything
-    with connected(settings, cpus=1):
+    with connected(settings):
         build_corpora(settings, corpus, most_bad)
 
 
@@ -231,7 +231,7 @@ def data_pair(
     from domainshuttle.platform.driver.ray_cluster import connected
 
     jobs = configured_jobs(settings, corpus)
-    with connected(settings, cpus=1):
+    with connected(settings):
         pair_corpora(jobs, most_bad)
 
 
@@ -294,7 +294,7 @@ def data_label(
     from domainshuttle.platform.driver.ray_cluster import connected
 
     chosen_corpora(settings, only)
-    with connected(settings, cpus=1):
+    with connected(settings):
         label_configured(settings, only, ask_again)
 
 
@@ -324,7 +324,7 @@ def data_encode(
     chosen_corpora(settings, corpus)
     if where is not None:
         RowFilter.columns(where)
-    with connected(settings, cpus=1):
+    with connected(settings):
         encode_corpora(settings, corpus, overwrite or anew, most_bad, where)
 
 

@@ -9,7 +9,7 @@ from domainshuttle.platform.cluster_checks.findings import Finding, failed, prin
 from domainshuttle.platform.cluster_checks.preflight import PARTS, run_checks
 from domainshuttle.platform.config.schema import RunConfig
 from domainshuttle.platform.console import say
-from domainshuttle.platform.driver.ray_cluster import connected
+from domainshuttle.platform.driver.ray_cluster import connected, trial_needs
 
 
 def preflight(config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str], as_json: bool) -> bool:
@@ -32,17 +32,8 @@ def require_preflight(config: RunConfig) -> None:
 def _findings(
     config: RunConfig, spec: ClusterSpec | None, parts: Sequence[str], echo: Callable[[str], None]
 ) -> list[Finding]:
-    with connected(config, *_needs(config)):
+    with connected(config, trial_needs(config)):
         from domainshuttle.platform.driver.group_size import require_room  # which imports Ray
 
         require_room(config)
         return run_checks(config, spec, parts, echo)
-
-
-def _needs(config: RunConfig) -> tuple[float, float]:
-    """CPUs and GPUs of the trial group."""
-    cluster = config.cluster
-    return (
-        cluster.least_workers * cluster.cpus_per_worker,
-        float(cluster.least_workers * cluster.gpus_per_worker),
-    )

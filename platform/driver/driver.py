@@ -24,7 +24,7 @@ from domainshuttle.platform.checkpoint.store import CheckpointStore
 from domainshuttle.platform.config.schema import ConfigError, HookEvent, RunConfig
 from domainshuttle.platform.console import console, progress, say
 from domainshuttle.platform.driver.preflight import require_data, require_model
-from domainshuttle.platform.driver.ray_cluster import connected
+from domainshuttle.platform.driver.ray_cluster import connected, training_needs
 from domainshuttle.platform.driver.recovery import recover_run
 from domainshuttle.platform.driver.run_metrics import DriverMetrics
 from domainshuttle.platform.engine.deepspeed_config import deepspeed_configs
@@ -60,17 +60,10 @@ def train_run(config: RunConfig, fresh: bool = False, stage: str | None = None, 
         _require_nothing_of_it(Run(config), chosen, resume)
     else:
         require_resumable(Run(config), CheckpointStore.of(config), resume, chosen)
-    cluster, workers = config.cluster, config.cluster.least_workers
     with RunLock(config.run_folder, say) as lock, contextlib.ExitStack() as stack:
         if not fresh:
             Run(config).require_same_configuration()
-        # beside the workers: a CPU for the data tasks, and what encodes while they train
-        encoder = config.encoder_resources()
-        needs = (
-            workers * cluster.cpus_per_worker + 1 + encoder.get("CPU", 0.0),
-            workers * cluster.gpus_per_worker + encoder.get("GPU", 0.0),
-        )
-        stack.enter_context(connected(config, *needs, meanwhile=functools.partial(_load, config)))
+        stack.enter_context(connected(config, training_needs(config), meanwhile=functools.partial(_load, config)))
         from domainshuttle.platform.driver.group_size import require_room  # which imports Ray
 
         require_room(config)

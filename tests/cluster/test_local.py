@@ -42,8 +42,12 @@ def test_a_busy_dashboard_port_stops_before_ray_starts(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("there", "word"), [({"CPU": 1.0}, "CPU"), ({"CPU": 8.0}, "GPU"), ({}, "CPU")])
 def test_too_few_resources_say_how_many_and_the_remedy(there: dict[str, float], word: str) -> None:
-    with pytest.raises(ClusterError, match=rf"too few {word}s.*add nodes"):
-        check_resources(there, Resources(2, 1, "add nodes"))
+    less = {"workers=1": Resources(1, 1), "cpus_per_worker=1": Resources(2, 0)}
+    with pytest.raises(ClusterError, match=rf"too few {word}s.*\. ") as error:
+        check_resources(there, Resources(2, 1, lighter=less))
+    # only what would be enough here is advised
+    told = {"GPU": ", or ask for less: --set cpus_per_worker=1"}.get(word, "")
+    assert str(error.value).endswith(f". Add nodes{told}")
 
 
 def test_enough_resources_pass() -> None:

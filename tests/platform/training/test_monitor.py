@@ -70,9 +70,10 @@ class Log:
         self.files: list[tuple[Path, str]] = []
         self.ended: str | None = None
 
-    def log(self, step: int, metrics: dict[str, float], schedule: tuple[int, dict[str, float]]) -> None:
+    def log(self, step: int, metrics: dict[str, float], schedule: tuple[int, dict[str, float]] | None = None) -> None:
         self.points.append((step, dict(metrics)))
-        self.of_schedule.append(schedule)
+        if schedule is not None:
+            self.of_schedule.append(schedule)
 
     def artifact(self, path: Path, to: str) -> None:
         self.files.append((path, to))
