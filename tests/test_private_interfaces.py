@@ -62,6 +62,10 @@ USES: dict[str, tuple[str, ...]] = {
     "deepspeed.runtime.zero.muon.original_muon": (ENGINE,),
     "patch deepspeed.ops.__compatible_ops__.": (ENGINE,),
     "patch torch.compile": (ENGINE,),
+    # PyAV's enumeration of the notes beside a frame (EXIF in Motion JPEG: tests/pipelines/media/test_streams.py)
+    "_missing_": ("pipelines/media/clips.py",),
+    "_name_": ("pipelines/media/clips.py",),
+    "_value_": ("pipelines/media/clips.py",),
     # Ray Data's scheduling loop
     "ray.data._internal.execution.execution_callback.ExecutionCallback": (SOURCE,),
     "custom_execution_callback_classes": (SOURCE,),
@@ -443,6 +447,12 @@ def of_dynamo(_: Any) -> None:
     assert issubclass(FailOnRecompileLimitHit, Exception) and issubclass(TorchDynamoException, RuntimeError)
 
 
+def _notes(trained: Any) -> None:
+    importlib.import_module("domainshuttle.pipelines.media.clips")
+    kinds = importlib.import_module("av.sidedata.sidedata").Type
+    assert (kinds(4711).name, kinds(4711).value) == ("number 4711", 4711)
+
+
 CHECKS: dict[str, Callable[[Any], None]] = {
     **{name: of_engine(name) for name in ("get_global_grad_norm", "destroy", "optimizer", "module", "device",
                                           "backward", "step", "eval")},
@@ -472,6 +482,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(("_flash_3", "_flash_3_hub", "_native_flash"), _backend),
     **dict.fromkeys(("_native_cudnn", "_native_npu", "_native_xla"), _backend),
     "__reduce__": _store,
+    **dict.fromkeys(("_missing_", "_name_", "_value_"), _notes),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ _STUBS = (
 _SPLIT = re.compile(r"(?P<stem>.+\.(?:tar|tgz|zip|gz|bz2|xz|zst)(?:\.(?:split|part))?)[._-]?(?P<number>\d+|[a-z]{2,3})")
 """A piece of a split archive, such as part1.tar.split.003 or local.tar.gz.aa."""
 _ARCHIVE = re.compile(r".+\.(tar|tgz|zip|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
-_UNPACKING = {".gz": "-xz", ".tgz": "-xz", ".bz2": "-xj", ".xz": "-xJ", ".zst": "--zstd -x"}
+_UNPACKING = {".gz": "-xz", ".tgz": "-xz", ".bz2": "-xj", ".xz": "-xJ", ".zst": "-I zstd -x"}
 """How tar unpacks what it is not given the name of."""
 
 

@@ -50,7 +50,7 @@ def chosen_config(source: str | None, run: RunConfig | None, overrides: Sequence
     if source is not None and source.lower().endswith(".jsonl"):
         raise ConfigError(
             f"{source} has cases, and --cases takes the evaluation, whose sources such files are: write a YAML with "
-            "a source of kind `cases` (docs/evaluation.md), or give one that ships and --set sources.NAME.path"
+            "a source of kind `cases` whose path it is (docs/evaluation.md)"
         )
     if source is not None:
         return load_evaluation(source, list(overrides))

@@ -206,7 +206,7 @@ MISTAKES = [
     (["compare", "x", "--uri", "sqlite:///absent.db", "--plot", "curves.foo"], "ends with .png"),
     (["data", "index", "plain", "--corpus", "x", "--bucket", "1x32x32"], "plain is no folder"),
     (["data", "index", "empty", "--corpus", "a/b", "--bucket", "1x32x32"], "no configuration can name it so"),
-    (["data", "verify", "plain"], "plain can't be read"),
+    (["data", "verify", "plain"], "plain is no index: give an index.parquet"),
     (["data", "verify", "absent", "--decode", "some"], "expected a number of samples"),
     (["data", "build", "demo", "--corpus", "x"], "no corpus ['x']"),
     (["data", "encode", "demo", "--corpus", "x"], "no corpus ['x']"),
