@@ -40,8 +40,10 @@ def _work(config: dict[str, WorkerJob]) -> SegmentEnd:
         # imported by the workers alone: torch, DeepSpeed and the model take seconds. Schedulers of diffusers and losses
         # of transformers, which nobody uses here, would load scipy.
         with without("scipy"):
+            from domainshuttle.platform.engine.zero3 import import_deepspeed
             from domainshuttle.platform.train import train_schedule
 
+        import_deepspeed()
         return train_schedule(run, job, sign)
 
 

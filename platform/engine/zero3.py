@@ -10,6 +10,7 @@ came.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -65,7 +66,7 @@ class Engine:
     predicts_pairs = True
 
     def __init__(self, blueprint: Blueprint, stage: StageSection, section: EngineSection, accumulation: int) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
         of_block = BlockSize.of(
             (name, one.numel(), one.requires_grad) for name, one in blueprint.outline.named_parameters()
         )
@@ -213,7 +214,7 @@ class Engine:
     def _gathered(self, ema: bool) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole on all ranks, on the CPU: a trained one's master or average, a frozen one as held."""
         self._require_average(ema)
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
         for name, parameter in self._engine.module.named_parameters():
             if name in self._partition.parts:
                 yield name, self._partition.gather(name, AVERAGE if ema else MASTER).cpu()
@@ -316,7 +317,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 def frozen_copy(blueprint: Blueprint, section: EngineSection) -> nn.Module:
     """A model without training under ZeRO-3, built as an engine's, for the `snapshot` target of the cross-pair loss."""
-    deepspeed = _deepspeed()
+    deepspeed = import_deepspeed()
     model = blueprint.outline.requires_grad_(False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -342,7 +343,7 @@ def _materialise(blueprint: Blueprint, config: dict[str, Any]) -> torch.device:
 
     What is trained, and what generation keeps in float32, is float32; all else is of the configured type.
     """
-    deepspeed, dtype = _deepspeed(), _dtype(config)
+    deepspeed, dtype = import_deepspeed(), _dtype(config)
     with _quiet(), _without_operators():
         deepspeed.init_distributed()
         device = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype).local_device
@@ -403,7 +404,10 @@ def _share_tokens(model: Any, section: EngineSection) -> TokenGroup | None:
     return group
 
 
-def _deepspeed() -> Any:
+@functools.cache
+def import_deepspeed() -> Any:
+    """DeepSpeed, without what it would take along. A run's workers call this before their tracking imports MLflow in a
+    thread of its own, which would not find it meanwhile."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -421,7 +425,7 @@ def _deepspeed() -> Any:
 def _without_operators() -> Iterator[None]:
     """While it lasts, DeepSpeed makes no collective of its own for CPUs, which is for inference only: it would compile
     it, and where ranks know that they share a node, each would leave 66 MiB in /dev/shm, which nothing removes."""
-    deepspeed = _deepspeed()
+    deepspeed = import_deepspeed()
     with mock.patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
         yield
 

@@ -146,10 +146,9 @@ def holder_named(holder: dict[str, Any]) -> str:
 
 
 def _held_run(folder: Path, holder: dict[str, Any]) -> str:
-    who = holder_named(holder)
-    remedy = f"kill -INT {holder['pid']} there" if holder else "kill -INT it"
+    place = shlex.quote(str(folder))
     return (
-        f"the run in {folder} is being trained by {who}. Look at it with `domainshuttle status "
-        f"{shlex.quote(str(folder))}`; stop it with a checkpoint by `{remedy}` (or `ray job stop`) and start again "
-        "when it has ended; or train under a name of its own: --set name=NAME"
+        f"the run in {folder} is being trained by {holder_named(holder)}. Look at it with `domainshuttle status "
+        f"{place}`; stop it with a checkpoint by `domainshuttle stop {place}` and start again when it has ended; or "
+        "train under a name of its own: --set name=NAME"
     )

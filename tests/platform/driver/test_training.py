@@ -49,6 +49,8 @@ def test_a_run_ends_with_weights_books_and_one_mlflow_run_a_stage(unbroken: tupl
         "Finished after", "Next: domainshuttle export",
     ]  # fmt: skip
     assert [printed.count(one) for one in said] == [1] * len(said) and sorted(said, key=printed.index) == said
+    logs = [log.read_text() for log in (config.run_folder / "logs").glob("attempt-*/rank*.log")]
+    assert len(logs) == 2 and not any("None in sys.modules" in log for log in logs)  # MLflow's thread found it hidden
     books = audit_samples(config)
     assert books.planned == books.trained == (4 + 24) * 8
     assert (books.lost, books.repeated, books.recomputed) == (0, 0, 0)

@@ -38,7 +38,7 @@ from domainshuttle.platform.engine.lean_imports import without
 with without("scipy"):
     import domainshuttle.platform.train
 from domainshuttle.platform.engine import zero3
-zero3._deepspeed()
+zero3.import_deepspeed()
 came = sorted({"scipy", "mlflow", "torch", "deepspeed", "diffusers"} & {*sys.modules})
 import domainshuttle.platform.generation.training_samples
 from domainshuttle.model.sampling import make_scheduler

@@ -895,7 +895,7 @@ def fork(folder: Path, part: str, groups: list[int]) -> None:
     from domainshuttle.platform.engine import zero3
 
     torch.set_num_threads(1)
-    zero3._deepspeed()
+    zero3.import_deepspeed()
     gc.freeze()  # DeepSpeed collects garbage for each engine, and all that was imported would be looked through
     ranks = [(rank, of) for of in groups for rank in range(of)]
     for rank, of in ranks:

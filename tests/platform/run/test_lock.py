@@ -59,7 +59,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_second_driver_is_told_who_holds_the_run_and_what_to_do(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     with (
-        pytest.raises(RunLockedError, match=rf"process {other.pid} on .*kill -INT {other.pid}.*--set name="),
+        pytest.raises(RunLockedError, match=rf"process {other.pid} on .*domainshuttle stop .*--set name="),
         RunLock(tmp_path),
     ):
         pass
