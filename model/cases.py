@@ -6,6 +6,7 @@ A line looks like ``{"prompts": "...", "seg_meta": [{"seg_file": ["a.jpg", "b.jp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 from domainshuttle.model.domains import domain_id
 
 _PROMPT_KEYS = ("cap", "prompts", "prompt")
+_PICTURE_KEYS = ("image_path", "face_path")
+_PICTURES = re.compile("ref|image|img|pict|photo", re.IGNORECASE)
+"""Of keys that people give pictures under."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class GenerationCase:
             names = [item["image_path"]]
         if item.get("face_path"):
             names.append(item["face_path"])
+        if not names and (unread := [key for key in item if _PICTURES.search(str(key)) and key not in _PICTURE_KEYS]):
+            problems.append(f'{", ".join(unread)}: not read; give pictures as "seg_meta": [{{"seg_file": ["a.jpg"]}}]')
         references = []
         for name in names:
             tried = _places(name, item.get("seg_root"), folder)

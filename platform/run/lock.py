@@ -146,9 +146,8 @@ def holder_named(holder: dict[str, Any]) -> str:
 
 
 def _held_run(folder: Path, holder: dict[str, Any]) -> str:
-    place = shlex.quote(str(folder))
     return (
         f"the run in {folder} is being trained by {holder_named(holder)}. Look at it with `domainshuttle status "
-        f"{place}`; stop it with a checkpoint by `domainshuttle stop {place}` and start again when it has ended; or "
-        "train under a name of its own: --set name=NAME"
+        f"{shlex.quote(str(folder))}`; stop it with a checkpoint by `domainshuttle stop {shlex.quote(str(folder))}` "
+        "and start again when it has ended; or train under a name of its own: --set name=NAME"
     )

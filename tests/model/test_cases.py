@@ -74,6 +74,9 @@ def test_every_fault_of_a_line_is_named(tmp_path: Path) -> None:
         GenerationCase.from_release({"prompt": "x", "seg_meta": [{"seg_file": "a.jpg"}]}, tmp_path)
     with pytest.raises(ValueError, match="seg_meta has 2 entries, of which one is read"):
         GenerationCase.from_release({"prompt": "x", "seg_meta": [{"seg_file": ["a.jpg"]}] * 2}, tmp_path)
+    for key in ("references", "img_paths", "Photo"):
+        with pytest.raises(ValueError, match=rf"{key}: not read; give pictures as \"seg_meta\""):
+            GenerationCase.from_release({"prompt": "x", key: ["a.jpg"]}, tmp_path)
     for subjects in (["man"], [0.6], [True], [-1], "0"):
         with pytest.raises(ValueError, match=r"subjects .*: expected"):
             GenerationCase.from_release(item | {"prompt": "x", "domain_code": None, "subjects": subjects}, tmp_path)

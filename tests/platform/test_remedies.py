@@ -388,8 +388,9 @@ def test_a_locked_run_is_looked_at_or_trained_under_another_name(run: Run) -> No
     with RunLock(run.folder):
         with pytest.raises(RunLockedError) as raised, RunLock(run.folder):
             pass
-        (command,) = re.findall(r"`(domainshuttle [^`]+)`", str(raised.value))
-        assert "stage1" in in_process(*shlex.split(command)[1:])
+        look, stop = re.findall(r"`(domainshuttle [^`]+)`", str(raised.value))
+        assert "stage1" in in_process(*shlex.split(look)[1:])
+        assert stop == look.replace(" status ", " stop ", 1)  # which tests of commands run
         (override,) = overrides_in(str(raised.value))
         with RunLock(again(run, override.replace("NAME", "other")).folder):
             pass
