@@ -21,6 +21,7 @@ from domainshuttle.pipelines.media.decode import encode_jpeg, opened_clip, shown
 from domainshuttle.pipelines.storage.atomic import atomic_file
 from domainshuttle.platform.evaluation.cases import EvaluationCase
 from domainshuttle.platform.evaluation.choices import choices_of, judges_of, title_of
+from domainshuttle.platform.evaluation.config import EvaluationConfig
 from domainshuttle.platform.evaluation.evidence import edited_pictures, found_subjects
 from domainshuttle.platform.evaluation.identity import read_identities
 from domainshuttle.platform.evaluation.latency import latency_rows
@@ -212,26 +213,31 @@ def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def open_points(results: Results) -> list[tuple[str, str]]:
-    """What the paper leaves open, and what was chosen here."""
+    """What the paper leaves open, and what was chosen here; of videos that were brought only how they are measured."""
     config = results.config
-    two = config.generation.guidance_low is not None
+    made = _how_made(config) if any(column.generated for column in results.columns) else []
     return [
         ("Splits behind AES, MS and GMEScore", "every metric has the cases that its choice of cases names, below"),
+        *made,
+        ("The metrics' own choices", "frames, models, rules for missing subjects, prompts: listed with each, below"),
+        *[("Note", note) for note in config.notes],
+    ]
+
+
+def _how_made(config: EvaluationConfig) -> list[tuple[str, str]]:
+    high, low = config.generation.guidance_high, config.generation.guidance_low
+    guidance = "one value for both experts" if low is None else f"high noise {high}, low noise {low}"
+    return [
         (
             "Guidance by expert",
-            f"high noise {config.generation.guidance_high}, low noise {config.generation.guidance_low}. The paper says "
-            "4 at high and 3 at low noise; the released code, given its default (4, 3), applies 3 and 4"
-            if two
-            else "one value for both experts. The paper says 4 at high and 3 at low noise; the released code, given "
-            "its default (4, 3), applies 3 and 4",
+            f"{guidance}. The paper says 4 at high and 3 at low noise; the released code, given its default (4, 3), "
+            "applies 3 and 4",
         ),
         (
             "Seeds and clips a case",
             f"run seed {config.seed}, {counted(config.repeats, 'clip')} a case; not stated by the paper",
         ),
         ("Rate and compression", "the decoded MP4 is measured, at the rate and CRF below; not stated by the paper"),
-        ("The metrics' own choices", "frames, models, rules for missing subjects, prompts: listed with each, below"),
-        *[("Note", note) for note in config.notes],
     ]
 
 

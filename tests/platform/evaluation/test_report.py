@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -31,6 +33,7 @@ from domainshuttle.platform.evaluation.metrics.metric import Score
 from domainshuttle.platform.evaluation.metrics.subjects import outline_of
 from domainshuttle.platform.evaluation.published import published
 from domainshuttle.platform.evaluation.rating import agreement, make_pages, of_now, read_answers
+from domainshuttle.platform.evaluation.report import open_points
 from domainshuttle.platform.evaluation.tracking import log_results, logged_values
 from domainshuttle.platform.evaluation.videos import Clip
 
@@ -85,6 +88,17 @@ class Media(HTMLParser):
         self.details += [str(given["data-details"])] if given.get("data-details") else []
         if tag == "video":
             self.preload.add(given.get("preload"))
+
+
+def test_how_clips_were_made_is_said_where_they_were_made_here(out: Path) -> None:
+    results = read_results(out)
+    brought = dict(open_points(results))
+    assert "Guidance by expert" not in brought and "Rate and compression" not in brought
+    of_ours: Any = SimpleNamespace(config=results.config, columns=[replace(results.columns[0], generated=True)])
+    made = dict(open_points(of_ours))
+    assert made.items() > brought.items()
+    assert made["Guidance by expert"].startswith("one value for both experts")
+    assert made["Seeds and clips a case"].startswith("run seed 0, 1 clip a case")
 
 
 def test_the_report_needs_only_what_lies_beside_it(out: Path, tmp_path: Path) -> None:
