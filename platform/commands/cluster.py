@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -100,15 +101,19 @@ def render_cluster(target: str, config: RunConfig, spec: ClusterSpec, out: Path)
                 f"MLflow: --set tracking.uri=http://{spec.mlflow.name}:{PORT}"
             )
         )
-    console.print(Advice("Next:", _NEXT[target].format(out=out)))
+    console.print(Advice("Next:", _next(target, files, out)))
 
 
-_NEXT = {
-    "kuberay": "kubectl apply --server-side -f {out}/rayjob.yaml",
-    "vm": "ray up {out}/cluster.yaml",
-    "mlflow": "kubectl apply --server-side -f {out}/mlflow.yaml",
-    "monitoring": "kubectl apply --server-side -f {out}/monitoring.yaml",
-}
+_APPLIED = ("mlflow.yaml", "monitoring.yaml", "rayjob.yaml")
+"""Files of Kubernetes, in the order in which they are needed."""
+
+
+def _next(target: str, files: Collection[str], out: Path) -> str:
+    if target == "vm":
+        return f"ray up {shlex.quote(str(out / 'cluster.yaml'))}"
+    return "kubectl apply --server-side " + " ".join(
+        f"-f {shlex.quote(str(out / name))}" for name in _APPLIED if name in files
+    )
 
 
 def check_manifests(paths: list[Path]) -> bool:

@@ -249,6 +249,9 @@ def test_the_command_writes_and_checks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "give its digest" in " ".join(done.stdout.split())
     assert "--set tracking.uri=http://mlflow:5000" in " ".join(done.stdout.split())
+    applied = re.findall(r"-f (\S+)", done.stdout)
+    assert applied == ["m/mlflow.yaml", "m/monitoring.yaml", "m/rayjob.yaml"]  # what the job needs comes before it
+    assert all((tmp_path / one).is_file() for one in applied)
     assert domainshuttle("check", "m/rayjob.yaml", "m/raycluster.yaml").returncode == 0
     path = tmp_path / "m/rayjob.yaml"
     path.write_text(path.read_text().replace("shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false"))
