@@ -99,6 +99,12 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
     console.print(Records(("part", *memories), rows, title, numeric=list(memories)))
     if cluster is None:
         return
+    _print_policy(forecasts, cluster)
+
+
+def _print_policy(forecasts: dict[str, Forecast], cluster: ClusterSpec) -> None:
+    """What recomputation all stages have room for, since one setting holds for all; and which stages have none."""
+    bests: dict[str, Policy] = {}
     for name, one in forecasts.items():
         work, layout = one.work, one.layout
         tokens = -(-work.largest.tokens(work.spec) // layout.sharing)
@@ -106,24 +112,43 @@ def _print_memory(forecasts: dict[str, Forecast], cluster: ClusterSpec | None) -
             work.spec, work.stage, one.states, tokens, layout.micro_batch, cluster.device.memory,
             work.engine.precision, work.largest.reference_share(work.spec),
         )  # fmt: skip
-        if best is None:
-            console.print(
-                Prose(
-                    f"{name} does not fit {layout.ranks} {cluster.device.name} whatever is computed again: use more "
-                    "devices, a smaller micro_batch, smaller buckets, or engine.offload_optimizer"
-                )
+        if best is not None:
+            bests[name] = best
+            continue
+        console.print(
+            Prose(
+                f"{name} does not fit {layout.ranks} {cluster.device.name} whatever is computed again: use more "
+                "devices, a smaller micro_batch, smaller buckets, or engine.offload_optimizer"
             )
-        elif str(best) != str(layout.policy):
-            other = replace(one, layout=replace(layout, policy=best))
-            if one.fits() and one.step_seconds() <= other.step_seconds():
-                continue  # what is configured fits, and is better than what is tried here
-            console.print(
-                Advice(
-                    f"Least recomputation that fits {name} keeps {best}: {other.step_seconds():.2f} s a step, not "
-                    f"{one.step_seconds():.2f}, with",
-                    f"--set 'engine.activations={best.setting()}'",
-                )
-            )
+        )
+    now = [forecasts[name] for name in bests]
+    tried = {
+        str(best): [replace(one, layout=replace(one.layout, policy=best)) for one in now] for best in bests.values()
+    }
+    fitting = {text: some for text, some in tried.items() if all(one.fits() for one in some)}
+    if not fitting:
+        return
+    text = min(fitting, key=lambda text: _seconds(fitting[text]))
+    best = next(one for one in bests.values() if str(one) == text)
+    if all(text == str(one.layout.policy) for one in now):
+        return
+    if all(one.fits() for one in now) and _seconds(now) <= _seconds(fitting[text]):
+        return  # what is configured fits, and is better than what is tried here
+    steps = ", ".join(
+        f"{name} {after.step_seconds():.2f} s a step, not {before.step_seconds():.2f}"
+        for name, before, after in zip(bests, now, fitting[text], strict=True)
+    )
+    console.print(
+        Advice(
+            f"Least recomputation that fits {', '.join(bests)} keeps {text}: {steps}, with",
+            f"--set 'engine.activations={best.setting()}'",
+        )
+    )
+
+
+def _seconds(some: Sequence[Forecast]) -> float:
+    """Of all steps of some stages."""
+    return sum(one.step_seconds() * _steps_of(one.work.stage, one) for one in some)
 
 
 def _print_buckets(forecasts: dict[str, Forecast]) -> None:

@@ -6,6 +6,7 @@ Run: python -m pytest tests/platform/commands/test_plan.py
 import re
 
 import pytest
+from running import in_process
 
 from domainshuttle.model.transformer import DomainShuttleTransformer3DModel
 from domainshuttle.platform.commands.plan import print_parameters
@@ -37,3 +38,18 @@ def test_what_deepspeed_is_told_follows_from_the_configuration() -> None:
     assert told["stage2"]["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert told["stage1"]["gradient_accumulation_steps"] == 1
     assert told["stage1"]["train_micro_batch_size_per_gpu"] == 32
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_the_activations_that_it_advises_fit_all_stages(mode: str) -> None:
+    """One setting holds for all, of which the largest has the least room."""
+
+    def planned(activations: str) -> str:
+        return in_process(
+            "plan", "wan2.1-t2v-14b", "--cluster", "h100-64", "--set", f"engine.activations={activations}"
+        )
+
+    first = planned(f"{{mode: {mode}}}")
+    (advised,) = re.findall(r"--set 'engine\.activations=(\{mode: products.*?\}\})'", " ".join(first.split()))
+    fits = re.search(r"fits H100 \(80\.0\)(.*)", planned(advised))
+    assert fits is not None and fits[1].count("yes") == 2 and "NO" not in fits[1]
