@@ -41,6 +41,10 @@ class Server:
     headers: list[dict[str, str]] = field(default_factory=list)
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, which is the default, callers at once on a busy machine are reset
+
+
 @contextlib.contextmanager
 def openai_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Server]:
     """Serves `answer(request, its number)`."""
@@ -70,7 +74,7 @@ def openai_server(answer: Callable[[dict[str, Any], int], Reply]) -> Iterator[Se
 
         def log_message(self, *_: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    with _Http(("127.0.0.1", 0), Handler) as http:
         http.daemon_threads = True
         server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
         thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
